@@ -1,0 +1,1 @@
+"""Learn thresholds, choose budgets, collect statistics. Nothing here yet but its place."""

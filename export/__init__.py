@@ -1,0 +1,1 @@
+"""From a checkpoint and a plan to a bundle."""

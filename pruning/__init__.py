@@ -1,0 +1,1 @@
+"""Pruning methods: pure, traceable torch functions that know no model and no ONNX."""
