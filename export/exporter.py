@@ -1,0 +1,473 @@
+"""From a checkpoint and a plan to a bundle: `export`, and `reuse` for another plan on its cuts."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from patchsieve import __version__, manifest, names
+from patchsieve.errors import PatchsieveError, UnsupportedModelError
+from patchsieve.export import weights as weights_module
+from patchsieve.export.checkpoint import Checkpoint, locate, read_config
+from patchsieve.export.decision import compact_graph, decide_graph
+from patchsieve.export.families import decoder_spec, tower_spec
+from patchsieve.export.families.specs import DecoderSpec
+from patchsieve.export.graphs import GraphWriter
+from patchsieve.export.methods import build_method, resolve_budgets
+from patchsieve.export.processor import preprocessor_from_checkpoint
+from patchsieve.export.stage import Stage
+from patchsieve.export.tokenizer import write_tokenizer
+from patchsieve.export.trace import Input, fake_weights, trace
+from patchsieve.export.vision import Vision
+from patchsieve.export.weights import DTYPES, Weight, weights_of
+from patchsieve.plan import NO_PRUNING, Plan, check_plan_name
+
+Progress = Callable[[str, float], None]
+EMBEDDINGS = "embed_tokens"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `export` makes of a checkpoint.
+
+    Attributes:
+        plan: What prunes where.
+        plan_name: The plan's name in the bundle.
+        cuts: Further layers at which to divide the decoder, for plans to come.
+        targets: For which to write graphs.
+        precision: dtype of weights, rows and caches: a key of DTYPES.
+        limits: What requests may ask for.
+    """
+
+    plan: Plan = field(default_factory=Plan)
+    plan_name: str = NO_PRUNING
+    cuts: tuple[int, ...] = ()
+    targets: tuple[str, ...] = ("cpu",)
+    precision: str = "float32"
+    limits: manifest.Limits = field(default_factory=lambda: manifest.Limits(512, 256, 1))
+
+    def __post_init__(self) -> None:
+        check_plan_name(self.plan_name)
+        if self.precision not in DTYPES:
+            raise PatchsieveError(
+                "unknown precision", found=self.precision, expected=", ".join(DTYPES)
+            )
+        if min(self.limits.max_text_tokens, self.limits.max_new_tokens, self.limits.max_images) < 1:
+            raise PatchsieveError("limits must be at least 1", found=self.limits)
+        if not self.targets:
+            raise PatchsieveError("a bundle needs a target", expected="cpu, reference, ...")
+
+
+def export(
+    checkpoint: str, out: Path, options: ExportOptions, progress: Progress = lambda *_: None
+) -> manifest.Manifest:
+    """Export a checkpoint into a new bundle.
+
+    Args:
+        checkpoint: A directory or a hub id.
+        out: The bundle's directory, which must not exist.
+        options: Plan, targets, limits.
+        progress: Told what is being done and the fraction done.
+
+    Returns:
+        The bundle's manifest.
+
+    Raises:
+        UnsupportedModelError: The checkpoint has a structure that is not known.
+        PatchsieveError: The plan does not fit, the disk is full, the target exists.
+    """
+    if out.exists():
+        raise PatchsieveError(
+            f"{out} exists already",
+            expected="a name for a new bundle",
+            do="remove it, choose another name, or change its plan with --reuse",
+        )
+    progress("reading the checkpoint", 0.0)
+    directory = locate(checkpoint)
+    config = read_config(directory)
+    job = _Job(directory, config, options)
+    with _whole_or_nothing(out) as partial:
+        job.write(partial, progress)
+        return job.finish(partial, Path(checkpoint).name or checkpoint)
+
+
+def reuse(
+    bundle: Path, plan: Plan, plan_name: str, progress: Progress = lambda *_: None
+) -> manifest.Manifest:
+    """Give a bundle another plan on the same cuts. Stage graphs and weights stay as they are.
+
+    The new plan becomes the default; requests may still name the older ones.
+    """
+    check_plan_name(plan_name)
+    old = manifest.read(bundle)
+    missing = [layer for layer in plan.layers if layer not in old.cuts]
+    if missing:
+        raise PatchsieveError(
+            f"the decoder of {bundle} is not divided where the plan prunes",
+            found=f"sites {plan.layers}",
+            expected=f"some of {old.cuts}",
+            do="export a new bundle; --cuts divides it at further layers",
+        )
+    if plan_name == NO_PRUNING and plan.sites:
+        raise PatchsieveError("the plan named none prunes nothing", do="choose another --plan-name")
+    spec = _stored_spec(old)
+    dtype = DTYPES[old.precision][0]
+    writer = GraphWriter(bundle / "graphs", tuple(old.targets))
+    written: dict[str, dict[str, str]] = {}
+    try:
+        plan, graphs = _decide_graphs(plan, plan_name, spec, old.vision, dtype, progress)
+        # A new generation of names, so that a reader of the old manifest finds its files whole.
+        for name, graph in graphs.items():
+            for target, path in writer.save(name, graph, fresh=True).items():
+                written.setdefault(target, {})[name] = path
+        new = _with_plan(old, bundle, plan, plan_name, written, writer.tensors)
+        manifest.write(bundle, new)
+    except BaseException:
+        for paths in written.values():
+            for path in paths.values():
+                (bundle / path).unlink(missing_ok=True)
+        raise
+    for path in set(old.files) - set(new.files):
+        (bundle / path).unlink(missing_ok=True)
+    return new
+
+
+class _Job:
+    """One export: what to write, decided before the first byte."""
+
+    def __init__(self, directory: Path, config: object, options: ExportOptions) -> None:
+        self.directory, self.config, self.options = directory, config, options
+        self.dtype = DTYPES[options.precision][0]
+        self.spec = decoder_spec(config.text_config)  # type: ignore[attr-defined]
+        self.tower = tower_spec(config.vision_config)  # type: ignore[attr-defined]
+        self.preprocessor = preprocessor_from_checkpoint(directory)
+        self._check_image_size()
+        edges = sorted({0, *options.plan.layers, *options.cuts, self.spec.num_layers})
+        if edges[-1] > self.spec.num_layers or edges[0] < 0:
+            raise PatchsieveError(
+                "a site or cut lies outside the decoder",
+                found=sorted({*options.plan.layers, *options.cuts}),
+                expected=f"layers 1 to {self.spec.num_layers - 1}",
+            )
+        if self.spec.num_layers in (*options.plan.layers, *options.cuts):
+            raise PatchsieveError(
+                "a site at the decoder's end prunes nothing",
+                found=self.spec.num_layers,
+                expected=f"layers 1 to {self.spec.num_layers - 1}",
+            )
+        with fake_weights() as self.mode, _default_dtype(self.dtype):
+            self.vision = Vision(self.tower, config)
+            self.stages = [
+                Stage(self.spec, a, b) for a, b in zip(edges, edges[1:], strict=False)
+            ]
+        self.vision_facts = self._vision_facts()
+        most = options.limits.slots(self.vision.num_visual)
+        if most > self.spec.max_rows:
+            raise UnsupportedModelError(
+                "the reserved rows exceed what the decoder was made for",
+                found=f"{most} rows (text + new tokens + images x {self.vision.num_visual})",
+                expected=f"at most {self.spec.max_rows} (positions or sliding window)",
+                do="lower --max-text-tokens, --max-new-tokens or --max-images",
+            )
+        self.plan, self.graphs = _decide_graphs(
+            options.plan, options.plan_name, self.spec, self.vision_facts, self.dtype
+        )
+        self.checkpoint = Checkpoint(directory)
+        self.files = self._weight_files()
+        wanted = [weight for weights in self.files.values() for weight in weights]
+        self.checkpoint.require({weight.source: weight.source_shape for weight in wanted})
+
+    def write(self, partial: Path, progress: Progress) -> None:
+        """Write weights, graphs, tokenizer and preprocessor."""
+        graphs = partial / "graphs"
+        stored = self._write_weights(graphs / weights_module.DIRECTORY, progress)
+        self.embeddings = stored[f"{EMBEDDINGS}.weight"]
+        if self.spec.tied_embeddings:
+            stored["lm_head.weight"] = ir.ExternalTensor(
+                self.embeddings.location,
+                self.embeddings.offset,
+                self.embeddings.length,
+                self.embeddings.dtype,
+                shape=self.embeddings.shape,
+                name="lm_head.weight",
+                base_dir=self.embeddings.base_dir,
+            )
+        self.writer = GraphWriter(graphs, self.options.targets)
+        self.paths: dict[str, dict[str, str]] = {}
+        total = len(self.stages) + 2 + len(self.graphs)
+        for done, (name, slots, graph) in enumerate(self._graphs(stored)):
+            progress(f"writing {name}", 0.6 + 0.35 * done / total)
+            for target, path in self.writer.save(name, graph, slots=slots).items():
+                self.paths.setdefault(target, {})[name] = path
+        self.tokenizer = write_tokenizer(self.directory, partial)
+        _dump(partial / "preprocessor.json", self.preprocessor)
+
+    def finish(self, partial: Path, checkpoint: str) -> manifest.Manifest:
+        """Hash every file and write the manifest."""
+        options = self.options
+        text = self.config.text_config  # type: ignore[attr-defined]
+        plans = {NO_PRUNING: Plan()} | {options.plan_name: self.plan}
+        facts = manifest.Manifest(
+            patchsieve_version=__version__,
+            checkpoint=checkpoint,
+            precision=options.precision,
+            text=manifest.TextModel(
+                model_type=text.model_type,
+                vocab_size=self.spec.vocab_size,
+                hidden_size=self.spec.hidden_size,
+                intermediate_size=self.spec.intermediate_size,
+                num_layers=self.spec.num_layers,
+                num_heads=self.spec.num_heads,
+                num_kv_heads=self.spec.num_kv_heads,
+                head_dim=self.spec.head_dim,
+            ),
+            vision=self.vision_facts,
+            tokens=self._tokens(),
+            embeddings=manifest.Embeddings(
+                file=f"graphs/{self.embeddings.location}",
+                offset=self.embeddings.offset or 0,
+                dtype=options.precision,
+                shape=(self.spec.vocab_size, self.spec.hidden_size),
+            ),
+            limits=options.limits,
+            stages=tuple(self._stage_facts()),
+            plans=plans,
+            default_plan=options.plan_name,
+            preprocessor="preprocessor.json",
+            targets=self.paths,
+            tensors=self.writer.tensors,
+            files=_hashes(partial),
+        )
+        manifest.write(partial, facts)
+        return facts
+
+    def _check_image_size(self) -> None:
+        size = self.preprocessor.get("crop_size") or self.preprocessor.get("size")
+        del size  # compared below through the preprocessor itself
+        from patchsieve.export.processor import output_size
+
+        found, expected = output_size(self.preprocessor), (self.tower.image_size,) * 2
+        if found != expected:
+            raise UnsupportedModelError(
+                "the image processor does not yield the size that the tower takes",
+                found=found,
+                expected=expected,
+            )
+
+    def _vision_facts(self) -> manifest.VisionModel:
+        config = self.config.vision_config  # type: ignore[attr-defined]
+        return manifest.VisionModel(
+            model_type=config.model_type,
+            hidden_size=self.tower.hidden_size,
+            intermediate_size=self.tower.intermediate_size,
+            num_layers=self.tower.num_layers,
+            num_layers_run=max(self.vision.vision_tower.feature_layers),
+            num_heads=self.tower.num_heads,
+            image_size=self.tower.image_size,
+            patch_size=self.tower.patch_size,
+            grid=self.tower.grid,
+            num_visual=self.vision.num_visual,
+        )
+
+    def _tokens(self) -> manifest.Tokens:
+        made = self.tokenizer
+        return manifest.Tokens(
+            tokenizer="tokenizer.json",
+            chat_template=made["chat_template"],
+            image_token=made["image_token"],
+            image_token_id=self.config.image_token_id,  # type: ignore[attr-defined]
+            eos_token_ids=tuple(made["eos_token_ids"]),
+            special_tokens=made["special_tokens"],
+        )
+
+    def _stage_facts(self) -> Iterator[manifest.Stage]:
+        at = {site.layer: site.budget for site in self.plan.sites}
+        budget = self.vision.num_visual
+        for stage in self.stages:
+            budget = min(budget, at.get(stage.first) or budget)
+            yield manifest.Stage(stage.first, stage.last, self.options.limits.slots(budget))
+
+    def _weight_files(self) -> dict[str, list[Weight]]:
+        shape = (self.spec.vocab_size, self.spec.hidden_size)
+        table = f"{EMBEDDINGS}.weight"
+        files = {"vision": list(weights_of(self.vision)), EMBEDDINGS: [Weight(table, table, shape)]}
+        for stage in self.stages:
+            for number, layer in stage.layers.items():
+                prefix = f"layers.{number}."
+                files[f"layers.{number}"] = list(weights_of(layer, prefix, prefix))
+        last = self.stages[-1]
+        files["head"] = list(weights_of(last.norm, "norm.", "norm."))
+        if not self.spec.tied_embeddings:
+            files["head"] += weights_of(last.lm_head, "lm_head.", "lm_head.")
+        return files
+
+    def _write_weights(self, folder: Path, progress: Progress) -> dict[str, ir.ExternalTensor]:
+        folder.mkdir(parents=True)
+        width = self.dtype.itemsize
+        counts = {
+            file: sum(torch.Size(weight.shape).numel() for weight in weights)
+            for file, weights in self.files.items()
+        }
+        total = sum(counts.values()) * width
+        free = shutil.disk_usage(folder).free
+        if free < total:
+            raise PatchsieveError(
+                f"the disk of {folder.parents[1].parent} is too small for the bundle",
+                found=f"{free / 1e9:.2f} GB free",
+                expected=f"{total / 1e9:.2f} GB for the weights",
+            )
+        stored: dict[str, ir.ExternalTensor] = {}
+        done = 0
+        for file, weights in self.files.items():
+
+            def step(size: int, file: str = file) -> None:
+                nonlocal done
+                done += size
+                progress(f"writing weights {file}", 0.6 * done / total)
+
+            stored |= weights_module.write(
+                folder / f"{file}.safetensors", weights, self.checkpoint, self.options.precision, step
+            )
+        return stored
+
+    def _graphs(
+        self, stored: dict[str, ir.ExternalTensor]
+    ) -> Iterator[tuple[str, int | None, ir.Model]]:
+        """Each graph, bound to its weights, as (name, slots of its caches, graph)."""
+        from patchsieve.export.trace import bind
+
+        side = self.tower.image_size
+        pixels = Input(torch.float32, (names.AXIS_IMAGES, 3, side, side))
+        outputs = [names.IMAGE_FEATURES, names.IMAGE_IDS]
+        graph = trace(self.vision, (pixels,), [names.PIXEL_VALUES], outputs, self.mode)
+        bind(graph, stored | {"ids": ir.tensor(self.vision.patch_ids, name="ids")})
+        yield names.VISION, None, graph
+        inv_freq = ir.tensor(torch.tensor(self.spec.inv_freq).numpy(), name="inv_freq")
+        for index, (stage, facts) in enumerate(zip(self.stages, self._stage_facts(), strict=True)):
+            inputs = stage.inputs(self.dtype)
+            graph = trace(stage, inputs, stage.input_names(), stage.output_names(), self.mode)
+            bind(graph, stored | {"inv_freq": inv_freq})
+            yield names.stage(index), facts.slots, graph
+        yield names.COMPACT, None, compact_graph()
+        for name, graph in self.graphs.items():
+            # A decision reads the cache of the stage that ends at its layer.
+            layer = int(name.rsplit(".", 1)[1])
+            before = next(f for f in self._stage_facts() if f.last == layer)
+            yield name, before.slots, graph
+
+
+def _decide_graphs(
+    plan: Plan,
+    plan_name: str,
+    spec: DecoderSpec,
+    vision: manifest.VisionModel,
+    dtype: torch.dtype,
+    progress: Progress = lambda *_: None,
+) -> tuple[Plan, dict[str, ir.Model]]:
+    """Resolve a plan's budgets and trace its decisions."""
+    methods = [build_method(site) for site in plan.sites]
+    plan = resolve_budgets(plan, methods, vision.num_visual)
+    graphs = {}
+    for done, (site, method) in enumerate(zip(plan.sites, methods, strict=True)):
+        progress(f"tracing {site.method} at layer {site.layer}", done / len(methods))
+        graphs[names.decide(plan_name, site.layer)] = decide_graph(
+            method, spec, vision.grid, vision.num_visual, dtype
+        )
+    return plan, graphs
+
+
+def _with_plan(
+    old: manifest.Manifest,
+    bundle: Path,
+    plan: Plan,
+    plan_name: str,
+    written: dict[str, dict[str, str]],
+    tensors: dict[str, dict[str, list[dict[str, object]]]],
+) -> manifest.Manifest:
+    """The manifest with a plan added or replaced."""
+    prefix = names.decide(plan_name, 0).rsplit(".", 1)[0] + "."
+    targets, files = {}, dict(old.files)
+    for target, graphs in old.targets.items():
+        stale = {name: path for name, path in graphs.items() if name.startswith(prefix)}
+        for path in stale.values():
+            files.pop(path)
+        new = written.get(target, {})
+        targets[target] = {k: v for k, v in graphs.items() if k not in stale} | new
+        files |= {path: manifest.hash_file(bundle / path) for path in new.values()}
+    return replace(
+        old,
+        plans=old.plans | {plan_name: plan},
+        default_plan=plan_name,
+        targets=targets,
+        tensors={k: v for k, v in old.tensors.items() if not k.startswith(prefix)} | tensors,
+        files=files,
+    )
+
+
+def _stored_spec(facts: manifest.Manifest) -> DecoderSpec:
+    """As much of the decoder's spec as a decision needs."""
+    text = facts.text
+    return DecoderSpec(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_layers=text.num_layers,
+        num_heads=text.num_heads,
+        num_kv_heads=text.num_kv_heads,
+        head_dim=text.head_dim,
+        norm_eps=0.0,
+        activation="",
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        tied_embeddings=False,
+        inv_freq=(),
+        rotary_scale=1.0,
+        max_rows=0,
+    )
+
+
+def _hashes(bundle: Path) -> dict[str, manifest.File]:
+    files = sorted(path for path in bundle.rglob("*") if path.is_file())
+    return {path.relative_to(bundle).as_posix(): manifest.hash_file(path) for path in files}
+
+
+def _dump(path: Path, data: object) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _whole_or_nothing(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name only when all is written."""
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise PatchsieveError(f"the disk of {out.parent} is full", do="make room") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM):
+            raise PatchsieveError(f"cannot write {out}", found=error.strerror) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

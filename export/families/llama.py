@@ -1,0 +1,61 @@
+"""Llama and its kin: Vicuna, Mistral, Qwen2. They differ in biases and in the rotary scaling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from patchsieve.errors import UnsupportedModelError
+from patchsieve.export.families.specs import DecoderSpec
+
+MODEL_TYPES = ("llama", "mistral", "qwen2")
+ROTARY_KINDS = ("default", "linear", "llama3", "yarn")  # those that do not depend on the length
+
+
+def spec(config: Any) -> DecoderSpec:
+    """Read a text config. Raises UnsupportedModelError for a rotary kind that grows with length."""
+    inv_freq, rotary_scale = _rotary(config)
+    llama, qwen2 = config.model_type == "llama", config.model_type == "qwen2"
+    return DecoderSpec(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads,
+        norm_eps=config.rms_norm_eps,
+        activation=config.hidden_act,
+        qkv_bias=qwen2 or (llama and config.attention_bias),
+        output_bias=llama and config.attention_bias,
+        mlp_bias=llama and config.mlp_bias,
+        tied_embeddings=bool(config.tie_word_embeddings),
+        inv_freq=inv_freq,
+        rotary_scale=rotary_scale,
+        max_rows=min(config.max_position_embeddings, _window(config)),
+    )
+
+
+def _rotary(config: Any) -> tuple[tuple[float, ...], float]:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    kind = config.rope_parameters["rope_type"]
+    if kind not in ROTARY_KINDS:
+        raise UnsupportedModelError(
+            "this rotary scaling is not supported",
+            found=f"rope_type {kind}",
+            expected=", ".join(ROTARY_KINDS),
+        )
+    if kind == "default":
+        inv_freq, scale = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+    else:
+        inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](config, None)
+    return tuple(inv_freq.tolist()), float(scale)
+
+
+def _window(config: Any) -> int:
+    """Rows up to which a sliding window changes nothing."""
+    if config.model_type == "qwen2" and not config.use_sliding_window:
+        return config.max_position_embeddings
+    return getattr(config, "sliding_window", None) or config.max_position_embeddings

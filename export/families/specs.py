@@ -1,0 +1,62 @@
+"""What the graph modules need to know of a model, whatever family it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """A Llama-structured decoder.
+
+    Attributes:
+        inv_freq: Rotary frequencies in radians per position, D / 2 of them, scaling included.
+        rotary_scale: Factor on cosines and sines (1 but for YaRN).
+        max_rows: Longest sequence for which the structure holds: positions, or a sliding window.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    activation: str
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    tied_embeddings: bool
+    inv_freq: tuple[float, ...]
+    rotary_scale: float
+    max_rows: int
+
+
+@dataclass(frozen=True)
+class TowerSpec:
+    """A vision transformer.
+
+    Attributes:
+        has_cls: A class token stands before the patches.
+        has_pre_norm: A layer norm follows the embeddings (CLIP).
+        patch_bias: The patch embedding has a bias (SigLIP).
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    image_size: int
+    patch_size: int
+    norm_eps: float
+    activation: str
+    has_cls: bool
+    has_pre_norm: bool
+    patch_bias: bool
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per column and row."""
+        side = self.image_size // self.patch_size
+        return side, side

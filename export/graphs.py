@@ -1,0 +1,73 @@
+"""Write one traced graph for each target, checked, and describe its tensors for the manifest."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from patchsieve.export.lowering import lower, lowering
+
+
+class GraphWriter:
+    """The graphs' folder of a bundle.
+
+    Args:
+        folder: `graphs/` of the bundle.
+        targets: For which each graph is written.
+
+    Attributes:
+        tensors: Inputs and outputs of each graph written, as the manifest lists them.
+    """
+
+    def __init__(self, folder: Path, targets: tuple[str, ...]) -> None:
+        self.folder = folder
+        self.lowerings = [lowering(target) for target in targets]
+        self.tensors: dict[str, dict[str, list[dict[str, Any]]]] = {}
+
+    def save(
+        self, name: str, traced: ir.Model, *, slots: int | None = None, fresh: bool = False
+    ) -> dict[str, str]:
+        """Lower a graph for every target and write it.
+
+        Args:
+            name: The graph's name.
+            traced: What `trace` returned, bound to stored weights.
+            slots: Length of the caches for targets that want a number.
+            fresh: Never write over a file that is there.
+
+        Returns:
+            For each target the file, relative to the bundle.
+        """
+        self.tensors[name] = {
+            "inputs": [_describe(value) for value in traced.graph.inputs],
+            "outputs": [_describe(value) for value in traced.graph.outputs],
+        }
+        paths = {}
+        for target in self.lowerings:
+            path = self.folder / f"{target.name}.{name}.onnx"
+            generation = 1
+            while fresh and path.exists():
+                generation += 1
+                path = self.folder / f"{target.name}.{name}.{generation}.onnx"
+            model = ir.to_proto(lower(traced, target, slots))
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            try:
+                temporary.write_bytes(model.SerializeToString())
+                onnx.checker.check_model(str(temporary))
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            paths[target.name] = f"{self.folder.name}/{path.name}"
+        return paths
+
+
+def _describe(value: ir.Value) -> dict[str, Any]:
+    return {
+        "name": value.name,
+        "dtype": value.dtype.name.lower(),
+        "shape": [axis if isinstance(axis, int) else str(axis.value) for axis in value.shape],
+    }

@@ -1,0 +1,28 @@
+"""From a traced graph to what a target accepts: one file per target.
+
+A lowering says how each operation of `patchsieve.export.ops` is spelt and which opset results.
+"""
+
+from __future__ import annotations
+
+from patchsieve.errors import PatchsieveError
+from patchsieve.export.lowering import cpu, reference, tensorrt_rtx
+from patchsieve.export.lowering.base import Lowering, lower
+
+LOWERINGS: dict[str, type[Lowering]] = {
+    "reference": reference.Reference,
+    "cpu": cpu.Cpu,
+    "tensorrt-rtx": tensorrt_rtx.TensorRTRTX,
+}
+
+
+def lowering(target: str) -> type[Lowering]:
+    """Find the lowering of a target."""
+    if target not in LOWERINGS:
+        raise PatchsieveError(
+            "unknown target", found=repr(target), expected=", ".join(sorted(LOWERINGS))
+        )
+    return LOWERINGS[target]
+
+
+__all__ = ["LOWERINGS", "Lowering", "lower", "lowering"]

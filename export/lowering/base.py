@@ -1,0 +1,152 @@
+"""What all lowerings share: each open operation is replaced by nodes that the target knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir import convenience, tape
+from onnx_ir.passes import common as passes
+
+from patchsieve import names
+from patchsieve.export import ops
+
+
+class Lowering:
+    """The spelling of one target. A subclass sets `opset` and writes one method per operation.
+
+    A method takes the open node and returns the values that stand for its outputs.
+    """
+
+    name: str
+    opset: int
+    static_slots = False  # the target wants the length of the caches as a number
+    domains: dict[str, int] = {}
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.inputs = {value.name: value for value in graph.inputs}
+        self._tape = tape.Tape()
+        self._shared: dict[str, ir.Value] = {}
+        self._shared_nodes: list[ir.Node] = []
+
+    # Building blocks.
+
+    def op(
+        self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attrs
+    ):  # noqa: ANN201  (a value, or as many as `outputs` says)
+        """Append a node and return its outputs."""
+        if outputs == 1:
+            return self._tape.op(op_type, inputs, attrs, domain=domain)
+        return self._tape.op_multi_out(
+            op_type, inputs, attrs, domain=domain, num_outputs=outputs
+        )
+
+    def constant(self, value: object, dtype: np.dtype | type = np.int64) -> ir.Value:
+        """A small constant, one for each value in the graph."""
+        array = np.asarray(value, dtype=dtype)
+        key = f"const.{array.dtype}.{array.shape}.{array.tobytes().hex()}"
+        return self.once(key, lambda: self.op("Constant", value=ir.tensor(array)))
+
+    def once(self, key: str, make: Callable[[], ir.Value]) -> ir.Value:
+        """A value that is computed once at the head of the graph, from inputs and constants."""
+        if key not in self._shared:
+            outer, self._tape = self._tape, tape.Tape()
+            self._shared[key] = make()
+            self._shared_nodes += self._tape.nodes
+            self._tape = outer
+        return self._shared[key]
+
+    def split_heads(self, rows: ir.Value, num_heads: int) -> ir.Value:
+        """[B, L, H * D] -> [B, H, L, D]."""
+        shape = self.constant([0, 0, num_heads, -1])
+        return self.op("Transpose", self.op("Reshape", rows, shape), perm=[0, 2, 1, 3])
+
+    def merge_heads(self, heads: ir.Value) -> ir.Value:
+        """[B, H, L, D] -> [B, L, H * D]."""
+        rows = self.op("Transpose", heads, perm=[0, 2, 1, 3])
+        return self.op("Reshape", rows, self.constant([0, 0, -1]))
+
+    def additive_mask(self, num_slots: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """0 where a row sees a slot, a large negative number elsewhere, [1, 1, L, num_slots]."""
+        slot, last_key = self.inputs[names.SLOT], self.inputs[names.LAST_KEY]
+        zero, one = self.constant(0), self.constant(1)
+        slots = self.op("Range", zero, num_slots, one)
+        length = self.op("Squeeze", self.op("Shape", last_key), self.constant([0]))
+        rows = self.op("Add", self.op("Range", zero, length, one), slot)  # [L] slot of each row
+        column = self.constant([1])
+        causal = self.op("LessOrEqual", slots, self.op("Unsqueeze", last_key, column))
+        itself = self.op("Equal", slots, self.op("Unsqueeze", rows, column))
+        seen = self.op("Or", causal, itself)  # [L, num_slots]
+        # Finite, so that softmax of a row without a visible slot is not NaN; -6e4 fits float16.
+        hidden = self.constant(-6e4 if dtype == ir.DataType.FLOAT16 else -1e9, dtype.numpy())
+        mask = self.op("Where", seen, self.constant(0, dtype.numpy()), hidden)
+        return self.op("Unsqueeze", mask, self.constant([0, 1]))
+
+    # The operations, one method each.
+
+    def RMSNorm(self, node: ir.Node) -> Sequence[ir.Value]:  # noqa: N802  (the node's name)
+        """`ops.rms_norm`."""
+        raise NotImplementedError
+
+    def Rotary(self, node: ir.Node) -> Sequence[ir.Value]:  # noqa: N802
+        """`ops.rotary`."""
+        raise NotImplementedError
+
+    def Attention(self, node: ir.Node) -> Sequence[ir.Value]:  # noqa: N802
+        """`ops.attention`."""
+        raise NotImplementedError
+
+    def CachedAttention(self, node: ir.Node) -> Sequence[ir.Value]:  # noqa: N802
+        """`ops.cached_attention`."""
+        raise NotImplementedError
+
+    def Mark(self, node: ir.Node) -> Sequence[ir.Value]:  # noqa: N802
+        """`ops.mark`: no node, only a name (a graph output keeps its own)."""
+        value = node.inputs[0]
+        if not node.outputs[0].is_graph_output():
+            value.name = node.attributes["name"].as_string()
+        return [value]
+
+    # The rewrite.
+
+    def run(self) -> None:
+        """Replace every open node."""
+        for node in list(self.graph):
+            if node.domain != ops.DOMAIN:
+                continue
+            self._tape = tape.Tape()
+            new = list(getattr(self, node.op_type)(node))
+            convenience.replace_nodes_and_values(
+                self.graph, node, [node], self._tape.nodes, node.outputs, new
+            )
+        first = next(iter(self.graph))
+        self.graph.insert_before(first, self._shared_nodes)
+
+
+def lower(traced: ir.Model, lowering: type[Lowering], slots: int | None = None) -> ir.Model:
+    """Derive a target's graph from a traced one, which stays as it is.
+
+    Args:
+        traced: What `trace` returned, initializers bound.
+        lowering: The target.
+        slots: Length of the caches, for a target that wants a number.
+    """
+    model = traced.clone()
+    if lowering.static_slots and slots is not None:
+        for value in (*model.graph.inputs, *model.graph.outputs):
+            value.shape = ir.Shape(
+                [slots if str(axis) == names.AXIS_SLOTS else axis for axis in value.shape]
+            )
+    lowering(model.graph).run()
+    for node in model.graph:
+        node.version = None
+    model.opset_imports.clear()
+    model.opset_imports.update({"": lowering.opset} | lowering.domains)
+    passes.CommonSubexpressionEliminationPass()(model)
+    passes.RemoveUnusedNodesPass()(model)
+    passes.TopologicalSortPass()(model)
+    model.producer_name = "patchsieve"
+    model.producer_version = None
+    return model

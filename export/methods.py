@@ -1,0 +1,103 @@
+"""From a plan's words to pruning methods, and from methods to budgets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from patchsieve.errors import PatchsieveError
+from patchsieve.heads import HeadsConfig, load_heads
+from patchsieve.plan import Plan, SitePlan
+from patchsieve.pruning.atp import ATP
+from patchsieve.pruning.select import num_to_keep
+from patchsieve.pruning.table import METHODS
+from patchsieve.pruning.thresholds import ConstantThresholds, Thresholds
+
+if TYPE_CHECKING:
+    from patchsieve.pruning.site import Method
+
+
+def build_method(site: SitePlan) -> Method:
+    """Build the method of one site.
+
+    Raises:
+        PatchsieveError: The method or one of its parameters is unknown, or heads are missing.
+    """
+    if site.method not in METHODS:
+        raise PatchsieveError(
+            f"unknown method at layer {site.layer}",
+            found=site.method,
+            expected=", ".join(METHODS) + ' (no pruning is a plan without sites: "none")',
+        )
+    if site.method == ATP.name:
+        return _build_atp(site)
+    try:
+        return METHODS[site.method](**site.params)
+    except TypeError as error:
+        raise PatchsieveError(
+            f"the parameters of {site.method} at layer {site.layer} do not fit", found=error
+        ) from error
+
+
+def resolve_budgets(plan: Plan, methods: list[Method], num_visual: int) -> Plan:
+    """Give each site the number of tokens per image that the layers behind it reserve.
+
+    A given budget holds. Otherwise a fixed ratio needs what it keeps, heads propose theirs, and a
+    method whose count adapts without a proposal reserves what the site before it does.
+    """
+    sites, most = [], num_visual
+    for site, method in zip(plan.sites, methods, strict=True):
+        budget = site.budget
+        if budget is None and hasattr(method, "keep_ratio"):
+            budget = num_to_keep(method.keep_ratio, num_visual)
+        if budget is None and "heads" in site.params:
+            config, _ = load_heads(Path(site.params["heads"]))
+            proposed = dict(zip(config.sites, config.budgets, strict=False))
+            budget = proposed.get(site.layer)
+        most = min(most, budget or most)
+        sites.append(replace(site, budget=most))
+    return replace(plan, sites=tuple(sites))
+
+
+def _build_atp(site: SitePlan) -> ATP:
+    params = dict(site.params)
+    heads, constants = params.pop("heads", None), ("theta_r", "theta_s")
+    given = {name: params.pop(name) for name in constants if name in params}
+    if (heads is None) == (not given) or (given and len(given) < 2):
+        raise PatchsieveError(
+            f"atp at layer {site.layer} needs its thresholds, one way or the other",
+            found=", ".join([*(["heads"] if heads else []), *given]) or "none",
+            expected="heads (a directory that training made), or both theta_r and theta_s",
+            do="train heads for this checkpoint and pass --heads DIR (the format is described in "
+            "patchsieve/heads.py), or fix thresholds by --theta-r 0.5 --theta-s 0.9",
+        )
+    try:
+        if given:
+            return ATP(thresholds=ConstantThresholds(**given), **params)
+        config, thresholds = _learned(Path(heads), site.layer)
+        return ATP(thresholds=thresholds, **(config.scores | params))
+    except TypeError as error:
+        raise PatchsieveError(
+            f"the parameters of atp at layer {site.layer} do not fit", found=error
+        ) from error
+
+
+def _learned(directory: Path, layer: int) -> tuple[HeadsConfig, Thresholds]:
+    config, tensors = load_heads(directory)
+    if layer not in config.sites:
+        raise PatchsieveError(
+            f"the heads in {directory} were not learned for layer {layer}",
+            expected=f"one of {list(config.sites)}",
+            do="leave --sites away to take the heads' own",
+        )
+    module = Thresholds(config.hidden, config.grid, config.activation)
+    prefix = f"layer.{layer}."
+    state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise PatchsieveError(
+            f"the tensors in {directory} do not fit its config", found=str(error)
+        ) from error
+    return config, module.eval().requires_grad_(False)

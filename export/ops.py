@@ -1,0 +1,128 @@
+"""The operations that each target spells its own way.
+
+Run eagerly they compute; while a module is traced they leave one node of the domain `patchsieve`,
+which a lowering (export/lowering) replaces by what its target accepts. Everything else in a graph
+is plain ONNX.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DOMAIN = "patchsieve"
+
+
+def _node(
+    op_type: str,
+    inputs: tuple[Tensor, ...],
+    like: list[Tensor],
+    **attributes: int | float | str,
+) -> tuple[Tensor, ...]:
+    """Leave a node whose outputs have the types and shapes of `like`."""
+    return tuple(
+        torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::{op_type}",
+            inputs,
+            attrs=attributes,
+            dtypes=[tensor.dtype for tensor in like],
+            shapes=[tensor.shape for tensor in like],
+            version=1,
+        )
+    )
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last axis, the sum in float32. hidden: [1, L, C]."""
+    if torch.compiler.is_exporting():
+        return _node("RMSNorm", (hidden, weight), [hidden], eps=eps)[0]
+    wide = hidden.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(hidden.dtype)
+
+
+def rotary(states: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    """Rotate each head by halves.
+
+    Args:
+        states: Queries or keys, heads side by side, [1, L, H * D].
+        cos: Cosines of the rows' angles, [1, L, D / 2].
+        sin: Sines, [1, L, D / 2].
+        num_heads: H.
+
+    Returns:
+        Rotated states, [1, L, H * D].
+    """
+    if torch.compiler.is_exporting():
+        return _node("Rotary", (states, cos, sin), [states], num_heads=num_heads)[0]
+    heads = states.view(*states.shape[:2], num_heads, -1)  # [1, L, H, D]
+    first, second = heads.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # [1, L, 1, D / 2]
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.reshape(states.shape)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale: float) -> Tensor:
+    """Full attention without a mask, as in a vision tower. All tensors: [B, N, H * D]."""
+    if torch.compiler.is_exporting():
+        return _node("Attention", (query, key, value), [query], num_heads=num_heads, scale=scale)[0]
+    split = [t.view(*t.shape[:2], num_heads, -1).transpose(1, 2) for t in (query, key, value)]
+    mixed = torch.nn.functional.scaled_dot_product_attention(*split, scale=scale)
+    return mixed.transpose(1, 2).reshape(query.shape)
+
+
+def cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot: Tensor,
+    last_key: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write new rows into a cache and attend over it.
+
+    The row at slot t sees slot j iff `j <= last_key[row]` or `j == t`.
+
+    Args:
+        query: Rotated queries, [1, L, H * D].
+        key: Rotated keys of the new rows, [1, L, G * D].
+        value: Values of the new rows, [1, L, G * D].
+        key_cache: Keys so far, [1, G, S, D].
+        value_cache: Values so far, [1, G, S, D].
+        slot: Slot of the first new row, [1].
+        last_key: Last slot that each row sees besides its own, [L].
+        num_heads: H.
+        num_kv_heads: G.
+        scale: Factor on the products, 1 / sqrt(D).
+
+    Returns:
+        The mixed values, [1, L, H * D], and both caches with the new rows in place.
+    """
+    if torch.compiler.is_exporting():
+        inputs = (query, key, value, key_cache, value_cache, slot, last_key)
+        like = [query, key_cache, value_cache]
+        heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        mixed, keys, values = _node("CachedAttention", inputs, like, **heads, scale=scale)
+        return mixed, keys, values
+    rows = torch.arange(query.shape[1], device=query.device) + slot  # [L]
+    keys, values = key_cache.clone(), value_cache.clone()
+    keys[:, :, rows] = key.view(1, -1, num_kv_heads, keys.shape[-1]).transpose(1, 2)
+    values[:, :, rows] = value.view(1, -1, num_kv_heads, keys.shape[-1]).transpose(1, 2)
+    slots = torch.arange(keys.shape[2], device=query.device)
+    seen = (slots <= last_key[:, None]) | (slots == rows[:, None])  # [L, S]
+    heads_first = query.view(1, -1, num_heads, keys.shape[-1]).transpose(1, 2)
+    mixed = torch.nn.functional.scaled_dot_product_attention(
+        heads_first, keys, values, attn_mask=seen, scale=scale, enable_gqa=True
+    )
+    return mixed.transpose(1, 2).reshape(query.shape), keys, values
+
+
+def mark(hidden: Tensor, name: str) -> Tensor:
+    """Give an inner value a name that survives export, so that `verify` can ask for it."""
+    if torch.compiler.is_exporting():
+        return _node("Mark", (hidden,), [hidden], name=name)[0]
+    return hidden

@@ -1,0 +1,80 @@
+"""Names of graphs, tensors and axes: the one place where export and runtime agree on them."""
+
+from __future__ import annotations
+
+# Graphs.
+VISION = "vision"
+COMPACT = "compact"
+
+
+def stage(index: int) -> str:
+    """Name of the graph of one stage of the decoder."""
+    return f"stage_{index}"
+
+
+def decide(plan: str, layer: int) -> str:
+    """Name of the graph that decides, for a plan, what enters decoder layer `layer`."""
+    return f"decide.{plan}.{layer}"
+
+
+# Tensors of `vision`.
+PIXEL_VALUES = "pixel_values"  # [B, 3, h, w]
+IMAGE_FEATURES = "image_features"  # [B, N, C]
+IMAGE_IDS = "image_ids"  # [B, N] raster index of each token on the patch grid, -1 for CLS
+
+# Tensors of `stage_i`. L0 rows come in, L rows are kept and fed.
+HIDDEN = "hidden"  # [1, L0, C]
+KEEP_INDICES = "keep_indices"  # [L] rows of `hidden` that this stage keeps, ascending
+POSITION_IDS = "position_ids"  # [L] rotary position of each kept row
+SLOT = "slot"  # [1] cache slot of the first kept row
+LAST_KEY = "last_key"  # [L] last slot that a row sees, besides its own
+LOGITS_ROW = "logits_row"  # [1] kept row whose logits are wanted (last stage)
+HIDDEN_OUT = "hidden_out"  # [1, L, C]
+LOGITS = "logits"  # [1, 1, V]
+
+
+def key_cache(layer: int) -> str:
+    """Keys of a layer, rotated, [1, G, S, D]; with `OUT` behind it, the same after the update."""
+    return f"key_cache.{layer}"
+
+
+def value_cache(layer: int) -> str:
+    """Values of a layer, [1, G, S, D]."""
+    return f"value_cache.{layer}"
+
+
+def query(layer: int) -> str:
+    """Queries of a layer, rotated, heads side by side, [1, L, H * D]."""
+    return f"query.{layer}"
+
+
+def layer_output(layer: int) -> str:
+    """Inner value of a stage graph: the hidden rows behind a layer, [1, L, C]."""
+    return f"layers.{layer}.output"
+
+
+OUT = ".out"  # suffix of a cache that a stage returns in place
+
+# Tensors of `decide`. It runs once per image over the L rows of the stage before the site.
+KEY = "key"  # [1, G, S, D] the cache of the layer that is read
+QUERY = "query"  # [1, L, H * D]
+VISUAL_ROWS = "visual_rows"  # [N] rows of the image's tokens that are alive
+TEXT_ROWS = "text_rows"  # [T] rows of the instruction behind the image
+PATCH_IDS = "patch_ids"  # [N] raster index of each of `visual_rows`
+NOISE = "noise"  # [1, N] uniform numbers in [0, 1)
+BUDGET = "budget"  # [1] most tokens that may be kept
+KEEP = "keep"  # [L] rows that survive so far; in and out
+KEEP_OUT = "keep_out"
+SCORES = "scores"  # [N]
+NUM_WANTED = "num_wanted"  # [1] tokens that the method would keep without a budget
+
+# Tensors of `compact`, besides KEEP and KEEP_INDICES.
+NUM_KEEP = "num_keep"  # [1]
+
+# Axes.
+AXIS_IMAGES = "images"
+AXIS_ROWS_IN = "rows_in"
+AXIS_ROWS = "rows"
+AXIS_SLOTS = "slots"
+AXIS_VISUAL = "visual"
+AXIS_TEXT = "text"

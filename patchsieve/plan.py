@@ -1,0 +1,157 @@
+"""A pruning plan: what drops visual tokens, where, and how many places are reserved for survivors.
+
+A plan is a small JSON object:
+
+    {"position_rule": "original",
+     "encoder": null, "projector": null,
+     "sites": [{"layer": 2, "method": "fastv", "params": {"keep_ratio": 0.5}, "budget": 288}]}
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from patchsieve.errors import PatchsieveError
+
+POSITION_RULES = ("original",)
+NO_PRUNING = "none"  # the plan that every bundle holds
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One place in the decoder where tokens are dropped.
+
+    Attributes:
+        layer: Tokens are dropped at the input of this decoder layer, counted from 0; at least 1.
+        method: Name in the table of pruning methods.
+        params: The method's own parameters.
+        budget: Most visual tokens per image that the layers from here on reserve slots for;
+            None until export has worked it out.
+    """
+
+    layer: int
+    method: str
+    params: dict[str, Any] = field(default_factory=dict)
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layer, int) or isinstance(self.layer, bool) or self.layer < 1:
+            raise PatchsieveError(
+                "a pruning site is the index of a decoder layer whose input is pruned",
+                found=repr(self.layer),
+                expected="a whole number from 1 to the number of layers less one",
+            )
+        if not isinstance(self.method, str) or not isinstance(self.params, dict):
+            raise PatchsieveError(
+                f"the site at layer {self.layer} is not well formed",
+                found=f"method {self.method!r}, params {self.params!r}",
+                expected="a method's name and an object of its parameters",
+            )
+        if self.budget is not None and (not isinstance(self.budget, int) or self.budget < 1):
+            raise PatchsieveError(
+                f"the budget of the site at layer {self.layer} is not a number of tokens",
+                found=repr(self.budget),
+                expected="a whole number of at least 1",
+            )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What prunes where.
+
+    Attributes:
+        sites: Decoder sites, ascending by layer.
+        encoder: Method inside the vision tower; no such method exists yet.
+        projector: Method between the tower and the decoder; no such method exists yet.
+        position_rule: How survivors and new tokens are numbered; "original" renumbers nothing.
+    """
+
+    sites: tuple[SitePlan, ...] = ()
+    encoder: None = None
+    projector: None = None
+    position_rule: str = "original"
+
+    def __post_init__(self) -> None:
+        layers = [site.layer for site in self.sites]
+        if layers != sorted(set(layers)):
+            raise PatchsieveError(
+                "a plan's sites are out of order or repeated",
+                found=layers,
+                expected="ascending layers, each once",
+            )
+        if self.position_rule not in POSITION_RULES:
+            raise PatchsieveError(
+                "unknown position rule",
+                found=repr(self.position_rule),
+                expected=" or ".join(POSITION_RULES),
+            )
+        for place in ("encoder", "projector"):
+            if getattr(self, place) is not None:
+                raise PatchsieveError(
+                    f"this version has no {place} methods",
+                    found=repr(getattr(self, place)),
+                    expected="null",
+                )
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers at whose input tokens are dropped."""
+        return [site.layer for site in self.sites]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON holds it."""
+        return asdict(self) | {"sites": [asdict(site) for site in self.sites]}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Plan:
+        """Read a plan from its JSON object, refusing what it does not know."""
+        if not isinstance(data, dict):
+            raise PatchsieveError("a plan is a JSON object", found=type(data).__name__)
+        known = {"sites", "encoder", "projector", "position_rule"}
+        _refuse_unknown("plan", data, known)
+        sites = data.get("sites", [])
+        if not isinstance(sites, list) or not all(isinstance(site, dict) for site in sites):
+            raise PatchsieveError("a plan's sites are a list of objects", found=repr(sites)[:80])
+        for site in sites:
+            _refuse_unknown("site", site, {"layer", "method", "params", "budget"})
+            if "layer" not in site or "method" not in site:
+                raise PatchsieveError(
+                    "a site needs a layer and a method", found=", ".join(site) or "nothing"
+                )
+        return cls(
+            sites=tuple(SitePlan(**site) for site in sites),
+            encoder=data.get("encoder"),
+            projector=data.get("projector"),
+            position_rule=data.get("position_rule", "original"),
+        )
+
+    @classmethod
+    def from_file(cls, path: Path) -> Plan:
+        """Read a plan from a JSON file."""
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise PatchsieveError(f"cannot read the plan {path}", found=error) from error
+
+
+def check_plan_name(name: str) -> str:
+    """Refuse a plan's name that cannot be part of a file's name."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+        raise PatchsieveError(
+            "a plan's name becomes part of file names",
+            found=repr(name),
+            expected="letters, digits, - and _, at most 64",
+        )
+    return name
+
+
+def _refuse_unknown(what: str, data: dict[str, Any], known: set[str]) -> None:
+    unknown = sorted(set(data) - known)
+    if unknown:
+        raise PatchsieveError(
+            f"a {what} has unknown entries", found=", ".join(unknown), expected=sorted(known)
+        )

@@ -1,0 +1,107 @@
+"""A loaded bundle that answers: `Model.generate`, `Model.stream`, `Model.chat`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from patchsieve.errors import CapacityError, RequestError
+from patchsieve.runtime.backend import open_backend
+from patchsieve.runtime.bundle import Bundle
+from patchsieve.runtime.cache import Cache
+from patchsieve.runtime.chat import Chat
+from patchsieve.runtime.images import load_image
+from patchsieve.runtime.pipeline import Pipeline
+from patchsieve.runtime.result import Result
+
+
+class Model:
+    """A bundle, loaded.
+
+    Args:
+        path: The bundle's directory.
+        target: What to run it as.
+        threads: Threads of the backend.
+        check: "hash" compares every file with its sha256 first; "size" only sizes.
+        progress: Told each file before it is checked.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        target: str = "cpu",
+        threads: int | None = None,
+        check: str = "hash",
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        self.bundle = Bundle(Path(path), target, check=check, progress=progress)
+        self.facts = self.bundle.manifest
+        self.backend = open_backend(self.bundle, threads=threads)
+        self.pipeline = Pipeline(self.bundle, self.backend)
+        self._spare: dict[str, Cache] = {}  # one cache per plan, for the next request
+
+    def generate(self, image: Any = None, prompt: str = "", **options: Any) -> Result:
+        """Answer one prompt about an image, several (a list), or none.
+
+        Args:
+            image: A path, bytes, a PIL image or an array [h, w, 3]; or a list of them.
+            prompt: The user's words; `<image>` in them places an image.
+            **options: `plan`, and those of `Chat.stream`: raw, max_new_tokens, temperature, ...
+
+        Returns:
+            The answer.
+        """
+        result = Result()
+        for _ in self.stream(image, prompt, result=result, **options):
+            pass
+        return result
+
+    def stream(
+        self, image: Any = None, prompt: str = "", *, result: Result | None = None, **options: Any
+    ) -> Iterator[str]:
+        """The same, piece by piece; `result` is filled when the last piece has come."""
+        chat = self.chat(plan=options.pop("plan", None))
+        try:
+            yield from chat.stream(prompt, image, result=result, **options)
+        finally:
+            chat.close()
+
+    def chat(self, *, plan: str | None = None) -> Chat:
+        """Start a conversation that continues from its cache."""
+        plan = plan or self.facts.default_plan
+        if plan not in self.facts.plans:
+            raise RequestError(
+                "the bundle holds no such plan", found=plan, expected=", ".join(self.facts.plans)
+            )
+        if self.backend.has_fixed_slots:
+            built = [stage.slots for stage in self.facts.stages]
+            if any(a > b for a, b in zip(self.facts.slots(plan), built, strict=True)):
+                raise CapacityError(
+                    f"the plan {plan} needs more slots than the engines reserve",
+                    found=self.facts.slots(plan),
+                    expected=f"at most {built}",
+                    do="export with a larger --budget",
+                )
+        return Chat(self, plan)
+
+    def take_cache(self, plan: str) -> Cache:
+        """An empty cache: the one that the last request gave back, or a new one."""
+        return self._spare.pop(plan, None) or self.pipeline.new_cache(plan)
+
+    def give_back(self, plan: str, cache: Cache) -> None:
+        """Keep a cache for the next request."""
+        cache.rewind((0,) * (1 + len(cache.stages)))
+        self._spare = {plan: cache}
+
+    def preprocess(self, sources: Sequence[Any]) -> np.ndarray:
+        """Images to pixels, [B, 3, h, w]."""
+        return np.stack([self.bundle.preprocessor(load_image(source)) for source in sources])
+
+    def close(self) -> None:
+        """Give back memory."""
+        self._spare.clear()
+        self.backend.close()

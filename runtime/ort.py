@@ -1,0 +1,140 @@
+"""ONNX Runtime on the CPU. Caches are bound as input and output at once, so each is one buffer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from patchsieve import names
+from patchsieve.errors import BundleError
+from patchsieve.runtime.backend import missing
+from patchsieve.runtime.bundle import Bundle
+from patchsieve.runtime.cache import StageCache
+
+try:
+    import onnxruntime as ort
+except ImportError as error:
+    raise missing("onnxruntime", "cpu") from error
+
+_QUIET = 3  # errors only
+
+
+@dataclass
+class Buffers:
+    """Caches of one stage, bound once to their session for as long as they live."""
+
+    arrays: dict[str, np.ndarray]
+    values: dict[str, Any]  # the same memory as ONNX Runtime's tensors
+    binding: Any
+    outputs: list[str]
+
+
+class OrtBackend:
+    """Runs `cpu` and `reference` graphs.
+
+    Args:
+        bundle: The opened bundle.
+        threads: Threads of one operator; all cores by default.
+    """
+
+    has_fixed_slots = False
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        self.bundle, self.facts = bundle, bundle.manifest
+        self.options = ort.SessionOptions()
+        self.options.log_severity_level = _QUIET
+        self.options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        self.options.enable_mem_pattern = False  # lengths differ from call to call
+        self._sessions: dict[str, Any] = {}
+        for graph in (names.VISION, names.COMPACT, *map(names.stage, range(len(self.facts.stages)))):
+            self._session(graph)
+
+    def allocate(self, stage: int, slots: int) -> Buffers:
+        """Caches of a stage: zeroed pages that take memory only when written."""
+        text, facts = self.facts.text, self.facts.stages[stage]
+        shape = (1, text.num_kv_heads, slots, text.head_dim)
+        layers = range(facts.first, facts.last)
+        arrays = {
+            name: np.zeros(shape, self.facts.precision)
+            for layer in layers
+            for name in (names.key_cache(layer), names.value_cache(layer))
+        }
+        values = {name: ort.OrtValue.ortvalue_from_numpy(a) for name, a in arrays.items()}
+        session = self._session(names.stage(stage))
+        outputs = [out.name for out in session.get_outputs() if not out.name.endswith(names.OUT)]
+        binding = session.io_binding()
+        for name in outputs:
+            binding.bind_output(name, "cpu")
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(name + names.OUT, value)
+        return Buffers(arrays, values, binding, outputs)
+
+    def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Run vision, decide or compact."""
+        session = self._session(graph)
+        outputs = [out.name for out in session.get_outputs()]
+        wanted = {value.name for value in session.get_inputs()}
+        used = {name: value for name, value in inputs.items() if name in wanted}
+        return _run(session, session.io_binding(), used, outputs)
+
+    def run_stage(self, stage: int, inputs: Mapping[str, Any], cache: StageCache) -> dict[str, Any]:
+        """Run a stage in place on its caches."""
+        buffers: Buffers = cache.buffers
+        session = self._session(names.stage(stage))
+        return _run(session, buffers.binding, inputs, buffers.outputs)
+
+    def key_cache(self, cache: StageCache, layer: int) -> Any:
+        """The cache itself, not a copy."""
+        return cache.buffers.values[names.key_cache(layer)]
+
+    def to_numpy(self, tensor: Any) -> np.ndarray:
+        """Copy a tensor out."""
+        return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
+
+    def clear(self, cache: StageCache) -> None:
+        """Zero the slots behind the cache's length."""
+        for array in cache.buffers.arrays.values():
+            array[:, :, cache.length :] = 0
+
+    def describe(self) -> dict[str, Any]:
+        """Library and device."""
+        threads = self.options.intra_op_num_threads
+        return {"library": f"onnxruntime {ort.__version__}", "device": f"cpu, {threads} threads"}
+
+    def close(self) -> None:
+        """Drop the sessions."""
+        self._sessions.clear()
+
+    def _session(self, graph: str) -> Any:
+        if graph not in self._sessions:
+            path = self.bundle.graph_path(graph)
+            try:
+                self._sessions[graph] = ort.InferenceSession(
+                    str(path), self.options, providers=["CPUExecutionProvider"]
+                )
+            except Exception as error:  # its exceptions have no common base but this
+                if not type(error).__module__.startswith("onnxruntime"):
+                    raise
+                raise BundleError(
+                    f"ONNX Runtime {ort.__version__} does not load {path.name}",
+                    found=str(error).splitlines()[0][:300],
+                    do="upgrade onnxruntime, or export the bundle again",
+                ) from error
+        return self._sessions[graph]
+
+
+def _run(session: Any, binding: Any, inputs: Mapping[str, Any], outputs: list[str]) -> dict[str, Any]:
+    """Run with `outputs` bound first, each in a new buffer of the length that comes out."""
+    for name, value in inputs.items():
+        if isinstance(value, np.ndarray):
+            value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
+        binding.bind_ortvalue_input(name, value)
+    for name in outputs:
+        binding.bind_output(name, "cpu")
+    session.run_with_iobinding(binding)
+    return dict(zip(outputs, binding.get_outputs(), strict=False))

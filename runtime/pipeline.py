@@ -1,0 +1,218 @@
+"""Rows through the stages: prefill with the decisions between them, and decode one row at a time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from patchsieve import names
+from patchsieve.errors import PatchsieveError
+from patchsieve.runtime.backend import Backend
+from patchsieve.runtime.bundle import Bundle
+from patchsieve.runtime.cache import Cache, StageCache, empty_cache
+from patchsieve.runtime.result import SiteResult
+from patchsieve.runtime.rows import Rows
+
+
+@dataclass
+class Prefill:
+    """What came of a prefill.
+
+    Attributes:
+        logits: Of the last row, float32 [V].
+        sites: What was decided.
+        stage_ms: Time of each stage.
+        decide_ms: Time of each site's decisions, compaction included.
+    """
+
+    logits: np.ndarray
+    sites: list[SiteResult] = field(default_factory=list)
+    stage_ms: list[float] = field(default_factory=list)
+    decide_ms: list[float] = field(default_factory=list)
+
+
+class Pipeline:
+    """The graphs of a bundle in their order.
+
+    Args:
+        bundle: The opened bundle.
+        backend: What runs its graphs.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle, self.backend, self.facts = bundle, backend, bundle.manifest
+        self._only_row = np.zeros(1, np.int64)
+
+    def new_cache(self, plan: str) -> Cache:
+        """An empty cache with the reservation of a plan."""
+        return empty_cache(self.facts, plan, self.backend.allocate)
+
+    def see(self, pixel_values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Image features [B, N, C] and raster ids [B, N] of pixels [B, 3, h, w]."""
+        out = self.backend.run(names.VISION, {names.PIXEL_VALUES: pixel_values})
+        features, ids = out[names.IMAGE_FEATURES], out[names.IMAGE_IDS]
+        return self.backend.to_numpy(features), self.backend.to_numpy(ids)
+
+    def prefill(
+        self,
+        hidden: np.ndarray,
+        rows: Rows,
+        cache: Cache,
+        plan: str,
+        rng: np.random.Generator,
+    ) -> Prefill:
+        """Feed rows through all stages, dropping visual rows where the plan says.
+
+        Args:
+            hidden: Embeddings and image features, [1, L0, C].
+            rows: What they are.
+            cache: Rows are added to it; after an error it stands as before.
+            plan: Name of the plan.
+            rng: Noise for methods that draw.
+
+        Raises:
+            PatchsieveError: The logits are not finite.
+        """
+        mark = cache.mark()
+        try:
+            return self._prefill(hidden, rows, cache, plan, rng)
+        except BaseException:
+            self._undo(cache, mark)
+            raise
+
+    def _prefill(
+        self, hidden: Any, rows: Rows, cache: Cache, plan: str, rng: np.random.Generator
+    ) -> Prefill:
+        sites = {site.layer: site for site in self.facts.plans[plan].sites}
+        result = Prefill(np.zeros(0, np.float32))
+        keep_indices = np.arange(len(rows))
+        position = cache.position + len(rows)
+        for index, stage_cache in enumerate(cache.stages):
+            start = time.perf_counter()
+            slot = stage_cache.length
+            out = self._stage(index, hidden, keep_indices, rows.position_ids, stage_cache)
+            result.stage_ms.append(_since(start))
+            hidden = out.get(names.HIDDEN_OUT)
+            keep_indices = np.arange(len(rows))
+            site = sites.get(stage_cache.stage.last)
+            if site is not None and rows.images():
+                start = time.perf_counter()
+                query = out[names.query(site.layer - 1)]
+                budget = site.budget or self.facts.vision.num_visual
+                keep_indices = self._decide(
+                    plan, site.layer, budget, query, slot, rows, stage_cache, rng, result.sites
+                )
+                rows = rows.take(keep_indices)
+                result.decide_ms.append(_since(start))
+        cache.position = position
+        result.logits = self._finite(out[names.LOGITS])
+        return result
+
+    def decode(self, token_id: int, cache: Cache) -> np.ndarray:
+        """Feed one token and return the logits behind it, float32 [V]."""
+        mark = cache.mark()
+        try:
+            hidden: Any = self.bundle.embed(np.array([token_id]))[None]  # [1, 1, C]
+            position = np.array([cache.position])
+            for index, stage_cache in enumerate(cache.stages):
+                out = self._stage(index, hidden, self._only_row, position, stage_cache)
+                hidden = out.get(names.HIDDEN_OUT)
+            cache.position += 1
+            return self._finite(out[names.LOGITS])
+        except BaseException:
+            self._undo(cache, mark)
+            raise
+
+    def _stage(
+        self,
+        index: int,
+        hidden: Any,
+        keep_indices: np.ndarray,
+        position_ids: np.ndarray,
+        cache: StageCache,
+    ) -> dict[str, Any]:
+        count = len(keep_indices)
+        inputs = {
+            names.HIDDEN: hidden,
+            names.KEEP_INDICES: keep_indices,
+            names.POSITION_IDS: position_ids,
+            names.SLOT: np.array([cache.length]),
+            names.LAST_KEY: cache.length + np.arange(count),
+        }
+        if index == len(self.facts.stages) - 1:
+            inputs[names.LOGITS_ROW] = np.array([count - 1])
+        out = self.backend.run_stage(index, inputs, cache)
+        cache.length += count
+        return out
+
+    def _decide(
+        self,
+        plan: str,
+        layer: int,
+        budget: int,
+        query: Any,
+        slot: int,
+        rows: Rows,
+        cache: StageCache,
+        rng: np.random.Generator,
+        sites: list[SiteResult],
+    ) -> np.ndarray:
+        """Run a site's decision once per image and return the rows that go on."""
+        keep: Any = np.ones(len(rows), bool)
+        wanted = {}
+        for image in rows.images():
+            visual_rows = rows.of_image(image)
+            out = self.backend.run(
+                names.decide(plan, layer),
+                {
+                    names.QUERY: query,
+                    names.KEY: self.backend.key_cache(cache, layer - 1),
+                    names.SLOT: np.array([slot]),
+                    names.VISUAL_ROWS: visual_rows,
+                    names.TEXT_ROWS: rows.text_for(image),
+                    names.PATCH_IDS: rows.patch_ids[visual_rows],
+                    names.KEEP: keep,
+                    names.BUDGET: np.array([budget]),
+                    names.NOISE: rng.random((1, len(visual_rows)), np.float32),
+                },
+            )
+            keep = out[names.KEEP_OUT]
+            wanted[image] = out[names.NUM_WANTED]
+        out = self.backend.run(names.COMPACT, {names.KEEP: keep})
+        num_keep = int(self.backend.to_numpy(out[names.NUM_KEEP])[0])
+        keep_indices = self.backend.to_numpy(out[names.KEEP_INDICES])[:num_keep]
+        kept = rows.take(keep_indices)
+        for image, count in wanted.items():
+            sites.append(
+                SiteResult(
+                    layer=layer,
+                    image=image,
+                    num_visual_before=len(rows.of_image(image)),
+                    kept=np.sort(kept.patch_ids[kept.of_image(image)]).tolist(),
+                    num_wanted=int(self.backend.to_numpy(count)[0]),
+                )
+            )
+        return keep_indices
+
+    def _undo(self, cache: Cache, mark: tuple[int, ...]) -> None:
+        """Forget rows and zero their slots: a mask does not stop a NaN in an unused slot."""
+        cache.rewind(mark)
+        for stage_cache in cache.stages:
+            self.backend.clear(stage_cache)
+
+    def _finite(self, logits: Any) -> np.ndarray:
+        values = self.backend.to_numpy(logits).reshape(-1)
+        if not np.isfinite(values).all():
+            raise PatchsieveError(
+                "the model's output is not finite",
+                found="NaN or infinity in the logits",
+                do="check the checkpoint; in float16 try --precision float32",
+            )
+        return values
+
+
+def _since(start: float) -> float:
+    return (time.perf_counter() - start) * 1e3

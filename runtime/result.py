@@ -1,0 +1,81 @@
+"""What a request returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SiteResult:
+    """What one decision did to one image.
+
+    Attributes:
+        layer: Tokens were dropped at the input of this layer.
+        image: Number of the image in the conversation.
+        num_visual_before: Its tokens that were alive.
+        kept: Raster ids of the survivors, ascending.
+        num_wanted: Survivors without a budget.
+    """
+
+    layer: int
+    image: int
+    num_visual_before: int
+    kept: list[int]
+    num_wanted: int
+
+    @property
+    def is_capped(self) -> bool:
+        """The budget cut what the method would have kept."""
+        return self.num_wanted > len(self.kept)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The site as `run --json` prints it."""
+        return {
+            "layer": self.layer,
+            "image": self.image,
+            "num_visual_before": self.num_visual_before,
+            "num_kept": len(self.kept),
+            "kept": self.kept,
+            "num_wanted": self.num_wanted,
+            "capped": self.is_capped,
+        }
+
+
+@dataclass
+class Result:
+    """One answer.
+
+    Attributes:
+        text: Without special tokens, cut at a stop string.
+        token_ids: All that was generated, an end token included.
+        finish_reason: "eos", "stop" (a stop string) or "length".
+        prompt_tokens: Rows that this turn fed before the answer, visual ones included.
+        visual_tokens: Visual rows among them.
+        plan: The plan that was followed.
+        selection: "picked" in this turn, "kept" from an earlier one, "repicked" by a new prefill,
+            or "none" where nothing was pruned.
+        sites: Survivors per site and image, of the whole conversation.
+        kv_bytes: Reserved and used, in all and per stage.
+        timings_ms: Milliseconds of each part; `ttft` is the time to the first token.
+        notes: What the user should know, in sentences.
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = "length"
+    prompt_tokens: int = 0
+    visual_tokens: int = 0
+    plan: str = ""
+    selection: str = "none"
+    sites: list[SiteResult] = field(default_factory=list)
+    kv_bytes: dict[str, Any] = field(default_factory=dict)
+    timings_ms: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as `run --json` prints it."""
+        sites = [site.to_dict() for site in self.sites]
+        return {"schema_version": SCHEMA_VERSION, **vars(self), "sites": sites}

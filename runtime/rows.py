@@ -1,0 +1,59 @@
+"""What the host knows of each row that is fed: its position, its image, its patch, its role."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+TEXT = -1  # image number of a row that belongs to no image
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one prefill, or those of them that a stage kept.
+
+    Attributes:
+        position_ids: Rotary position, int64 [L].
+        image: Number of the row's image in the conversation, TEXT for text, int64 [L].
+        patch_ids: Raster index on the image's patch grid, -1 for none, int64 [L].
+        is_instruction: The row holds a token of the last question, bool [L].
+    """
+
+    position_ids: np.ndarray
+    image: np.ndarray
+    patch_ids: np.ndarray
+    is_instruction: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.position_ids)
+
+    def take(self, indices: np.ndarray) -> Rows:
+        """The rows at some indices."""
+        return Rows(
+            self.position_ids[indices],
+            self.image[indices],
+            self.patch_ids[indices],
+            self.is_instruction[indices],
+        )
+
+    def images(self) -> list[int]:
+        """Numbers of the images among the rows, ascending."""
+        return [int(number) for number in np.unique(self.image) if number != TEXT]
+
+    def of_image(self, image: int) -> np.ndarray:
+        """Indices of an image's rows, [N]."""
+        return np.flatnonzero(self.image == image)
+
+    def text_for(self, image: int) -> np.ndarray:
+        """Rows that judge an image: the question behind it, [T].
+
+        Where the question stands before the image, every later text row judges it (the opening of
+        the answer, at least); where no text follows, the last row does.
+        """
+        last = self.of_image(image)[-1]
+        behind = (np.arange(len(self)) > last) & (self.image == TEXT)
+        for chosen in (behind & self.is_instruction, behind):
+            if chosen.any():
+                return np.flatnonzero(chosen)
+        return np.array([len(self) - 1])
