@@ -1,8 +1,9 @@
 """Read a checkpoint's image processor, without transformers, into the fields of the runtime's one.
 
 What transformers 5 does when it loads these files is followed: `image_processor` inside
-processor_config.json goes before preprocessor_config.json, null means the class's default, and the
-spellings of older files (an int for a size, "CLIPFeatureExtractor", the suffix "Fast") still count.
+processor_config.json goes before preprocessor_config.json, an absent key means the class's default
+and a null switches its step off, and the spellings of older files (an int for a size,
+"CLIPFeatureExtractor", the suffix "Fast") still count.
 """
 
 from __future__ import annotations
@@ -43,6 +44,13 @@ _DEFAULTS = {
     "SiglipImageProcessor": _SIGLIP,
     "LlavaImageProcessor": _CLIP,
 }
+# What stands for a null in a step that is switched off; the padding's colour is then black.
+_UNUSED = (
+    ("do_resize", "resample", 3),
+    ("do_rescale", "rescale_factor", 1 / 255),
+    ("do_normalize", "image_mean", 0.0),
+    ("do_normalize", "image_std", 1.0),
+)
 _SQUARE_PAD = "LlavaImageProcessor"
 
 
@@ -83,11 +91,7 @@ def preprocessor_from_checkpoint(directory: Path) -> dict[str, object]:
         raise _refuse(where, "image_grid_pinpoints (LLaVA-NeXT tiles)", "one tile per image")
     if config.get("use_square_size"):
         raise _refuse(where, "use_square_size", "size with height and width")
-    defaults = _DEFAULTS[kind]
-    given = {k: defaults[k] if config.get(k) is None else config[k] for k in defaults}
-    for flag in (key for key in given if key.startswith("do_")):
-        if not isinstance(given[flag], bool):
-            raise _refuse(where, f"{flag} = {given[flag]!r}", "true or false")
+    given = _given(config, _DEFAULTS[kind], where)
     if given["do_pad"] and kind != _SQUARE_PAD:
         raise _refuse(where, f"do_pad in a {kind}", f"do_pad only in {_SQUARE_PAD}")
     resize = _resize_fields(given, where)
@@ -105,18 +109,25 @@ def preprocessor_from_checkpoint(directory: Path) -> dict[str, object]:
             "a size of pixel_values that depends on the image",
             "a centre crop, or a resize to a fixed height and width",
         )
+    mean = _channels(given["image_mean"], "image_mean", where)
+    std = _channels(given["image_std"], "image_std", where)
+    scale = _number(given["rescale_factor"], "rescale_factor", where)
+    if min(*std, scale) <= 0:
+        raise _refuse(where, f"image_std {std}, rescale_factor {scale}", "numbers above 0")
+    if given["do_pad"] and not all(0 <= channel <= 1 for channel in mean):
+        raise _refuse(where, f"do_pad with image_mean {mean}", "image_mean 0 to 1, a colour")
     return {
         **resize,
         "crop_size": crop_size,
-        "image_mean": _channels(given["image_mean"], "image_mean", where),
-        "image_std": _channels(given["image_std"], "image_std", where),
-        "rescale_factor": _number(given["rescale_factor"], "rescale_factor", where),
+        "image_mean": mean,
+        "image_std": std,
+        "rescale_factor": scale,
         **{key: value for key, value in given.items() if key.startswith("do_")},
     }
 
 
 def prompt_fields_from_checkpoint(directory: Path) -> PromptFields:
-    """What processor_config.json says about image tokens; all None where there is no such file.
+    """Read what processor_config.json says about image tokens; None where it says nothing.
 
     Raises:
         UnsupportedModelError: The file is damaged or a field has the wrong type.
@@ -177,6 +188,21 @@ def _kind(config: dict[str, object], where: Path) -> str:
     if kind not in _DEFAULTS:
         raise _refuse(where, str(name), ", ".join(_DEFAULTS))
     return kind
+
+
+def _given(
+    config: dict[str, object], defaults: dict[str, object], where: Path
+) -> dict[str, object]:
+    """Fill in what the file leaves out; every flag becomes true or false."""
+    given = {key: config.get(key, default) for key, default in defaults.items()}
+    for flag in (key for key in given if key.startswith("do_")):
+        if given[flag] is not None and not isinstance(given[flag], bool):
+            raise _refuse(where, f"{flag} = {given[flag]!r}", "true or false")
+        given[flag] = bool(given[flag])
+    for flag, key, unused in _UNUSED:
+        if given[key] is None and not given[flag]:
+            given[key] = unused
+    return given
 
 
 def _resize_fields(given: dict[str, object], where: Path) -> dict[str, object]:

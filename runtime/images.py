@@ -25,7 +25,7 @@ MAX_IMAGE_PIXELS = 89_478_485
 # Pillow's resampling table takes 32 to 48 bytes per pixel of a side, whatever the other side is.
 MAX_IMAGE_SIDE = 1 << 20
 
-# What Pillow's readers raise on damaged files (seen when flipping and cutting bytes of each format).
+# What Pillow's readers raise on damaged files (seen when flipping and cutting bytes of each).
 _DAMAGE = (
     OSError,
     SyntaxError,
@@ -42,8 +42,9 @@ _DAMAGE = (
 # Only pixel formats: Pillow would run Ghostscript for EPS, and its rarer readers are less hardened.
 # HEIF counts where a plugin registered it.
 _FORMATS = (
-    "PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "HEIF", "ICO", "TGA",
-)  # fmt: skip
+    *("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF"),
+    *("PPM", "JPEG2000", "AVIF", "HEIF", "ICO", "TGA"),
+)
 _GREY_16_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I"})
 _ACCEPTED = (
     "a path, the bytes of an image file, a Pillow image, or a uint8 array [h, w, 3] or [h, w]"

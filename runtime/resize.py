@@ -42,7 +42,8 @@ def resize_and_crop(
     """Resize to `size`, then keep the centre of at most `crop`.
 
     Beyond `max_pixels` only the kept region is resized. Pillow's filters see the same source pixels
-    either way, so that both ways agree to 1 grey level (the rounding of the region's corners).
+    either way, and both agree to 1 grey level: Pillow stores the region's corners in 32-bit floats.
+    NEAREST and BOX, which jump, may take the neighbouring source pixel where two are equally near.
 
     Args:
         image: RGB, any size.
@@ -61,7 +62,7 @@ def resize_and_crop(
         return resized.crop((left, top, right, bottom))
     x0, x1, box_left, box_right = _source_span(image.width, size[1], left, right, resample)
     y0, y1, box_top, box_bottom = _source_span(image.height, size[0], top, bottom, resample)
-    # Pillow stores a box in 32-bit floats: cutting first keeps its numbers small, so exact enough.
+    # Cutting first keeps the box's 32-bit numbers small, so exact enough.
     return image.crop((x0, y0, x1, y1)).resize(
         (right - left, bottom - top), resample, box=(box_left, box_top, box_right, box_bottom)
     )
@@ -77,9 +78,8 @@ def pad_and_resize(
     """Pad the image with `colour` to a centred square, then resize the square to `size`.
 
     Beyond `max_pixels` the square is not built: the long axis is resized first, without the
-    padding, and then the short axis on a band of padding as high as the filter reaches. Pillow
-    resizes the width first, so wide images come out the same and tall ones agree to the rounding
-    between the two passes.
+    padding, then the short axis on a band of padding as high as the filter reaches. Agrees to 1
+    grey level, with the same exception for NEAREST and BOX as in `resize_and_crop`.
 
     Args:
         image: RGB, any size.
@@ -94,23 +94,24 @@ def pad_and_resize(
     side = max(image.size)
     if side * side <= max_pixels or image.width == image.height:
         return pad_and_crop(image, (side, side), colour).resize((size[1], size[0]), resample)
-    if image.height > image.width:
-        turned = image.transpose(Image.Transpose.TRANSPOSE)
-        padded = pad_and_resize(turned, (size[1], size[0]), colour, resample, max_pixels)
-        return padded.transpose(Image.Transpose.TRANSPOSE)
-    strip = image.resize((size[1], image.height), resample)
-    top = (side - image.height) // 2
-    scale = side / size[0]
+    is_tall = image.height > image.width
+    along, across = size if is_tall else (size[1], size[0])
+    short = min(image.size)
+    strip = image.resize((short, along) if is_tall else (along, short), resample)
+    if is_tall:  # from here on the strip lies: along is the width
+        strip = strip.transpose(Image.Transpose.TRANSPOSE)
+    top = (side - short) // 2
+    scale = side / across
     reach = math.ceil(_SUPPORT[Image.Resampling(resample)] * max(scale, 1.0)) + 1
-    first = max(0, math.floor((top - reach) / scale))  # output rows first..last can see the strip
-    last = min(size[0], math.ceil((top + image.height + reach) / scale))
-    y0, y1, box_top, box_bottom = _source_span(side, size[0], first, last, resample)
-    band = Image.new("RGB", (size[1], y1 - y0), colour)
+    first = max(0, math.floor((top - reach) / scale))  # rows first..last - 1 can see the strip
+    last = min(across, math.ceil((top + short + reach) / scale))
+    y0, y1, box_top, box_bottom = _source_span(side, across, first, last, resample)
+    band = Image.new("RGB", (along, y1 - y0), colour)
     band.paste(strip, (0, top - y0))
-    box = (0, box_top, size[1], box_bottom)
-    result = Image.new("RGB", (size[1], size[0]), colour)
-    result.paste(band.resize((size[1], last - first), resample, box=box), (0, first))
-    return result
+    box = (0, box_top, along, box_bottom)
+    result = Image.new("RGB", (along, across), colour)
+    result.paste(band.resize((along, last - first), resample, box=box), (0, first))
+    return result.transpose(Image.Transpose.TRANSPOSE) if is_tall else result
 
 
 def pad_and_crop(
