@@ -1,4 +1,4 @@
-"""Tiny tokenizers of the kinds that LLaVA models use, trained in milliseconds on a few sentences."""
+"""Tiny tokenizers of the kinds that LLaVA models use, trained on a few sentences."""
 
 from __future__ import annotations
 
