@@ -1,0 +1,475 @@
+"""From a chat or a raw text to token ids, with one token per image and the instruction's place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Encoding, Tokenizer
+
+from patchsieve.errors import BundleError, RequestError
+from patchsieve.runtime.chat_template import ChatTemplate, Message
+
+_LOG = logging.getLogger(__name__)
+# Private-use characters that mark the instruction in a second render
+_OPEN, _CLOSE = "\ue0f0", "\ue0f1"
+_ANCHORS = (".", "\n", "a")  # what may stand before a suffix, so that it does not begin a text
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised prompt in which each image is still one token.
+
+    Attributes:
+        text: The rendered prompt.
+        token_ids: int64 [T].
+        image_positions: Indices in `token_ids` of the M image tokens, int64 [M].
+        instruction: Indices in `token_ids` of the tokens that hold the last user message's text,
+            without role markers and image tokens, int64.
+    """
+
+    text: str
+    token_ids: np.ndarray
+    image_positions: np.ndarray
+    instruction: np.ndarray
+
+
+@dataclass(frozen=True)
+class ExpandedPrompt:
+    """A prompt in which each image has as many tokens as the LLM is fed.
+
+    Attributes:
+        token_ids: int64 [L0].
+        image_index: Number of the image that a row belongs to, -1 for text, int64 [L0].
+        instruction_rows: Rows of the instruction's tokens, int64.
+        image_spans: First row and the row after the last, per image.
+    """
+
+    token_ids: np.ndarray
+    image_index: np.ndarray
+    instruction_rows: np.ndarray
+    image_spans: list[tuple[int, int]]
+
+
+def expand(prompt: Prompt, visual_tokens_per_image: int) -> ExpandedPrompt:
+    """Repeat each image token, as LlavaProcessor repeats the placeholder before tokenising.
+
+    Args:
+        prompt: The prompt, T tokens with M images.
+        visual_tokens_per_image: Rows N of one image, so L0 = T + M (N - 1).
+
+    Returns:
+        The expanded prompt.
+
+    Raises:
+        RequestError: `visual_tokens_per_image` is below 1.
+    """
+    if visual_tokens_per_image < 1:
+        raise RequestError(
+            "bad visual_tokens_per_image", found=visual_tokens_per_image, expected=">= 1"
+        )
+    counts = np.ones(len(prompt.token_ids), dtype=np.int64)  # [T]
+    counts[prompt.image_positions] = visual_tokens_per_image
+    starts = np.cumsum(counts) - counts  # [T], first row of each token
+    owner = np.full(len(prompt.token_ids), -1, dtype=np.int64)
+    owner[prompt.image_positions] = np.arange(len(prompt.image_positions))
+    spans = [(int(s), int(s) + visual_tokens_per_image) for s in starts[prompt.image_positions]]
+    return ExpandedPrompt(
+        token_ids=np.repeat(prompt.token_ids, counts),  # [L0]
+        image_index=np.repeat(owner, counts),  # [L0]
+        instruction_rows=starts[prompt.instruction],
+        image_spans=spans,
+    )
+
+
+class PromptBuilder:
+    """Renders and tokenises prompts for one bundle.
+
+    The image token's literal text is a placeholder wherever it stands, also in a user's text. The
+    tokenizer's other special tokens keep their meaning there too, as in Hugging Face.
+    """
+
+    def __init__(
+        self,
+        tokenizer_file: str | Path,
+        chat_template: str | None,
+        *,
+        image_token: str,
+        image_token_id: int,
+        special_tokens: Mapping[str, str] | None = None,
+    ) -> None:
+        """Load the tokenizer and compile the template.
+
+        Args:
+            tokenizer_file: The bundle's tokenizer.json. Its post-processor decides about BOS.
+            chat_template: Jinja text, or None where the checkpoint has none.
+            image_token: The placeholder of an image.
+            image_token_id: Its id.
+            special_tokens: `bos_token`, `eos_token` ..., passed to the template by these names.
+
+        Raises:
+            BundleError: The tokenizer is missing, does not know the image token, or the template
+                does not compile.
+        """
+        if not Path(tokenizer_file).is_file():
+            raise BundleError(
+                "the bundle has no tokenizer", found=f"no {tokenizer_file}", do="export it again"
+            )
+        self.tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.image_token = image_token
+        self.image_token_id = image_token_id
+        ids = self.tokenizer.encode(image_token, add_special_tokens=False).ids
+        if ids != [image_token_id]:
+            raise BundleError(
+                f"the tokenizer does not know the image token {image_token!r}",
+                found=f"ids {ids}",
+                expected=f"[{image_token_id}]",
+                do="add it to the checkpoint's tokenizer as a special token and export again",
+            )
+        added = self.tokenizer.get_added_tokens_decoder()
+        self._special_ids = [token for token, entry in added.items() if entry.special]
+        special_tokens = dict(special_tokens or {})
+        self._bos_token = special_tokens.get("bos_token")
+        self._template = None
+        if chat_template is not None:
+            self._template = ChatTemplate(
+                chat_template, image_token=image_token, special_tokens=special_tokens
+            )
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `build` works; without a template only `build_raw` does."""
+        return self._template is not None
+
+    def user_message(self, text: str, num_images: int) -> Message:
+        """A user's turn from a text and a number of images.
+
+        Args:
+            text: May hold image placeholders, which are then used in place; else the images come
+                first. Empty text is allowed beside an image, if the template puts at least one
+                token behind the image (`build` checks it).
+            num_images: How many images the request has.
+
+        Returns:
+            A message with a list of parts, for `build`.
+
+        Raises:
+            RequestError: Placeholders and images do not match, or there is nothing to send.
+        """
+        placeholders = text.count(self.image_token)
+        if placeholders:
+            self._check_count(placeholders, num_images)
+        if not text.strip() and num_images == 0:
+            raise _nothing_to_send()
+        if not placeholders:
+            content = [{"type": "image"}] * num_images
+            return {"role": "user", "content": content + _text_parts(text)}
+        template = self._template
+        if template is not None and template.reads_parts and template.keeps_order:
+            content = _text_parts(text[: text.index(self.image_token)])
+            for piece in text.split(self.image_token)[1:]:
+                content += [{"type": "image"}, *_text_parts(piece)]
+            return {"role": "user", "content": content}
+        # A template that gathers the images in front would move them: leave them in the text
+        return {"role": "user", "content": _text_parts(text)}
+
+    def build(self, messages: Sequence[Message], num_images: int) -> Prompt:
+        """Render and tokenise a chat, ending with the opening of the assistant's turn.
+
+        BOS is added as the tokenizer's post-processor does, unless the template already wrote it.
+        Where the last user message has no text, or the template rewrites it beyond recognition, the
+        instruction is every token after the last image.
+
+        Args:
+            messages: `{"role", "content"}` each; content is a string or a list of parts.
+            num_images: How many images the request has, over all turns.
+
+        Returns:
+            The prompt, image tokens not expanded.
+
+        Raises:
+            RequestError: No template, bad messages, or images and placeholders that do not match.
+        """
+        template = self._required_template()
+        _check_messages(messages)
+        text = template.render(messages)
+        self._check_count(text.count(self.image_token), num_images)
+        if num_images == 0 and not _message_texts(messages[-1], self.image_token):
+            raise _nothing_to_send()
+        spans = self._instruction_spans(messages, text)
+        encoding = self._encode(text)
+        return self._prompt(text, encoding, spans)
+
+    def build_raw(self, text: str, num_images: int) -> Prompt:
+        """Tokenise a text as it is, without a template.
+
+        BOS is added as the tokenizer's post-processor does, unless the text begins with it. Role
+        markers cannot be told apart here: the instruction is every token after the last image, or
+        all but the special tokens where nothing follows it.
+
+        Args:
+            text: The whole prompt, with a placeholder per image.
+            num_images: How many images the request has.
+
+        Returns:
+            The prompt, image tokens not expanded.
+
+        Raises:
+            RequestError: Images and placeholders do not match, or the text is empty.
+        """
+        if not text.strip():
+            raise _nothing_to_send()
+        self._check_count(text.count(self.image_token), num_images)
+        encoding = self._encode(text)
+        after = text.rfind(self.image_token) + len(self.image_token) if num_images else 0
+        spans = [(after, len(text))] if text[after:].strip() else [(0, len(text))]
+        return self._prompt(text, encoding, spans)
+
+    def answer_text(self, token_ids: Sequence[int] | np.ndarray) -> str:
+        """An answer as it stands behind its prompt.
+
+        Decoding an answer alone drops the space that Llama-style tokenizers put at the start of a
+        text. Here it stays, so that prompt + answer is what the cache really holds.
+
+        Args:
+            token_ids: Ids of the answer; special ones are left out.
+
+        Returns:
+            The text to add to `Prompt.text` for `continuation`.
+        """
+        ids = [int(token) for token in token_ids]
+        lead = self.tokenizer.encode("a", add_special_tokens=False).ids
+        before = self.tokenizer.decode(lead, skip_special_tokens=True)
+        return self.tokenizer.decode(lead + ids, skip_special_tokens=True)[len(before) :]
+
+    def continuation(self, previous_text: str, messages: Sequence[Message]) -> str | None:
+        """The text to feed for the next turn on a cache that holds the earlier ones.
+
+        Args:
+            previous_text: What the cache holds: the last prompt's `text` + `answer_text` of the
+                answer tokens that were fed. An end token that was fed must be part of it.
+            messages: The whole conversation, the new question last.
+
+        Returns:
+            The suffix for `tokenize_suffix`, or None where the rendered conversation does not begin
+            with `previous_text` (the template rewrites earlier turns): then prefill from the start.
+
+        Raises:
+            RequestError: No template, or bad messages.
+        """
+        template = self._required_template()
+        _check_messages(messages)
+        text = template.render(messages)
+        if not text.startswith(previous_text) or len(text) == len(previous_text):
+            return None
+        return text[len(previous_text) :]
+
+    def tokenize_suffix(
+        self, text: str, previous_text: str = "", messages: Sequence[Message] | None = None
+    ) -> Prompt:
+        """Tokenise the continuation of a text: no BOS, and no space of a text's beginning.
+
+        Args:
+            text: The suffix from `continuation`.
+            previous_text: What stands before it. With it the tokens are those that the whole text
+                has there; without it a neutral character stands in.
+            messages: The conversation; with it the instruction is found as in `build`, else as in
+                `build_raw`.
+
+        Returns:
+            A prompt whose indices count from the suffix's first token.
+
+        Raises:
+            RequestError: The suffix is empty.
+        """
+        if not text:
+            raise _nothing_to_send()
+        after = text.rfind(self.image_token)
+        after = after + len(self.image_token) if after >= 0 else 0
+        spans = [(after, len(text))]
+        if messages is not None:
+            whole = self._required_template().render(messages)
+            start = len(whole) - len(text)
+            found = [(b - start, e - start) for b, e in self._instruction_spans(messages, whole)]
+            spans = [span for span in found if span[0] >= 0] or spans
+        # A token may begin with the anchor's trailing space, which offsets do not always tell
+        anchors = (
+            (previous_text, *_ANCHORS) if previous_text.rstrip() == previous_text else _ANCHORS
+        )
+        for anchor in filter(None, anchors):
+            encoding = self.tokenizer.encode(anchor + text, add_special_tokens=False)
+            offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+            inside = offsets[:, 1] > len(anchor)
+            if inside.any() and (offsets[inside, 0] >= len(anchor)).all():
+                first = int(np.argmax(inside))
+                offsets = offsets[first:] - len(anchor)
+                ids = np.asarray(encoding.ids[first:], dtype=np.int64)
+                return self._assemble(text, ids, offsets, spans)
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        return self._prompt(text, encoding, spans)
+
+    def _required_template(self) -> ChatTemplate:
+        if self._template is None:
+            raise RequestError(
+                "the bundle has no chat template", do="give the whole prompt as raw text (--raw)"
+            )
+        return self._template
+
+    def _check_count(self, placeholders: int, num_images: int) -> None:
+        if placeholders == num_images:
+            return
+        if num_images == 0:
+            what, do = "the prompt has an image placeholder but no image was given", "give an image"
+        elif placeholders > num_images:
+            what, do = "the prompt has more placeholders than images", "give one image for each"
+        else:
+            what, do = "the prompt has fewer placeholders than images", "write one for each image"
+        raise RequestError(
+            what,
+            found=f"{placeholders} x {self.image_token}, images: {num_images}",
+            do=f"{do} (the text {self.image_token} is always a placeholder)",
+        )
+
+    def _encode(self, text: str) -> Encoding:
+        has_bos = bool(self._bos_token) and text.startswith(self._bos_token)
+        return self.tokenizer.encode(text, add_special_tokens=not has_bos)
+
+    def _prompt(self, text: str, encoding: Encoding, spans: list[tuple[int, int]]) -> Prompt:
+        offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return self._assemble(text, np.asarray(encoding.ids, dtype=np.int64), offsets, spans)
+
+    def _assemble(
+        self, text: str, ids: np.ndarray, offsets: np.ndarray, spans: list[tuple[int, int]]
+    ) -> Prompt:
+        """Put a prompt together; ids [T], offsets [T, 2] in characters of `text`."""
+        is_image = ids == self.image_token_id  # [T]
+        images = np.flatnonzero(is_image)
+        if len(images) != text.count(self.image_token):
+            raise RequestError(
+                "the tokenizer does not see every image placeholder",
+                found=f"{len(images)} image tokens",
+                expected=text.count(self.image_token),
+                do=f"put spaces around {self.image_token}",
+            )
+        chosen = np.zeros(len(ids), dtype=bool)
+        for start, stop in spans:
+            chosen |= (offsets[:, 0] < stop) & (offsets[:, 1] > np.maximum(offsets[:, 0], start))
+        chosen &= ~(is_image | np.isin(ids, self._special_ids))
+        if not chosen.any():
+            last = int(images[-1]) if len(images) else -1
+            chosen = np.arange(len(ids)) > last
+            if not chosen.any():
+                raise RequestError(
+                    "the prompt has no token after its last image",
+                    found=repr(text[-40:]),
+                    do="add a question behind the image",
+                )
+        return Prompt(text, ids, images, np.flatnonzero(chosen))
+
+    def _instruction_spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+        """Where the last user message's text stands in the rendered `text`.
+
+        A second render with marks around the text tells exactly. Where the marks change the
+        result (a template that looks into its messages), the text is searched from the right.
+        """
+        number = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+        if number < 0:
+            return []
+        pieces = _message_texts(messages[number], self.image_token)
+        marked = [*messages[:number], self._mark(messages[number]), *messages[number + 1 :]]
+        if pieces and not (_OPEN in text or _CLOSE in text):
+            try:
+                spans, plain = _read_marks(self._required_template().render(marked))
+            except RequestError:
+                spans, plain = [], ""
+            if plain == text and len(spans) == len(pieces):
+                return spans
+        spans, end = [], len(text)
+        for piece in reversed(pieces):
+            start = text.rfind(piece, 0, end)
+            if start < 0:
+                _LOG.warning("the chat template rewrites the question: its place is not exact")
+                return []
+            spans.append((start, start + len(piece)))
+            end = start
+        return spans[::-1]
+
+    def _mark(self, message: Message) -> Message:
+        content = message["content"]
+        if isinstance(content, str):
+            return {**message, "content": _mark_text(content, self.image_token)}
+        parts = [
+            {**part, "text": _mark_text(part["text"], self.image_token)} if "text" in part else part
+            for part in content
+        ]
+        return {**message, "content": parts}
+
+
+def _text_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}] if text else []
+
+
+def _mark_text(text: str, image_token: str) -> str:
+    """Marks around what is neither outer space nor a placeholder, so that trimming still works."""
+    pieces = []
+    for piece in text.split(image_token):
+        core = piece.strip()
+        start = piece.find(core)
+        end = start + len(core)
+        marked = f"{piece[:start]}{_OPEN}{core}{_CLOSE}{piece[end:]}"
+        pieces.append(marked if core else piece)
+    return image_token.join(pieces)
+
+
+def _read_marks(marked: str) -> tuple[list[tuple[int, int]], str]:
+    """Spans between marks, and the text without them; no spans where a mark was moved."""
+    plain, *chunks = marked.split(_OPEN)
+    spans: list[tuple[int, int]] = []
+    for chunk in chunks:
+        inside, _, rest = chunk.partition(_CLOSE)
+        spans.append((len(plain), len(plain) + len(inside)))
+        plain += inside + rest
+    is_paired = all(chunk.count(_CLOSE) == 1 for chunk in chunks)
+    return (spans if is_paired and _CLOSE not in plain else []), plain
+
+
+def _message_texts(message: Message, image_token: str) -> list[str]:
+    """The text between placeholders, stripped, without empty pieces."""
+    content = message["content"]
+    texts = [content] if isinstance(content, str) else [p["text"] for p in content if "text" in p]
+    pieces = (piece.strip() for text in texts for piece in text.split(image_token))
+    return [piece for piece in pieces if piece]
+
+
+def _check_messages(messages: Sequence[Message]) -> None:
+    if not messages:
+        raise RequestError("the conversation is empty", do="add a user message")
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise RequestError("bad message", found=repr(message)[:80], expected="role and content")
+        content = message.get("content")
+        if isinstance(content, str):
+            continue
+        if not isinstance(content, (list, tuple)) or not all(map(_is_part, content)):
+            raise RequestError(
+                "bad message content",
+                found=repr(content)[:80],
+                expected='a string or a list of {"type": "image"} and {"type": "text", "text": ..}',
+            )
+
+
+def _is_part(part: object) -> bool:
+    if not isinstance(part, Mapping):
+        return False
+    if part.get("type") == "text":
+        return isinstance(part.get("text"), str)
+    return part.get("type") == "image"
+
+
+def _nothing_to_send() -> RequestError:
+    return RequestError("the prompt is empty", do="give a question, an image or both")

@@ -1,0 +1,200 @@
+"""From logits to the next token: greedy, or sampled as Hugging Face's processors would."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from patchsieve.errors import PatchsieveError, RequestError
+
+_FIRST_TRY = 1024  # tokens sorted for top-p before the whole vocabulary is; most nuclei are smaller
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is chosen and when an answer ends.
+
+    Attributes:
+        max_new_tokens: Most tokens of one answer, at least 1.
+        temperature: 0 is greedy; otherwise the logits are divided by it.
+        top_k: Only tokens with at least the k-th highest logit are drawn; 0 is off.
+        top_p: Only the most likely tokens that together reach this probability; 1 is off.
+        repetition_penalty: Logits of tokens seen before are divided (if positive) or multiplied
+            (if negative) by it; 1 is off. Acts in greedy choice too, as in Hugging Face.
+        seed: Makes the draws repeatable; None takes fresh entropy from the system.
+        stop: Strings that end the answer and are not part of it.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check every option.
+
+        Raises:
+            RequestError: An option has the wrong type or lies outside its range.
+        """
+        _check_int("max_new_tokens", self.max_new_tokens, 1)
+        _check_int("top_k", self.top_k, 0)
+        if self.seed is not None:
+            _check_int("seed", self.seed, 0)
+        if not _is_real(self.temperature) or self.temperature < 0:
+            raise RequestError("bad temperature", found=repr(self.temperature), expected=">= 0")
+        if not _is_real(self.top_p) or not 0 < self.top_p <= 1:
+            raise RequestError("bad top_p", found=repr(self.top_p), expected="0 < top_p <= 1")
+        if not _is_real(self.repetition_penalty) or self.repetition_penalty <= 0:
+            raise RequestError(
+                "bad repetition_penalty", found=repr(self.repetition_penalty), expected="> 0"
+            )
+        if not isinstance(self.stop, (tuple, list)) or not all(
+            isinstance(text, str) and text for text in self.stop
+        ):
+            raise RequestError(
+                "bad stop", found=repr(self.stop), expected="a tuple of strings, none empty"
+            )
+        object.__setattr__(self, "stop", tuple(self.stop))
+
+
+class Sampler:
+    """Chooses tokens for one request; holds the random state of that request.
+
+    The order and the mathematics are those of Hugging Face: repetition penalty, temperature,
+    top-k, top-p. Ties at the k-th logit are all kept, as there. Differs: among equal logits at the
+    edge of the top-p nucleus the lower ids are kept, where Hugging Face leaves it to the sort.
+    """
+
+    def __init__(self, options: SamplingOptions, eos_token_ids: Collection[int] = ()) -> None:
+        """Start a request.
+
+        Args:
+            options: How to choose.
+            eos_token_ids: Tokens that end an answer.
+        """
+        self.options = options
+        self.eos_token_ids = frozenset(int(token) for token in eos_token_ids)
+        self._rng = np.random.Generator(np.random.PCG64(options.seed))
+
+    def is_eos(self, token_id: int) -> bool:
+        """Whether `token_id` ends the answer."""
+        return token_id in self.eos_token_ids
+
+    def next_token(self, logits: np.ndarray, history: Sequence[int] | np.ndarray = ()) -> int:
+        """Choose the next token.
+
+        Args:
+            logits: One row of logits, [V].
+            history: Prompt and answer so far, read by the repetition penalty only; ids that have
+                no logit (image tokens past V) are passed over.
+
+        Returns:
+            The token's id.
+
+        Raises:
+            PatchsieveError: A logit is NaN or infinite.
+        """
+        if self.options.temperature == 0:
+            # argmax takes the first of equal maxima: the lower id
+            return int(np.argmax(self._penalised(logits, history)))
+        ids, probabilities = self.candidates(logits, history)
+        edges = np.cumsum(probabilities)
+        drawn = int(np.searchsorted(edges, self._rng.random() * edges[-1], side="right"))
+        return int(ids[min(drawn, len(ids) - 1)])
+
+    def candidates(
+        self, logits: np.ndarray, history: Sequence[int] | np.ndarray = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens that may be drawn and their probabilities; `temperature` must not be 0.
+
+        Args:
+            logits: One row of logits, [V].
+            history: As for `next_token`.
+
+        Returns:
+            Ids, ascending, int64 [K], and probabilities, float64 [K], that add up to 1.
+
+        Raises:
+            PatchsieveError: A logit is NaN or infinite.
+            RequestError: `temperature` is 0.
+        """
+        options = self.options
+        if options.temperature == 0:
+            raise RequestError("greedy choice has no distribution", found="temperature 0")
+        scores = self._penalised(logits, history)
+        ids = np.arange(scores.size)
+        if 0 < options.top_k < scores.size:
+            split = scores.size - options.top_k
+            ids = np.flatnonzero(scores >= np.partition(scores, split)[split])  # [K]
+        # float64 and the maximum taken off first: a tiny temperature overflows float32
+        scaled = (scores[ids].astype(np.float64) - scores[ids].max()) / options.temperature
+        probabilities = np.exp(scaled)
+        probabilities /= probabilities.sum()
+        if options.top_p < 1:
+            kept = _nucleus(probabilities, options.top_p)
+            ids, probabilities = ids[kept], probabilities[kept]
+            probabilities = probabilities / probabilities.sum()
+        return ids.astype(np.int64), probabilities
+
+    def _penalised(self, logits: np.ndarray, history: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Finite float32 scores after the repetition penalty, [V]."""
+        scores = np.asarray(logits, dtype=np.float32)
+        if scores.ndim != 1 or scores.size == 0:
+            raise PatchsieveError("bad logits", found=f"shape {scores.shape}", expected="[V]")
+        finite = np.isfinite(scores)
+        if not finite.all():
+            raise PatchsieveError(
+                "the model returned logits that are not finite",
+                found=f"{int(scores.size - finite.sum())} of {scores.size}",
+                do="use a wider type (bf16 or fp32) or re-export; `patchsieve verify` names the"
+                " first layer that departs",
+            )
+        penalty = np.float32(self.options.repetition_penalty)
+        if penalty == 1 or len(history) == 0:
+            return scores
+        seen = np.unique(np.asarray(history, dtype=np.int64))
+        seen = seen[(seen >= 0) & (seen < scores.size)]
+        scores = scores.copy()
+        scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+        return scores
+
+
+def _nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
+    """Indices, ascending, of the fewest most likely entries that reach `top_p`, [K] -> [K'].
+
+    An entry stays while the mass of the entries above it is below `top_p`, which is Hugging Face's
+    ascending rule (drop while the cumulated mass is at most 1 - top_p) read from the other end.
+    """
+    for size in (_FIRST_TRY, probabilities.size):
+        if size < probabilities.size:
+            split = probabilities.size - size
+            edge = np.partition(probabilities, split)[split]
+            pool = np.flatnonzero(probabilities >= edge)  # all ties of the edge: the order is exact
+        else:
+            pool = np.arange(probabilities.size)
+        order = pool[np.argsort(-probabilities[pool], kind="stable")]
+        mass = np.cumsum(probabilities[order])
+        if mass[-1] >= top_p or len(pool) == probabilities.size:
+            break
+    above = np.concatenate(([0.0], mass[:-1]))
+    return np.sort(order[above < top_p])
+
+
+def _is_real(value: object) -> bool:
+    return (
+        isinstance(value, (int, float, np.integer, np.floating))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    )
+
+
+def _check_int(name: str, value: object, least: int) -> None:
+    is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_int or value < least:
+        raise RequestError(f"bad {name}", found=repr(value), expected=f"a whole number >= {least}")

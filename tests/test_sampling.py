@@ -1,0 +1,162 @@
+import numpy as np
+import pytest
+import torch
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from patchsieve.errors import PatchsieveError, RequestError
+from patchsieve.runtime.sampling import Sampler, SamplingOptions
+
+CASES = [
+    {"temperature": 1.0},
+    {"temperature": 0.7},
+    {"temperature": 1.3, "top_k": 5},
+    {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 0.8, "top_p": 0.3},
+    {"temperature": 1.0, "top_p": 1e-6},
+    {"temperature": 0.6, "top_k": 40, "top_p": 0.95},
+    {"temperature": 1.0, "repetition_penalty": 1.3},
+    {"temperature": 0.9, "top_k": 50, "top_p": 0.8, "repetition_penalty": 0.7},
+    {"temperature": 1.0, "top_k": 10_000_000},
+]
+
+
+def huggingface_probabilities(
+    logits: np.ndarray, history: list[int], options: SamplingOptions
+) -> np.ndarray:
+    processors = LogitsProcessorList()
+    if options.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(options.repetition_penalty))
+    processors.append(TemperatureLogitsWarper(options.temperature))
+    if options.top_k:
+        processors.append(TopKLogitsWarper(options.top_k))
+    if options.top_p < 1:
+        processors.append(TopPLogitsWarper(options.top_p))
+    scores = processors(torch.tensor([history]), torch.from_numpy(logits)[None].clone())
+    return torch.softmax(scores.double(), dim=-1)[0].numpy()
+
+
+def our_probabilities(
+    logits: np.ndarray, history: list[int], options: SamplingOptions
+) -> np.ndarray:
+    ids, probabilities = Sampler(options).candidates(logits, history)
+    full = np.zeros(logits.size)
+    full[ids] = probabilities
+    return full
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("size", [50, 5000])
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+def test_the_distribution_is_that_of_hugging_face(
+    case: dict[str, float], size: int, scale: float
+) -> None:
+    options = SamplingOptions(**case)
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        logits = (rng.standard_normal(size) * scale).astype(np.float32)
+        history = rng.integers(0, size, 30).tolist()
+        ours = our_probabilities(logits, history, options)
+        theirs = huggingface_probabilities(logits, history, options)
+        assert np.abs(ours - theirs).max() < 1e-6  # float32 softmax against float64
+        assert np.array_equal(ours > 0, theirs > 0)
+
+
+def test_ties_at_the_top_k_edge_are_all_kept() -> None:
+    logits = np.array([3, 1, 2, 2, 2, 0], dtype=np.float32)
+    options = SamplingOptions(temperature=1.0, top_k=2)
+    ids, _ = Sampler(options).candidates(logits)
+    assert ids.tolist() == [0, 2, 3, 4]
+
+
+def test_a_nucleus_in_a_flat_distribution_falls_back_to_the_whole_vocabulary() -> None:
+    options = SamplingOptions(temperature=1.0, top_p=0.5)
+    ids, probabilities = Sampler(options).candidates(np.zeros(8192, dtype=np.float32))
+    assert ids.tolist() == list(range(4096))  # equal logits: the lower ids
+    assert probabilities.sum() == pytest.approx(1)
+
+
+def test_greedy_takes_the_lower_of_equal_logits() -> None:
+    assert Sampler(SamplingOptions()).next_token(np.array([0, 5, 5, 1], dtype=np.float32)) == 1
+
+
+def test_greedy_obeys_the_repetition_penalty() -> None:
+    logits = np.array([2.0, 1.9, -1.0], dtype=np.float32)
+    sampler = Sampler(SamplingOptions(repetition_penalty=1.5))
+    assert sampler.next_token(logits, [0, 0, 99, 2]) == 1
+    assert logits.tolist() == pytest.approx([2.0, 1.9, -1.0])  # the caller's row is left alone
+
+
+def test_the_same_seed_gives_the_same_tokens_and_another_seed_others() -> None:
+    logits = np.zeros(1000, dtype=np.float32)
+
+    def draw(seed: int | None) -> list[int]:
+        sampler = Sampler(SamplingOptions(temperature=1.0, seed=seed))
+        return [sampler.next_token(logits) for _ in range(20)]
+
+    assert draw(7) == draw(7)
+    assert draw(7) != draw(8)
+    assert draw(None) != draw(None)
+
+
+def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
+    logits = np.random.default_rng(0).standard_normal(12).astype(np.float32) * 1.5
+    options = SamplingOptions(temperature=0.9, top_k=8, top_p=0.95, seed=3)
+    sampler = Sampler(options)
+    ids, probabilities = sampler.candidates(logits)
+    draws = 20_000
+    counts = np.bincount([sampler.next_token(logits) for _ in range(draws)], minlength=12)
+    assert counts.sum() == counts[ids].sum()
+    expected = probabilities * draws
+    chi_square = ((counts[ids] - expected) ** 2 / expected).sum()
+    assert chi_square < 26  # 7 degrees of freedom or fewer: p below 0.001
+
+
+def test_a_tiny_temperature_does_not_overflow() -> None:
+    logits = np.array([900.0, 901.0, -1000.0], dtype=np.float32)
+    assert Sampler(SamplingOptions(temperature=1e-30, seed=0)).next_token(logits) == 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_an_error(bad: float) -> None:
+    logits = np.array([0.0, bad, 1.0], dtype=np.float32)
+    for temperature in (0.0, 1.0):
+        with pytest.raises(PatchsieveError, match="not finite.*1 of 3"):
+            Sampler(SamplingOptions(temperature=temperature)).next_token(logits)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 1.5},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_k": True},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"repetition_penalty": 0},
+        {"seed": -1},
+        {"stop": "USER:"},
+        {"stop": ("",)},
+    ],
+    ids=str,
+)
+def test_a_bad_option_is_refused_by_name(option: dict[str, object]) -> None:
+    with pytest.raises(RequestError, match=f"bad {next(iter(option))}"):
+        SamplingOptions(**option)
+
+
+def test_stop_strings_may_come_as_a_list_and_options_stay_hashable() -> None:
+    assert hash(SamplingOptions(stop=["a"])) == hash(SamplingOptions(stop=("a",)))
+
+
+def test_end_tokens_are_known() -> None:
+    sampler = Sampler(SamplingOptions(), [2, 7])
+    assert sampler.is_eos(7) and not sampler.is_eos(3)
