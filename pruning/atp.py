@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from patchsieve.errors import PatchsieveError, ShapeError
-from patchsieve.pruning.normalise import MOST_RANKED, NORMALISATIONS, normalise
+from patchsieve.pruning.normalise import MOST_RANKED, NORMALISATIONS, normalise, redundancy
 from patchsieve.pruning.rows import mean_over, received_attention, visual_slots
 from patchsieve.pruning.select import apply_budget, first_best
 from patchsieve.pruning.site import Decision, Site
@@ -102,7 +102,8 @@ class ATP:
         )
         on_grid = spatial_scores(site.grid, self.granularities, self.spatial_lambda)  # [h*w]
         s_spatial = gather_patches(on_grid, site.patch_ids)  # [N]
-        return Scores(s_self, s_cross, (s_self + s_cross) / 2, s_spatial)
+        s_red = redundancy(s_self, s_cross, self.normalisation)  # [B, N]
+        return Scores(s_self, s_cross, s_red, s_spatial)
 
     def decide(self, site: Site, budget: Tensor) -> Decision:
         """Keep what passes a threshold (see `Method.decide`).

@@ -45,6 +45,26 @@ def normalise(s_self: Tensor, s_cross: Tensor, kind: str) -> tuple[Tensor, Tenso
     return s_self, s_cross
 
 
+def redundancy(s_self: Tensor, s_cross: Tensor, kind: str) -> Tensor:
+    """Mean of the two normalised scores: S_redundant (section 3.3.1, before eq. 5).
+
+    Ranks are multiples of 1 / N, so their means tie often; these are put back on their grid of
+    1 / 2N, lest rounding breaks the ties.
+
+    Args:
+        s_self: Normalised self-modality scores, [B, N].
+        s_cross: Normalised cross-modality scores, [B, N].
+        kind: Their normalisation.
+
+    Returns:
+        S_red, float32 [B, N].
+    """
+    if kind == "rank":
+        num_tokens = s_self.shape[-1]
+        return torch.round((s_self + s_cross) * num_tokens) / (2 * num_tokens)
+    return (s_self + s_cross) / 2
+
+
 def minmax(scores: Tensor) -> Tensor:
     """Scores from 0 to 1, all 0.5 where all are equal, [B, N]; no gradient through the extremes."""
     low = scores.detach().amin(-1, keepdim=True)  # [B, 1]

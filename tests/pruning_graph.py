@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import torch
-from patchsieve.pruning.site import Site
-from patchsieve.pruning.table import modules
 from torch import nn
 from torch.export import Dim
+
+from patchsieve.pruning.site import Site
+from patchsieve.pruning.table import modules
 
 INPUTS = ("query", "key", "visual_rows", "text_rows", "patch_ids", "noise", "budget")
 
@@ -29,7 +30,7 @@ class DecisionGraph(nn.Module):
 
 
 def feeds(site: Site, budget: int) -> dict:
-    """Inputs of the graph, by name."""
+    """Map the names of the graph's inputs to tensors."""
     tensors = {name: getattr(site, name) for name in INPUTS[:-1]}
     return {**tensors, "budget": torch.tensor([budget])}
 

@@ -1,6 +1,7 @@
 """Seeded pruning sites, random and adversarial."""
 
 import torch
+
 from patchsieve.pruning.site import Site
 
 
