@@ -1,0 +1,84 @@
+"""FastV (Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from patchsieve.errors import PatchsieveError
+from patchsieve.pruning.rows import received_attention
+from patchsieve.pruning.select import check_keep_ratio, keep_count, num_to_keep
+from patchsieve.pruning.site import Decision, Site
+
+ROWS = ("last", "mean")
+
+
+@dataclass(frozen=True)
+class FastV:
+    """Keep a fixed fraction: the tokens that the text looks at most, in the layer before the site.
+
+    The paper's K is the site (its default 2: layer 1 scores, layer 2 gets the survivors); its R is
+    the fraction pruned, 1 - `keep_ratio`.
+
+    Differs from the paper: the text averages the attention over all rows, the authors' code takes
+    the last row only. "last" is the code. "mean" is the text, over the rows after the image: a row
+    before the image's end sees a part of it, which would favour the early patches, and all rows
+    would need the [L, L] map.
+
+    Attributes:
+        keep_ratio: Fraction kept of the image's tokens before any pruning, in (0, 1].
+        rows: "last" or "mean".
+
+    Raises:
+        PatchsieveError: `keep_ratio` is out of range or `rows` is unknown.
+    """
+
+    name: ClassVar[str] = "fastv"
+    reads: ClassVar[tuple[str, ...]] = ("query", "key")
+
+    keep_ratio: float = 0.5
+    rows: str = "last"
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_keep_ratio(self.keep_ratio)
+        if self.rows not in ROWS:
+            raise PatchsieveError(
+                "FastV does not know these rows",
+                found=self.rows,
+                expected=" or ".join(ROWS),
+                do='use "last", which is what the authors\' code does',
+            )
+
+    def decide(self, site: Site, budget: Tensor) -> Decision:
+        """Keep the tokens that receive most attention (see `Method.decide`)."""
+        scores = last_row_score(site) if self.rows == "last" else mean_row_score(site)
+        num_keep = num_to_keep(self.keep_ratio, site.num_visual)
+        keep, num_wanted = keep_count(scores, num_keep, budget)
+        return Decision(keep, scores, num_wanted)
+
+
+def last_row_score(site: Site) -> Tensor:
+    """Attention that each visual token receives from row L-1, head mean, float32 [B, N]."""
+    num_rows = site.query.shape[2]
+    last = torch.arange(num_rows - 1, num_rows, device=site.query.device)  # [1]
+    return received_attention(site, last)
+
+
+def mean_row_score(site: Site) -> Tensor:
+    """Attention that each visual token receives, mean over the rows after the image and the heads.
+
+    How many rows follow the image is data, not a shape, but at most L - N do. So the last L - N + 1
+    rows are scored, and those among them that do not follow the image weigh 0. Row L-1 always
+    counts: it sees the whole image even where it is its last token.
+
+    Returns:
+        Scores, float32 [B, N].
+    """
+    num_rows, num_tokens = site.query.shape[2], site.visual_rows.shape[0]
+    rows = torch.arange(num_tokens - 1, num_rows, device=site.query.device)  # [L-N+1]
+    is_after = (rows > site.visual_rows[-1:]) | (rows == num_rows - 1)  # [L-N+1]
+    return received_attention(site, rows, is_after.float())

@@ -1,0 +1,68 @@
+"""Attention of a few chosen rows. No [L, L] map is made: R rows cost O(R S D)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from patchsieve.pruning.site import Site
+
+HIDDEN_LOGIT = -1e30  # softmax makes it exactly 0; -inf would give NaN in a row that sees nothing
+
+
+def attention_rows(query_rows: Tensor, key: Tensor, row_slots: Tensor) -> Tensor:
+    """Causal softmax attention of chosen rows over all keys (ATP-LLaVA eqs. 1 and 2).
+
+    Args:
+        query_rows: Queries of the chosen rows, rotated, [B, H, R, D].
+        key: Keys of all rows, rotated, [B, G, S, D]; G divides H.
+        row_slots: Key index of each chosen row, int64 [R]; a row sees keys up to its own.
+
+    Returns:
+        Probabilities, float32 [B, H, R, S]; they sum to 1 over S.
+    """
+    batch, heads, num_rows, head_dim = query_rows.shape
+    kv_heads, num_slots = key.shape[1], key.shape[2]
+    scaled = query_rows.float() * head_dim**-0.5
+    # The heads that share a KV head become more rows of it, so that K is never repeated.
+    grouped = scaled.reshape(batch, kv_heads, heads // kv_heads * num_rows, head_dim)
+    logits = grouped @ key.float().transpose(-1, -2)  # [B, G, H/G*R, S]
+    logits = logits.reshape(batch, heads, num_rows, num_slots)  # [B, H, R, S]
+    slots = torch.arange(num_slots, device=key.device)
+    visible = slots[None, :] <= row_slots[:, None]  # [R, S]
+    return torch.softmax(torch.where(visible, logits, HIDDEN_LOGIT), dim=-1)
+
+
+def mean_over(values: Tensor, dim: int) -> Tensor:
+    """Mean over one dimension, which goes.
+
+    Not Tensor.mean: exported unoptimised, its axes are a Reshape of a constant, which TensorRT-RTX
+    1.7.1 refuses ("Axis input must resolve to a build-time constant"); a sum's axes are constant.
+    """
+    return values.sum(dim) / values.shape[dim]
+
+
+def visual_slots(site: Site) -> Tensor:
+    """Key index of each of the image's tokens, int64 [N]."""
+    return site.visual_rows + (site.key.shape[2] - site.query.shape[2])
+
+
+def received_attention(site: Site, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean attention that each visual token receives from chosen rows, over those and all heads.
+
+    Args:
+        site: The image at the site.
+        rows: Rows that look, 0..L-1, int64 [R].
+        weights: Weight of each row, float32 [R], summing to more than 0; None weighs all alike.
+
+    Returns:
+        Scores, float32 [B, N].
+    """
+    row_slots = rows + (site.key.shape[2] - site.query.shape[2])
+    attention = attention_rows(site.query.index_select(2, rows), site.key, row_slots)
+    attention = mean_over(attention, 1)  # [B, R, S]
+    if weights is None:
+        attention = mean_over(attention, 1)  # [B, S]
+    else:
+        attention = (attention * (weights / weights.sum())[:, None]).sum(1)  # [B, S]
+    return attention.index_select(1, visual_slots(site))  # [B, N]

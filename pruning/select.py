@@ -1,0 +1,102 @@
+"""Keep the best tokens, with ties in an order that every backend shares.
+
+The top-k of torch, ONNX Runtime and TensorRT return tied indices in different orders, so nothing
+here reads an index of a sort: the k-th largest *value* says who is above and who ties, and a
+running count over the ties takes the lower raster index first. Counts run in float32, exact up to
+2**24, because TensorRT 10.3 sums no integers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from patchsieve.errors import PatchsieveError
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+def check_keep_ratio(keep_ratio: float) -> None:
+    """Refuse a fraction that keeps nothing or more than everything.
+
+    Raises:
+        PatchsieveError: `keep_ratio` is not in (0, 1].
+    """
+    if not 0 < keep_ratio <= 1:
+        raise PatchsieveError(
+            "keep_ratio cannot be used",
+            found=keep_ratio,
+            expected="a number in (0, 1]",
+            do="give the fraction of visual tokens that is kept (a paper's R prunes: keep 1 - R)",
+        )
+
+
+def num_to_keep(keep_ratio: float, num_visual: int) -> int:
+    """Tokens that a fraction of the original count stands for: rounded half up, at least 1."""
+    return max(1, math.floor(keep_ratio * num_visual + 0.5))
+
+
+def keep_top(scores: Tensor, num_keep: Tensor | int) -> Tensor:
+    """Mark the highest scores; ties go to the lower index.
+
+    Args:
+        scores: Finite scores, [B, N].
+        num_keep: How many, int64 [B], [1] or 0-d, or an int; below 1 counts as 1, above N as N.
+
+    Returns:
+        Mask with that many true in each row, bool [B, N].
+    """
+    batch, num_tokens = scores.shape
+    ordered = torch.sort(scores, dim=-1, descending=True).values  # [B, N]
+    if isinstance(num_keep, Tensor):
+        num_keep = num_keep.reshape(-1, 1).expand(batch, 1)
+    else:
+        num_keep = torch.full((batch, 1), num_keep, dtype=torch.int64, device=scores.device)
+    num_keep = num_keep.clamp(min=1).clamp(max=num_tokens)  # [B, 1]
+    last_kept = ordered.gather(1, num_keep - 1)  # [B, 1]
+    above = scores > last_kept  # [B, N]
+    tied = scores == last_kept  # [B, N]
+    places = num_keep.float() - above.float().sum(-1, keepdim=True)  # [B, 1]
+    return above | (tied & (tied.float().cumsum(-1) <= places))
+
+
+def first_best(scores: Tensor) -> Tensor:
+    """Mark the highest score of each row, the lowest index of several; bool [B, N]."""
+    best = scores == scores.amax(-1, keepdim=True)  # [B, N]
+    return best & (best.float().cumsum(-1) <= 1)
+
+
+def apply_budget(keep: Tensor, priority: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
+    """Cut a choice down to a budget.
+
+    Args:
+        keep: What the rule keeps, at least one token in each row, bool [B, N].
+        priority: Who stays when the budget cuts, higher first, ties to the lower index, [B, N].
+        budget: Most tokens that may stay, int64 0-d or [1]; below 1 counts as 1.
+
+    Returns:
+        What stays, bool [B, N]; and how many the rule kept, int64 [B].
+    """
+    num_wanted = keep.float().sum(-1).to(torch.int64)  # [B]
+    of_kept = torch.where(keep, priority.float(), LOWEST)  # [B, N]
+    allowed = torch.minimum(num_wanted, budget.reshape(1))  # [B]
+    return keep & keep_top(of_kept, allowed), num_wanted
+
+
+def keep_count(scores: Tensor, num_keep: int, budget: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep a fixed number of the highest scores, cut down to a budget.
+
+    Args:
+        scores: Higher is kept, ties to the lower index, [B, N].
+        num_keep: How many the rule keeps; all N where the image has fewer.
+        budget: Most tokens that may stay, int64 0-d or [1]; below 1 counts as 1.
+
+    Returns:
+        What stays, bool [B, N]; and how many the rule kept, int64 [B].
+    """
+    batch, num_tokens = scores.shape
+    num_wanted = torch.full((batch,), num_keep, dtype=torch.int64, device=scores.device)
+    num_wanted = num_wanted.clamp(max=num_tokens)  # [B]
+    return keep_top(scores, torch.minimum(num_wanted, budget.reshape(1))), num_wanted

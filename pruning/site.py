@@ -1,0 +1,113 @@
+"""What a decision may read, and what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
+
+from torch import Tensor
+
+from patchsieve.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class Site:
+    """One image at one pruning site, as the layer before the site left it.
+
+    Letters: B batch, H query heads, G KV heads (G divides H), D head dim, L rows fed in this
+    prefill, P rows cached before it, S = P + L, N alive visual tokens of this image, T instruction
+    tokens. Row m (0..L-1) lies at key index P + m and sees the keys j <= P + m. The sizes L, P, N
+    and T may be dynamic in a trace; N, T and L are at least 1, P may be 0.
+
+    Attributes:
+        query: Rotated queries of the rows fed, of layer s-1 for a site s, [B, H, L, D].
+        key: Rotated keys of every row present, same layer, [B, G, S, D].
+        visual_rows: Rows of this image's alive tokens, ascending, int64 [N].
+        text_rows: Rows of the instruction, after the image, int64 [T].
+        patch_ids: Raster index of each token on the original grid, -1 for a row that is no patch
+            (a CLS row, say); no other id occurs twice; int64 [N].
+        grid: Height and width of the original grid, in patches.
+        num_visual: Tokens of the image before any pruning, 576 in LLaVA-1.5.
+        noise: Uniform numbers in [0, 1), for methods that draw, [B, N].
+
+    Raises:
+        ShapeError: A rank, the heads or the grid cannot be.
+    """
+
+    query: Tensor
+    key: Tensor
+    visual_rows: Tensor
+    text_rows: Tensor
+    patch_ids: Tensor
+    grid: tuple[int, int]
+    num_visual: int
+    noise: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check what is static; the dynamic sizes are the caller's, a check would freeze them."""
+        for name, rank in RANKS.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.dim() != rank:
+                raise ShapeError(
+                    f"{name} of a pruning site has the wrong rank",
+                    found=tensor.dim(),
+                    expected=rank,
+                    do="see the shapes in patchsieve.pruning.site.Site",
+                )
+        heads, kv_heads = self.query.shape[1], self.key.shape[1]
+        if heads % kv_heads or self.query.shape[3] != self.key.shape[3]:
+            raise ShapeError(
+                "queries and keys of a pruning site do not belong together",
+                found=f"{heads} x {self.query.shape[3]} and {kv_heads} x {self.key.shape[3]}",
+                expected="KV heads that divide the query heads, and one head dim",
+                do="pass query [B, H, L, D] and key [B, G, S, D] of the same layer",
+            )
+        if min(self.grid) < 1 or self.num_visual < 1:
+            raise ShapeError(
+                "an image has no patches",
+                found=f"grid {self.grid}, num_visual {self.num_visual}",
+                expected="positive sizes",
+                do="pass the grid and the token count of the image before pruning",
+            )
+
+
+RANKS = {"query": 4, "key": 4, "visual_rows": 1, "text_rows": 1, "patch_ids": 1, "noise": 2}
+
+
+class Decision(NamedTuple):
+    """What a method decided at one site.
+
+    Attributes:
+        keep: Tokens that go on; at least one in each batch row, [B, N] bool.
+        scores: What the decision compared, higher is kept, [B, N] float32.
+        num_wanted: Tokens that the rule kept before the budget cut in, [B] int64.
+    """
+
+    keep: Tensor
+    scores: Tensor
+    num_wanted: Tensor
+
+
+class Method(Protocol):
+    """A pruning method of a decoder site: a frozen dataclass with these three.
+
+    Attributes:
+        name: How plans and the command line call it.
+        reads: What it uses beside the rows and ids: of "query", "key", "noise". A graph need not
+            feed the rest.
+    """
+
+    name: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]]
+
+    def decide(self, site: Site, budget: Tensor) -> Decision:
+        """Choose the tokens that go on.
+
+        Args:
+            site: The image at the site.
+            budget: Most tokens that may go on, int64 0-d or [1]; below 1 counts as 1.
+
+        Returns:
+            The decision; `keep` holds at most `budget` tokens.
+        """
+        ...

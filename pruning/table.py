@@ -1,0 +1,26 @@
+"""Every method of a decoder site. "none" is the absence of a site, not a method."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from torch import nn
+
+from patchsieve.pruning.atp import ATP
+from patchsieve.pruning.fastv import FastV
+from patchsieve.pruning.random import Random
+from patchsieve.pruning.site import Method
+
+METHODS: dict[str, type] = {method.name: method for method in (Random, FastV, ATP)}
+
+
+def settings(method: Method) -> dict[str, object]:
+    """Options of a method by name, without its modules: what a manifest records as JSON."""
+    values = {f.name: getattr(method, f.name) for f in fields(method)}
+    return {name: value for name, value in values.items() if not isinstance(value, nn.Module)}
+
+
+def modules(method: Method) -> dict[str, nn.Module]:
+    """Modules of a method by field name: what a decision graph registers to carry their weights."""
+    values = {f.name: getattr(method, f.name) for f in fields(method)}
+    return {name: value for name, value in values.items() if isinstance(value, nn.Module)}

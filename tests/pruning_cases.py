@@ -1,0 +1,61 @@
+"""The tests' table of methods, and the rule by which two decisions count as the same."""
+
+import numpy as np
+import torch
+
+from patchsieve.pruning.atp import ATP
+from patchsieve.pruning.fastv import FastV
+from patchsieve.pruning.random import Random
+from patchsieve.pruning.thresholds import ConstantThresholds, Thresholds
+
+# Scores closer than this may swap between backends and precisions.
+NEAR = 1e-6
+
+
+def learned(grid=(6, 6), activation=None, seed=0):
+    """Make a threshold module whose weights are large enough to tell instances apart."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = Thresholds(hidden=16, grid=grid, activation=activation)
+        with torch.no_grad():
+            for name, value in module.named_parameters():
+                value.mul_(3.0 if "weight" in name else 0.2)
+    return module.requires_grad_(False)
+
+
+CASES = {
+    "random": Random(0.5),
+    "fastv last": FastV(0.4),
+    "fastv mean": FastV(0.25, rows="mean"),
+    "atp": ATP(),
+    "atp strict": ATP(ConstantThresholds(0.8, 0.9)),
+    "atp nothing passes": ATP(ConstantThresholds(1.5, 1.5)),
+    "atp causal": ATP(causal=True, granularities=(3, 6)),
+    "atp rank": ATP(normalisation="rank"),
+    "atp softmax": ATP(ConstantThresholds(0.4, 0.9), normalisation="softmax"),
+    "atp as printed": ATP(ConstantThresholds(0.0, 0.9), normalisation="none"),
+    "atp learned": ATP(learned()),
+    "atp learned on another grid": ATP(learned((5, 7), "relu"), causal=True),
+}
+
+# The same methods with options that drop nothing.
+KEEP_ALL = {
+    "random": Random(1.0),
+    "fastv": FastV(1.0),
+    "atp": ATP(ConstantThresholds(-1.0, 0.5)),
+}
+
+
+def assert_same_choice(keep, expected, scores):
+    """Demand equal masks [B, N], or survivors that differ by less than `NEAR` in score.
+
+    Returns:
+        How many tokens differ.
+    """
+    for row, want, values in zip(keep, expected, scores, strict=True):
+        differs = row != want
+        if differs.any() and row.sum() == want.sum():
+            assert np.ptp(values[differs]) < NEAR  # tied at the cut
+        elif differs.any():
+            assert np.abs(values[differs]).max() < NEAR  # on the threshold
+    return int((keep != expected).sum())

@@ -1,0 +1,76 @@
+"""Seeded pruning sites, random and adversarial."""
+
+import torch
+
+from patchsieve.pruning.site import Site
+
+
+def make_site(
+    seed=0,
+    *,
+    batch=1,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    cached=0,
+    system=3,
+    tokens=20,
+    text=4,
+    after=2,
+    other_image=0,
+    grid=(6, 6),
+    with_cls=False,
+    values="normal",
+):
+    """One image at a site: cached rows, then system | tokens | other image | text | after.
+
+    `values` is "normal", "small" (integers, so that ties are exact) or "zero".
+    """
+    g = torch.Generator().manual_seed(seed)
+    rows = system + tokens + other_image + text + after
+    shapes = (batch, heads, rows, head_dim), (batch, kv_heads, cached + rows, head_dim)
+    if values == "normal":
+        query, key = (torch.randn(shape, generator=g) for shape in shapes)
+    elif values == "small":
+        query, key = (torch.randint(-1, 2, shape, generator=g).float() for shape in shapes)
+    else:
+        query, key = (torch.zeros(shape) for shape in shapes)
+    patches = grid[0] * grid[1]
+    ids = torch.randperm(patches, generator=g)[: tokens - with_cls].sort().values
+    if with_cls:
+        ids = torch.cat((torch.tensor([-1]), ids))
+    noise = torch.rand(batch, tokens, generator=g)
+    if values == "small":
+        noise = (noise * 4).floor() / 4
+    elif values == "zero":
+        noise = torch.zeros_like(noise)
+    return Site(
+        query=query,
+        key=key,
+        visual_rows=torch.arange(system, system + tokens),
+        text_rows=torch.arange(rows - text - after, rows - after),
+        patch_ids=ids,
+        grid=grid,
+        num_visual=patches,
+        noise=noise,
+    )
+
+
+SITES = {
+    "random": {},
+    "ties": {"values": "small"},
+    "many ties": {"values": "small", "head_dim": 4, "heads": 1, "kv_heads": 1},
+    "all equal": {"values": "zero"},
+    "one token": {"tokens": 1},
+    "one text row, nothing after": {"text": 1, "after": 0},
+    "one head": {"heads": 1, "kv_heads": 1},
+    "every head its own keys": {"kv_heads": 4},
+    "cached rows": {"cached": 7},
+    "another image in between": {"other_image": 9},
+    "no system prompt": {"system": 0},
+    "whole grid": {"tokens": 36},
+    "wide grid": {"grid": (4, 9), "tokens": 30},
+    "tall grid": {"grid": (8, 5), "tokens": 33},
+    "class row": {"with_cls": True},
+    "two in a batch": {"batch": 2},
+}

@@ -1,0 +1,22 @@
+"""FastV from its paper and its authors' description, over full maps."""
+
+from tests.references.attention import attention_map
+from tests.references.selection import fraction
+
+
+def scores(site, rows):
+    """Attention of the last row, or mean of the rows after the image, over the heads; [B, N]."""
+    attention = attention_map(site).mean(1)  # [B, L, S]
+    cached = site.key.shape[2] - site.query.shape[2]
+    columns = cached + site.visual_rows.numpy()
+    end = int(site.visual_rows.max()) + 1
+    if rows == "last" or end == attention.shape[1]:
+        return attention[:, -1][:, columns]
+    return attention[:, end:].mean(1)[:, columns]
+
+
+def decide(method, site, budget):
+    """Return keep, scores and the number wanted."""
+    s = scores(site, method.rows)
+    keep, wanted = fraction(s, method.keep_ratio, site.num_visual, budget)
+    return keep, s, wanted

@@ -1,0 +1,191 @@
+"""Every method against its NumPy reference, and the laws that all of them obey."""
+
+import dataclasses
+import importlib
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from patchsieve.errors import PatchsieveError, ShapeError
+from patchsieve.pruning.atp import ATP
+from patchsieve.pruning.fastv import FastV
+from patchsieve.pruning.random import Random
+from patchsieve.pruning.site import Site
+from patchsieve.pruning.table import METHODS, modules, settings
+from tests.pruning_cases import CASES, KEEP_ALL, assert_same_choice
+from tests.pruning_sites import SITES, make_site
+
+# float32 against float64: a minmax divides the rounding of the scores by their spread.
+SCORE_TOLERANCE = 3e-5
+BUDGETS = (1, 6, 999)
+
+
+def decide(method, site, budget=999):
+    with torch.no_grad():
+        return method.decide(site, torch.tensor(budget))
+
+
+def may_compare(method, options):
+    """Tell whether rounding leaves the scores alone: a near-tie that breaks moves whole ranks."""
+    is_ranked = getattr(method, "normalisation", None) == "rank"
+    return not (is_ranked and options.get("values") == "small")  # rank has its own test of ties
+
+
+PAIRS = {
+    f"{name}, {label}": (method, options)
+    for name, method in CASES.items()
+    for label, options in SITES.items()
+    if may_compare(method, options)
+}
+
+
+@pytest.mark.parametrize(("method", "options"), PAIRS.values(), ids=PAIRS)
+def test_method_decides_as_its_reference(method, options):
+    reference = importlib.import_module(f"tests.references.{method.name}")
+    has_ties = options.get("values") == "small"
+    for seed in range(3):
+        site = make_site(seed, **options)
+        for budget in BUDGETS:
+            keep, scores, num_wanted = (t.numpy() for t in decide(method, site, budget))
+            expected, expected_scores, expected_wanted = reference.decide(method, site, budget)
+            np.testing.assert_allclose(scores, expected_scores, atol=SCORE_TOLERANCE)
+            differing = assert_same_choice(keep, expected, expected_scores)
+            if not has_ties:
+                assert differing == 0
+                assert (num_wanted == expected_wanted).all()
+            elif differing:
+                print(f"{differing} survivors differ at a tie, seed {seed}, budget {budget}")
+
+
+def test_every_method_has_a_case():
+    assert {method.name for method in CASES.values()} == set(METHODS) == set(KEEP_ALL)
+    for name, method in METHODS.items():
+        assert method.name == name
+        assert set(method.reads) <= {"query", "key", "noise"}
+
+
+@pytest.mark.parametrize("options", SITES.values(), ids=SITES)
+@pytest.mark.parametrize("method", CASES.values(), ids=CASES)
+def test_at_least_one_token_and_at_most_the_budget_go_on(method, options):
+    site = make_site(5, **options)
+    wanted = decide(method, site).keep
+    for budget in (-3, 0, *BUDGETS):
+        keep, scores, num_wanted = decide(method, site, budget)
+        assert keep.dtype == torch.bool
+        assert scores.dtype == torch.float32
+        assert num_wanted.dtype == torch.int64
+        assert keep.shape == scores.shape == (site.query.shape[0], len(site.visual_rows))
+        assert torch.equal(num_wanted, wanted.sum(-1))
+        assert torch.equal(keep.sum(-1), num_wanted.clamp(max=max(1, budget)))
+        assert (wanted | ~keep).all()
+        for row, was_wanted, score in zip(keep, wanted, scores, strict=True):
+            cut = score[was_wanted & ~row]
+            assert cut.numel() == 0 or cut.max() <= score[row].min()
+
+
+@pytest.mark.parametrize("options", SITES.values(), ids=SITES)
+@pytest.mark.parametrize("method", KEEP_ALL.values(), ids=KEEP_ALL)
+def test_keeping_all_is_the_identity(method, options):
+    site = make_site(6, **options)
+    keep, _, num_wanted = decide(method, site)
+    assert keep.all()
+    assert (num_wanted == len(site.visual_rows)).all()
+
+
+@pytest.mark.parametrize("method", CASES.values(), ids=CASES)
+def test_rows_of_a_batch_do_not_see_each_other(method):
+    both = make_site(7, batch=2)
+    together = decide(method, both, 6)
+    for b in range(2):
+        alone = dataclasses.replace(
+            both,
+            query=both.query[b : b + 1],
+            key=both.key[b : b + 1],
+            noise=both.noise[b : b + 1],
+        )
+        assert torch.equal(decide(method, alone, 6).keep[0], together.keep[b])
+
+
+@pytest.mark.parametrize("method", CASES.values(), ids=CASES)
+def test_rows_cached_before_the_prefill_count_as_if_fed_now(method):
+    fed = make_site(8, system=6)
+    cached = dataclasses.replace(
+        fed,
+        query=fed.query[:, :, 4:],
+        visual_rows=fed.visual_rows - 4,
+        text_rows=fed.text_rows - 4,
+    )
+    whole, split = decide(method, fed), decide(method, cached)
+    assert torch.equal(whole.keep, split.keep)
+    torch.testing.assert_close(whole.scores, split.scores, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", CASES.values(), ids=CASES)
+def test_half_precision_is_computed_in_float32(method):
+    site = make_site(9)
+    half = dataclasses.replace(site, query=site.query.half(), key=site.key.half())
+    again = dataclasses.replace(half, query=half.query.float(), key=half.key.float())
+    for got, expected in zip(decide(method, half), decide(method, again), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("method", CASES.values(), ids=CASES)
+def test_a_method_reads_only_what_it_says(method):
+    site = make_site(10)
+    unread = {name: None for name in ("noise",) if name not in method.reads}
+    for name in ("query", "key"):
+        if name not in method.reads:
+            unread[name] = getattr(site, name) * torch.nan
+    blind = decide(method, dataclasses.replace(site, **unread))
+    assert torch.equal(blind.keep, decide(method, site).keep)
+
+
+@pytest.mark.parametrize("method", CASES.values(), ids=CASES)
+def test_settings_are_json_and_rebuild_the_method(method):
+    options = json.loads(json.dumps(settings(method)))
+    assert METHODS[method.name](**options, **modules(method)) == method
+
+
+@pytest.mark.parametrize(
+    ("build", "word"),
+    [
+        (lambda: Random(0), "keep_ratio"),
+        (lambda: FastV(1.2), "keep_ratio"),
+        (lambda: FastV(float("nan")), "keep_ratio"),
+        (lambda: FastV(rows="first"), "rows"),
+        (lambda: ATP(thresholds=0.5), "ConstantThresholds"),
+        (lambda: ATP(normalisation="zscore"), "normalisation"),
+        (lambda: ATP(granularities=(2, 3)), "granularities"),
+        (lambda: ATP(granularities=()), "granularities"),
+        (lambda: ATP(granularities=(1, 2)), "spatial score"),
+        (lambda: ATP(spatial_lambda=5.0), "spatial score"),
+    ],
+)
+def test_wrong_options_are_refused_with_what_to_do(build, word):
+    with pytest.raises(PatchsieveError, match=word) as error:
+        build()
+    assert "what to do" in str(error.value)
+
+
+def test_a_site_of_wrong_shapes_is_refused():
+    site = make_site(0)
+    for change in (
+        {"key": site.key[0]},
+        {"query": site.query[:, :3]},
+        {"key": site.key[..., :4]},
+        {"grid": (0, 6)},
+    ):
+        with pytest.raises(ShapeError):
+            dataclasses.replace(site, **change)
+    with pytest.raises(ShapeError, match="noise"):
+        decide(Random(), dataclasses.replace(site, noise=None))
+    with pytest.raises(ShapeError, match="rank"):
+        decide(CASES["atp rank"], dataclasses.replace(site, num_visual=5000))
+
+
+def test_a_site_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        make_site(0).grid = (1, 1)
+    assert isinstance(make_site(0), Site)
