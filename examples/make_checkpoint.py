@@ -35,7 +35,7 @@ The image shows a white cup of coffee on a saucer, with a spoon, on a table made
 A man is riding a bicycle down the street while two children are playing with a red ball.
 There are three birds on the roof of the old house behind the trees, and the sky is blue and clear.
 The cat is sleeping on the sofa next to the window. The dog is running along the beach in the sun.
-A woman with a yellow umbrella is waiting for the bus at the corner. It has been raining all morning.
+A woman with a yellow umbrella is waiting for the bus at the corner. It has been raining all day.
 On the left there is a small boat on the lake; on the right, a mountain that is covered with snow.
 The kitchen has a large window, a wooden floor, four chairs and a round table with a bowl of fruit.
 Please answer in one word. Please answer with a short sentence. Explain why. Where was this taken?
@@ -273,9 +273,7 @@ def make_processor(config: LlavaConfig, tokenizer: Any) -> LlavaProcessor:
     make = getattr(transformers, f"{kind}ImageProcessorPil", None)
     make = make or getattr(transformers, f"{kind}ImageProcessor")
     square = {"height": side, "width": side}
-    sizes = (
-        {"size": {"shortest_edge": side}, "crop_size": square} if has_cls else {"size": square}
-    )
+    sizes = {"size": {"shortest_edge": side}, "crop_size": square} if has_cls else {"size": square}
     is_chatml = "<|im_start|>" in tokenizer.get_vocab()
     return LlavaProcessor(
         image_processor=make(**sizes),

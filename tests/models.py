@@ -1,7 +1,7 @@
-"""Tiny LLaVA models for tests: seeded, offline, made by the script that makes the demo's checkpoint.
+"""Tiny LLaVA models for tests: seeded, offline, made by the script that makes the demo's.
 
-`TINY` holds one row for each structure that export supports; tests are parametrised over it. The weights
-are scaled so that a wrong position, a wrong survivor or a lost bias changes the answer.
+`TINY` holds one row for each structure that export supports; tests are parametrised over it. The
+weights are scaled so that a wrong position, a wrong survivor or a lost bias changes the answer.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ make_checkpoint = importlib.util.module_from_spec(_SPEC)
 sys.modules[_SPEC.name] = make_checkpoint
 _SPEC.loader.exec_module(make_checkpoint)
 
-# 32 px with patch 8: 4 x 4 = 16 visual tokens. Matrices of 64 columns need the larger deviation to make
-# attention as peaked as 0.08 does on 256.
+# 32 px with patch 8: 4 x 4 = 16 visual tokens. Matrices of 64 columns need the larger deviation to
+# make attention as peaked as 0.08 does on 256.
 SMALL = {
     "layers": 4,
     "hidden": 64,
