@@ -1,5 +1,5 @@
 # Two commands matter: `make demo` and `make test`. Each uses the virtual environment that is active, or
-# PYTHON=path/to/python where given, or else makes .venv and installs into it (once; 2 GB with torch).
+# PYTHON=path/to/python where given, or else makes .venv and installs into it (once).
 
 ifdef PYTHON
 PY := $(PYTHON)
@@ -33,10 +33,10 @@ check-environment:
 	    lacks and sys.exit(f'$(PY) lacks {\", \".join(lacks)}: $(PY) -m pip install -e .[dev]')"
 
 .venv/installed: setup.py
-	@echo "making .venv: torch and the rest, about 2 GB, once" >&2
+	@echo "making .venv: torch and the rest, about 2 GB with a CPU build of torch, once" >&2
 	@test -x .venv/bin/python || python3 -m venv .venv
-	@.venv/bin/python -m pip install --quiet torch==2.13.0
-	@.venv/bin/python -m pip install --quiet --editable ".[cpu,rtx,export,dev]"
+	@.venv/bin/python -m pip install -qq torch==2.13.0
+	@.venv/bin/python -m pip install -qq --editable ".[cpu,rtx,export,dev]"
 	@touch $@
 
 # A demo is two bundles of one checkpoint, pruned and unpruned, and their answers side by side.

@@ -363,6 +363,7 @@ def main() -> None:
         parser.error(f"--hidden | found: {options.hidden} | expected: a multiple of 64")
     if options.image_size % 8:
         parser.error(f"--image-size | found: {options.image_size} | expected: a multiple of 8")
+    transformers.utils.logging.disable_progress_bar()
     start = time.perf_counter()
     model, processor = make_llava(
         options.structure,
