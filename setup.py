@@ -1,28 +1,76 @@
 """Packaging. The metadata lives here because the setuptools 59 of JetPack 6 ignores [project]."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 FOLDERS = ("pruning", "export", "runtime", "calibration")  # at the top here, patchsieve.* installed
 
-EXPORT = ["torch>=2.8", "transformers>=5.0", "onnx>=1.20", "onnxscript>=0.7", "safetensors>=0.5"]
-CPU = ["onnxruntime>=1.23"]
-RTX = ["tensorrt-rtx>=1.7"]
+CPU = ["onnxruntime>=1.23"]  # 1.23 is the newest for Python 3.10
+RTX = ["tensorrt-rtx>=1.7; sys_platform != 'darwin'"]  # compiles ahead of time, without a GPU
+CUDA = ["cuda-python>=12.6"]  # memory and streams beside TensorRT
+EXPORT = [
+    "torch>=2.8",
+    "transformers>=5.0",
+    "onnx>=1.20",
+    "onnxscript>=0.7",
+    "safetensors>=0.5",
+]
+
+EXTRAS = {
+    # What runs a bundle. Never cpu and gpu together: the two packages overwrite each other.
+    "cpu": CPU,
+    "gpu": ["onnxruntime-gpu>=1.23"],
+    "tensorrt": ["tensorrt>=10.3", *CUDA],
+    "rtx": RTX,
+    "jetson": CUDA,  # TensorRT itself comes with JetPack
+    # What makes one.
+    "export": EXPORT,
+    "clip": ["open_clip_torch>=3.0"],
+    "calibration": ["torch>=2.8", "transformers>=5.0", "safetensors>=0.5"],
+    "eval": ["lmms-eval>=0.7"],
+    "optimum": ["optimum>=2.0"],
+    # All that `make lint`, `make test` and `make bench` need, on any machine.
+    "dev": [
+        *CPU,
+        *RTX,
+        *EXPORT,
+        "coverage>=7",
+        "mypy>=1.15",
+        "pre-commit>=4",
+        "psutil>=6",
+        "pytest>=8",
+        "ruff>=0.12",
+        "setuptools>=70.1",  # builds the wheel that tests/test_packaging.py unpacks
+    ],
+}
 
 setup(
     name="patchsieve",
     version="0.1.0",
     description="Compile LLaVA-style models whose visual tokens are pruned inside the decoder",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=["patchsieve"]
     + [f"patchsieve.{p}" for f in FOLDERS for p in find_packages(include=[f, f"{f}.*"])],
     package_dir={"patchsieve": "patchsieve", **{f"patchsieve.{f}": f for f in FOLDERS}},
+    package_data={"patchsieve": ["py.typed"]},
     install_requires=["numpy>=1.24", "pillow>=10.0", "tokenizers>=0.21", "jinja2>=3.1"],
-    extras_require={
-        "cpu": CPU,
-        "rtx": RTX,
-        "export": EXPORT,
-        "dev": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "pre-commit>=4", "psutil>=6"],
-    },
+    extras_require=EXTRAS,
     entry_points={"console_scripts": ["patchsieve = patchsieve.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
 )

@@ -1,0 +1,87 @@
+# Two commands matter: `make demo` and `make test`. Each uses the virtual environment that is active, or
+# PYTHON=path/to/python where given, or else makes .venv and installs into it (once).
+
+ifdef PYTHON
+PY := $(PYTHON)
+ENVIRONMENT := check-environment
+else ifdef VIRTUAL_ENV
+PY := $(VIRTUAL_ENV)/bin/python
+ENVIRONMENT := check-environment
+else
+PY := $(CURDIR)/.venv/bin/python
+ENVIRONMENT := .venv/installed
+endif
+
+FOLDERS := pruning export runtime calibration
+PATCHSIEVE := $(PY) -m patchsieve
+NEEDS := torch transformers onnx onnxruntime tokenizers pytest ruff mypy psutil
+PHOTO := examples/photo.jpg
+QUESTION := What is on the table?
+SOURCES := $(shell find patchsieve pruning export -name '*.py')
+
+.PHONY: help check-environment demo test lint lint-ruff format types bench clean
+
+help:
+	@echo "make demo    make a checkpoint, export it pruned, ask it about a photograph"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff and mypy;  make format: let ruff rewrite;  make types: mypy alone"
+	@echo "make bench   run the benchmarks;  make clean: remove what these targets made"
+
+check-environment:
+	@$(PY) -c "import importlib.util as u, sys; \
+	    lacks = [n for n in '$(NEEDS)'.split() if not u.find_spec(n)]; \
+	    lacks and sys.exit(f'$(PY) lacks {\", \".join(lacks)}: $(PY) -m pip install -e .[dev]')"
+
+.venv/installed: setup.py
+	@echo "making .venv: torch and the rest, about 2 GB with a CPU build of torch, once" >&2
+	@test -x .venv/bin/python || python3 -m venv .venv
+	@.venv/bin/python -m pip install -qq torch==2.13.0
+	@.venv/bin/python -m pip install -qq --editable ".[cpu,rtx,export,dev]"
+	@touch $@
+
+# A demo is two bundles of one checkpoint, pruned and unpruned, and their answers side by side.
+
+demo/checkpoint/config.json: examples/make_checkpoint.py LICENSE | $(ENVIRONMENT)
+	@rm -rf demo/checkpoint
+	@$(PY) examples/make_checkpoint.py demo/checkpoint
+
+demo/pruned/manifest.json: demo/checkpoint/config.json $(SOURCES) | $(ENVIRONMENT)
+	@rm -rf demo/pruned
+	@$(PATCHSIEVE) export demo/checkpoint -o demo/pruned --method fastv --sites 2 --keep-ratio 0.5
+
+demo/full/manifest.json: demo/checkpoint/config.json $(SOURCES) | $(ENVIRONMENT)
+	@rm -rf demo/full
+	@$(PATCHSIEVE) export demo/checkpoint -o demo/full --method none
+
+demo: demo/pruned/manifest.json demo/full/manifest.json
+	@$(PATCHSIEVE) run demo/pruned --image $(PHOTO) --prompt "$(QUESTION)" \
+		--max-new-tokens 16 --json > demo/pruned.json
+	@$(PATCHSIEVE) run demo/full --image $(PHOTO) --prompt "$(QUESTION)" \
+		--max-new-tokens 16 --json > demo/full.json
+	@$(PY) examples/show_answers.py demo/pruned.json demo/full.json
+
+test: $(ENVIRONMENT)
+	@$(PY) -m pytest -q $(TESTS)
+
+lint: lint-ruff types
+
+lint-ruff: $(ENVIRONMENT)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+format: $(ENVIRONMENT)
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+# mypy knows no package_dir: it reads the installed shape from a tree of links.
+types: $(ENVIRONMENT)
+	@rm -rf build/types && mkdir -p build/types/patchsieve
+	@ln -s $(CURDIR)/patchsieve/* build/types/patchsieve/
+	@for folder in $(FOLDERS); do ln -s $(CURDIR)/$$folder build/types/patchsieve/$$folder; done
+	@cd build/types && $(PY) -m mypy --config-file $(CURDIR)/pyproject.toml -p patchsieve
+
+bench: $(ENVIRONMENT)
+	@for file in benchmarks/bench_*.py; do test ! -e $$file || $(PY) $$file || exit 1; done
+
+clean:
+	@rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

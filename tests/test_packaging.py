@@ -1,0 +1,181 @@
+"""What is installed, what it pulls in, and who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import patchsieve
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("pruning", "export", "runtime", "calibration")
+STDLIB = set(sys.stdlib_module_names)
+
+# Folder -> the parts of patchsieve that it may import, besides itself.
+INSIDE = {
+    "pruning": {"errors"},
+    "runtime": {"errors", "manifest", "names", "plan"},
+    "calibration": {"errors", "heads", "pruning"},
+}
+# Folder -> the parts that it may not import.
+NEVER_INSIDE = {"export": {"runtime", "calibration", "cli"}}
+# Folder -> the foreign packages that it may import.
+OUTSIDE = {
+    "pruning": {"torch"},
+    "runtime": {
+        "numpy",
+        "PIL",
+        "tokenizers",
+        "jinja2",
+        "onnxruntime",
+        "tensorrt",
+        "tensorrt_rtx",
+        "cuda",
+    },
+}
+
+
+def imports_of(path: Path, module: str) -> list[tuple[int, str]]:
+    """Line and full name of every import in a file, those inside functions too."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                package = module.split(".")
+                if path.name != "__init__.py":
+                    package = package[:-1]
+                package = package[: len(package) - node.level + 1]
+                source = ".".join([*package, *([source] if source else [])])
+            # `from patchsieve import errors` names a module, so the names count.
+            found += [(node.lineno, f"{source}.{alias.name}") for alias in node.names]
+    return found
+
+
+def imports_in(folder: str) -> list[tuple[str, list[str]]]:
+    found = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        module = ".".join(("patchsieve", *(part for part in parts if part != "__init__")))
+        for line, name in imports_of(path, module):
+            found.append((f"{path.relative_to(ROOT)}:{line} imports {name}", name.split(".")))
+    return found
+
+
+def environment() -> dict[str, str]:
+    """The environment without what would let a child find this checkout."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+
+def test_setup_and_package_agree_on_the_version() -> None:
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    versions = [
+        keyword.value.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup"
+        for keyword in node.keywords
+        if keyword.arg == "version"
+    ]
+    assert versions == [patchsieve.__version__]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_folder_imports_only_the_parts_below_it(folder: str) -> None:
+    wrong = []
+    for said, parts in imports_in(folder):
+        if parts[0] in FOLDERS:
+            wrong.append(f"{said}: import it as patchsieve.{parts[0]}")
+        if parts[0] != "patchsieve" or len(parts) < 2 or parts[1] in (folder, "__version__"):
+            continue
+        is_allowed = folder not in INSIDE or parts[1] in INSIDE[folder]
+        if not is_allowed or parts[1] in NEVER_INSIDE.get(folder, ()):
+            wrong.append(said)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("folder", sorted(OUTSIDE))
+def test_folder_imports_only_its_foreign_packages(folder: str) -> None:
+    allowed = STDLIB | OUTSIDE[folder] | {"patchsieve"}
+    wrong = [said for said, parts in imports_in(folder) if parts[0] not in allowed]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_import_rules_see_relative_and_nested_imports(tmp_path: Path) -> None:
+    file = tmp_path / "cache.py"
+    file.write_text("from ..export import graphs\ndef f():\n    import torch\n")
+    names = [name for _, name in imports_of(file, "patchsieve.runtime.cache")]
+    assert names == ["patchsieve.export.graphs", "torch"]
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy: a build/ left in the tree would ship deleted modules."""
+    place = tmp_path_factory.mktemp("wheel")
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if tracked.returncode == 0:
+        files = [name for name in tracked.stdout.split("\0") if name and (ROOT / name).is_file()]
+    else:  # an unpacked archive
+        folders = ("patchsieve", *FOLDERS)
+        files = ["setup.py", "pyproject.toml", "README.md", "LICENSE"]
+        files += [str(p.relative_to(ROOT)) for f in folders for p in (ROOT / f).rglob("*.py")]
+    for name in files:
+        target = place / "source" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    command += ["--no-build-isolation", "--wheel-dir", str(place), str(place / "source")]
+    subprocess.run(command, check=True, env=environment(), cwd=place)
+    return next(place.glob("*.whl"))
+
+
+def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if name.endswith(".py")}
+    expected = {
+        ("patchsieve/" if folder != "patchsieve" else "") + path.relative_to(ROOT).as_posix()
+        for folder in ("patchsieve", *FOLDERS)
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert packed == expected
+
+
+def test_wheel_imports_from_elsewhere_without_torch(wheel: Path, tmp_path: Path) -> None:
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    # What a board imports: the face, every module under runtime, and the command line.
+    script = """
+import importlib, importlib.util, pkgutil, sys
+sys.path.insert(0, sys.argv[1])
+import patchsieve, patchsieve.runtime
+assert patchsieve.__file__.startswith(sys.argv[1]), patchsieve.__file__
+assert patchsieve.runtime.__file__.startswith(sys.argv[1]), patchsieve.runtime.__file__
+for module in pkgutil.walk_packages(patchsieve.runtime.__path__, "patchsieve.runtime."):
+    try:
+        importlib.import_module(module.name)
+    except ImportError as error:
+        root = (error.name or "").partition(".")[0]
+        if root not in ("tensorrt", "tensorrt_rtx", "cuda"):  # a backend that this machine lacks
+            raise
+if importlib.util.find_spec("patchsieve.cli"):
+    importlib.import_module("patchsieve.cli")
+heavy = sorted({"torch", "transformers", "onnx"} & set(sys.modules))
+assert not heavy, heavy
+"""
+    command = [sys.executable, "-c", script, str(installed)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
