@@ -6,8 +6,8 @@ Facts that these tests hold fast (TensorRT-RTX 1.7.1.116, no GPU):
   has query, key, value as inputs 0-2, the mask as input 3, a key length as input 6. Its Python
   object is a plain ILayer, so that causality cannot be read back.
 - `TRT_decomposable=1` is needed for float32 (no fused kernel) and changes nothing in fp16.
-- ONNX's scale is split: the parser multiplies query and the whole cached key by its root, also where
-  scale is 1.
+- ONNX's scale is split: the parser multiplies query and the whole cached key by its root, also
+  where scale is 1; `TRT_Attention` has no such products.
 - `keep_indices`, `slot` and `last_key` are int64. TensorScatter casts `slot` to int32 by itself and
   becomes KV_CACHE_UPDATE; its result must be a network output, its cache a network input.
 - An int32 `slot` fails where it meets the int64 Range of the mask: one integer type throughout.
@@ -214,7 +214,7 @@ def test_what_is_not_a_whole_graph_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not there"):
         ours.parse_network(tmp_path / "none.onnx")
     (tmp_path / "text.onnx").write_bytes(b"not a graph " * 9)
-    with pytest.raises(BundleError, match="holds no graph"):
+    with pytest.raises(BundleError, match="Failed to parse the ONNX model|holds no graph"):
         ours.parse_network(tmp_path / "text.onnx")
     path, _ = save_stage(TINY, tmp_path)
     (tmp_path / "alone").mkdir()
@@ -275,5 +275,6 @@ def test_progress_names_phases_and_ends_each(tmp_path: Path) -> None:
         memory_limit=1 << 28,
         progress=lambda *step: seen.append(step),
     )
-    assert ("Building engine", 0, 6) in seen or seen[0][1] == 0
+    assert seen[0][1] == 0
+    assert seen[-1][1] == seen[-1][2]
     assert all(step <= steps for _, step, steps in seen)
