@@ -1,0 +1,127 @@
+"""What TensorRT's parser made of an ONNX file, in plain Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Shape = tuple[int, ...]
+
+# Inputs of the layer ATTENTION_INPUT, as TensorRT-RTX 1.7.1 numbers them.
+_ATTENTION_MASK, _ATTENTION_KEY_LENGTH = 3, 6
+
+
+@dataclass(frozen=True)
+class TensorSummary:
+    """Name, dtype and shape (-1 where dynamic) of a network's input or output."""
+
+    name: str
+    dtype: str
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """A layer of the parsed network; an empty string stands for an input that is not connected."""
+
+    kind: str
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CacheUpdate:
+    """A key/value cache written in place: `cache` and `result` share their memory."""
+
+    name: str
+    cache: str
+    rows: str
+    slot: str
+    result: str
+
+
+@dataclass(frozen=True)
+class AttentionSummary:
+    """An attention layer; `mask` and `key_length` are empty where nothing is attached.
+
+    Causality is not among its facts: TensorRT's Python gives the layer as a plain one, without it.
+    """
+
+    name: str
+    query: str
+    key: str
+    value: str
+    mask: str = ""
+    key_length: str = ""
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether a mask reached the network."""
+        return bool(self.mask)
+
+
+@dataclass(frozen=True)
+class NetworkSummary:
+    """What the parser made of an ONNX file, in plain Python."""
+
+    inputs: tuple[TensorSummary, ...]
+    outputs: tuple[TensorSummary, ...]
+    layers: tuple[LayerSummary, ...] = field(repr=False)
+
+    @property
+    def cache_updates(self) -> tuple[CacheUpdate, ...]:
+        """Every in-place cache update, in the order of the network."""
+        return tuple(
+            CacheUpdate(layer.name, *layer.inputs[:3], layer.outputs[0])
+            for layer in self.layers
+            if layer.kind == "KV_CACHE_UPDATE"
+        )
+
+    @property
+    def attentions(self) -> tuple[AttentionSummary, ...]:
+        """Every attention layer, in the order of the network."""
+        return tuple(
+            AttentionSummary(
+                layer.name.removesuffix("_AttentionInput"),
+                *layer.inputs[:3],
+                mask=_nth(layer.inputs, _ATTENTION_MASK),
+                key_length=_nth(layer.inputs, _ATTENTION_KEY_LENGTH),
+            )
+            for layer in self.layers
+            if layer.kind == "ATTENTION_INPUT"
+        )
+
+    def count(self, kind: str) -> int:
+        """Count the layers of a kind, such as `ROTARY_EMBEDDING`."""
+        return sum(layer.kind == kind for layer in self.layers)
+
+
+def summarize(network: Any) -> NetworkSummary:
+    """Read a parsed network (`INetworkDefinition`)."""
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    return NetworkSummary(
+        inputs=tuple(_tensor(network.get_input(i)) for i in range(network.num_inputs)),
+        outputs=tuple(_tensor(network.get_output(i)) for i in range(network.num_outputs)),
+        layers=tuple(
+            LayerSummary(
+                layer.type.name,
+                layer.name,
+                tuple(_name(layer.get_input(i)) for i in range(layer.num_inputs)),
+                tuple(_name(layer.get_output(i)) for i in range(layer.num_outputs)),
+            )
+            for layer in layers
+        ),
+    )
+
+
+def _nth(names: tuple[str, ...], index: int) -> str:
+    return names[index] if index < len(names) else ""
+
+
+def _name(tensor: Any) -> str:
+    return "" if tensor is None else tensor.name
+
+
+def _tensor(tensor: Any) -> TensorSummary:
+    return TensorSummary(tensor.name, tensor.dtype.name, tuple(tensor.shape))
