@@ -191,7 +191,7 @@ def _decoded(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         raise _too_large(name, str(error), max_pixels) from error
     except _DAMAGE as error:
         raise _damaged(name, error) from error
-    return to_rgb(upright)
+    return upright if upright.mode == "RGB" else to_rgb(upright)  # exif_transpose copied already
 
 
 def _from_array(array: np.ndarray, max_pixels: int) -> Image.Image:
