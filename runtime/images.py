@@ -13,6 +13,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -155,7 +156,7 @@ def _from_path(source: str | os.PathLike[str], max_pixels: int) -> Image.Image:
         ) from error
 
 
-def _from_stream(stream: io.BufferedIOBase, size: int, name: str, max_pixels: int) -> Image.Image:
+def _from_stream(stream: BinaryIO, size: int, name: str, max_pixels: int) -> Image.Image:
     if size == 0:
         raise RequestError(
             f"{name} is empty",
