@@ -12,6 +12,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from patchsieve.errors import UnsupportedModelError
 
@@ -73,7 +74,7 @@ class PromptFields:
 
 
 def preprocessor_from_checkpoint(directory: Path) -> dict[str, object]:
-    """Fields of `patchsieve.runtime.preprocess.Preprocessor` for a checkpoint.
+    """Read the fields of `patchsieve.runtime.preprocess.Preprocessor` from a checkpoint.
 
     Args:
         directory: A Hugging Face model directory.
@@ -109,19 +110,10 @@ def preprocessor_from_checkpoint(directory: Path) -> dict[str, object]:
             "a size of pixel_values that depends on the image",
             "a centre crop, or a resize to a fixed height and width",
         )
-    mean = _channels(given["image_mean"], "image_mean", where)
-    std = _channels(given["image_std"], "image_std", where)
-    scale = _number(given["rescale_factor"], "rescale_factor", where)
-    if min(*std, scale) <= 0:
-        raise _refuse(where, f"image_std {std}, rescale_factor {scale}", "numbers above 0")
-    if given["do_pad"] and not all(0 <= channel <= 1 for channel in mean):
-        raise _refuse(where, f"do_pad with image_mean {mean}", "image_mean 0 to 1, a colour")
     return {
         **resize,
         "crop_size": crop_size,
-        "image_mean": mean,
-        "image_std": std,
-        "rescale_factor": scale,
+        **_value_fields(given, where),
         **{key: value for key, value in given.items() if key.startswith("do_")},
     }
 
@@ -133,7 +125,7 @@ def prompt_fields_from_checkpoint(directory: Path) -> PromptFields:
         UnsupportedModelError: The file is damaged or a field has the wrong type.
     """
     path = Path(directory) / "processor_config.json"
-    config = _read_json(path) if path.is_file() else {}
+    config: dict[str, Any] = _read_json(path) if path.is_file() else {}
     types = {
         "patch_size": int,
         "vision_feature_select_strategy": str,
@@ -209,11 +201,22 @@ def _resize_fields(given: dict[str, object], where: Path) -> dict[str, object]:
     resample = given["resample"]
     if type(resample) is not int or not 0 <= resample <= 5:
         raise _refuse(where, f"resample = {resample!r}", "a number of PIL.Image.Resampling, 0 to 5")
-    fields = {"shortest_edge": None, "resize_to": None, "resample": resample}
+    fields: dict[str, object] = {"shortest_edge": None, "resize_to": None, "resample": resample}
     if given["do_resize"]:
         size = _size(given["size"], bool(given["default_to_square"]), "size", where)
         fields["resize_to" if isinstance(size, list) else "shortest_edge"] = size
     return fields
+
+
+def _value_fields(given: dict[str, object], where: Path) -> dict[str, object]:
+    mean = _channels(given["image_mean"], "image_mean", where)
+    std = _channels(given["image_std"], "image_std", where)
+    scale = _number(given["rescale_factor"], "rescale_factor", where)
+    if min(*std, scale) <= 0:
+        raise _refuse(where, f"image_std {std}, rescale_factor {scale}", "numbers above 0")
+    if given["do_pad"] and not all(0 <= channel <= 1 for channel in mean):
+        raise _refuse(where, f"do_pad with image_mean {mean}", "image_mean 0 to 1, a colour")
+    return {"image_mean": mean, "image_std": std, "rescale_factor": scale}
 
 
 def _size(value: object, is_square: bool, name: str, where: Path) -> int | list[int]:

@@ -13,6 +13,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -155,7 +156,7 @@ def _from_path(source: str | os.PathLike[str], max_pixels: int) -> Image.Image:
         ) from error
 
 
-def _from_stream(stream: io.BufferedIOBase, size: int, name: str, max_pixels: int) -> Image.Image:
+def _from_stream(stream: BinaryIO, size: int, name: str, max_pixels: int) -> Image.Image:
     if size == 0:
         raise RequestError(
             f"{name} is empty",
@@ -191,7 +192,7 @@ def _decoded(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         raise _too_large(name, str(error), max_pixels) from error
     except _DAMAGE as error:
         raise _damaged(name, error) from error
-    return to_rgb(upright)
+    return upright if upright.mode == "RGB" else to_rgb(upright)  # exif_transpose copied already
 
 
 def _from_array(array: np.ndarray, max_pixels: int) -> Image.Image:

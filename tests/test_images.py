@@ -138,6 +138,7 @@ def test_a_palette_with_transparent_bytes_gives_its_colours_without_a_warning():
         warnings.simplefilter("error")
         np.testing.assert_array_equal(np.asarray(load_image(data)), picture())
         np.testing.assert_array_equal(np.asarray(load_image(held)), picture())
+        np.testing.assert_array_equal(np.asarray(to_rgb(held)), picture())
     assert held.mode == "P" and "transparency" in held.info  # the caller's image is left alone
 
 
