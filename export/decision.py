@@ -12,6 +12,7 @@ from patchsieve import names
 from patchsieve.export.families.specs import DecoderSpec
 from patchsieve.export.trace import Input, trace
 from patchsieve.pruning.site import Site
+from patchsieve.pruning.table import modules
 
 if TYPE_CHECKING:
     from patchsieve.pruning.site import Method
@@ -32,9 +33,8 @@ class Decide(nn.Module):
     ) -> None:
         super().__init__()
         self.method, self.spec, self.grid, self.num_visual = method, spec, grid, num_visual
-        for name, part in vars(method).items():
-            if isinstance(part, nn.Module):  # so that its parameters are found
-                self.add_module(name, part)
+        for name, part in modules(method).items():  # so that their parameters are found
+            self.add_module(name, part)
 
     def forward(
         self,

@@ -44,7 +44,7 @@ def mean_over(values: Tensor, dim: int) -> Tensor:
 
 def visual_slots(site: Site) -> Tensor:
     """Key index of each of the image's tokens, int64 [N]."""
-    return site.visual_rows + (site.key.shape[2] - site.query.shape[2])
+    return site.visual_rows + site.first_key
 
 
 def received_attention(site: Site, rows: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -58,7 +58,7 @@ def received_attention(site: Site, rows: Tensor, weights: Tensor | None = None) 
     Returns:
         Scores, float32 [B, N].
     """
-    row_slots = rows + (site.key.shape[2] - site.query.shape[2])
+    row_slots = rows + site.first_key
     attention = attention_rows(site.query.index_select(2, rows), site.key, row_slots)
     attention = mean_over(attention, 1)  # [B, R, S]
     if weights is None:

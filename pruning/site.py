@@ -29,6 +29,8 @@ class Site:
         grid: Height and width of the original grid, in patches.
         num_visual: Tokens of the image before any pruning, 576 in LLaVA-1.5.
         noise: Uniform numbers in [0, 1), for methods that draw, [B, N].
+        slot: Key index P of row 0, int64 [1], where `key` is a cache with room behind the rows
+            present; None where it ends with them. No row sees what lies behind its own key.
 
     Raises:
         ShapeError: A rank, the heads or the grid cannot be.
@@ -42,6 +44,7 @@ class Site:
     grid: tuple[int, int]
     num_visual: int
     noise: Tensor | None = None
+    slot: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check what is static; the dynamic sizes are the caller's, a check would freeze them."""
@@ -69,6 +72,12 @@ class Site:
                 expected="positive sizes",
                 do="pass the grid and the token count of the image before pruning",
             )
+
+
+    @property
+    def first_key(self) -> Tensor | int:
+        """Key index P of row 0."""
+        return self.key.shape[2] - self.query.shape[2] if self.slot is None else self.slot
 
 
 RANKS = {"query": 4, "key": 4, "visual_rows": 1, "text_rows": 1, "patch_ids": 1, "noise": 2}

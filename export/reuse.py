@@ -1,0 +1,133 @@
+"""Another plan for a bundle on its cuts: decision graphs change, stages and weights do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from patchsieve import manifest, names
+from patchsieve.errors import PatchsieveError
+from patchsieve.export.decision import decide_graph
+from patchsieve.export.families.specs import DecoderSpec
+from patchsieve.export.graphs import GraphWriter
+from patchsieve.export.methods import build_method, resolve_budgets
+from patchsieve.export.weights import DTYPES
+from patchsieve.plan import NO_PRUNING, Plan, check_plan_name
+
+Progress = Callable[[str, float], None]
+
+
+def reuse(
+    bundle: Path, plan: Plan, plan_name: str, progress: Progress = lambda *_: None
+) -> manifest.Manifest:
+    """Give a bundle another plan on the same cuts. Stage graphs and weights stay as they are.
+
+    The new plan becomes the default; requests may still name the older ones.
+    """
+    check_plan_name(plan_name)
+    old = manifest.read(bundle)
+    missing = [layer for layer in plan.layers if layer not in old.cuts]
+    if missing:
+        raise PatchsieveError(
+            f"the decoder of {bundle} is not divided where the plan prunes",
+            found=f"sites {plan.layers}",
+            expected=f"some of {old.cuts}",
+            do="export a new bundle; --cuts divides it at further layers",
+        )
+    if plan_name == NO_PRUNING and plan.sites:
+        raise PatchsieveError("the plan named none prunes nothing", do="choose another --plan-name")
+    spec = _stored_spec(old)
+    dtype = DTYPES[old.precision][0]
+    writer = GraphWriter(bundle / "graphs", tuple(old.targets))
+    written: dict[str, dict[str, str]] = {}
+    try:
+        plan, graphs = decide_graphs(plan, plan_name, spec, old.vision, dtype, progress)
+        # A new generation of names, so that a reader of the old manifest finds its files whole.
+        for name, graph in graphs.items():
+            for target, path in writer.save(name, graph, fresh=True).items():
+                written.setdefault(target, {})[name] = path
+        new = _with_plan(old, bundle, plan, plan_name, written, writer.tensors)
+        manifest.write(bundle, new)
+    except BaseException:
+        for paths in written.values():
+            for path in paths.values():
+                (bundle / path).unlink(missing_ok=True)
+        raise
+    for path in set(old.files) - set(new.files):
+        (bundle / path).unlink(missing_ok=True)
+    return new
+
+
+def decide_graphs(
+    plan: Plan,
+    plan_name: str,
+    spec: DecoderSpec,
+    vision: manifest.VisionModel,
+    dtype: torch.dtype,
+    progress: Progress = lambda *_: None,
+) -> tuple[Plan, dict[str, ir.Model]]:
+    """Resolve a plan's budgets and trace its decisions."""
+    methods = [build_method(site) for site in plan.sites]
+    plan = resolve_budgets(plan, methods, vision.num_visual)
+    graphs = {}
+    for done, (site, method) in enumerate(zip(plan.sites, methods, strict=True)):
+        progress(f"tracing {site.method} at layer {site.layer}", done / len(methods))
+        graphs[names.decide(plan_name, site.layer)] = decide_graph(
+            method, spec, vision.grid, vision.num_visual, dtype
+        )
+    return plan, graphs
+
+
+def _with_plan(
+    old: manifest.Manifest,
+    bundle: Path,
+    plan: Plan,
+    plan_name: str,
+    written: dict[str, dict[str, str]],
+    tensors: dict[str, dict[str, list[dict[str, object]]]],
+) -> manifest.Manifest:
+    """The manifest with a plan added or replaced."""
+    prefix = names.decide(plan_name, 0).rsplit(".", 1)[0] + "."
+    targets, files = {}, dict(old.files)
+    for target, graphs in old.targets.items():
+        stale = {name: path for name, path in graphs.items() if name.startswith(prefix)}
+        for path in stale.values():
+            files.pop(path)
+        new = written.get(target, {})
+        targets[target] = {k: v for k, v in graphs.items() if k not in stale} | new
+        files |= {path: manifest.hash_file(bundle / path) for path in new.values()}
+    return replace(
+        old,
+        plans=old.plans | {plan_name: plan},
+        default_plan=plan_name,
+        targets=targets,
+        tensors={k: v for k, v in old.tensors.items() if not k.startswith(prefix)} | tensors,
+        files=files,
+    )
+
+
+def _stored_spec(facts: manifest.Manifest) -> DecoderSpec:
+    """As much of the decoder's spec as a decision needs."""
+    text = facts.text
+    return DecoderSpec(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_layers=text.num_layers,
+        num_heads=text.num_heads,
+        num_kv_heads=text.num_kv_heads,
+        head_dim=text.head_dim,
+        norm_eps=0.0,
+        activation="",
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+        tied_embeddings=False,
+        inv_freq=(),
+        rotary_scale=1.0,
+        max_rows=0,
+    )
