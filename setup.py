@@ -53,7 +53,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["patchsieve"]
+    packages=find_packages(include=["patchsieve", "patchsieve.*"])
     + [f"patchsieve.{p}" for f in FOLDERS for p in find_packages(include=[f, f"{f}.*"])],
     package_dir={"patchsieve": "patchsieve", **{f"patchsieve.{f}": f for f in FOLDERS}},
     package_data={"patchsieve": ["py.typed"]},

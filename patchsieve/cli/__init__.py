@@ -1,0 +1,67 @@
+"""The command line: `patchsieve COMMAND`. Each command's file is imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from patchsieve import __version__
+from patchsieve.errors import PatchsieveError
+
+COMMANDS = {
+    "export": "turn a LLaVA checkpoint into a bundle",
+    "build": "compile a bundle's engines",
+    "run": "answer a question about an image",
+    "profile": "measure latency and memory, pruned beside unpruned",
+    "inspect": "show what a bundle holds and what it costs",
+    "verify": "compare a bundle with its checkpoint, graph by graph and layer by layer",
+    "doctor": "say what this machine can run, and what to install for the rest",
+}
+USER_ERROR = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit."""
+        self.exit(USER_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code is 2 for what the user can mend."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(prog="patchsieve", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"patchsieve {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    named = next((word for word in argv if not word.startswith("-")), None)
+    for name, what in COMMANDS.items():
+        command = commands.add_parser(name, help=what, description=what)
+        command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+        if name == named:  # only the command that is called is imported
+            importlib.import_module(f"{__name__}.{name}").add_arguments(command)
+    args = parser.parse_args(argv)
+    module = importlib.import_module(f"{__name__}.{args.command}")
+    try:
+        code = module.run(args)
+        sys.stdout.flush()
+        return code or 0
+    except PatchsieveError as error:
+        return _fail(args.json, str(error))
+    except KeyboardInterrupt:
+        print("patchsieve: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader went away (`| head`)
+        sys.stderr.close()
+        return 0
+
+
+def _fail(as_json: bool, message: str) -> int:
+    if as_json:
+        print(json.dumps({"schema_version": 1, "error": message}))
+    print(f"patchsieve: {message}", file=sys.stderr)
+    return USER_ERROR

@@ -1,0 +1,213 @@
+"""`patchsieve export CHECKPOINT -o BUNDLE`, and `patchsieve export --reuse BUNDLE`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from patchsieve.cli.output import Progress, print_json, require, size
+from patchsieve.errors import PatchsieveError
+from patchsieve.heads import load_heads
+from patchsieve.manifest import Limits, Manifest
+from patchsieve.plan import NO_PRUNING, Plan, SitePlan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="Hugging Face directory or hub id of a LLaVA model")
+    add("-o", "--output", type=Path, metavar="BUNDLE", help="the bundle to make")
+    add("--reuse", type=Path, metavar="BUNDLE", help="give this bundle another plan on its cuts")
+    plan = parser.add_argument_group("what prunes where")
+    add = plan.add_argument
+    add("--plan", type=Path, metavar="JSON", help="a plan file; instead of the shortcuts below")
+    add("--method", default=None, help="none (default), random, fastv or atp")
+    add("--sites", type=_integers, metavar="LAYERS", help="layers at whose input to prune: 4,14,24")
+    add("--keep-ratio", type=_numbers, metavar="R", help="fraction KEPT, one or one per site")
+    add("--rows", choices=("last", "mean"), help="fastv: whose attention counts")
+    add("--heads", type=Path, metavar="DIR", help="atp: learned thresholds")
+    add("--theta-r", type=float, help="atp without heads: constant redundancy threshold")
+    add("--theta-s", type=float, help="atp without heads: constant spatial threshold")
+    add("--normalisation", choices=("minmax", "rank", "softmax", "none"), help="atp: of its scores")
+    add("--causal", action="store_true", default=None, help="atp: eq 3 over causal pairs only")
+    add("--budget", type=_integers, metavar="N", help="visual tokens per image to reserve, one per site")
+    add("--plan-name", metavar="NAME", help="what requests call the plan")
+    bundle = parser.add_argument_group("the bundle")
+    add = bundle.add_argument
+    add("--cuts", type=_integers, default=(), metavar="LAYERS", help="further layers to divide at")
+    add("--targets", default="cpu", help="comma-separated: cpu, reference, tensorrt-rtx")
+    add("--precision", default="float32", choices=("float32", "float16"))
+    add("--max-text-tokens", type=int, default=512)
+    add("--max-new-tokens", type=int, default=256)
+    add("--max-images", type=int, default=1)
+    add("--quiet", action="store_true", help="no progress")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export or reuse."""
+    require(("torch", "transformers", "onnx", "onnxscript", "safetensors"), "export", "export")
+    plan = _plan(args)
+    name = args.plan_name or _name(plan)
+    progress = Progress(args.quiet)
+    start = time.perf_counter()
+    if args.reuse is not None:
+        from patchsieve.export.reuse import reuse
+
+        if args.checkpoint or args.cuts or args.output:
+            raise PatchsieveError(
+                "--reuse takes the bundle's own checkpoint, cuts and place",
+                do="leave CHECKPOINT, -o and --cuts away",
+            )
+        bundle, facts = args.reuse, reuse(args.reuse, plan, name, progress)
+    else:
+        bundle, facts = args.output, _export(args, plan, name, progress)
+    progress.done()
+    _report(args, bundle, facts, time.perf_counter() - start)
+    return 0
+
+
+def _export(args: argparse.Namespace, plan: Plan, name: str, progress: Progress) -> Manifest:
+    from patchsieve.export.exporter import ExportOptions, export
+
+    if args.checkpoint is None or args.output is None:
+        raise PatchsieveError("export needs a checkpoint and -o BUNDLE, or --reuse BUNDLE")
+    options = ExportOptions(
+        plan=plan,
+        plan_name=name,
+        cuts=tuple(args.cuts),
+        targets=tuple(dict.fromkeys(target.strip() for target in args.targets.split(","))),
+        precision=args.precision,
+        limits=Limits(args.max_text_tokens, args.max_new_tokens, args.max_images),
+    )
+    return export(args.checkpoint, args.output, options, progress)
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    """The plan of a file, or of the shortcuts."""
+    given = {
+        "--method": args.method,
+        "--sites": args.sites,
+        "--keep-ratio": args.keep_ratio,
+        "--rows": args.rows,
+        "--heads": args.heads,
+        "--theta-r": args.theta_r,
+        "--theta-s": args.theta_s,
+        "--normalisation": args.normalisation,
+        "--causal": args.causal,
+        "--budget": args.budget,
+    }
+    used = [option for option, value in given.items() if value is not None]
+    if args.plan is not None:
+        if used:
+            raise PatchsieveError("--plan says it all", found=", ".join(used), do="leave them away")
+        return Plan.from_file(args.plan)
+    if args.method in (None, NO_PRUNING):
+        rest = [option for option in used if option != "--method"]
+        if rest:
+            raise PatchsieveError(
+                "options of a pruning method, but no method",
+                found=", ".join(rest),
+                do="add --method random, fastv or atp",
+            )
+        return Plan()
+    sites = args.sites
+    if sites is None and args.heads is not None:
+        sites = load_heads(args.heads)[0].sites
+    if sites is None:
+        raise PatchsieveError(f"--method {args.method} needs --sites", expected="e.g. --sites 2")
+    params: dict[str, Any] = {
+        "rows": args.rows,
+        "heads": None if args.heads is None else str(args.heads),
+        "theta_r": args.theta_r,
+        "theta_s": args.theta_s,
+        "normalisation": args.normalisation,
+        "causal": args.causal,
+    }
+    params = {key: value for key, value in params.items() if value is not None}
+    ratios = _per_site("--keep-ratio", args.keep_ratio, len(sites))
+    budgets = _per_site("--budget", args.budget, len(sites))
+    return Plan(
+        tuple(
+            SitePlan(
+                layer,
+                args.method,
+                params | ({} if ratio is None else {"keep_ratio": ratio}),
+                budget,
+            )
+            for layer, ratio, budget in zip(sites, ratios, budgets, strict=True)
+        )
+    )
+
+
+def _per_site(option: str, values: list[Any] | None, count: int) -> list[Any]:
+    if values is None:
+        return [None] * count
+    if len(values) == 1:
+        return values * count
+    if len(values) != count:
+        raise PatchsieveError(
+            f"{option} needs one value, or one per site", found=len(values), expected=count
+        )
+    return values
+
+
+def _name(plan: Plan) -> str:
+    """A name that says what a plan does: fastv-2-50."""
+    if not plan.sites:
+        return NO_PRUNING
+    methods = "-".join(dict.fromkeys(site.method for site in plan.sites))
+    layers = "-".join(str(layer) for layer in plan.layers)
+    ratios = dict.fromkeys(site.params.get("keep_ratio") for site in plan.sites)
+    percent = "".join(f"-{ratio * 100:.0f}" for ratio in ratios if ratio is not None)
+    return f"{methods}-{layers}{percent}"[:64]
+
+
+def _report(args: argparse.Namespace, bundle: Path, facts: Manifest, seconds: float) -> None:
+    plan = facts.default_plan
+    total = sum(file.size for file in facts.files.values())
+    per_target = {
+        target: sum(facts.files[path].size for path in graphs.values())
+        for target, graphs in facts.targets.items()
+    }
+    slots, full = facts.slots(plan), facts.slots(NO_PRUNING)
+    bytes_of = [facts.row_bytes(stage) for stage in facts.stages]
+    reserved = sum(a * b for a, b in zip(slots, bytes_of, strict=True))
+    unpruned = sum(a * b for a, b in zip(full, bytes_of, strict=True))
+    if args.json:
+        print_json(
+            {
+                "bundle": str(bundle),
+                "plan": plan,
+                "plans": list(facts.plans),
+                "cuts": facts.cuts,
+                "budgets": facts.budgets(plan),
+                "slots": slots,
+                "kv_bytes_reserved": reserved,
+                "kv_bytes_reserved_unpruned": unpruned,
+                "bytes": total,
+                "graph_bytes": per_target,
+                "seconds": round(seconds, 3),
+            }
+        )
+        return
+    print(f"{bundle}: plan {plan}, {size(total)}, {seconds:.1f} s")
+    for target, count in per_target.items():
+        print(f"  {target}: graphs of {size(count)} on the shared weights")
+    for stage, budget, count in zip(facts.stages, facts.budgets(plan), slots, strict=True):
+        print(
+            f"  layers {stage.first}-{stage.last - 1}: "
+            f"at most {budget} visual tokens an image, {count} KV slots"
+        )
+    print(f"  KV reservation {size(reserved)}, unpruned {size(unpruned)}")
+    if reserved == unpruned and facts.plans[plan].sites:
+        print("  the plan reserves as much as no pruning: lower it with --budget")
+
+
+def _integers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]

@@ -1,0 +1,88 @@
+"""What commands print: one JSON object, tables for the eye, progress on stderr."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from patchsieve.errors import BackendMissingError
+
+_WIDTH = 24  # characters of the bar
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """Print one object with `schema_version` first."""
+    print(json.dumps({"schema_version": 1} | data, ensure_ascii=False))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A plain table; the first column to the left, the rest to the right."""
+    cells = [list(header), *([_text(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def size(count: float) -> str:
+    """Bytes for the eye."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def require(libraries: Sequence[str], extra: str, what: str) -> None:
+    """Refuse a command whose libraries are not installed, in one line."""
+    absent = [name for name in libraries if importlib.util.find_spec(name) is None]
+    if absent:
+        raise BackendMissingError(
+            f"{what} needs libraries that are not installed",
+            found=f"no {', '.join(absent)}",
+            do=f'pip install "patchsieve[{extra}]"',
+        )
+
+
+class Progress:
+    """A bar on a terminal, a line per step elsewhere; silent with `--quiet`."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.is_terminal = sys.stderr.isatty()
+        self._last = ""
+
+    def __call__(self, what: str, fraction: float) -> None:
+        """Say what is being done and how much is done, 0 to 1."""
+        if self.quiet:
+            return
+        if self.is_terminal:
+            bar = "#" * round(fraction * _WIDTH)
+            line = f"[{bar:<{_WIDTH}}] {fraction:4.0%} {what}"
+            sys.stderr.write(f"\r{line:<{len(self._last)}}")
+            self._last = line
+        elif what != self._last:
+            sys.stderr.write(f"{fraction:4.0%} {what}\n")
+            self._last = what
+        sys.stderr.flush()
+
+    def done(self) -> None:
+        """Clear the bar."""
+        if self.is_terminal and not self.quiet and self._last:
+            sys.stderr.write("\r" + " " * len(self._last) + "\r")
+            sys.stderr.flush()
+
+
+def _text(cell: Any) -> str:
+    if cell is None:
+        return "-"
+    return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
