@@ -272,6 +272,7 @@ class _Answer:
             yield piece
         result.text = stream.text
         result.timings_ms["decode_per_token"] = float(np.median(decode_ms)) if decode_ms else None
+        result.timings_ms["decode_steps"] = decode_ms
         result.kv_bytes = self.cache.kv_bytes()
         self._settle(prompt, history, prompt_mark)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from patchsieve.errors import CapacityError, RequestError
-from patchsieve.runtime.backend import open_backend
+from patchsieve.runtime.backend import Backend, open_backend
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.cache import Cache
 from patchsieve.runtime.chat import Chat
@@ -27,6 +27,8 @@ class Model:
         threads: Threads of the backend.
         check: "hash" compares every file with its sha256 first; "size" only sizes.
         progress: Told each file before it is checked.
+        backend: Makes the backend of the opened bundle; the target's own by default.
+        spare_caches: How many plans' caches are kept between requests.
     """
 
     def __init__(
@@ -37,11 +39,16 @@ class Model:
         threads: int | None = None,
         check: str = "hash",
         progress: Callable[[str], None] | None = None,
+        backend: Callable[[Bundle], Backend] | None = None,
+        spare_caches: int = 1,
     ) -> None:
         self.bundle = Bundle(Path(path), target, check=check, progress=progress)
         self.facts = self.bundle.manifest
-        self.backend = open_backend(self.bundle, threads=threads)
+        self.backend = (
+            open_backend(self.bundle, threads=threads) if backend is None else backend(self.bundle)
+        )
         self.pipeline = Pipeline(self.bundle, self.backend)
+        self.spare_caches = spare_caches
         self._spare: dict[str, Cache] = {}  # one cache per plan, for the next request
 
     def generate(self, image: Any = None, prompt: str = "", **options: Any) -> Result:
@@ -95,7 +102,9 @@ class Model:
     def give_back(self, plan: str, cache: Cache) -> None:
         """Keep a cache for the next request."""
         cache.rewind((0,) * (1 + len(cache.stages)))
-        self._spare = {plan: cache}
+        self._spare[plan] = cache
+        while len(self._spare) > self.spare_caches:
+            del self._spare[next(iter(self._spare))]  # the one that waits longest
 
     def preprocess(self, sources: Sequence[Any]) -> np.ndarray:
         """Images to pixels, [B, 3, h, w]."""

@@ -21,6 +21,7 @@ except ImportError as error:
     raise missing("onnxruntime", "cpu") from error
 
 _QUIET = 3  # errors only
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph without a file
 
 
 @dataclass
@@ -39,12 +40,21 @@ class OrtBackend:
     Args:
         bundle: The opened bundle.
         threads: Threads of one operator; all cores by default.
+        models: Serialised graphs that stand in for the bundle's files of the same name, on the
+            same weights; a stage's further outputs come back with the others.
     """
 
     has_fixed_slots = False
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        models: Mapping[str, bytes] | None = None,
+    ) -> None:
         self.bundle, self.facts = bundle, bundle.manifest
+        self._models = models or {}
         self.options = ort.SessionOptions()
         self.options.log_severity_level = _QUIET
         self.options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
@@ -113,9 +123,13 @@ class OrtBackend:
     def _session(self, graph: str) -> Any:
         if graph not in self._sessions:
             path = self.bundle.graph_path(graph)
+            model: str | bytes = str(path)
+            if graph in self._models:
+                model = self._models[graph]
+                self.options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
             try:
                 self._sessions[graph] = ort.InferenceSession(
-                    str(path), self.options, providers=["CPUExecutionProvider"]
+                    model, self.options, providers=["CPUExecutionProvider"]
                 )
             except Exception as error:  # its exceptions have no common base but this
                 if not type(error).__module__.startswith("onnxruntime"):

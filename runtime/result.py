@@ -59,7 +59,8 @@ class Result:
             or "none" where nothing was pruned.
         sites: Survivors per site and image, of the whole conversation.
         kv_bytes: Reserved and used, in all and per stage.
-        timings_ms: Milliseconds of each part; `ttft` is the time to the first token.
+        timings_ms: Milliseconds of each part; `ttft` is the time to the first token, `decode_steps`
+            lists each token behind it.
         notes: What the user should know, in sentences.
     """
 
@@ -78,4 +79,10 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """The result as `run --json` prints it."""
         sites = [site.to_dict() for site in self.sites]
-        return {"schema_version": SCHEMA_VERSION, **vars(self), "sites": sites}
+        times = {key: value for key, value in self.timings_ms.items() if key != "decode_steps"}
+        return {
+            "schema_version": SCHEMA_VERSION,
+            **vars(self),
+            "sites": sites,
+            "timings_ms": times,
+        }

@@ -26,6 +26,7 @@ class SamplingOptions:
             (if negative) by it; 1 is off. Acts in greedy choice too, as in Hugging Face.
         seed: Makes the draws repeatable; None takes fresh entropy from the system.
         stop: Strings that end the answer and are not part of it.
+        ignore_eos: End tokens do not end the answer, so that every run has the same length.
     """
 
     max_new_tokens: int = 128
@@ -35,6 +36,7 @@ class SamplingOptions:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         """Check every option.
@@ -84,7 +86,7 @@ class Sampler:
 
     def is_eos(self, token_id: int) -> bool:
         """Whether `token_id` ends the answer."""
-        return token_id in self.eos_token_ids
+        return token_id in self.eos_token_ids and not self.options.ignore_eos
 
     def next_token(self, logits: np.ndarray, history: Sequence[int] | np.ndarray = ()) -> int:
         """Choose the next token.

@@ -1,0 +1,124 @@
+"""`patchsieve inspect BUNDLE`: what is inside and what it reserves."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from patchsieve import inspection
+from patchsieve.cli.output import Progress, print_json, size, table
+from patchsieve.plan import NO_PRUNING
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("bundle", type=Path)
+    add("--plan", metavar="NAME", help="show only this plan; all by default")
+    add("--tensors", action="store_true", help="names, dtypes and shapes of each graph's tensors")
+    add("--files", action="store_true", help="every file with its size")
+    add("--check", action="store_true", help="compare every file with its hash")
+    add("--quiet", action="store_true", help="no progress")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what the manifest says."""
+    facts = inspection.inspect(args.bundle, args.plan)
+    if args.tensors:
+        facts["tensors"] = inspection.tensors(args.bundle)
+    if args.check:
+        progress = Progress(args.quiet or args.json)
+        facts["checked_files"] = inspection.check(args.bundle, progress)
+        progress.done()
+    if args.json:
+        print_json(facts)
+        return 0
+    blocks = [_model(facts), *_plans(facts), _sizes(facts), _targets(facts), _engines(facts)]
+    if args.files:
+        blocks.append(table(("file", "size"), [(k, size(v)) for k, v in facts["files"].items()]))
+    if args.tensors:
+        blocks.append(_tensors(facts))
+    if args.check:
+        blocks.append(f"{facts['checked_files']} files compared with their hashes: all intact")
+    print("\n\n".join(block for block in blocks if block))
+    return 0
+
+
+def _model(facts: dict[str, Any]) -> str:
+    text, vision, limits = facts["text"], facts["vision"], facts["limits"]
+    rows, columns = vision["grid"]
+    return "\n".join(
+        [
+            f"{facts['bundle']}: {facts['checkpoint']}, {facts['precision']}, {size(facts['bytes'])}, "
+            f"made by patchsieve {facts['patchsieve_version']}",
+            f"decoder  {text['model_type']}, {text['num_layers']} layers x {text['hidden_size']}, "
+            f"{text['num_heads']} query and {text['num_kv_heads']} KV heads x {text['head_dim']}, "
+            f"{text['vocab_size']} tokens",
+            f"tower    {vision['model_type']}, {vision['num_layers_run']} of {vision['num_layers']} "
+            f"layers x {vision['hidden_size']}, {vision['image_size']} px, "
+            f"{rows} x {columns} patches, {vision['num_visual']} tokens an image",
+            f"limits   {limits['max_text_tokens']} text tokens, {limits['max_new_tokens']} new tokens, "
+            f"{limits['max_images']} image{'s' if limits['max_images'] > 1 else ''}",
+        ]
+    )
+
+
+def _plans(facts: dict[str, Any]) -> list[str]:
+    return [_plan(facts, name, costs) for name, costs in facts["plans"].items()]
+
+
+def _plan(facts: dict[str, Any], name: str, costs: dict[str, Any]) -> str:
+    lines = [f"plan {name}" + (" (default)" if name == facts["default_plan"] else "")]
+    if name != NO_PRUNING:
+        lines[0] += f", positions: {costs['position_rule']}"
+    for site in costs["sites"]:
+        params = ", ".join(f"{key} {value}" for key, value in site["params"].items())
+        lines.append(f"  before layer {site['layer']}: {site['method']} {params}".rstrip())
+    rows: list[tuple[Any, ...]] = [
+        (
+            f"  {stage['layers'][0]}-{stage['layers'][1]}",
+            stage["budget"],
+            stage["slots"],
+            stage["slots_unpruned"],
+            size(stage["kv_bytes"]),
+            size(stage["kv_bytes_unpruned"]),
+        )
+        for stage in costs["stages"]
+    ]
+    used, full = costs["kv_bytes"], costs["kv_bytes_unpruned"]
+    rows.append((f"  all, {used / full:.0%}", "", "", "", size(used), size(full)))
+    header = ("  layers", "tokens an image", "slots", "unpruned", "KV bytes", "unpruned")
+    return "\n".join([*lines, table(header, rows)])
+
+
+def _sizes(facts: dict[str, Any]) -> str:
+    return table(("part", "size"), [(k, size(v)) for k, v in facts["parts"].items()])
+
+
+def _targets(facts: dict[str, Any]) -> str:
+    """Graphs of each target, the weights apart, which all of them share."""
+    rows: list[tuple[str, str]] = []
+    for target, made in facts["targets"].items():
+        rows.append((f"{target}, {len(made['graphs'])} graphs", size(made["bytes"])))
+        rows += [(f"  {name}", size(graph["bytes"])) for name, graph in made["graphs"].items()]
+    return table(("target", "size without weights"), rows)
+
+
+def _engines(facts: dict[str, Any]) -> str:
+    if not facts["engines"]:
+        return "engines: none built"
+    rows = [(k, len(v["files"]), size(v["bytes"])) for k, v in facts["engines"].items()]
+    return table(("engines", "files", "size"), rows)
+
+
+def _tensors(facts: dict[str, Any]) -> str:
+    blocks = []
+    for graph, tensors in facts["tensors"].items():
+        rows = [
+            (f"  {way[:-1]} {tensor['name']}", tensor["dtype"], "x".join(map(str, tensor["shape"])))
+            for way in ("inputs", "outputs")
+            for tensor in tensors[way]
+        ]
+        blocks.append(f"{graph}\n" + table(("  tensor", "dtype", "shape"), rows))
+    return "\n\n".join(blocks)

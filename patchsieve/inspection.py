@@ -1,0 +1,174 @@
+"""What a bundle holds and what it reserves, read from its manifest alone: no backend, no numpy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from patchsieve import manifest
+from patchsieve.errors import RequestError
+from patchsieve.manifest import Manifest
+from patchsieve.plan import NO_PRUNING
+
+ENGINES = "engines"  # folder of a bundle with one folder per target
+_GROUPS = {"vision": "vision tower", "embed_tokens": "embeddings", "head": "output head"}
+
+
+def inspect(bundle: Path, plan: str | None = None) -> dict[str, Any]:
+    """Describe a bundle without opening its graphs or weights.
+
+    Args:
+        bundle: The directory.
+        plan: The only plan to describe; all by default.
+
+    Returns:
+        Facts that JSON can hold; bytes are counts.
+
+    Raises:
+        BundleError: This is not a bundle.
+        RequestError: It holds no such plan.
+    """
+    facts = manifest.read(bundle)
+    if plan is not None and plan not in facts.plans:
+        raise RequestError(
+            "the bundle holds no such plan", found=plan, expected=", ".join(facts.plans)
+        )
+    return {
+        "bundle": str(bundle),
+        "bundle_schema": facts.schema_version,
+        "patchsieve_version": facts.patchsieve_version,
+        "checkpoint": facts.checkpoint,
+        "precision": facts.precision,
+        "text": asdict(facts.text),
+        "vision": asdict(facts.vision),
+        "limits": asdict(facts.limits),
+        "stages": [
+            {
+                "layers": [stage.first, stage.last - 1],
+                "kv_bytes_per_row": facts.row_bytes(stage),
+                "engine_slots": stage.slots,
+            }
+            for stage in facts.stages
+        ],
+        "default_plan": facts.default_plan,
+        "plans": {name: plan_costs(facts, name) for name in ([plan] if plan else facts.plans)},
+        "targets": targets(facts),
+        "files": {name: file.size for name, file in facts.files.items()},
+        "bytes": sum(file.size for file in facts.files.values()),
+        "parts": parts(facts),
+        "engines": engines(bundle),
+    }
+
+
+def plan_costs(facts: Manifest, name: str) -> dict[str, Any]:
+    """Sites of a plan and the KV cache that it reserves in each stage, beside no pruning."""
+    plan = facts.plans[name]
+    stages = []
+    rows = zip(
+        facts.stages,
+        facts.budgets(name),
+        facts.slots(name),
+        facts.slots(NO_PRUNING),
+        strict=True,
+    )
+    for stage, budget, slots, unpruned in rows:
+        width = facts.row_bytes(stage)
+        stages.append(
+            {
+                "layers": [stage.first, stage.last - 1],
+                "budget": budget,
+                "slots": slots,
+                "slots_unpruned": unpruned,
+                "kv_bytes": slots * width,
+                "kv_bytes_unpruned": unpruned * width,
+            }
+        )
+    return {
+        "position_rule": plan.position_rule,
+        "sites": [asdict(site) for site in plan.sites],
+        "stages": stages,
+        "kv_bytes": sum(stage["kv_bytes"] for stage in stages),
+        "kv_bytes_unpruned": sum(stage["kv_bytes_unpruned"] for stage in stages),
+    }
+
+
+def targets(facts: Manifest) -> dict[str, dict[str, Any]]:
+    """Graphs of each target with their files' sizes."""
+    return {
+        target: {
+            "graphs": {
+                name: {"file": path, "bytes": facts.files[path].size}
+                for name, path in graphs.items()
+            },
+            "bytes": sum(facts.files[path].size for path in graphs.values()),
+        }
+        for target, graphs in facts.targets.items()
+    }
+
+
+def parts(facts: Manifest) -> dict[str, int]:
+    """Bytes by what they are for: decoder layers, tower, embeddings, head, graphs, the rest."""
+    graphs = {path for paths in facts.targets.values() for path in paths.values()}
+    sizes = dict.fromkeys(("decoder layers", *_GROUPS.values(), "graphs", "other files"), 0)
+    for path, file in facts.files.items():
+        stem = Path(path).name.removesuffix(".safetensors")
+        part = "other files"
+        if path in graphs:
+            part = "graphs"
+        elif stem in _GROUPS:
+            part = _GROUPS[stem]
+        elif stem.startswith("layers."):
+            part = "decoder layers"
+        sizes[part] += file.size
+    return sizes
+
+
+def engines(bundle: Path) -> dict[str, dict[str, Any]]:
+    """Engines that were built into the bundle: for each target its files' sizes, and its record."""
+    found = {}
+    folder = bundle / ENGINES
+    for place in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not place.is_dir():
+            continue
+        files = sorted(path for path in place.rglob("*") if path.is_file())
+        records = [path for path in files if path.suffix == ".json"]
+        found[place.name] = {
+            "files": {path.relative_to(place).as_posix(): path.stat().st_size for path in files},
+            "bytes": sum(path.stat().st_size for path in files),
+            "record": _read(records[0]) if records else None,
+        }
+    return found
+
+
+def tensors(bundle: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Inputs and outputs of each graph: names, dtypes, shapes."""
+    return manifest.read(bundle).tensors
+
+
+def check(bundle: Path, progress: Callable[[str, float], None]) -> int:
+    """Compare every file with its hash and return how many there were.
+
+    Raises:
+        BundleError: A file is missing, truncated or altered.
+    """
+    facts = manifest.read(bundle)
+    total = max(1, sum(file.size for file in facts.files.values()))
+    done = 0
+
+    def step(path: str) -> None:
+        nonlocal done
+        progress(f"checking {path}", done / total)
+        done += facts.files[path].size
+
+    manifest.check_files(bundle, facts, progress=step)
+    return len(facts.files)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
