@@ -59,6 +59,9 @@ class OrtBackend:
         self.options.log_severity_level = _QUIET
         self.options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
         self.options.enable_mem_pattern = False  # lengths differ from call to call
+        for graph in list(self._models)[:1]:  # all graphs lie in one folder
+            folder = bundle.graph_path(graph).parent
+            self.options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
         self._sessions: dict[str, Any] = {}
         for graph in (names.VISION, names.COMPACT, *map(names.stage, range(len(self.facts.stages)))):
             self._session(graph)
@@ -126,7 +129,6 @@ class OrtBackend:
             model: str | bytes = str(path)
             if graph in self._models:
                 model = self._models[graph]
-                self.options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
             try:
                 self._sessions[graph] = ort.InferenceSession(
                     model, self.options, providers=["CPUExecutionProvider"]

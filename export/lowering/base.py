@@ -104,10 +104,10 @@ class Lowering:
 
     def Mark(self, node: ir.Node) -> Sequence[ir.Value]:  # noqa: N802
         """`ops.mark`: no node, only a name (a graph output keeps its own)."""
-        value = node.inputs[0]
-        if not node.outputs[0].is_graph_output():
-            value.name = node.attributes["name"].as_string()
-        return [value]
+        marked = node.outputs[0]
+        if not marked.is_graph_output():
+            marked.name = node.attributes["name"].as_string()  # which the rewrite hands on
+        return [node.inputs[0]]
 
     # The rewrite.
 

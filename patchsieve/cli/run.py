@@ -110,7 +110,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _summary(facts: Manifest, result: Any) -> None:
     """Survivors, KV bytes and times, on stderr."""
-    out = [f"plan {result.plan}: {result.prompt_tokens} rows, {result.visual_tokens} of them visual"]
+    out = [
+        f"plan {result.plan}: {result.prompt_tokens} rows, {result.visual_tokens} of them visual"
+    ]
     if result.sites:
         rows = [
             (
@@ -142,5 +144,3 @@ def _summary(facts: Manifest, result: Any) -> None:
     )
     out += result.notes
     print("\n".join(out), file=sys.stderr)
-
-

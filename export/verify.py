@@ -1,0 +1,240 @@
+"""The checkpoint's side of `verify`: Hugging Face in float32, layer by layer, eager.
+
+The decoder's own modules are called in a loop of ours, because Hugging Face has none that drops
+rows: a row that is dropped leaves the list of rows and keeps its position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from PIL import Image
+from torch import Tensor
+
+from patchsieve import names
+from patchsieve.errors import PatchsieveError
+from patchsieve.export.checkpoint import locate, read_config
+from patchsieve.export.methods import build_method
+from patchsieve.plan import Plan
+from patchsieve.pruning.site import Site
+
+Drop = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclass
+class Layers:
+    """What a prefill left behind.
+
+    Attributes:
+        hidden: Rows behind each layer, [1, L, C].
+        query: Rotated queries of each layer, heads side by side, [1, L, H * D].
+        key: Rotated keys of each layer, [1, G, L, D].
+        value: Values of each layer, [1, G, L, D].
+        logits: Of the last row, [V].
+        cache: For `decode`.
+        position: Of the next row.
+    """
+
+    hidden: list[np.ndarray] = field(default_factory=list)
+    query: list[np.ndarray] = field(default_factory=list)
+    key: list[np.ndarray] = field(default_factory=list)
+    value: list[np.ndarray] = field(default_factory=list)
+    logits: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    cache: Any = None
+    position: int = 0
+
+
+class Reference:
+    """A checkpoint in Hugging Face.
+
+    Args:
+        checkpoint: A directory or a hub id.
+
+    Raises:
+        UnsupportedModelError: The checkpoint has a structure that is not known.
+    """
+
+    def __init__(self, checkpoint: str) -> None:
+        import transformers
+
+        directory = locate(checkpoint)
+        self.config = read_config(directory)
+        try:
+            self.processor = transformers.AutoProcessor.from_pretrained(directory, backend="pil")
+            self.llava = transformers.LlavaForConditionalGeneration.from_pretrained(
+                directory, dtype=torch.float32, attn_implementation="eager"
+            ).eval()
+        except (OSError, ValueError) as error:
+            raise PatchsieveError(
+                f"transformers {transformers.__version__} does not load {checkpoint}",
+                found=str(error).splitlines()[0],
+            ) from error
+        vision = self.config.vision_config
+        if self.processor.patch_size is None:  # older processors leave it to the model's config
+            self.processor.patch_size = vision.patch_size
+        if self.processor.vision_feature_select_strategy is None:
+            strategy = self.config.vision_feature_select_strategy
+            self.processor.vision_feature_select_strategy = strategy
+        self.decoder = self.llava.model.language_model
+        self.llava.generation_config.eos_token_id = None  # an early end would hide what follows
+
+    def inputs(
+        self, image: Image.Image, messages: list[dict[str, Any]] | str
+    ) -> dict[str, np.ndarray]:
+        """`pixel_values` and `input_ids` [1, L] of Hugging Face's processor and chat template."""
+        text = messages
+        if not isinstance(messages, str):
+            text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        made = self.processor(images=[image], text=text, return_tensors="pt")
+        return {key: made[key].numpy() for key in (names.PIXEL_VALUES, "input_ids")}
+
+    @torch.no_grad()
+    def vision(self, pixel_values: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Projected features [B, N, C], and the tower's rows behind each of its layers."""
+        pixels = torch.from_numpy(pixel_values)
+        seen = self.llava.model.vision_tower(pixels, output_hidden_states=True)
+        features = self.llava.model.get_image_features(pixels).pooler_output
+        layers = [rows.numpy() for rows in seen.hidden_states[1:]]
+        return torch.stack(list(features)).numpy(), layers
+
+    @torch.no_grad()
+    def embed(self, input_ids: np.ndarray, features: np.ndarray) -> np.ndarray:
+        """Embeddings with the image's features in their places, [1, L, C]."""
+        ids = torch.from_numpy(input_ids)
+        is_visual = ids == self.config.image_token_id
+        rows = self.llava.get_input_embeddings()(torch.where(is_visual, 0, ids))
+        rows[is_visual] = torch.from_numpy(features).reshape(-1, rows.shape[-1])
+        return rows.numpy()
+
+    @torch.no_grad()
+    def prefill(self, embeddings: np.ndarray, drop: Mapping[int, Drop]) -> Layers:
+        """Feed rows through the decoder.
+
+        Args:
+            embeddings: [1, L0, C].
+            drop: For a layer, what is asked before it: given the queries and keys of the layer
+                before, the rows that go on.
+        """
+        import transformers
+
+        out = Layers(cache=transformers.DynamicCache(config=self.config.text_config))
+        x = torch.from_numpy(embeddings)
+        positions = torch.arange(x.shape[1])
+        out.position = x.shape[1]
+        for index in range(len(self.decoder.layers)):
+            if index in drop:
+                kept = torch.from_numpy(drop[index](index, out.query[-1], out.key[-1]))
+                x, positions = x[:, kept], positions[kept]
+            x, query = self._layer(index, x, positions, out.cache)
+            made = out.cache.layers[index]
+            out.hidden.append(x.numpy())
+            out.query.append(query.numpy())
+            out.key.append(made.keys.numpy())
+            out.value.append(made.values.numpy())
+        out.logits = self._logits(x)
+        return out
+
+    @torch.no_grad()
+    def decode(self, layers: Layers, count: int) -> list[int]:
+        """Greedy tokens behind a prefill, end tokens or not."""
+        tokens = [int(layers.logits.argmax())]
+        while len(tokens) < count:
+            x = self.llava.get_input_embeddings()(torch.tensor([tokens[-1:]]))
+            for index in range(len(self.decoder.layers)):
+                x, _ = self._layer(index, x, torch.tensor([layers.position]), layers.cache)
+            layers.position += 1
+            tokens.append(int(self._logits(x).argmax()))
+        return tokens
+
+    @torch.no_grad()
+    def generate(self, inputs: Mapping[str, np.ndarray], count: int) -> list[int]:
+        """Greedy tokens of Hugging Face's own `generate`, end tokens or not."""
+        tensors = {key: torch.from_numpy(value) for key, value in inputs.items()}
+        made = self.llava.generate(**tensors, do_sample=False, max_new_tokens=count)
+        return made[0, tensors["input_ids"].shape[1] :].tolist()
+
+    def _layer(self, index: int, x: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
+        """One decoder layer: rows [1, L, C] behind it and its rotated queries [1, L, H * D]."""
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        angles = self.decoder.rotary_emb(x, position_ids=positions[None])
+        rows = x.shape[1]
+        mask = None
+        if rows > 1:  # rows are in order of position: causal among those that are left
+            low = torch.finfo(x.dtype).min
+            mask = torch.full((1, 1, rows, rows), low).triu(1)  # [1, 1, L, L]
+        layer = self.decoder.layers[index]
+        attention = layer.self_attn
+        states = attention.q_proj(layer.input_layernorm(x))
+        heads = states.view(1, rows, -1, attention.head_dim).transpose(1, 2)  # [1, H, L, D]
+        query = apply_rotary_pos_emb(heads, heads, *angles)[0].transpose(1, 2).reshape(1, rows, -1)
+        x = layer(
+            x,
+            attention_mask=mask,
+            position_embeddings=angles,
+            position_ids=positions[None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return x, query
+
+    def _logits(self, x: Tensor) -> np.ndarray:
+        return self.llava.lm_head(self.decoder.norm(x[:, -1]))[0].numpy()
+
+
+@torch.no_grad()
+def decide(
+    plan: Plan,
+    layer: int,
+    query: np.ndarray,
+    key: np.ndarray,
+    fed: Mapping[str, np.ndarray],
+    grid: tuple[int, int],
+    num_visual: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Run a site's method in torch on given activations.
+
+    Args:
+        plan: The plan.
+        layer: The site.
+        query: [1, L, H * D].
+        key: [1, G, L, D].
+        fed: What the bundle's decision was fed besides: rows, patch ids, budget, noise.
+        grid: Patch rows and columns.
+        num_visual: Tokens of the image before any pruning.
+
+    Returns:
+        Which of the image's tokens go on, bool [N], and their scores, [N].
+    """
+    site = next(site for site in plan.sites if site.layer == layer)
+    head_dim = key.shape[-1]
+    tensor = {name: torch.from_numpy(np.asarray(value)) for name, value in fed.items()}
+    states = Site(
+        query=torch.from_numpy(query).view(1, query.shape[1], -1, head_dim).transpose(1, 2),
+        key=torch.from_numpy(key),
+        visual_rows=tensor[names.VISUAL_ROWS],
+        text_rows=tensor[names.TEXT_ROWS],
+        patch_ids=tensor[names.PATCH_IDS],
+        grid=grid,
+        num_visual=num_visual,
+        noise=tensor.get(names.NOISE),
+    )
+    decision = build_method(site).decide(states, tensor[names.BUDGET])
+    return decision.keep[0].numpy(), decision.scores[0].numpy()
+
+
+def tapped(path: Path) -> bytes:
+    """A graph whose named inner values (rows behind each layer) are outputs too."""
+    model = onnx.load(str(path), load_external_data=False)
+    present = {value.name for value in model.graph.output}
+    for node in model.graph.node:
+        for name in node.output:
+            if name.endswith(".output") and "layers." in name and name not in present:
+                model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    return model.SerializeToString()

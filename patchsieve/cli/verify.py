@@ -1,0 +1,129 @@
+"""`patchsieve verify BUNDLE --against CHECKPOINT`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from patchsieve.cli.output import Progress, print_json, require, table
+
+DEPARTS = 1  # exit code
+PROMPT = "Describe the image."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("bundle", type=Path)
+    add("--against", required=True, metavar="CHECKPOINT", help="Hugging Face directory or hub id")
+    add("--image", metavar="FILE", help="an image; a generated one by default")
+    add("--prompt", default=PROMPT)
+    add("--raw", action="store_true", help="the prompt is the whole text, without chat template")
+    add("--plan", metavar="NAME", help='the pruned plan beside "none"; the default one otherwise')
+    add("--max-new-tokens", type=int, default=32, metavar="N", help="greedy tokens to compare (32)")
+    add("--target", default="cpu", choices=("cpu", "reference"))
+    add("--threads", type=int, help="threads of the bundle's side")
+    add("--quiet", action="store_true", help="only the table and the verdict")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, print the table, name the first part that departs."""
+    libraries = ("torch", "transformers", "onnx", "onnxruntime")
+    require(libraries, "cpu,export", "verify")
+    from patchsieve.errors import RequestError
+    from patchsieve.plan import NO_PRUNING
+    from patchsieve.verify import Verification
+
+    progress = Progress(args.quiet or args.json)
+    progress("loading both", 0.0)
+    with _quiet_libraries():
+        both = Verification(args.bundle, args.against, target=args.target, threads=args.threads)
+    plans = dict.fromkeys((NO_PRUNING, args.plan or both.facts.default_plan))
+    if not set(plans) <= set(both.facts.plans):
+        raise RequestError(
+            "the bundle holds no such plan", found=args.plan, expected=", ".join(both.facts.plans)
+        )
+    parts = []
+    for done, plan in enumerate(plans):
+        progress(f"comparing plan {plan}", (done + 1) / (len(plans) + 1))
+        image = args.image if args.image is not None else _picture()
+        with _quiet_libraries():
+            parts += both.compare(image, args.prompt, plan, raw=args.raw, count=args.max_new_tokens)
+    both.close()
+    progress.done()
+    first = next((part for part in parts if part.departs), None)
+    if args.json:
+        print_json(
+            {
+                "bundle": str(args.bundle),
+                "against": args.against,
+                "precision": both.facts.precision,
+                "plans": list(plans),
+                "passed": first is None,
+                "first_departure": None if first is None else first.to_dict(),
+                "parts": [part.to_dict() for part in parts],
+            }
+        )
+    else:
+        seen: set[Any] = set()
+        for plan in plans:
+            shown = [part for part in parts if part.plan == plan]
+            rows = [part for part in shown if (part.name, part.max_error, part.note) not in seen]
+            as_above = (
+                f", {len(shown) - len(rows)} parts as above" if len(rows) < len(shown) else ""
+            )
+            print(f"plan {plan}{as_above}\n{_table(rows)}\n")
+            seen |= {(part.name, part.max_error, part.note) for part in shown}
+        if first is None:
+            print(f"{len(parts)} parts compared with {args.against}: the bundle agrees")
+        else:
+            print(f"first to depart: {first.name}, plan {first.plan}")
+    return 0 if first is None else DEPARTS
+
+
+def _table(parts: list[Any]) -> str:
+    rows = [
+        (
+            part.name,
+            _number(part.max_error),
+            _number(part.relative_error),
+            _number(part.tolerance),
+            "DEPARTS" if part.departs else "ok",
+            part.note,
+        )
+        for part in parts
+    ]
+    return table(("part", "max error", "relative", "tolerance", "verdict", ""), rows)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
+def _picture() -> Any:
+    """Smooth colours with seeded noise: every patch differs from its neighbours."""
+    import numpy as np
+
+    noise = np.random.default_rng(0).integers(0, 96, (240, 320, 3))
+    y, x = np.mgrid[0:240, 0:320]
+    ramp = np.stack([x * 160 // 320, y * 160 // 240, (x + y) * 160 // 560], axis=-1)
+    return (noise + ramp).astype(np.uint8)
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep the progress bars and warnings of transformers off stderr."""
+    import transformers
+
+    log = transformers.utils.logging
+    level = log.get_verbosity()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        log.enable_progress_bar()

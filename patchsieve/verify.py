@@ -1,0 +1,334 @@
+"""A bundle against its checkpoint: each value in the order of computation, on one request.
+
+The bundle runs as it always does, through its runtime; a recorder keeps what its graphs returned.
+The checkpoint runs in Hugging Face (`patchsieve.export.verify`). Both sides feed themselves, so that
+the first part that departs is where to look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from patchsieve import names
+from patchsieve.errors import PatchsieveError
+from patchsieve.export import verify as hf
+from patchsieve.plan import NO_PRUNING
+from patchsieve.runtime.backend import Backend
+from patchsieve.runtime.bundle import Bundle
+from patchsieve.runtime.cache import StageCache
+from patchsieve.runtime.images import load_image
+from patchsieve.runtime.model import Model
+from patchsieve.runtime.ort import OrtBackend
+from patchsieve.runtime.prompt import expand
+
+# Largest error of a row's entries over the row's largest entry. float32: sums in another order,
+# which grow through the layers. float16: every operator rounds to 5e-4, against a float32 reference.
+TOLERANCE = {"float32": 1e-4, "float16": 3e-2}
+PIXEL_TOLERANCE = 1e-6  # the preprocessor computes in float32 whatever the graphs do
+SCORE_TIE = {"float32": 1e-6, "float16": 1e-3}  # closer scores may fall either way
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One comparison.
+
+    Attributes:
+        plan: The plan that was followed.
+        name: What was compared.
+        layer: The decoder layer that made it, if one did.
+        max_error: Largest absolute error; None for what is compared exactly or is not finite.
+        relative_error: Largest error of an entry over the largest entry of its row.
+        tolerance: Of the relative error.
+        departs: The bundle is not what the checkpoint is.
+        note: For the eye.
+    """
+
+    plan: str
+    name: str
+    layer: int | None = None
+    max_error: float | None = None
+    relative_error: float | None = None
+    tolerance: float | None = None
+    departs: bool = False
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The part as JSON prints it."""
+        return asdict(self)
+
+
+class Recorder:
+    """A backend that keeps the first result of each graph, in float32 and off the device."""
+
+    has_fixed_slots = False
+
+    def __init__(self, inner: OrtBackend) -> None:
+        self.inner = inner
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew, for another request."""
+        self.inputs: dict[str, dict[str, np.ndarray]] = {}
+        self.values: dict[str, np.ndarray] = {}  # by tensor name; decisions by graph, then tensor
+
+    def allocate(self, stage: int, slots: int) -> Any:
+        """As the backend does."""
+        return self.inner.allocate(stage, slots)
+
+    def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Run a graph and keep what it was fed and what it returned."""
+        out = self.inner.run(graph, inputs)
+        if graph not in self.inputs:
+            self.inputs[graph] = {k: self._copy(v) for k, v in inputs.items() if k != names.KEY}
+            self.values |= {f"{graph}/{name}": self._copy(value) for name, value in out.items()}
+        return out
+
+    def run_stage(self, stage: int, inputs: Mapping[str, Any], cache: StageCache) -> dict[str, Any]:
+        """Run a stage and keep its outputs and the rows of its caches."""
+        out = self.inner.run_stage(stage, inputs, cache)
+        graph = names.stage(stage)
+        if graph not in self.inputs:
+            self.inputs[graph] = {k: self._copy(v) for k, v in inputs.items()}
+            first, last = cache.stage.first, cache.stage.last
+            hidden = {names.HIDDEN_OUT: names.layer_output(last - 1)}
+            for name, value in out.items():
+                self.values[hidden.get(name, name)] = self._copy(value)
+            rows = cache.length + len(inputs[names.KEEP_INDICES])
+            for layer in range(first, last):
+                for name in (names.key_cache(layer), names.value_cache(layer)):
+                    self.values[name] = self._copy(cache.buffers.arrays[name][:, :, :rows])
+        return out
+
+    def key_cache(self, cache: StageCache, layer: int) -> Any:
+        """As the backend does."""
+        return self.inner.key_cache(cache, layer)
+
+    def to_numpy(self, tensor: Any) -> np.ndarray:
+        """As the backend does."""
+        return self.inner.to_numpy(tensor)
+
+    def clear(self, cache: StageCache) -> None:
+        """As the backend does."""
+        self.inner.clear(cache)
+
+    def describe(self) -> dict[str, Any]:
+        """As the backend does."""
+        return self.inner.describe()
+
+    def close(self) -> None:
+        """As the backend does."""
+        self.inner.close()
+
+    def _copy(self, tensor: Any) -> np.ndarray:
+        array = np.array(self.inner.to_numpy(tensor))
+        return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
+class Verification:
+    """One request on both sides.
+
+    Args:
+        bundle: The bundle's directory.
+        checkpoint: A directory or a hub id.
+        target: Which of the bundle's graphs; those that ONNX Runtime runs.
+        threads: Of the bundle's backend.
+    """
+
+    def __init__(
+        self, bundle: Path, checkpoint: str, *, target: str = "cpu", threads: int | None = None
+    ) -> None:
+        if target not in ("cpu", "reference"):
+            raise PatchsieveError(
+                "verify runs graphs in ONNX Runtime", found=target, expected="cpu or reference"
+            )
+
+        def recorder(opened: Bundle) -> Backend:
+            graphs = (names.VISION, *map(names.stage, range(len(opened.manifest.stages))))
+            models = {graph: hf.tapped(opened.graph_path(graph)) for graph in graphs}
+            self.recorder = Recorder(OrtBackend(opened, threads=threads, models=models))
+            return self.recorder
+
+        self.model = Model(bundle, target=target, backend=recorder)
+        self.facts = self.model.facts
+        self.reference = hf.Reference(checkpoint)
+        self._check_shapes(checkpoint)
+        self.tolerance = TOLERANCE[self.facts.precision]
+
+    def compare(
+        self, image: Any, prompt: str, plan: str, *, raw: bool = False, count: int = 32
+    ) -> Iterator[Part]:
+        """Compare one plan, part by part, in the order of computation."""
+        self.recorder.forget()
+        count = min(count, self.facts.limits.max_new_tokens)
+        tokens, failure = self._answer(image, prompt, plan, raw, count)
+        inputs, features = None, None
+        for part in self._inputs(image, prompt, plan, raw):
+            if isinstance(part, Part):
+                yield part
+            else:
+                inputs, features = part
+        if inputs is None:
+            return  # other rows: nothing behind them can be compared
+        embeddings = self.reference.embed(inputs["input_ids"], features)
+        yield self._part(plan, "embeddings", self._fed(0), embeddings)
+        decisions: dict[int, Part] = {}
+        sites = self.facts.plans[plan].layers
+        layers = self.reference.prefill(
+            embeddings, {site: self._judge(plan, decisions) for site in sites}
+        )
+        for index in range(self.facts.text.num_layers):
+            if index in decisions:
+                yield decisions[index]
+            yield from self._layer(plan, index, layers)
+        yield self._part(plan, "logits", self.recorder.values[names.LOGITS][0], layers.logits[None])
+        if failure:
+            yield Part(plan, "greedy tokens", departs=True, note=failure)
+            return
+        if plan == NO_PRUNING:
+            said, by = self.reference.generate(inputs, count), "generate"
+        else:
+            said, by = self.reference.decode(layers, count), "eager decoding of the survivors"
+        yield self._tokens(plan, tokens, said, by)
+
+    def close(self) -> None:
+        """Give back memory."""
+        self.model.close()
+
+    def _answer(
+        self, image: Any, prompt: str, plan: str, raw: bool, count: int
+    ) -> tuple[list[int], str]:
+        """The bundle's tokens, or why it gave none although its graphs ran."""
+        try:
+            options: dict[str, Any] = {"max_new_tokens": count, "ignore_eos": True}
+            result = self.model.generate(image, prompt, plan=plan, raw=raw, **options)
+            return result.token_ids, ""
+        except PatchsieveError as error:
+            if names.LOGITS not in self.recorder.values:
+                raise
+            return [], str(error)
+
+    def _inputs(self, image: Any, prompt: str, plan: str, raw: bool) -> Iterator[Any]:
+        """Parts before the decoder, and at their end Hugging Face's inputs and features."""
+        prompts, seen = self.model.bundle.prompts, self.recorder
+        picture = load_image(image)
+        message = prompts.user_message(prompt, 1)
+        inputs = self.reference.inputs(picture, prompt if raw else [message])
+        pixels = seen.inputs[names.VISION][names.PIXEL_VALUES]
+        yield self._part(
+            plan, names.PIXEL_VALUES, pixels, inputs[names.PIXEL_VALUES], tolerance=PIXEL_TOLERANCE
+        )
+        built = prompts.build_raw(prompt, 1) if raw else prompts.build([message], 1)
+        ours = expand(built, self.facts.vision.num_visual).token_ids
+        theirs = inputs["input_ids"][0]
+        # The image's places: one id there, in the bundle a placeholder.
+        same = len(ours) == len(theirs) and bool((ours == theirs).all())
+        note = f"{len(ours)} and {len(theirs)}" if len(ours) != len(theirs) else f"{len(ours)}"
+        yield Part(plan, "token ids", departs=not same, note=f"{note} ids")
+        features, layers = self.reference.vision(inputs[names.PIXEL_VALUES])
+        for index in range(self.facts.vision.num_layers_run):
+            rows = seen.values[f"{names.VISION}/vision.layers.{index}.output"]
+            yield self._part(plan, f"vision layer {index}", rows, layers[index])
+        ours_features = seen.values[f"{names.VISION}/{names.IMAGE_FEATURES}"]
+        yield self._part(plan, names.IMAGE_FEATURES, ours_features, features)
+        if len(ours) == len(theirs):
+            yield inputs, features
+
+    def _layer(self, plan: str, index: int, layers: hf.Layers) -> Iterator[Part]:
+        """Keys, values and rows of a layer; its queries where the bundle returns them."""
+        values = self.recorder.values
+        pairs = [
+            ("keys", names.key_cache(index), layers.key),
+            ("values", names.value_cache(index), layers.value),
+            ("queries", names.query(index), layers.query),
+            ("hidden rows", names.layer_output(index), layers.hidden),
+        ]
+        for what, name, theirs in pairs:
+            if name in values:
+                yield self._part(plan, f"layer {index} {what}", values[name], theirs[index], index)
+
+    def _judge(self, plan: str, decisions: dict[int, Part]) -> hf.Drop:
+        """Compare a decision, then go on with the bundle's survivors, so that a tie ends here."""
+
+        def drop(layer: int, query: np.ndarray, key: np.ndarray) -> np.ndarray:
+            graph = names.decide(plan, layer)
+            fed, facts = self.recorder.inputs[graph], self.facts
+            visual = fed[names.VISUAL_ROWS]
+            keep = self.recorder.values[f"{graph}/{names.KEEP_OUT}"]
+            wanted, scores = hf.decide(
+                facts.plans[plan],
+                layer,
+                query,
+                key,
+                fed,
+                facts.vision.grid,
+                facts.vision.num_visual,
+            )
+            decisions[layer] = self._survivors(plan, layer, keep[visual], wanted, scores)
+            return np.flatnonzero(keep)
+
+        return drop
+
+    def _survivors(
+        self, plan: str, layer: int, ours: np.ndarray, theirs: np.ndarray, scores: np.ndarray
+    ) -> Part:
+        common, differ = int((ours & theirs).sum()), ours != theirs
+        edge = scores[theirs].min() if theirs.any() else 0.0
+        is_tie = bool((abs(scores[differ] - edge) < SCORE_TIE[self.facts.precision]).all())
+        note = f"{common} in common of {int(ours.sum())} and {int(theirs.sum())}"
+        if differ.any() and is_tie:
+            note += ", the others tie"
+        return Part(plan, f"survivors at layer {layer}", layer, departs=not is_tie, note=note)
+
+    def _tokens(self, plan: str, ours: list[int], theirs: list[int], by: str) -> Part:
+        pairs = zip(ours, theirs, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
+        note = f"{same} equal of {len(ours)} and {len(theirs)}, {by}"
+        return Part(plan, "greedy tokens", departs=ours != theirs, note=note)
+
+    def _part(
+        self,
+        plan: str,
+        name: str,
+        ours: np.ndarray,
+        theirs: np.ndarray,
+        layer: int | None = None,
+        *,
+        tolerance: float | None = None,
+    ) -> Part:
+        tolerance = self.tolerance if tolerance is None else tolerance
+        if ours.shape != theirs.shape:
+            note = f"shape {list(ours.shape)}, not {list(theirs.shape)}"
+            return Part(plan, name, layer, tolerance=tolerance, departs=True, note=note)
+        error = np.abs(ours.astype(np.float64) - theirs)
+        size = np.abs(theirs).max(axis=-1, keepdims=True)
+        if not np.isfinite(error).all():
+            note = "not finite"
+            return Part(plan, name, layer, tolerance=tolerance, departs=True, note=note)
+        relative = float((error / np.maximum(size, 1e-12)).max(initial=0.0))
+        largest = float(error.max(initial=0.0))
+        return Part(plan, name, layer, largest, relative, tolerance, relative > tolerance)
+
+    def _fed(self, stage: int) -> np.ndarray:
+        return self.recorder.inputs[names.stage(stage)][names.HIDDEN]
+
+    def _check_shapes(self, checkpoint: str) -> None:
+        """Refuse another model's checkpoint at once."""
+        text = self.reference.config.text_config
+        ours = {
+            "hidden_size": self.facts.text.hidden_size,
+            "num_hidden_layers": self.facts.text.num_layers,
+            "vocab_size": self.facts.text.vocab_size,
+            "num_attention_heads": self.facts.text.num_heads,
+        }
+        theirs = {name: getattr(text, name) for name in ours}
+        if ours != theirs:
+            raise PatchsieveError(
+                f"the bundle was not made from {checkpoint}", found=ours, expected=theirs
+            )
