@@ -21,7 +21,8 @@ except ImportError as error:
     raise missing("onnxruntime", "cpu") from error
 
 _QUIET = 3  # errors only
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph without a file
+# Where a graph that comes from memory finds its weights.
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 @dataclass

@@ -32,12 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--theta-s", type=float, help="atp without heads: constant spatial threshold")
     add("--normalisation", choices=("minmax", "rank", "softmax", "none"), help="atp: of its scores")
     add("--causal", action="store_true", default=None, help="atp: eq 3 over causal pairs only")
-    add(
-        "--budget",
-        type=_integers,
-        metavar="N",
-        help="visual tokens per image to reserve, one per site",
-    )
+    add("--budget", type=_integers, metavar="N", help="visual tokens per image to reserve, one per site")
     add("--plan-name", metavar="NAME", help="what requests call the plan")
     bundle = parser.add_argument_group("the bundle")
     add = bundle.add_argument

@@ -48,20 +48,33 @@ def run(args: argparse.Namespace) -> int:
 def _model(facts: dict[str, Any]) -> str:
     text, vision, limits = facts["text"], facts["vision"], facts["limits"]
     rows, columns = vision["grid"]
-    return "\n".join(
-        [
-            f"{facts['bundle']}: {facts['checkpoint']}, {facts['precision']}, {size(facts['bytes'])}, "
+    lines = [
+        (
+            f"{facts['bundle']}: {facts['checkpoint']}",
+            facts["precision"],
+            size(facts["bytes"]),
             f"made by patchsieve {facts['patchsieve_version']}",
-            f"decoder  {text['model_type']}, {text['num_layers']} layers x {text['hidden_size']}, "
-            f"{text['num_heads']} query and {text['num_kv_heads']} KV heads x {text['head_dim']}, "
+        ),
+        (
+            f"decoder  {text['model_type']}",
+            f"{text['num_layers']} layers x {text['hidden_size']}",
+            f"{text['num_heads']} query and {text['num_kv_heads']} KV heads x {text['head_dim']}",
             f"{text['vocab_size']} tokens",
-            f"tower    {vision['model_type']}, {vision['num_layers_run']} of {vision['num_layers']} "
-            f"layers x {vision['hidden_size']}, {vision['image_size']} px, "
-            f"{rows} x {columns} patches, {vision['num_visual']} tokens an image",
-            f"limits   {limits['max_text_tokens']} text tokens, {limits['max_new_tokens']} new tokens, "
+        ),
+        (
+            f"tower    {vision['model_type']}",
+            f"{vision['num_layers_run']} of {vision['num_layers']} layers x {vision['hidden_size']}",
+            f"{vision['image_size']} px",
+            f"{rows} x {columns} patches",
+            f"{vision['num_visual']} tokens an image",
+        ),
+        (
+            f"limits   {limits['max_text_tokens']} text tokens",
+            f"{limits['max_new_tokens']} new tokens",
             f"{limits['max_images']} image{'s' if limits['max_images'] > 1 else ''}",
-        ]
-    )
+        ),
+    ]
+    return "\n".join(", ".join(line) for line in lines)
 
 
 def _plans(facts: dict[str, Any]) -> list[str]:

@@ -110,9 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _summary(facts: Manifest, result: Any) -> None:
     """Survivors, KV bytes and times, on stderr."""
-    out = [
-        f"plan {result.plan}: {result.prompt_tokens} rows, {result.visual_tokens} of them visual"
-    ]
+    out = [f"plan {result.plan}: {result.prompt_tokens} rows, {result.visual_tokens} of them visual"]
     if result.sites:
         rows = [
             (
@@ -144,3 +142,5 @@ def _summary(facts: Manifest, result: Any) -> None:
     )
     out += result.notes
     print("\n".join(out), file=sys.stderr)
+
+

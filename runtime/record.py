@@ -1,0 +1,79 @@
+"""A backend that keeps what its graphs were fed and returned, for `verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from patchsieve import names
+from patchsieve.runtime.cache import StageCache
+from patchsieve.runtime.ort import OrtBackend
+
+
+class Recorder:
+    """A backend that keeps the first result of each graph, in float32 and off the device."""
+
+    has_fixed_slots = False
+
+    def __init__(self, inner: OrtBackend) -> None:
+        self.inner = inner
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew, for another request."""
+        self.inputs: dict[str, dict[str, np.ndarray]] = {}
+        self.values: dict[str, np.ndarray] = {}  # by tensor name; decisions by graph, then tensor
+
+    def allocate(self, stage: int, slots: int) -> Any:
+        """As the backend does."""
+        return self.inner.allocate(stage, slots)
+
+    def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Run a graph and keep what it was fed and what it returned."""
+        out = self.inner.run(graph, inputs)
+        if graph not in self.inputs:
+            self.inputs[graph] = {k: self._copy(v) for k, v in inputs.items() if k != names.KEY}
+            self.values |= {f"{graph}/{name}": self._copy(value) for name, value in out.items()}
+        return out
+
+    def run_stage(self, stage: int, inputs: Mapping[str, Any], cache: StageCache) -> dict[str, Any]:
+        """Run a stage and keep its outputs and the rows of its caches."""
+        out = self.inner.run_stage(stage, inputs, cache)
+        graph = names.stage(stage)
+        if graph not in self.inputs:
+            self.inputs[graph] = {k: self._copy(v) for k, v in inputs.items()}
+            first, last = cache.stage.first, cache.stage.last
+            hidden = {names.HIDDEN_OUT: names.layer_output(last - 1)}
+            for name, value in out.items():
+                self.values[hidden.get(name, name)] = self._copy(value)
+            rows = cache.length + len(inputs[names.KEEP_INDICES])
+            for layer in range(first, last):
+                for name in (names.key_cache(layer), names.value_cache(layer)):
+                    self.values[name] = self._copy(cache.buffers.arrays[name][:, :, :rows])
+        return out
+
+    def key_cache(self, cache: StageCache, layer: int) -> Any:
+        """As the backend does."""
+        return self.inner.key_cache(cache, layer)
+
+    def to_numpy(self, tensor: Any) -> np.ndarray:
+        """As the backend does."""
+        return self.inner.to_numpy(tensor)
+
+    def clear(self, cache: StageCache) -> None:
+        """As the backend does."""
+        self.inner.clear(cache)
+
+    def describe(self) -> dict[str, Any]:
+        """As the backend does."""
+        return self.inner.describe()
+
+    def close(self) -> None:
+        """As the backend does."""
+        self.inner.close()
+
+    def _copy(self, tensor: Any) -> np.ndarray:
+        array = np.array(self.inner.to_numpy(tensor))
+        return array.astype(np.float32) if array.dtype == np.float16 else array
