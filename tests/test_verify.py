@@ -13,16 +13,6 @@ from PIL import Image
 from patchsieve import manifest
 from patchsieve.names import decide
 from tests.bundles import PHOTO, PLAN, PROMPT, command, command_json, export_tiny
-    PHOTO,
-    PLAN,
-    PROMPT,
-    command,
-    command_json,
-    export_tiny,
-    own_bundle,
-    tiny_bundle,
-    tiny_checkpoint,
-)
 from tests.models import save_checkpoint
 
 pytest_plugins = ["tests.bundles"]

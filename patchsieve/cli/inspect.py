@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
 def _model(facts: dict[str, Any]) -> str:
     text, vision, limits = facts["text"], facts["vision"], facts["limits"]
     rows, columns = vision["grid"]
+    run = f"{vision['num_layers_run']} of {vision['num_layers']}"
     lines = [
         (
             f"{facts['bundle']}: {facts['checkpoint']}",
@@ -63,7 +64,7 @@ def _model(facts: dict[str, Any]) -> str:
         ),
         (
             f"tower    {vision['model_type']}",
-            f"{vision['num_layers_run']} of {vision['num_layers']} layers x {vision['hidden_size']}",
+            f"{run} layers x {vision['hidden_size']}",
             f"{vision['image_size']} px",
             f"{rows} x {columns} patches",
             f"{vision['num_visual']} tokens an image",
