@@ -131,7 +131,7 @@ class PromptBuilder:
         added = self.tokenizer.get_added_tokens_decoder()
         self._special_ids = [token for token, entry in added.items() if entry.special]
         special_tokens = dict(special_tokens or {})
-        self._bos_token = special_tokens.get("bos_token")
+        self._bos_token = special_tokens.get("bos_token") or None
         self._template = None
         if chat_template is not None:
             self._template = ChatTemplate(
@@ -333,7 +333,7 @@ class PromptBuilder:
         )
 
     def _encode(self, text: str) -> Encoding:
-        has_bos = bool(self._bos_token) and text.startswith(self._bos_token)
+        has_bos = self._bos_token is not None and text.startswith(self._bos_token)
         return self.tokenizer.encode(text, add_special_tokens=not has_bos)
 
     def _prompt(self, text: str, encoding: Encoding, spans: list[tuple[int, int]]) -> Prompt:
