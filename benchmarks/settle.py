@@ -71,6 +71,10 @@ QUESTIONS: dict[str, tuple[str, Question]] = {
         "fp16 decode of one row on the 1/1/2 profile is right",
         settle_questions.single_row_decode_is_right,
     ),
+    "i": (
+        "a stage on TRT_Attention with mask and key length is right",
+        settle_questions.own_attention_serves_a_stage,
+    ),
 }
 WITHOUT_TENSORRT = {"g"}
 
@@ -221,7 +225,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--build-only", action="store_true", help="compile every graph; no GPU")
     parser.add_argument("--only", default="".join(QUESTIONS), help="letters to ask, as in `ace`")
     parser.add_argument("--target", choices=("tensorrt-rtx", "tensorrt"))
-    parser.add_argument("--seconds", type=float, default=65, help="longest wait for one answer")
+    parser.add_argument("--seconds", type=float, default=60, help="longest wait for one answer")
     for hidden in ("--one", "--folder", "--capabilities"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)

@@ -48,9 +48,11 @@ class Build:
     profiles: list[Profile]
 
 
-def _stage(size: StageSize, *, profiles: list[Profile] | None = None) -> Build:
+def _stage(
+    size: StageSize, *, profiles: list[Profile] | None = None, form: graphs.Form = graphs.PLAIN
+) -> Build:
     def write(folder: Path, name: str) -> Path:
-        return graphs.save_stage(size, folder, f"{name}.onnx")[0]
+        return graphs.save_stage(size, folder, f"{name}.onnx", form)[0]
 
     return Build(write, graphs.stage_profiles(size) if profiles is None else profiles)
 
@@ -73,12 +75,16 @@ def _lengths(dtype: str, has_mask: bool) -> Build:
 
 
 HALF = StageSize()
+LONG = StageSize(heads=16, kv_heads=8, slots=4096)
+WITH_LENGTHS = graphs.Form(has_lengths=True)
 BUILDS: dict[str, Build] = {
     "stage_float16": _stage(HALF),
     "stage_float32": _stage(dataclasses.replace(HALF, dtype="float32")),
     "stage_exact_decode": _stage(HALF, profiles=graphs.stage_profiles(HALF, exact_decode=True)),
     "big": _stage(BIG),
     "big_prefill_only": _stage(BIG, profiles=graphs.stage_profiles(BIG)[:1]),
+    "long": _stage(LONG),
+    "long_lengths": _stage(LONG, form=WITH_LENGTHS),
     "lengths_float16": _lengths("float16", False),
     "lengths_float32": _lengths("float32", False),
     "lengths_mask_float16": _lengths("float16", True),
@@ -358,21 +364,35 @@ def indices_work(setup: Setup) -> Answer:
 
 def single_row_decode_is_right(setup: Setup) -> Answer:
     """Settle (h): fp16 decode of one row on the 1/1/2 profile, beside an exact profile."""
-    facts: dict[str, Any] = {}
-    for name in ("stage_float16", "stage_exact_decode"):
-        engine = setup.engine(name)
-        engine.add_context(0)
-        decode = engine.add_context(1)
-        _, caches = _prefill(engine, HALF)
-        errors = []
-        for feed, expected, _ in _decode_calls(HALF, caches):
-            found = engine.run(feed.inputs(), decode)["hidden_out"]
-            errors.append(ref.relative_error(found, expected))
-        facts[name] = {
-            "errors": errors,
-            "engine_bytes": setup.build(name).stat().st_size,
-            "step_us": _microseconds(lambda e=engine, c=decode: (e.enqueue(c), e.synchronize())),
-        }
+    facts = {name: _decode(setup, name, HALF) for name in ("stage_float16", "stage_exact_decode")}
     good = all(e < TOLERANCE["float16"] for e in facts["stage_float16"]["errors"])
-    times = ", ".join(f"{name} {fact['step_us']:.0f} us" for name, fact in facts.items())
-    return Answer(YES if good else NO, f"1/1/2 at L=1 right: {good}; {times}", facts)
+    return Answer(YES if good else NO, f"1/1/2 at L=1 right: {good}; {_told(facts)}", facts)
+
+
+def own_attention_serves_a_stage(setup: Setup) -> Answer:
+    """Settle (i): is a stage right on TRT_Attention with mask and key length, and does it pay."""
+    facts = {name: _decode(setup, name, LONG) for name in ("long", "long_lengths")}
+    good = all(e < TOLERANCE["float16"] for e in facts["long_lengths"]["errors"])
+    text = f"right: {good}; 20 of {LONG.slots} slots in use: {_told(facts)}"
+    return Answer(YES if good else NO, text, facts)
+
+
+def _decode(setup: Setup, name: str, size: StageSize) -> dict[str, Any]:
+    """Errors of three decode steps after prefill, time of one, bytes of the engine."""
+    engine = setup.engine(name)
+    engine.add_context(0)
+    decode = engine.add_context(1)
+    _, caches = _prefill(engine, size)
+    errors = []
+    for feed, expected, _ in _decode_calls(size, caches):
+        found = engine.run(feed.inputs(), decode)["hidden_out"]
+        errors.append(ref.relative_error(found, expected))
+    return {
+        "errors": errors,
+        "engine_bytes": setup.build(name).stat().st_size,
+        "step_us": _microseconds(lambda: (engine.enqueue(decode), engine.synchronize())),
+    }
+
+
+def _told(facts: dict[str, dict[str, Any]]) -> str:
+    return ", ".join(f"{name} {fact['step_us']:.0f} us a step" for name, fact in facts.items())
