@@ -17,8 +17,10 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +32,9 @@ from patchsieve.runtime.tensorrt import build_engine, load_tensorrt
 
 SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = (
-    "tensorrt_rtx",
-    "tensorrt",
-    "onnx",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "numpy",
-    "cuda-bindings",
-)
+TARGETS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+PACKAGES = ("onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "cuda-bindings")
+LONGEST_RUN_S = 570
 Question = Callable[[Setup], Answer]
 # letter -> what it asks, and who answers
 QUESTIONS: dict[str, tuple[str, Question]] = {
@@ -81,7 +77,7 @@ WITHOUT_TENSORRT = {"g"}
 
 def find_target() -> str | None:
     """Name the first target whose library is installed."""
-    for target in ("tensorrt-rtx", "tensorrt"):
+    for target in TARGETS:
         try:
             load_tensorrt(target)
         except BackendMissingError:
@@ -93,6 +89,11 @@ def find_target() -> str | None:
 def installed_versions() -> dict[str, str]:
     """Versions of Python and of the packages that matter; absent ones are named so."""
     versions = {"python": platform.python_version(), "machine": platform.machine()}
+    for target, module in TARGETS.items():  # several packages can bring the module
+        try:
+            versions[module] = load_tensorrt(target).__version__
+        except BackendMissingError:
+            versions[module] = "absent"
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
@@ -119,8 +120,9 @@ def gpu_facts(cuda: Cuda) -> dict[str, str]:
 
 
 def ask(letter: str, setup: Setup, seconds: float) -> Answer:
-    """Ask one question in its own process."""
+    """Ask one question in its own process and wait `seconds` for it."""
     answer_file = setup.folder / f"{letter}.json"
+    answer_file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.settle", "--one", letter]
     command += ["--target", setup.target, "--folder", str(setup.folder)]
     command += ["--capabilities", ",".join(setup.capabilities)]
@@ -133,6 +135,21 @@ def ask(letter: str, setup: Setup, seconds: float) -> Answer:
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"code {done.returncode}"
         return Answer(NO, f"crashed with {how}: {tail}", {"stderr": done.stderr[-4000:]})
     return Answer(**json.loads(answer_file.read_text()))
+
+
+def ask_forms(setup: Setup, seconds: float) -> Answer:
+    """Ask (a) for each form that an engine can be compiled in; name the first that runs."""
+    forms = [("current",), (), PORTABLE] if setup.target == "tensorrt-rtx" else [()]
+    facts: dict[str, Any] = {"works": None}
+    told = []
+    for form in forms:
+        name = " ".join(form) or "library's choice"
+        answer = ask("a", replace(setup, capabilities=form), seconds)
+        facts[name] = asdict(answer)
+        told.append(f"{name}: {answer.status}, {answer.text}")
+        if facts["works"] is None and answer.status == YES:
+            facts["works"] = list(form)
+    return Answer(NO if facts["works"] is None else YES, "\n    ".join(told), facts)
 
 
 def answer_one(letter: str, setup: Setup) -> None:
@@ -158,6 +175,7 @@ def strict(value: Any) -> Any:
 def ask_all(letters: str, target: str | None, folder: Path, seconds: float) -> dict[str, Answer]:
     """Ask in order, printing each answer; where (a) is no, what needs an engine is not run."""
     answers: dict[str, Answer] = {}
+    end = time.monotonic() + LONGEST_RUN_S
     setup = Setup(target or "tensorrt-rtx", folder)
     refusal = None if target else "neither tensorrt_rtx nor tensorrt is installed"
     if refusal is None and letters != "g" and "a" not in letters:
@@ -166,7 +184,8 @@ def ask_all(letters: str, target: str | None, folder: Path, seconds: float) -> d
         if refusal is not None and letter not in WITHOUT_TENSORRT:
             answers[letter] = Answer(NOT_RUN, refusal)
         else:
-            answers[letter] = ask(letter, setup, seconds)
+            wait = min(seconds, max(1, end - time.monotonic()))
+            answers[letter] = (ask_forms if letter == "a" else partial(ask, letter))(setup, wait)
         answer = answers[letter]
         if letter == "a" and answer.status != YES and refusal is None:
             refusal = "(a) found no engine that runs on this GPU"
@@ -224,8 +243,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="also write the last line to this file")
     parser.add_argument("--build-only", action="store_true", help="compile every graph; no GPU")
     parser.add_argument("--only", default="".join(QUESTIONS), help="letters to ask, as in `ace`")
-    parser.add_argument("--target", choices=("tensorrt-rtx", "tensorrt"))
-    parser.add_argument("--seconds", type=float, default=60, help="longest wait for one answer")
+    parser.add_argument("--target", choices=tuple(TARGETS))
+    parser.add_argument("--seconds", type=float, default=120, help="longest wait for one answer")
     for hidden in ("--one", "--folder", "--capabilities"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)

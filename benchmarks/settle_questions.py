@@ -7,6 +7,7 @@ NumPy in float64 (settle_numpy.py).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from patchsieve.errors import PatchsieveError
 from patchsieve.runtime.tensorrt import build_engine
 
 YES, NO, NOT_RUN = "yes", "no", "not-run"
+PREFILL, DECODE = 0, 1  # profile and, in Setup.stage, context
 # Relative to the largest value. float32 engines multiply in TF32 (10 bits); fp16 rounds everywhere.
 TOLERANCE = {"float32": 5e-3, "float16": 1e-2}
 PORTABLE = ("7.5", "8.6", "8.9", "12.0")
@@ -129,25 +131,21 @@ class Setup:
         engine.pairs = {n: n.removeprefix("new_") for n in engine.tensors if n.startswith("new_")}
         return engine
 
+    def stage(self, name: str) -> Engine:
+        """Load a stage, its context 0 on the prefill profile, its context 1 on the decode one."""
+        engine = self.engine(name)
+        for profile in (PREFILL, DECODE):
+            engine.add_context(profile)
+        return engine
+
 
 def engine_runs_here(setup: Setup) -> Answer:
-    """Settle (a): does an engine load and run on this GPU, and compiled how."""
-    forms = [("current",), (), PORTABLE] if setup.target == "tensorrt-rtx" else [()]
-    facts: dict[str, Any] = {"compute_capability": Cuda().compute_capability(), "works": None}
-    for form in forms:
-        name = ",".join(form) or "default"
-        try:
-            engine = dataclasses.replace(setup, capabilities=form).engine("stage_float16")
-            engine.add_context(0)
-            error = _prefill(engine, HALF)[0]
-            facts[name] = f"runs, relative error {error:.1e}"
-            if facts["works"] is None and error < TOLERANCE["float16"]:
-                facts["works"] = list(form)
-        except PatchsieveError as problem:
-            facts[name] = str(problem)
-    told = "; ".join(f"{k}: {facts[k]}" for k in (",".join(f) or "default" for f in forms))
-    status = NO if facts["works"] is None else YES
-    return Answer(status, f"SM {facts['compute_capability']}: {told}", facts)
+    """Settle (a): does an engine of the setup's form load and run on this GPU."""
+    engine = setup.engine("stage_float16")
+    engine.add_context(PREFILL)
+    error = _prefill(engine, HALF)[0]
+    right = error < TOLERANCE["float16"]
+    return Answer(YES if right else NO, f"runs, relative error {error:.1e}", {"error": error})
 
 
 def _first_call(size: StageSize) -> ref.Feed:
@@ -181,21 +179,35 @@ def _decode_calls(
 
 def length_attention_aligns_to_length(setup: Setup) -> Answer:
     """Settle (b): does lower-right causality end at kv_len, and are slots beyond it left alone."""
-    facts: dict[str, Any] = {}
+    facts: dict[str, str] = {}
     for dtype in ("float16", "float32"):
-        for rows in (1, 5):
-            for fill in (50.0, np.nan):
-                name = f"{dtype} L={rows} unused={fill}"
-                facts[name] = _match_lengths(setup, dtype, rows, fill, has_mask=False)
-                facts[f"{name} mask"] = _match_lengths(setup, dtype, rows, fill, has_mask=True)
-    causal = [v for k, v in facts.items() if not k.endswith("mask")]
-    good = all(v.startswith("kv_len") for v in causal)
-    masked = all(v.startswith("kv_len") for k, v in facts.items() if k.endswith("mask"))
-    text = f"aligned to kv_len: {good}; with a mask instead of causality: {masked}"
-    return Answer(YES if good else NO, text, facts)
+        for has_mask in (False, True):
+            name = f"{dtype}{' mask' if has_mask else ''}"
+            try:
+                engine = setup.engine(f"lengths_{'mask_' if has_mask else ''}{dtype}")
+                engine.add_context(0)
+            except PatchsieveError as problem:
+                facts[name] = f"failed: {problem}"
+                continue
+            for rows, fill in itertools.product((1, 5), (50.0, np.nan)):
+                told = _match_lengths(engine, dtype, rows, fill, has_mask=has_mask)
+                facts[f"{name} L={rows} unused={fill}"] = told
+    good, finite, masked = (
+        all(v.startswith("kv_len") for k, v in facts.items() if choose(k))
+        for choose in (
+            lambda k: "mask" not in k,
+            lambda k: "mask" not in k and "nan" not in k,
+            lambda k: "mask" in k,
+        )
+    )
+    text = (
+        f"aligned to kv_len: {finite}, also with NaN beyond: {good}; "
+        f"with a mask instead of causality: {masked}"
+    )
+    return Answer(YES if finite else NO, text, facts)
 
 
-def _match_lengths(setup: Setup, dtype: str, rows: int, fill: float, *, has_mask: bool) -> str:
+def _match_lengths(engine: Engine, dtype: str, rows: int, fill: float, *, has_mask: bool) -> str:
     """Say which meaning of kv_len the engine's result agrees with."""
     size, kv_len = AttentionSize(dtype=dtype), 20
     rng = np.random.default_rng(rows)
@@ -214,8 +226,6 @@ def _match_lengths(setup: Setup, dtype: str, rows: int, fill: float, *, has_mask
         seen = meanings["kv_len"] | (slots >= kv_len)
         inputs["mask"] = np.where(seen, 0, graphs.NEVER).astype(dtype)[None, None]
     try:
-        engine = setup.engine(f"lengths_{'mask_' if has_mask else ''}{dtype}")
-        engine.add_context(0)
         found = engine.run(inputs)["out"]
     except PatchsieveError as problem:
         return f"failed: {problem}"
@@ -233,8 +243,9 @@ def caches_are_written_in_place(setup: Setup) -> Answer:
     facts: dict[str, Any] = {}
     for dtype in ("float32", "float16"):
         size = dataclasses.replace(HALF, dtype=dtype)
+        engine = setup.stage(f"stage_{dtype}")
         for fill in (0.0, np.nan):
-            errors = _prefill_and_decode(setup.engine(f"stage_{dtype}"), size, fill)
+            errors = _prefill_and_decode(engine, size, fill)
             facts[f"{dtype} unused={fill}"] = errors
     good = {
         name: all(e < TOLERANCE[name.split()[0]] for e in errors)  # NaN < x is false
@@ -248,15 +259,14 @@ def caches_are_written_in_place(setup: Setup) -> Answer:
 
 def _prefill_and_decode(engine: Engine, size: StageSize, fill: float) -> list[float]:
     """Errors of prefill, each decode step, and the caches at the end."""
-    prefill, decode = engine.add_context(0), engine.add_context(1)
     error, after_prefill = _prefill(engine, size, fill)
     errors, final = [error], after_prefill
     for feed, expected, final in _decode_calls(size, after_prefill):  # noqa: B007 - the last is used
-        found = engine.run(feed.inputs(), decode)
+        found = engine.run(feed.inputs(), DECODE)
         errors.append(ref.relative_error(found["hidden_out"], expected))
     used = np.s_[:, :, :22]
     for name, cache in final.items():
-        errors.append(ref.relative_error(engine.read(name, prefill)[used], cache[used]))
+        errors.append(ref.relative_error(engine.read(name, PREFILL)[used], cache[used]))
     return errors
 
 
@@ -300,24 +310,22 @@ def profiles_share_memory(setup: Setup) -> Answer:
 
 def decode_replays_as_a_graph(setup: Setup) -> Answer:
     """Settle (e): one captured decode step, replayed at other slots by rewriting its inputs."""
-    engine = setup.engine("stage_float16")
-    engine.add_context(0)
-    decode = engine.add_context(1)
+    engine = setup.stage("stage_float16")
     _, caches = _prefill(engine, HALF)
     errors, graph, facts = [], None, {}
     for feed, expected, _ in _decode_calls(HALF, caches, steps=5):
         if graph is None:
-            engine.run(feed.inputs(), decode)  # lazily compiled kernels must exist before capture
-            if hasattr(engine.contexts[decode], "is_stream_capturable"):  # TensorRT-RTX only
-                context = engine.contexts[decode]
+            engine.run(feed.inputs(), DECODE)  # lazily compiled kernels must exist before capture
+            if hasattr(engine.contexts[DECODE], "is_stream_capturable"):  # TensorRT-RTX only
+                context = engine.contexts[DECODE]
                 facts["capturable"] = bool(context.is_stream_capturable(int(engine.stream)))
-            graph = engine.capture(decode)
+            graph = engine.capture(DECODE)
         for name, value in feed.inputs().items():
             engine.write(name, value)
         engine.launch(graph)
-        errors.append(ref.relative_error(engine.read("hidden_out", decode), expected))
+        errors.append(ref.relative_error(engine.read("hidden_out", DECODE), expected))
     facts["graph_us"] = _microseconds(lambda: engine.launch(graph))
-    facts["enqueue_us"] = _microseconds(lambda: (engine.enqueue(decode), engine.synchronize()))
+    facts["enqueue_us"] = _microseconds(lambda: (engine.enqueue(DECODE), engine.synchronize()))
     good = all(error < TOLERANCE["float16"] for error in errors)
     text = f"captured at slot 19, replayed at 19 to 23: right {good}"
     return Answer(YES if good else NO, text, {"errors": errors, **facts})
@@ -379,18 +387,16 @@ def own_attention_serves_a_stage(setup: Setup) -> Answer:
 
 def _decode(setup: Setup, name: str, size: StageSize) -> dict[str, Any]:
     """Errors of three decode steps after prefill, time of one, bytes of the engine."""
-    engine = setup.engine(name)
-    engine.add_context(0)
-    decode = engine.add_context(1)
+    engine = setup.stage(name)
     _, caches = _prefill(engine, size)
     errors = []
     for feed, expected, _ in _decode_calls(size, caches):
-        found = engine.run(feed.inputs(), decode)["hidden_out"]
+        found = engine.run(feed.inputs(), DECODE)["hidden_out"]
         errors.append(ref.relative_error(found, expected))
     return {
         "errors": errors,
         "engine_bytes": setup.build(name).stat().st_size,
-        "step_us": _microseconds(lambda: (engine.enqueue(decode), engine.synchronize())),
+        "step_us": _microseconds(lambda: (engine.enqueue(DECODE), engine.synchronize())),
     }
 
 

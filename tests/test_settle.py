@@ -90,7 +90,7 @@ class CpuSetup(Setup):
 
 
 @needs_opset_24
-@pytest.mark.parametrize("letter", ["c", "e", "f", "h", "i"])
+@pytest.mark.parametrize("letter", ["a", "c", "e", "f", "h", "i"])
 def test_a_runtime_that_is_right_is_answered_yes(
     letter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,13 +138,17 @@ def test_each_meaning_of_a_key_length_is_recognised(
                 seen = inputs["mask"][0, 0] == 0
             return {"out": ref.attend(query, key, value, seen)}
 
-    monkeypatch.setattr(Setup, "engine", lambda self, name: Lengths())
-    setup = Setup("tensorrt-rtx", tmp_path)
-    told = settle_questions._match_lengths(setup, "float32", 5, 50.0, has_mask=False)
+    engine = Lengths()
+    told = settle_questions._match_lengths(engine, "float32", 5, 50.0, has_mask=False)
     assert told.startswith(f"{meaning} (")
     # This stand-in heeds the mask alone, which lets the slots beyond kv_len through.
-    told = settle_questions._match_lengths(setup, "float32", 5, 50.0, has_mask=True)
+    told = settle_questions._match_lengths(engine, "float32", 5, 50.0, has_mask=True)
     assert told.startswith("nothing known")
+    monkeypatch.setattr(Setup, "engine", lambda self, name: engine)
+    answer = settle_questions.length_attention_aligns_to_length(Setup("tensorrt-rtx", tmp_path))
+    assert answer.status == (YES if meaning == "kv_len" else NO)
+    assert "with a mask instead of causality: False" in answer.text
+    assert len(answer.facts) == 16
 
 
 @needs_opset_24
@@ -221,11 +225,12 @@ def test_the_form_of_engine_that_ran_serves_the_later_questions(
 
     def reply(letter: str, setup: Setup, seconds: float) -> Answer:
         asked.append((letter, setup.capabilities))
-        return Answer(YES, "", {"works": ["current"]})
+        return Answer(YES, "")
 
     monkeypatch.setattr(settle, "ask", reply)
     settle.ask_all("ac", "tensorrt-rtx", tmp_path, 5)
-    assert asked == [("a", ()), ("c", ("current",))]
+    forms = [("current",), (), settle_questions.PORTABLE]
+    assert asked == [*(("a", form) for form in forms), ("c", ("current",))]
 
 
 def test_a_question_that_crashes_costs_one_answer(
