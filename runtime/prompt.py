@@ -13,6 +13,7 @@ from patchsieve.errors import BundleError, RequestError
 from patchsieve.runtime.chat_template import ChatTemplate, Message
 from patchsieve.runtime.instruction import instruction_spans, message_texts
 
+_ANSWER = "\ue0f2"  # a private-use character that stands for an answer
 _ANCHORS = (".", "\n", "a")  # what may stand before a suffix, so that it does not begin a text
 
 
@@ -226,53 +227,45 @@ class PromptBuilder:
         spans = [(after, len(text))] if text[after:].strip() else [(0, len(text))]
         return self._prompt(text, encoding, spans)
 
-    def answer_text(self, token_ids: Sequence[int] | np.ndarray) -> str:
-        """An answer as it stands behind its prompt.
-
-        Decoding an answer alone drops the space that Llama-style tokenizers put at the start of a
-        text. Here it stays, so that prompt + answer is what the cache really holds.
-
-        Args:
-            token_ids: Ids of the answer; special ones are left out.
-
-        Returns:
-            The text to add to `Prompt.text` for `continuation`.
-        """
-        ids = [int(token) for token in token_ids]
-        lead = self.tokenizer.encode("a", add_special_tokens=False).ids
-        before = self.tokenizer.decode(lead, skip_special_tokens=True)
-        return self.tokenizer.decode(lead + ids, skip_special_tokens=True)[len(before) :]
-
-    def continuation(self, previous_text: str, messages: Sequence[Message]) -> str | None:
+    def continuation(
+        self, before: Sequence[Message], messages: Sequence[Message], *, is_answer_cached: bool
+    ) -> str | None:
         """The text to feed for the next turn on a cache that holds the earlier ones.
 
+        A cache holds the tokens that the model said, which are more than their text: so answers
+        are compared by place, not by their words.
+
         Args:
-            previous_text: What the cache holds: the last prompt's `text` + `answer_text` of the
-                answer tokens that were fed. An end token that was fed must be part of it.
-            messages: The whole conversation, the new question last.
+            before: The conversation as it stood when the last answer began.
+            messages: The conversation now: `before`, the answer, the new question.
+            is_answer_cached: The cache holds the last answer; else the text begins with it.
 
         Returns:
-            The suffix for `tokenize_suffix`, or None where the rendered conversation does not begin
-            with `previous_text` (the template rewrites earlier turns): then prefill from the start.
+            The suffix for `tokenize_suffix`, or None where the template renders earlier turns
+            otherwise than before: then prefill from the start.
 
         Raises:
             RequestError: No template, or bad messages.
         """
         template = self._required_template()
-        text = template.render(messages)
-        if not text.startswith(previous_text) or len(text) == len(previous_text):
+        if is_answer_cached:
+            before, messages = ([_hide_answer(m) for m in given] for given in (before, messages))
+        head, whole = template.render(before), template.render(messages)
+        if not whole.startswith(head):
             return None
-        return text[len(previous_text) :]
+        rest = whole[len(head) :]
+        if is_answer_cached:
+            rest = rest.lstrip()
+            if not rest.startswith(_ANSWER):
+                return None
+            rest = rest[len(_ANSWER) :]
+        return rest or None
 
-    def tokenize_suffix(
-        self, text: str, previous_text: str = "", messages: Sequence[Message] | None = None
-    ) -> Prompt:
+    def tokenize_suffix(self, text: str, messages: Sequence[Message] | None = None) -> Prompt:
         """Tokenise the continuation of a text: no BOS, and no space of a text's beginning.
 
         Args:
             text: The suffix from `continuation`.
-            previous_text: What stands before it. With it the tokens are those that the whole text
-                has there; without it a neutral character stands in.
             messages: The conversation; with it the instruction is found as in `build`, else as in
                 `build_raw`.
 
@@ -295,10 +288,7 @@ class PromptBuilder:
             found = [(begin - start, end - start) for begin, end in found]
             spans = [span for span in found if span[0] >= 0] or spans
         # A token may begin with the anchor's trailing space, which offsets do not always tell
-        anchors = (
-            (previous_text, *_ANCHORS) if previous_text.rstrip() == previous_text else _ANCHORS
-        )
-        for anchor in filter(None, anchors):
+        for anchor in _ANCHORS:
             encoding = self.tokenizer.encode(anchor + text, add_special_tokens=False)
             offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
             inside = offsets[:, 1] > len(anchor)
@@ -375,3 +365,9 @@ def _text_parts(text: str) -> list[dict[str, str]]:
 
 def _nothing_to_send() -> RequestError:
     return RequestError("the prompt is empty", do="give a question, an image or both")
+
+
+def _hide_answer(message: Message) -> Message:
+    if message["role"] != "assistant":
+        return message
+    return {"role": "assistant", "content": [{"type": "text", "text": _ANSWER}]}
