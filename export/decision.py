@@ -120,12 +120,16 @@ def decide_graph(
     }
     if "noise" in method.reads:
         inputs[names.NOISE] = Input(torch.float32, (1, visual))
-    return trace(
+    model = trace(
         Decide(method, spec, grid, num_visual),
         tuple(inputs.values()),
         list(inputs),
         [names.KEEP_OUT, names.SCORES, names.NUM_WANTED],
     )
+    for value in list(model.graph.inputs):  # what this method does not read, nobody has to feed
+        if not value.uses():
+            model.graph.inputs.remove(value)
+    return model
 
 
 def compact_graph() -> ir.Model:
