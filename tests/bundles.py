@@ -1,4 +1,8 @@
-"""A tiny checkpoint and its bundle, made once per session, for tests of the commands."""
+"""A tiny checkpoint and its bundle, made once per session, for tests of the commands.
+
+A test file takes the fixtures by `pytest_plugins = ["tests.bundles"]`, after it has imported the
+functions: too late for pytest's rewriting of assertions, hence PYTEST_DONT_REWRITE.
+"""
 
 from __future__ import annotations
 
@@ -62,5 +66,6 @@ def command_json(*arguments: object) -> tuple[int, dict[str, Any]]:
     """Run a command with --json: exit code and the one object."""
     code, out, _ = command(*arguments, "--json")
     lines = out.strip().splitlines()
-    assert len(lines) == 1, out
+    if len(lines) != 1:
+        raise AssertionError(f"not one line on stdout: {out!r}")
     return code, json.loads(lines[0])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve.cli.output import Progress, print_json, require, table
+from patchsieve.cli.picture import picture
 
 DEPARTS = 1  # exit code
 PROMPT = "Describe the image."
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     parts = []
     for done, plan in enumerate(plans):
         progress(f"comparing plan {plan}", (done + 1) / (len(plans) + 1))
-        image = args.image if args.image is not None else _picture()
+        image = args.image if args.image is not None else picture()
         with _quiet_libraries():
             parts += both.compare(image, args.prompt, plan, raw=args.raw, count=args.max_new_tokens)
     both.close()
@@ -101,16 +102,6 @@ def _table(parts: list[Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1e}"
-
-
-def _picture() -> Any:
-    """Smooth colours with seeded noise: every patch differs from its neighbours."""
-    import numpy as np
-
-    noise = np.random.default_rng(0).integers(0, 96, (240, 320, 3))
-    y, x = np.mgrid[0:240, 0:320]
-    ramp = np.stack([x * 160 // 320, y * 160 // 240, (x + y) * 160 // 560], axis=-1)
-    return (noise + ramp).astype(np.uint8)
 
 
 @contextlib.contextmanager

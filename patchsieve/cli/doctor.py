@@ -1,0 +1,105 @@
+"""`patchsieve doctor [BUNDLE]`: what this machine can do, and what to install for the rest."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from patchsieve.cli.output import print_json, size, table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("bundle", type=Path, nargs="?", help="does this bundle fit here?")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Examine and print."""
+    from patchsieve.runtime.doctor import diagnose
+
+    report = diagnose(bundle=args.bundle)
+    if args.json:
+        print_json(report)
+        return 0
+    blocks = [_machine(report), _libraries(report), _targets(report), _installs(report)]
+    if "bundle" in report:
+        blocks.append(_bundle(report["bundle"]))
+    blocks += [f"warning: {text}" for text in report["warnings"]]
+    print("\n\n".join(block for block in blocks if block))
+    return 0
+
+
+def _machine(report: dict[str, Any]) -> str:
+    facts = report["machine"]
+    memory, cpu, board = facts["memory_bytes"], facts["cpu"], facts["jetson"]
+    lines = [
+        f"patchsieve {report['patchsieve']}, Python {facts['python']}, {facts['architecture']}",
+        f"cpu     {cpu['model']}, {cpu['cores_allowed']} of {cpu['cores']} cores",
+        f"memory  {_size(memory['total'])}, {_size(memory['available'])} available, "
+        f"swap {_size(memory['swap'])}, disk {size(facts['disk_free_bytes'])} free",
+    ]
+    if board is not None:
+        jetpack = f"JetPack {board['jetpack']}" if board["jetpack"] else "unknown JetPack"
+        lines.append(f"board   {board['model']}, L4T {board['l4t'] or '?'}, {jetpack}")
+    for gpu in facts["gpus"]:
+        capability = gpu["compute_capability"] or "?"
+        lines.append(
+            f"gpu     {gpu['name']}, {_size(gpu['memory'])}, compute capability {capability}, "
+            f"driver {gpu['driver']}"
+        )
+    if not facts["gpus"] and board is None:
+        lines.append("gpu     none that nvidia-smi sees")
+    return "\n".join(lines)
+
+
+def _libraries(report: dict[str, Any]) -> str:
+    rows = []
+    for name, version in report["libraries"].items():
+        providers = report["onnxruntime_providers"] if name == "onnxruntime" else []
+        rows.append((name, version or "-", ", ".join(providers)))
+    return table(("library", "version", ""), rows)
+
+
+def _targets(report: dict[str, Any]) -> str:
+    rows = [
+        (target, *(_word(abilities[step]) for step in ("export", "build", "run")))
+        for target, abilities in report["targets"].items()
+    ]
+    return table(("target", "export", "build", "run"), rows)
+
+
+def _word(ability: dict[str, Any]) -> str:
+    if ability["can"] is None:
+        return "-"
+    return "yes" if ability["can"] else f"no: {ability['why']}"
+
+
+def _installs(report: dict[str, Any]) -> str:
+    """What is missing and the line for it, each line once."""
+    lines: dict[str, list[str]] = {}
+    for target, abilities in report["targets"].items():
+        for step, ability in abilities.items():
+            if ability["can"] is False and ability["do"]:
+                lines.setdefault(ability["do"], []).append(f"{step} {target}")
+    return "\n".join(f"to {', '.join(what)}: {do}" for do, what in lines.items())
+
+
+def _bundle(bundle: dict[str, Any]) -> str:
+    rows = [
+        (
+            f"plan {name}",
+            size(bundle["weight_bytes"]),
+            size(plan["kv_bytes"]),
+            size(plan["needed_bytes"]),
+            _size(bundle["available_bytes"]),
+            {True: "fits", False: "DOES NOT FIT", None: "unknown"}[plan["fits"]],
+        )
+        for name, plan in bundle["plans"].items()
+    ]
+    header = (bundle["path"], "weights", "KV cache", "needed", "available", "")
+    return table(header, rows)
+
+
+def _size(count: int | None) -> str:
+    return "?" if count is None else size(count)

@@ -1,0 +1,165 @@
+"""`patchsieve profile BUNDLE`: latency of each part, survivors and KV bytes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from patchsieve.cli.output import Progress, print_json, size, table
+from patchsieve.cli.picture import picture
+from patchsieve.cli.run import add_run_options, load
+from patchsieve.errors import PatchsieveError
+from patchsieve.plan import NO_PRUNING
+
+PROMPT = "Describe the image."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("bundle", type=Path)
+    add("--image", action="append", default=[], metavar="FILE", help="a generated one by default")
+    add("--prompt", default=PROMPT)
+    add("--raw", action="store_true", help="the prompt is the whole text, without chat template")
+    add("--plan", metavar="NAME", help="which of the bundle's plans; its default otherwise")
+    add("--against", default=NO_PRUNING, metavar="NAME", help="plan to compare with (none)")
+    add("--alone", action="store_true", help="compare with nothing")
+    add("--warmup", type=int, default=3, metavar="N", help="runs that do not count (3)")
+    add("--runs", type=int, default=10, metavar="N", help="runs that do (10)")
+    add("--max-new-tokens", type=int, default=32, metavar="N", help="tokens of each answer (32)")
+    add("--output", type=Path, metavar="FILE", help="write the JSON object there too")
+    add_run_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print."""
+    from patchsieve.runtime.profile import profile
+
+    model = load(args)
+    progress = Progress(args.quiet or args.json)
+    plan = args.plan or model.facts.default_plan
+    report = profile(
+        model,
+        args.image or picture(),
+        args.prompt,
+        plan=plan,
+        against=None if args.alone or args.against == plan else args.against,
+        warmup=args.warmup,
+        runs=args.runs,
+        max_new_tokens=args.max_new_tokens,
+        raw=args.raw,
+        progress=progress,
+    )
+    progress.done()
+    report = {"bundle": str(args.bundle)} | report
+    report["stages"] = [[stage.first, stage.last - 1] for stage in model.facts.stages]
+    model.close()
+    if args.output is not None:
+        _write(args.output, report)
+    if args.json:
+        print_json(report)
+    else:
+        print("\n\n".join([_head(report), _times(report), _caches(report), _foot(report)]))
+    return 0
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps({"schema_version": 1} | report, indent=1) + "\n", "utf-8")
+    except OSError as error:
+        raise PatchsieveError(f"cannot write {path}", found=error) from error
+
+
+def _head(report: dict[str, Any]) -> str:
+    machine, made = report["machine"], report["plans"][report["plan"]]
+    backend, cpu = machine["backend"], machine["cpu"]
+    return "\n".join(
+        [
+            f"{report['bundle']}: {report['checkpoint']}, {report['precision']}, "
+            f"target {report['target']}, {report['date']}",
+            f"{cpu['model']}, {cpu['cores_allowed']} of {cpu['cores']} cores, "
+            f"{backend['library']}, {backend['device']}",
+            f"{made['prompt_tokens']} rows in, {made['visual_tokens']} of them visual, "
+            f"{made['new_tokens']} tokens out, {report['runs']} runs after {report['warmup']}",
+        ]
+    )
+
+
+def _times(report: dict[str, Any]) -> str:
+    """Milliseconds of each part; the other plan's median and the ratio of medians behind them."""
+    plan, against = report["plan"], report["against"]
+    ours = report["plans"][plan]["times_ms"]
+    theirs = report["plans"][against]["times_ms"] if against else {}
+    header = [f"ms, plan {plan}", "p50", "p90", "p99", "mean"]
+    if against:
+        header += [f"{against} p50", "ratio"]
+    rows = []
+    for name in _order(report, ours):
+        cells: list[Any] = [_label(report, name), *(ours[name][k] for k in header[1:5])]
+        if against:
+            cells.append(theirs[name]["p50"] if name in theirs else None)
+            cells.append(report["ratios"].get(name))
+        rows.append(cells)
+    return table(header, rows)
+
+
+def _order(report: dict[str, Any], times: dict[str, Any]) -> list[str]:
+    """Parts in the order of computation."""
+    names = ["preprocess", "vision"]
+    for index, (_, last) in enumerate(report["stages"]):
+        names += [f"prefill.{index}", f"decide.{last + 1}"]
+    names += ["ttft", "per_token", "total"]
+    return [name for name in names if name in times]
+
+
+def _label(report: dict[str, Any], name: str) -> str:
+    kind, _, number = name.partition(".")
+    if kind == "prefill":
+        first, last = report["stages"][int(number)]
+        return f"prefill, layers {first}-{last}"
+    if kind == "decide":
+        return f"decision before layer {number}"
+    words = {"ttft": "time to first token", "per_token": "time per token"}
+    return words.get(name, name)
+
+
+def _caches(report: dict[str, Any]) -> str:
+    """KV bytes of each stage, and what survives to enter it."""
+    plan, against = report["plan"], report["against"]
+    made = report["plans"][plan]
+    other = report["plans"][against]["kv_bytes"]["per_stage"] if against else None
+    header = ["KV cache", "survivors", "rows", "used", "reserved"]
+    header += [f"{against} used"] if against else []
+    rows = []
+    for index, stage in enumerate(made["kv_bytes"]["per_stage"]):
+        first, last = stage["layers"]
+        cells = [
+            f"layers {first}-{last}",
+            _survivors(made["survivors"], first),
+            stage["slots_used"],
+            size(stage["used"]),
+            size(stage["reserved"]),
+        ]
+        rows.append([*cells, *([size(other[index]["used"])] if other else [])])
+    return table(header, rows)
+
+
+def _survivors(survivors: dict[str, Any], layer: int) -> str:
+    """Min/median/max of each image at a site, or one number where they agree."""
+    texts = []
+    for key, counts in survivors.items():
+        if key.split(".")[0] == str(layer):
+            low, middle, high = counts["min"], counts["median"], counts["max"]
+            texts.append(str(low) if low == high else f"{low}/{middle:g}/{high}")
+    return " ".join(texts) or "-"
+
+
+def _foot(report: dict[str, Any]) -> str:
+    text = f"peak memory of the process {size(report['peak_rss_bytes'])}"
+    if report["against"]:
+        ratios = report["ratios"]
+        text += f"; KV bytes used {ratios['kv_used']:.0%}, reserved {ratios['kv_reserved']:.0%}"
+        text += f" of plan {report['against']}"
+    return text

@@ -1,0 +1,160 @@
+"""How long each part of an answer takes, plans interleaved run by run in one process."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+
+from patchsieve.errors import RequestError
+from patchsieve.runtime import machine
+from patchsieve.runtime.model import Model
+from patchsieve.runtime.result import Result
+
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass
+class Runs:
+    """Raw numbers of one plan; lists hold one entry per run.
+
+    Attributes:
+        times_ms: By part: preprocess, vision, prefill, decide, prefill.<stage>, decide.<site>,
+            ttft, total.
+        decode_ms: Steps of each run, [runs][steps].
+        survivors: By site, "layer.image".
+        last: The last run's result, for what does not change.
+    """
+
+    times_ms: dict[str, list[float]] = field(default_factory=dict)
+    decode_ms: list[list[float]] = field(default_factory=list)
+    survivors: dict[str, list[int]] = field(default_factory=dict)
+    last: Result = field(default_factory=Result)
+
+    def add(self, result: Result, sites: Sequence[int]) -> None:
+        """Take in one run; `sites` are the plan's layers."""
+        times = dict(result.timings_ms)
+        self.decode_ms.append(times.pop("decode_steps"))
+        times.pop("decode_per_token")
+        for index, value in enumerate(times.pop("prefill_per_stage")):
+            times[f"prefill.{index}"] = value
+        for layer, value in zip(sites, times.pop("decide_per_site"), strict=False):
+            times[f"decide.{layer}"] = value
+        for name, value in times.items():
+            self.times_ms.setdefault(name, []).append(value)
+        for site in result.sites:
+            key = f"{site.layer}.{site.image}"
+            self.survivors.setdefault(key, []).append(len(site.kept))
+        self.last = result
+
+    def to_dict(self) -> dict[str, Any]:
+        """Statistics and raw values."""
+        pooled = [step for run in self.decode_ms for step in run]
+        times = {name: statistics(values) for name, values in self.times_ms.items()}
+        if pooled:
+            times["per_token"] = statistics(pooled)
+        return {
+            "prompt_tokens": self.last.prompt_tokens,
+            "visual_tokens": self.last.visual_tokens,
+            "new_tokens": len(self.last.token_ids),
+            "times_ms": times,
+            "survivors": {
+                key: {"min": min(v), "median": float(np.median(v)), "max": max(v)}
+                for key, v in self.survivors.items()
+            },
+            "kv_bytes": self.last.kv_bytes,
+            "raw": {
+                "times_ms": self.times_ms,
+                "decode_ms": self.decode_ms,
+                "survivors": self.survivors,
+            },
+        }
+
+
+def profile(
+    model: Model,
+    image: Any,
+    prompt: str,
+    *,
+    plan: str | None = None,
+    against: str | None = None,
+    warmup: int = 3,
+    runs: int = 10,
+    max_new_tokens: int = 32,
+    raw: bool = False,
+    progress: Callable[[str, float], None] = lambda *_: None,
+) -> dict[str, Any]:
+    """Answer one request again and again.
+
+    Args:
+        model: The loaded bundle.
+        image: One image, several, or None.
+        prompt: The user's words.
+        plan: Which plan; the bundle's default otherwise.
+        against: Another plan, whose runs alternate with this one's; None measures one alone.
+        warmup: Runs of each plan that do not count.
+        runs: Runs of each plan that do.
+        max_new_tokens: Tokens of every answer; end tokens do not end it.
+        raw: The prompt is the whole text, without chat template.
+        progress: Told what is being run.
+
+    Returns:
+        Machine, request, and for each plan statistics and raw values, as JSON can hold them.
+
+    Raises:
+        RequestError: A count is too small, or the request does not fit the bundle.
+    """
+    if runs < 1 or warmup < 0:
+        raise RequestError(
+            "too few runs", found=f"runs {runs}, warmup {warmup}", expected="at least 1 and 0"
+        )
+    plan = plan or model.facts.default_plan
+    plans = list(dict.fromkeys([plan, *([against] if against else [])]))
+    model.spare_caches = max(model.spare_caches, len(plans))  # no run pays for a new cache
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "ignore_eos": True, "raw": raw}
+    taken = {name: Runs() for name in plans}
+    for number in range(warmup + runs):
+        for name in plans if number % 2 else plans[::-1]:  # neither always goes first
+            progress(f"run {number + 1}, plan {name}", number / (warmup + runs))
+            result = model.generate(image, prompt, plan=name, **options)
+            if number >= warmup:
+                taken[name].add(result, model.facts.plans[name].layers)
+    measured = {name: made.to_dict() for name, made in taken.items()}
+    report = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine.facts() | {"backend": model.backend.describe()},
+        "checkpoint": model.facts.checkpoint,
+        "precision": model.facts.precision,
+        "target": model.bundle.target,
+        "warmup": warmup,
+        "runs": runs,
+        "plan": plan,
+        "against": against,
+        "plans": measured,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    if against is not None and against != plan:
+        report["ratios"] = ratios(measured[plan], measured[against])
+    return report
+
+
+def statistics(values: Sequence[float]) -> dict[str, float]:
+    """Percentiles and mean."""
+    points = np.percentile(values, PERCENTILES)
+    named = {f"p{q}": round(float(v), 4) for q, v in zip(PERCENTILES, points, strict=True)}
+    return named | {"mean": round(float(np.mean(values)), 4)}
+
+
+def ratios(plan: dict[str, Any], against: dict[str, Any]) -> dict[str, float]:
+    """Medians of a plan over those of another, and KV bytes over KV bytes; below 1 is less."""
+    ours, theirs = plan["times_ms"], against["times_ms"]
+    shared = [name for name in ours if name in theirs and theirs[name]["p50"] > 0]
+    times = {name: round(ours[name]["p50"] / theirs[name]["p50"], 4) for name in shared}
+    return times | {
+        f"kv_{kind}": round(plan["kv_bytes"][kind] / against["kv_bytes"][kind], 4)
+        for kind in ("used", "reserved")
+    }
