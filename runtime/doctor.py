@@ -85,7 +85,10 @@ def diagnose(probes: Probes | None = None, bundle: Path | None = None) -> dict[s
             for target, abilities in abilities_of(probes, libraries).items()
         },
         "warnings": warnings(probes, facts, libraries),
+        "notes": [],
     }
+    if facts["gpus"] or facts["jetson"]:
+        report["notes"] = ["this version answers on the CPU; it compiles engines for the GPU only"]
     if bundle is not None:
         report["bundle"] = check_bundle(manifest.read(bundle), bundle, facts)
     return report

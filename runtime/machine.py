@@ -30,7 +30,10 @@ def installed_version(distribution: str) -> str | None:
 
 def is_importable(module: str) -> bool:
     """Whether a top-level module can be found; it is not imported."""
-    return importlib.util.find_spec(module) is not None
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # a hook that refuses it, or half a module
+        return False
 
 
 def run_nvidia_smi() -> str:

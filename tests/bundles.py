@@ -36,7 +36,7 @@ def export_tiny(checkpoint: Path, out: Path, **options: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", layers=5)
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", layers=5, kv_heads=2)
 
 
 @pytest.fixture(scope="session")

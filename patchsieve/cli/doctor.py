@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     blocks = [_machine(report), _libraries(report), _targets(report), _installs(report)]
     if "bundle" in report:
         blocks.append(_bundle(report["bundle"]))
+    blocks += [f"note: {text}" for text in report["notes"]]
     blocks += [f"warning: {text}" for text in report["warnings"]]
     print("\n\n".join(block for block in blocks if block))
     return 0

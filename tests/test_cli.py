@@ -1,0 +1,133 @@
+"""Every command: help, one-line errors with exit code 2, one JSON object."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import patchsieve
+from patchsieve.cli import COMMANDS
+from tests.bundles import PHOTO, PROMPT, command, command_json
+
+pytest_plugins = ["tests.bundles"]
+
+# A mistake for each command, after which nothing may have happened.
+MISTAKES = {
+    "export": ("no-such-checkpoint", "-o", "{tmp}/out"),
+    "build": ("{tmp}", "--target", "tensorrt-rtx"),
+    "run": ("{tmp}", "--prompt", "x"),
+    "profile": ("{tmp}",),
+    "inspect": ("{tmp}",),
+    "verify": ("{tmp}", "--against", "{tmp}"),
+    "doctor": ("{tmp}",),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str) -> None:
+    code, out, err = command(name, "--help")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: patchsieve {name}")
+    assert "--json" in out
+
+
+def test_the_program_has_help_and_a_version() -> None:
+    assert command("--version")[:2] == (0, f"patchsieve {patchsieve.__version__}\n")
+    code, out, _ = command("--help")
+    assert code == 0
+    assert all(name in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), ("frobnicate",), ("run",), ("inspect", "x", "--frobnicate"), ("run", "x", "--top-k", "y")],
+)
+def test_a_wrong_command_line_is_one_line_with_exit_code_2(arguments: tuple[str, ...]) -> None:
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("patchsieve")
+    assert len(err.splitlines()) == 1
+    assert "--help" in err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_mistake_is_one_line_and_as_json_one_object(name: str, tmp_path: Path) -> None:
+    arguments = [text.format(tmp=tmp_path) for text in MISTAKES[name]]
+    code, out, err = command(name, *arguments)
+    assert (code, out) == (2, "")
+    said = [line for line in err.splitlines() if line.startswith("patchsieve: ")]
+    assert len(said) == 1 and said[0] == err.splitlines()[-1]
+    assert "found: " in said[0] and "Traceback" not in err
+    code, report = command_json(name, *arguments)
+    assert (code, report["schema_version"]) == (2, 1)
+    assert said[0] == f"patchsieve: {report['error']}"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (("run", "{bundle}", "--prompt", "x", "--plan", "nope"), "no such plan"),
+        (("run", "{bundle}", "--prompt", "x", "--image", "/no/such.jpg"), "/no/such.jpg"),
+        (("run", "{bundle}", "--prompt", "x", "--max-new-tokens", "999"), "--max-new-tokens"),
+        (("run", "{bundle}", "--prompt", "x", "--temperature", "-1"), "temperature"),
+        (("run", "{bundle}", "--prompt", "x", "--target", "reference"), "--targets reference"),
+        (("profile", "{bundle}", "--plan", "nope"), "no such plan"),
+        (("profile", "{bundle}", "--against", "nope"), "no such plan"),
+        (("profile", "{bundle}", "--runs", "0"), "too few runs"),
+        (("profile", "{bundle}", "--runs", "1", "--output", "/no/such/file"), "/no/such/file"),
+        (("inspect", "{bundle}", "--plan", "nope"), "no such plan"),
+        (("verify", "{bundle}", "--against", "{checkpoint}", "--plan", "nope"), "no such plan"),
+        (("verify", "{bundle}", "--against", "/no/such"), "no such checkpoint"),
+    ],
+)
+def test_a_request_that_cannot_be_is_one_line(
+    arguments: tuple[str, ...], names: str, tiny_bundle: Path, tiny_checkpoint: Path
+) -> None:
+    given = [text.format(bundle=tiny_bundle, checkpoint=tiny_checkpoint) for text in arguments]
+    code, out, err = command(*given)
+    assert (code, out) == (2, "")
+    assert names in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_run_prints_the_answer_alone_on_stdout(tiny_bundle: Path) -> None:
+    arguments = ("run", tiny_bundle, "--image", PHOTO, "--prompt", PROMPT, "--max-new-tokens", 6)
+    code, out, err = command(*arguments)
+    assert code == 0
+    assert "KV cache" in err
+    code, said = command_json(*arguments)
+    assert (code, said["schema_version"]) == (0, 1)
+    assert out == said["text"] + "\n"
+    assert len(said["token_ids"]) <= 6
+    assert [(site["layer"], site["num_kept"]) for site in said["sites"]] == [(2, 8), (4, 4)]
+
+
+def test_the_module_runs_as_a_program(tiny_bundle: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "patchsieve", "inspect", str(tiny_bundle), "--json"],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["schema_version"] == 1
+
+
+def test_a_reader_that_goes_away_is_no_error(tiny_bundle: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as gone:
+        done = subprocess.run(
+            [sys.executable, "-m", "patchsieve", "inspect", str(tiny_bundle), "--tensors"],
+            cwd=Path(__file__).resolve().parents[1],
+            stdout=gone,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert "Traceback" not in done.stderr
