@@ -141,23 +141,29 @@ class Reference:
         return out
 
     @torch.no_grad()
-    def decode(self, layers: Layers, count: int) -> list[int]:
-        """Greedy tokens behind a prefill, end tokens or not."""
-        tokens = [int(layers.logits.argmax())]
-        while len(tokens) < count:
-            x = self.llava.get_input_embeddings()(torch.tensor([tokens[-1:]]))
+    def decode(self, layers: Layers, count: int) -> np.ndarray:
+        """Logits of greedy tokens behind a prefill, end tokens or not, [count, V]."""
+        logits = [layers.logits]
+        while len(logits) < count:
+            x = self.llava.get_input_embeddings()(torch.tensor([[int(logits[-1].argmax())]]))
             for index in range(len(self.decoder.layers)):
                 x, _ = self._layer(index, x, torch.tensor([layers.position]), layers.cache)
             layers.position += 1
-            tokens.append(int(self._logits(x).argmax()))
-        return tokens
+            logits.append(self._logits(x))
+        return np.stack(logits)
 
     @torch.no_grad()
-    def generate(self, inputs: Mapping[str, np.ndarray], count: int) -> list[int]:
-        """Greedy tokens of Hugging Face's own `generate`, end tokens or not."""
-        tensors = {key: torch.from_numpy(value) for key, value in inputs.items()}
-        made = self.llava.generate(**tensors, do_sample=False, max_new_tokens=count)
-        return made[0, tensors["input_ids"].shape[1] :].tolist()
+    def generate(self, inputs: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+        """Logits of greedy tokens of Hugging Face's `generate`, end tokens or not, [count, V]."""
+        tensors: dict[str, Any] = {key: torch.from_numpy(value) for key, value in inputs.items()}
+        made = self.llava.generate(
+            **tensors,
+            do_sample=False,
+            max_new_tokens=count,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        return torch.cat(made.logits).numpy()
 
     def _layer(self, index: int, x: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
         """One decoder layer: rows [1, L, C] behind it and its rotated queries [1, L, H * D]."""

@@ -30,7 +30,7 @@ from patchsieve.runtime.record import Recorder
 # which grow through the layers. float16: each operator rounds to 5e-4, the reference does not.
 TOLERANCE = {"float32": 1e-4, "float16": 3e-2}
 PIXEL_TOLERANCE = 1e-6  # the preprocessor computes in float32 whatever the graphs do
-SCORE_TIE = {"float32": 1e-6, "float16": 1e-3}  # closer scores may fall either way
+SCORE_TIE = 1e-6  # closer scores may fall either way; in float16, closer than its tolerance
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,14 @@ class Verification:
         self.recorder.forget()
         count = min(count, self.facts.limits.max_new_tokens)
         tokens, failure = self._answer(image, prompt, plan, raw, count)
-        inputs, features = None, None
-        for part in self._inputs(image, prompt, plan, raw):
-            if isinstance(part, Part):
-                yield part
-            else:
-                inputs, features = part
-        if inputs is None:
-            return  # other rows: nothing behind them can be compared
+        inputs = self._hf_inputs(image, prompt, raw)
+        features, layers_seen = self.reference.vision(inputs[names.PIXEL_VALUES])
+        yield from self._before_decoder(plan, self._ids(prompt, raw), inputs, features, layers_seen)
+        fed = self.recorder.inputs[names.stage(0)][names.HIDDEN]
         embeddings = self.reference.embed(inputs["input_ids"], features)
-        yield self._part(plan, "embeddings", self._fed(0), embeddings)
+        yield self._part(plan, "embeddings", fed, embeddings)
+        if fed.shape != embeddings.shape:
+            return  # other rows: nothing behind them can be compared
         decisions: dict[int, Part] = {}
         sites = self.facts.plans[plan].layers
         layers = self.reference.prefill(
@@ -126,7 +124,7 @@ class Verification:
             said, by = self.reference.generate(inputs, count), "generate"
         else:
             said, by = self.reference.decode(layers, count), "eager decoding of the survivors"
-        yield self._tokens(plan, tokens, said, by)
+        yield compare_tokens(plan, tokens, said, by, self.tolerance)
 
     def close(self) -> None:
         """Give back memory."""
@@ -145,31 +143,42 @@ class Verification:
                 raise
             return [], str(error)
 
-    def _inputs(self, image: Any, prompt: str, plan: str, raw: bool) -> Iterator[Any]:
-        """Parts before the decoder, and at their end Hugging Face's inputs and features."""
-        prompts, seen = self.model.bundle.prompts, self.recorder
-        picture = load_image(image)
-        message = prompts.user_message(prompt, 1)
-        inputs = self.reference.inputs(picture, prompt if raw else [message])
-        pixels = seen.inputs[names.VISION][names.PIXEL_VALUES]
-        yield self._part(
-            plan, names.PIXEL_VALUES, pixels, inputs[names.PIXEL_VALUES], tolerance=PIXEL_TOLERANCE
+    def _hf_inputs(self, image: Any, prompt: str, raw: bool) -> dict[str, np.ndarray]:
+        message = self.model.bundle.prompts.user_message(prompt, 1)
+        return self.reference.inputs(load_image(image), prompt if raw else [dict(message)])
+
+    def _ids(self, prompt: str, raw: bool) -> np.ndarray:
+        """Ids of the rows that the bundle feeds, the image's repeated as Hugging Face does, [L]."""
+        prompts = self.model.bundle.prompts
+        built = (
+            prompts.build_raw(prompt, 1)
+            if raw
+            else prompts.build([prompts.user_message(prompt, 1)], 1)
         )
-        built = prompts.build_raw(prompt, 1) if raw else prompts.build([message], 1)
-        ours = expand(built, self.facts.vision.num_visual).token_ids
-        theirs = inputs["input_ids"][0]
-        # The image's places: one id there, in the bundle a placeholder.
-        same = len(ours) == len(theirs) and bool((ours == theirs).all())
-        note = f"{len(ours)} and {len(theirs)}" if len(ours) != len(theirs) else f"{len(ours)}"
-        yield Part(plan, "token ids", departs=not same, note=f"{note} ids")
-        features, layers = self.reference.vision(inputs[names.PIXEL_VALUES])
+        return expand(built, self.facts.vision.num_visual).token_ids
+
+    def _before_decoder(
+        self,
+        plan: str,
+        ids: np.ndarray,
+        inputs: dict[str, np.ndarray],
+        features: np.ndarray,
+        layers: list[np.ndarray],
+    ) -> Iterator[Part]:
+        """Pixels, token ids, each layer of the tower, projected features."""
+        seen = self.recorder
+        pixels = seen.inputs[names.VISION][names.PIXEL_VALUES]
+        theirs = inputs[names.PIXEL_VALUES]
+        yield self._part(plan, names.PIXEL_VALUES, pixels, theirs, tolerance=PIXEL_TOLERANCE)
+        hf_ids = inputs["input_ids"][0]
+        departs = not np.array_equal(ids, hf_ids)
+        note = f"{len(ids)} and {len(hf_ids)} ids" if departs else f"{len(ids)} ids"
+        yield Part(plan, "token ids", departs=departs, note=note)
         for index in range(self.facts.vision.num_layers_run):
             rows = seen.values[f"{names.VISION}/vision.layers.{index}.output"]
             yield self._part(plan, f"vision layer {index}", rows, layers[index])
-        ours_features = seen.values[f"{names.VISION}/{names.IMAGE_FEATURES}"]
-        yield self._part(plan, names.IMAGE_FEATURES, ours_features, features)
-        if len(ours) == len(theirs):
-            yield inputs, features
+        ours = seen.values[f"{names.VISION}/{names.IMAGE_FEATURES}"]
+        yield self._part(plan, names.IMAGE_FEATURES, ours, features)
 
     def _layer(self, plan: str, index: int, layers: hf.Layers) -> Iterator[Part]:
         """Keys, values and rows of a layer; its queries where the bundle returns them."""
@@ -210,18 +219,14 @@ class Verification:
         self, plan: str, layer: int, ours: np.ndarray, theirs: np.ndarray, scores: np.ndarray
     ) -> Part:
         common, differ = int((ours & theirs).sum()), ours != theirs
-        edge = scores[theirs].min() if theirs.any() else 0.0
-        is_tie = bool((abs(scores[differ] - edge) < SCORE_TIE[self.facts.precision]).all())
+        edge = float(scores[theirs].min()) if theirs.any() else 0.0
+        is_exact = self.facts.precision == "float32"
+        closest = SCORE_TIE if is_exact else max(SCORE_TIE, self.tolerance * abs(edge))
+        is_tie = bool((abs(scores[differ] - edge) < closest).all())
         note = f"{common} in common of {int(ours.sum())} and {int(theirs.sum())}"
         if differ.any() and is_tie:
             note += ", the others tie"
         return Part(plan, f"survivors at layer {layer}", layer, departs=not is_tie, note=note)
-
-    def _tokens(self, plan: str, ours: list[int], theirs: list[int], by: str) -> Part:
-        pairs = zip(ours, theirs, strict=False)
-        same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
-        note = f"{same} equal of {len(ours)} and {len(theirs)}, {by}"
-        return Part(plan, "greedy tokens", departs=ours != theirs, note=note)
 
     def _part(
         self,
@@ -246,9 +251,6 @@ class Verification:
         largest = float(error.max(initial=0.0))
         return Part(plan, name, layer, largest, relative, tolerance, relative > tolerance)
 
-    def _fed(self, stage: int) -> np.ndarray:
-        return self.recorder.inputs[names.stage(stage)][names.HIDDEN]
-
     def _check_shapes(self, checkpoint: str) -> None:
         """Refuse another model's checkpoint at once."""
         text = self.reference.config.text_config
@@ -263,3 +265,24 @@ class Verification:
             raise PatchsieveError(
                 f"the bundle was not made from {checkpoint}", found=ours, expected=theirs
             )
+
+
+def compare_tokens(
+    plan: str, ours: list[int], logits: np.ndarray, by: str, tolerance: float
+) -> Part:
+    """Compare greedy tokens with Hugging Face's logits [T, V].
+
+    At the first that differs the two logits may be as good as equal; behind it the two sides read
+    different texts.
+    """
+    theirs = logits.argmax(axis=-1).tolist()
+    pairs = zip(ours, theirs, strict=False)
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
+    note = f"{same} equal of {len(ours)} and {len(theirs)}, {by}"
+    departs = ours != theirs
+    if departs and same < min(len(ours), len(theirs)):
+        row = logits[same]
+        gap = float((row.max() - row[ours[same]]) / np.abs(row).max())
+        departs = gap > tolerance
+        note += f"; their logits differ by {gap:.1e}" + ("" if departs else ", a tie")
+    return Part(plan, "greedy tokens", departs=departs, note=note)

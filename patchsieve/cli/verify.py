@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(
             "the bundle holds no such plan", found=args.plan, expected=", ".join(both.facts.plans)
         )
-    parts = []
+    parts: list[Any] = []
     for done, plan in enumerate(plans):
         progress(f"comparing plan {plan}", (done + 1) / (len(plans) + 1))
         image = args.image if args.image is not None else picture()
