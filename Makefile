@@ -47,7 +47,7 @@ demo/checkpoint/config.json: examples/make_checkpoint.py LICENSE | $(ENVIRONMENT
 
 demo/bundle/manifest.json: demo/checkpoint/config.json $(SOURCES) | $(ENVIRONMENT)
 	@rm -rf demo/bundle
-	@$(PATCHSIEVE) export demo/checkpoint -o demo/bundle --method fastv --sites 2 --keep-ratio 0.5
+	@$(PATCHSIEVE) export demo/checkpoint -o demo/bundle --method fastv --sites 2 --keep-ratio 0.5 --max-text-tokens 64 --max-new-tokens 32
 
 demo: demo/bundle/manifest.json
 	@$(PATCHSIEVE) run demo/bundle --image $(PHOTO) --prompt "$(QUESTION)" \
