@@ -39,25 +39,21 @@ check-environment:
 	@.venv/bin/python -m pip install -qq --editable ".[cpu,rtx,export,dev]"
 	@touch $@
 
-# A demo is two bundles of one checkpoint, pruned and unpruned, and their answers side by side.
+# A bundle holds the plan "none" too, so one bundle answers pruned and unpruned.
 
 demo/checkpoint/config.json: examples/make_checkpoint.py LICENSE | $(ENVIRONMENT)
 	@rm -rf demo/checkpoint
 	@$(PY) examples/make_checkpoint.py demo/checkpoint
 
-demo/pruned/manifest.json: demo/checkpoint/config.json $(SOURCES) | $(ENVIRONMENT)
-	@rm -rf demo/pruned
-	@$(PATCHSIEVE) export demo/checkpoint -o demo/pruned --method fastv --sites 2 --keep-ratio 0.5
+demo/bundle/manifest.json: demo/checkpoint/config.json $(SOURCES) | $(ENVIRONMENT)
+	@rm -rf demo/bundle
+	@$(PATCHSIEVE) export demo/checkpoint -o demo/bundle --method fastv --sites 2 --keep-ratio 0.5 --max-text-tokens 64 --max-new-tokens 32
 
-demo/full/manifest.json: demo/checkpoint/config.json $(SOURCES) | $(ENVIRONMENT)
-	@rm -rf demo/full
-	@$(PATCHSIEVE) export demo/checkpoint -o demo/full --method none
-
-demo: demo/pruned/manifest.json demo/full/manifest.json
-	@$(PATCHSIEVE) run demo/pruned --image $(PHOTO) --prompt "$(QUESTION)" \
+demo: demo/bundle/manifest.json
+	@$(PATCHSIEVE) run demo/bundle --image $(PHOTO) --prompt "$(QUESTION)" \
 		--max-new-tokens 16 --json > demo/pruned.json
-	@$(PATCHSIEVE) run demo/full --image $(PHOTO) --prompt "$(QUESTION)" \
-		--max-new-tokens 16 --json > demo/full.json
+	@$(PATCHSIEVE) run demo/bundle --image $(PHOTO) --prompt "$(QUESTION)" \
+		--max-new-tokens 16 --json --plan none > demo/full.json
 	@$(PY) examples/show_answers.py demo/pruned.json demo/full.json
 
 test: $(ENVIRONMENT)

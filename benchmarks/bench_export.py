@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMISE = 2e9  # bytes beside the largest tensor
-MEASURED = "import resource,sys; from patchsieve.cli import main; code = main(sys.argv[1:]); "
-MEASURED += "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024); sys.exit(code)"
+# Not ru_maxrss: a child process starts with its parent's.
+MEASURED = "import sys; from patchsieve.cli import main; from patchsieve.cli.output import "
+MEASURED += "peak_memory; code = main(sys.argv[1:]); print('PEAK', peak_memory()); sys.exit(code)"
 
 
 def shapes(layers: int) -> list[dict[str, tuple[int, ...]]]:

@@ -6,18 +6,26 @@ python examples/show_answers.py PRUNED.json FULL.json
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 
-def describe_sites(result: dict[str, Any]) -> list[str]:
-    """One line for each image at each pruning site, with the raster ids of its survivors."""
+def picture(kept: list[int], num_visual: int) -> str:
+    """Survivors on the patch grid, as the photograph lies: a square for each patch that is kept."""
+    side = math.isqrt(num_visual)
+    rows = [range(row * side, (row + 1) * side) for row in range(side)]
+    return "\n".join("  " + " ".join("■" if i in kept else "·" for i in row) for row in rows)
+
+
+def describe_sites(result: dict[str, Any], num_visual: int) -> list[str]:
+    """What happened to each image at each pruning site."""
     return [
-        f"survivors at layer {site['layer']}, image {site['image']}: "
+        f"patches that enter layer {site['layer']}: "
         f"{site['num_kept']} of {site['num_visual_before']}"
-        f"{' (capped by the budget)' if site['capped'] else ''}: "
-        + " ".join(map(str, site["kept"]))
+        f"{' (capped by the budget)' if site['capped'] else ''}\n"
+        + picture(site["kept"], num_visual)
         for site in result["sites"]
     ]
 
@@ -28,7 +36,7 @@ def main() -> None:
     print(f"answer, pruned:   {pruned['text']!r}")
     print(f"answer, unpruned: {full['text']!r}")
     print("(random weights answer with gibberish)")
-    print("\n".join(describe_sites(pruned)))
+    print("\n".join(describe_sites(pruned, full["visual_tokens"])))
     for kind in ("used", "reserved"):
         less, more = pruned["kv_bytes"][kind], full["kv_bytes"][kind]
         print(f"KV bytes {kind}: {less:,} pruned, {more:,} unpruned ({less / more:.1%})")

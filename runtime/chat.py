@@ -103,7 +103,7 @@ class Chat:
         start = time.perf_counter()
         result = Result() if result is None else result
         result.plan = self.plan
-        options = _options(sampling)
+        options = _options(sampling, self.model.facts.limits.max_new_tokens)
         cache = self._open_cache()
         sources = _as_list(image)
         pixels = self.model.preprocess(sources) if sources else None
@@ -173,6 +173,8 @@ class Chat:
                     "a raw prompt cannot continue a conversation", do="start another for it"
                 )
             return prompts.build_raw(prompt, num_images), False
+        if has_past and not self.messages:
+            raise RequestError("a raw prompt cannot be continued", do="start another conversation")
         if has_past and not repick:
             suffix = prompts.continuation(
                 state.asked, messages, is_answer_cached=state.is_answer_cached
@@ -346,9 +348,11 @@ class _Answer:
         )
 
 
-def _options(sampling: dict[str, Any]) -> SamplingOptions:
+def _options(sampling: dict[str, Any], most: int) -> SamplingOptions:
+    """Options of a request; without a number of new tokens, the usual or what is reserved."""
+    usual = min(SamplingOptions.max_new_tokens, most)
     try:
-        return SamplingOptions(**sampling)
+        return SamplingOptions(**{"max_new_tokens": usual} | sampling)
     except TypeError as error:
         raise RequestError("unknown option of a request", found=error) from error
 

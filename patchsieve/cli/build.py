@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import resource
 import time
 from pathlib import Path
 
-from patchsieve.cli.output import Progress, print_json, size, table
+from patchsieve.cli.output import Progress, peak_memory, print_json, size, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     progress.done()
     total = sum(engine.engine_bytes for engine in engines)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
     if args.json:
         print_json(
             {
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         for engine in engines
     ]
     print(table(("engine", "size", "s"), [*rows, ("all", size(total), f"{seconds:.1f}")]))
-    print(f"{args.bundle / 'engines' / args.target}, peak memory {size(peak)}")
+    print(f"{args.bundle / 'engines' / args.target}, peak memory {size(peak or 0)}")
     for engine in engines:
         for warning in engine.warnings:
             print(f"{engine.graph}: {warning}")

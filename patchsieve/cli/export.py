@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,18 @@ from patchsieve.errors import PatchsieveError
 from patchsieve.heads import load_heads
 from patchsieve.manifest import Limits, Manifest
 from patchsieve.plan import NO_PRUNING, Plan, SitePlan
+
+_LIMITS = (512, 256, 1)  # text tokens, new tokens, images
+_OF_A_NEW_BUNDLE = (
+    "checkpoint",
+    "output",
+    "cuts",
+    "targets",
+    "precision",
+    "max_text_tokens",
+    "max_new_tokens",
+    "max_images",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,12 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plan-name", metavar="NAME", help="what requests call the plan")
     bundle = parser.add_argument_group("the bundle")
     add = bundle.add_argument
-    add("--cuts", type=_integers, default=(), metavar="LAYERS", help="further layers to divide at")
-    add("--targets", default="cpu", help="comma-separated: cpu, reference, tensorrt-rtx")
-    add("--precision", default="float32", choices=("float32", "float16"))
-    add("--max-text-tokens", type=int, default=512)
-    add("--max-new-tokens", type=int, default=256)
-    add("--max-images", type=int, default=1)
+    add("--cuts", type=_integers, metavar="LAYERS", help="further layers to divide at")
+    add("--targets", help="comma-separated: cpu (default), reference, tensorrt-rtx")
+    add("--precision", choices=("float32", "float16"), help="default: float32")
+    add("--max-text-tokens", type=int, metavar="N", help="default: 512")
+    add("--max-new-tokens", type=int, metavar="N", help="default: 256")
+    add("--max-images", type=int, metavar="N", help="default: 1")
     add("--quiet", action="store_true", help="no progress")
 
 
@@ -55,10 +68,12 @@ def run(args: argparse.Namespace) -> int:
     if args.reuse is not None:
         from patchsieve.export.reuse import reuse
 
-        if args.checkpoint or args.cuts or args.output:
+        given = [name for name in _OF_A_NEW_BUNDLE if getattr(args, name) is not None]
+        if given:
             raise PatchsieveError(
-                "--reuse takes the bundle's own checkpoint, cuts and place",
-                do="leave CHECKPOINT, -o and --cuts away",
+                "--reuse changes the plan of a bundle and nothing else",
+                found=", ".join(given),
+                do="leave them away, or export a new bundle",
             )
         bundle, facts = args.reuse, reuse(args.reuse, plan, name, progress)
     else:
@@ -73,13 +88,17 @@ def _export(args: argparse.Namespace, plan: Plan, name: str, progress: Progress)
 
     if args.checkpoint is None or args.output is None:
         raise PatchsieveError("export needs a checkpoint and -o BUNDLE, or --reuse BUNDLE")
+    targets = (args.targets or "cpu").split(",")
+    limits = (args.max_text_tokens, args.max_new_tokens, args.max_images)
     options = ExportOptions(
         plan=plan,
         plan_name=name,
-        cuts=tuple(args.cuts),
-        targets=tuple(dict.fromkeys(target.strip() for target in args.targets.split(","))),
-        precision=args.precision,
-        limits=Limits(args.max_text_tokens, args.max_new_tokens, args.max_images),
+        cuts=tuple(args.cuts or ()),
+        targets=tuple(dict.fromkeys(target.strip() for target in targets)),
+        precision=args.precision or "float32",
+        limits=Limits(
+            *(usual if n is None else n for n, usual in zip(limits, _LIMITS, strict=True))
+        ),
     )
     return export(args.checkpoint, args.output, options, progress)
 
@@ -206,8 +225,15 @@ def _report(args: argparse.Namespace, bundle: Path, facts: Manifest, seconds: fl
 
 
 def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return [int(part) for part in _parts(text, r"\d+", "whole numbers such as 4,14,24")]
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    return [float(part) for part in _parts(text, r"\d*\.?\d+", "numbers such as 0.5,0.25")]
+
+
+def _parts(text: str, pattern: str, expected: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(pattern, part) for part in parts):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected {expected}")
+    return parts

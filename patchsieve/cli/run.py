@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_options(parser)
     sampling = parser.add_argument_group("sampling")
     add = sampling.add_argument
-    add("--max-new-tokens", type=int, default=128)
+    add("--max-new-tokens", type=int, help="default: 128, or what the bundle reserves")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     add("--top-k", type=int, default=0)
     add("--top-p", type=float, default=1.0)
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
             repick=args.repick,
             raw=args.raw,
             result=result,
-            max_new_tokens=args.max_new_tokens,
+            **({} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}),
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
