@@ -63,9 +63,9 @@ def reuse(
         # The manifest that stands decides what stays, whenever an interrupt came.
         stands = manifest.read(bundle).files
         replaced = {bundle / name for name in set(old.files) - set(new.files)}
-        for path in {*writer.written, *replaced}:
-            if path.relative_to(bundle).as_posix() not in stands:
-                path.unlink(missing_ok=True)
+        for file in {*writer.written, *replaced}:
+            if file.relative_to(bundle).as_posix() not in stands:
+                file.unlink(missing_ok=True)
     return new
 
 

@@ -67,7 +67,14 @@ def trace(
     leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Input)]
     axes = sorted({axis for leaf in leaves for axis in leaf.shape if isinstance(axis, str)})
     sizes = {axis: _EXAMPLES.get(axis, 59 + 2 * place) for place, axis in enumerate(axes)}
-    dims = {axis: torch.export.Dim(axis, min=1, max=_LARGEST) for axis in axes}
+    # An image's tokens lie among the rows, with text in front and behind.
+    among = names.AXIS_VISUAL in axes
+    least = {names.AXIS_ROWS: 3} if among else {}
+    most = {names.AXIS_VISUAL: _LARGEST - 1}
+    dims = {
+        axis: torch.export.Dim(axis, min=least.get(axis, 1), max=most.get(axis, _LARGEST))
+        for axis in axes
+    }
 
     def example(leaf: Input) -> torch.Tensor:
         return torch.zeros([sizes.get(n, n) for n in leaf.shape], dtype=leaf.dtype)

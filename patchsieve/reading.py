@@ -52,9 +52,7 @@ def _record(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise _misfit(where, value, "an object")
     hints = get_type_hints(kind)
-    wanted = {
-        f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING
-    }
+    wanted = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
     missing, unknown = sorted(wanted - set(value)), sorted(set(value) - set(hints))
     if missing or unknown:
         raise BundleError(

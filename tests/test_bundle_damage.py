@@ -284,7 +284,11 @@ def test_limits_that_would_reserve_terabytes_are_refused_before_they_are_allocat
 ) -> None:
     edit_manifest(bundle, lambda data: data["limits"].update(max_text_tokens=2**31 - 1))
     model = patchsieve.load(bundle, check="size")
-    refused(lambda: model.generate(None, "Hello", max_new_tokens=4), CapacityError, "does not fit this machine")
+    refused(
+        lambda: model.generate(None, "Hello", max_new_tokens=4),
+        CapacityError,
+        "does not fit this machine",
+    )
 
 
 def test_a_plan_whose_graph_is_absent_is_refused(bundle: Path) -> None:
@@ -333,7 +337,9 @@ def test_weights_outside_the_bundle_are_not_read(
     refused(lambda: patchsieve.load(bundle), BundleError)
 
 
-@pytest.mark.parametrize(("key", "value"), [("offset", str(1 << 40)), ("length", "4"), ("offset", "-8")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("offset", str(1 << 40)), ("length", "4"), ("offset", "-8")]
+)
 def test_weights_beyond_their_file_are_refused(key: str, value: str, bundle: Path) -> None:
     name = "graphs/cpu.stage_0.onnx"
     model = onnx.load(bundle / name, load_external_data=False)

@@ -233,7 +233,8 @@ def header(size: int, text: bytes) -> bytes:
         header(2, b"{}") + b"\0" * 10,
         header(8, b"not json"),
         header(70, b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,99999999999]}}      '),
-        header(66, b'{"a":{"dtype":"F32","shape":[99999999],"data_offsets":[0,4]}}     ') + b"\0" * 4,
+        header(66, b'{"a":{"dtype":"F32","shape":[99999999],"data_offsets":[0,4]}}     ')
+        + b"\0" * 4,
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
     ],
 )
@@ -284,7 +285,9 @@ def test_a_tensor_of_another_shape_is_named(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bool])
-def test_a_tensor_of_integers_is_quantised_and_refused(dtype: torch.dtype, checkpoint: Path) -> None:
+def test_a_tensor_of_integers_is_quantised_and_refused(
+    dtype: torch.dtype, checkpoint: Path
+) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         name = find(tensors, "1.mlp.up_proj.weight")
         tensors[name] = tensors[name].to(dtype)
