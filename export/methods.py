@@ -43,8 +43,9 @@ def build_method(site: SitePlan) -> Method:
 def resolve_budgets(plan: Plan, methods: list[Method], num_visual: int) -> Plan:
     """Give each site the number of tokens per image that the layers behind it reserve.
 
-    A given budget holds; it may not exceed what enters the site. Otherwise a fixed ratio needs what it keeps, heads propose theirs, and a
-    method whose count adapts without a proposal reserves what the site before it does.
+    A given budget holds; it may not exceed what enters the site. Otherwise a fixed ratio needs
+    what it keeps, heads propose theirs, and a method whose count adapts without a proposal
+    reserves what the site before it does.
     """
     sites, most = [], num_visual
     for site, method in zip(plan.sites, methods, strict=True):

@@ -1,4 +1,4 @@
-"""Writing to a disk that may be full, read-only or taken away: all or nothing, errors in one line."""
+"""Writing to a disk that may be full or forbidden: all or nothing, errors in one line."""
 
 from __future__ import annotations
 

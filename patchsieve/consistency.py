@@ -178,7 +178,7 @@ def _check_graphs(facts: Manifest) -> None:
         for name, shape in expected.get(graph, {}).items():
             if name not in found or not _fits(found[name], shape):
                 raise BundleError(
-                    f"the tensor {name} of {graph} does not fit what the manifest says of the model",
+                    f"the tensor {name} of {graph} does not fit what the manifest says elsewhere",
                     found=found.get(name, "no such tensor"),
                     expected=["any" if size is None else size for size in shape],
                 )

@@ -1,4 +1,4 @@
-"""One tiny checkpoint and one tiny bundle for all tests that break things, and ways to break them."""
+"""One tiny checkpoint and one tiny bundle for tests that break things, and ways to break them."""
 
 from __future__ import annotations
 
