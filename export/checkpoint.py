@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 from collections.abc import Callable
@@ -17,26 +18,29 @@ from patchsieve.export.families import DECODERS, TOWERS
 
 SAFETENSORS = "model.safetensors"
 BINARY = "pytorch_model.bin"
+_FLOATS = {"F64", "F32", "F16", "BF16"} | {
+    f"torch.{name}" for name in ("float64", "float32", "float16", "bfloat16")
+}
 _HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.model", "*.jinja", "*.txt"]
 
 
 def locate(checkpoint: str) -> Path:
     """Find a checkpoint: a local directory, or a hub id that is cached or can be downloaded."""
     path = Path(checkpoint)
-    if path.is_dir():
+    if checkpoint and os.path.isdir(path):
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint) or path.exists():
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint) or os.path.exists(path):
         raise PatchsieveError(
             "there is no such checkpoint",
-            found=checkpoint,
+            found=repr(checkpoint),
             expected="a directory with config.json, or a hub id such as llava-hf/llava-1.5-7b-hf",
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(checkpoint, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise PatchsieveError(
             f"cannot get the checkpoint {checkpoint} from the hub",
             found=str(error).splitlines()[0],
@@ -47,35 +51,49 @@ def locate(checkpoint: str) -> Path:
 
 def read_config(directory: Path) -> Any:
     """Read a LLaVA config, or refuse the checkpoint at once with what is supported."""
-    try:
-        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PatchsieveError(f"cannot read {directory / 'config.json'}", found=error) from error
+    path = directory / "config.json"
+    raw = _read_json(path)
     supported = (
         "LlavaForConditionalGeneration (model_type llava) with a decoder of type "
         f"{', '.join(sorted(DECODERS))} and a tower of type {', '.join(sorted(TOWERS))}"
     )
-    parts = {
-        "model_type": (raw.get("model_type"), {"llava"}),
-        "text_config": (raw.get("text_config", {}).get("model_type", "llama"), set(DECODERS)),
-        "vision_config": (
-            raw.get("vision_config", {}).get("model_type", "clip_vision_model"),
-            set(TOWERS),
-        ),
-    }
-    if raw.get("quantization_config"):
-        parts["quantization_config"] = (
-            raw["quantization_config"].get("quant_method", "unknown"),
-            {"none, give the unquantised checkpoint"},
-        )
-    for part, (found, known) in parts.items():
-        if found not in known:
+    text, vision = (raw.get(part, {}) for part in ("text_config", "vision_config"))
+    for part, value in (("text_config", text), ("vision_config", vision)):
+        if not isinstance(value, dict):
             raise UnsupportedModelError(
-                "this checkpoint is not supported", found=f"{part} {found}", expected=supported
+                f"{path} is not well formed", found=f"{part} {value!r}"[:80], expected="an object"
             )
+    for part, found, known in (
+        ("model_type", raw.get("model_type"), {"llava"}),
+        ("text_config", text.get("model_type", "llama"), set(DECODERS)),
+        ("vision_config", vision.get("model_type", "clip_vision_model"), set(TOWERS)),
+    ):
+        if not isinstance(found, str) or found not in known:
+            raise UnsupportedModelError(
+                "this checkpoint is not supported",
+                found=f"{part} {found!r}"[:80],
+                expected=supported,
+                do="give a checkpoint of one of these structures",
+            )
+    for part, value in (("config.json", raw), ("text_config", text), ("vision_config", vision)):
+        kind = value.get("quantization_config")
+        if kind:
+            name = kind.get("quant_method", "unknown") if isinstance(kind, dict) else kind
+            raise UnsupportedModelError(
+                "this checkpoint is not supported: its weights are quantised",
+                found=f"quantization_config {name!r} in {part}"[:120],
+                expected=supported + ", in float32, float16 or bfloat16",
+                do="give the checkpoint that it was quantised from",
+            )
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import LlavaConfig
 
-    return LlavaConfig.from_dict(raw)
+    try:
+        return LlavaConfig.from_dict(raw)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"transformers does not accept {path}", found=str(error)[:300], expected=supported
+        ) from error
 
 
 def canonical(name: str) -> str:
@@ -103,10 +121,12 @@ class Checkpoint:
         self.directory = directory
         self._stored: dict[str, tuple[str, Path]] = {}  # canonical name -> (stored name, file)
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
         for file in _weight_files(directory):
-            for stored, shape in _shapes(file).items():
-                self._stored[canonical(stored)] = (stored, file)
-                self._shapes[canonical(stored)] = shape
+            for stored, (shape, dtype) in _tensors(file).items():
+                name = canonical(stored)
+                self._stored[name] = (stored, file)
+                self._shapes[name], self._dtypes[name] = shape, dtype
 
     def read(self, name: str) -> Tensor:
         """Read one tensor."""
@@ -132,7 +152,32 @@ class Checkpoint:
                     f"the tensor {name} does not fit the checkpoint's own config",
                     found=list(self._shapes[name]),
                     expected=list(shape),
+                    do="check config.json, or download the checkpoint again",
                 )
+            if self._dtypes[name] not in _FLOATS:
+                raise UnsupportedModelError(
+                    f"the tensor {name} is not stored in floating point",
+                    found=self._dtypes[name],
+                    expected="float32, float16 or bfloat16",
+                    do="give the checkpoint that it was quantised from",
+                )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
+        raise PatchsieveError(
+            f"cannot read {path}",
+            found=error,
+            expected="a Hugging Face checkpoint's JSON file",
+            do="download it again",
+        ) from error
+    if not isinstance(value, dict):
+        raise PatchsieveError(
+            f"cannot use {path}", found=type(value).__name__, expected="a JSON object"
+        )
+    return value
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -140,11 +185,16 @@ def _weight_files(directory: Path) -> list[Path]:
     for single in (SAFETENSORS, BINARY):
         index = directory / f"{single}.index.json"
         if index.is_file():
-            try:
-                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (OSError, KeyError, UnicodeDecodeError, json.JSONDecodeError) as error:
-                raise PatchsieveError(f"cannot read {index}", found=repr(error)) from error
-            shards = sorted(set(weight_map.values()))
+            weight_map = _read_json(index).get("weight_map")
+            named = weight_map.values() if isinstance(weight_map, dict) else [None]
+            # A shard is a file beside its index, never one elsewhere.
+            if not all(isinstance(shard, str) and shard and Path(shard).name == shard for shard in named):
+                raise PatchsieveError(
+                    f"cannot use {index}",
+                    found="a weight_map that does not name files beside it",
+                    do="download it again",
+                )
+            shards = sorted(set(named))
             absent = [shard for shard in shards if not (directory / shard).is_file()]
             if absent:
                 raise PatchsieveError(
@@ -161,11 +211,14 @@ def _weight_files(directory: Path) -> list[Path]:
     )
 
 
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+def _tensors(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of each tensor of a file."""
     if file.suffix == ".bin":
-        return {name: tuple(tensor.shape) for name, tensor in _load_binary(file).items()}
+        loaded = _load_binary(file).items()
+        return {name: (tuple(value.shape), str(value.dtype)) for name, value in loaded}
     with _open(file) as opened:
-        return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
 
 
 def _open(file: Path) -> Any:
@@ -176,11 +229,14 @@ def _open(file: Path) -> Any:
 
 def _load_binary(file: Path) -> dict[str, Tensor]:
     """Map a .bin file into memory; its pages are read when touched."""
-    return _readable(
+    loaded = _readable(
         lambda: torch.load(file, map_location="cpu", mmap=True, weights_only=True),
         file,
         (RuntimeError, OSError, ValueError, EOFError, KeyError, pickle.UnpicklingError),
     )
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise PatchsieveError(f"the weights file {file} is not a table of tensors")
+    return loaded
 
 
 def _readable(read: Callable[[], Any], file: Path, errors: tuple[type[Exception], ...]) -> Any:

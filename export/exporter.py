@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from patchsieve.export.checkpoint import Checkpoint, locate, read_config
 from patchsieve.export.decision import compact_graph
 from patchsieve.export.families import decoder_spec, tower_spec
 from patchsieve.export.graphs import GraphWriter
+from patchsieve.export.lowering import lowering
 from patchsieve.export.processor import preprocessor_from_checkpoint
 from patchsieve.export.reuse import decide_graphs
 from patchsieve.export.stage import Stage
@@ -28,6 +28,7 @@ from patchsieve.export.tokenizer import write_tokenizer
 from patchsieve.export.trace import Input, bind, fake_weights, trace
 from patchsieve.export.vision import Vision
 from patchsieve.export.weights import DTYPES, Weight, weights_of
+from patchsieve.export.writing import whole_or_nothing
 from patchsieve.plan import NO_PRUNING, Plan, check_plan_name
 
 Progress = Callable[[str, float], None]
@@ -60,10 +61,22 @@ class ExportOptions:
             raise PatchsieveError(
                 "unknown precision", found=self.precision, expected=", ".join(DTYPES)
             )
-        if min(self.limits.max_text_tokens, self.limits.max_new_tokens, self.limits.max_images) < 1:
-            raise PatchsieveError("limits must be at least 1", found=self.limits)
+        limits = self.limits
+        if min(limits.max_text_tokens, limits.max_new_tokens, limits.max_images) < 1:
+            raise PatchsieveError(
+                "a limit is below 1",
+                found=limits,
+                expected="at least 1 each",
+                do="raise --max-text-tokens, --max-new-tokens or --max-images",
+            )
+        if self.plan_name == NO_PRUNING and self.plan.sites:
+            raise PatchsieveError(
+                "the plan named none prunes nothing", do="choose another --plan-name"
+            )
         if not self.targets:
             raise PatchsieveError("a bundle needs a target", expected="cpu, reference, ...")
+        for target in self.targets:
+            lowering(target)
 
 
 def export(
@@ -84,7 +97,7 @@ def export(
         UnsupportedModelError: The checkpoint has a structure that is not known.
         PatchsieveError: The plan does not fit, the disk is full, the target exists.
     """
-    if out.exists():
+    if os.path.lexists(out):  # a dangling link too
         raise PatchsieveError(
             f"{out} exists already",
             expected="a name for a new bundle",
@@ -94,7 +107,7 @@ def export(
     directory = locate(checkpoint)
     config = read_config(directory)
     job = _Job(directory, config, options)
-    with _whole_or_nothing(out) as partial:
+    with whole_or_nothing(out) as partial:
         job.write(partial, progress)
         return job.finish(partial, Path(checkpoint).name or checkpoint)
 
@@ -109,19 +122,16 @@ class _Job:
         self.tower = tower_spec(config.vision_config)  # type: ignore[attr-defined]
         self.preprocessor = preprocessor_from_checkpoint(directory)
         self._check_image_size()
-        edges = sorted({0, *options.plan.layers, *options.cuts, self.spec.num_layers})
-        if edges[-1] > self.spec.num_layers or edges[0] < 0:
+        cuts = sorted({*options.plan.layers, *options.cuts})
+        outside = [cut for cut in cuts if not 0 < cut < self.spec.num_layers]
+        if outside:
             raise PatchsieveError(
                 "a site or cut lies outside the decoder",
-                found=sorted({*options.plan.layers, *options.cuts}),
+                found=outside,
                 expected=f"layers 1 to {self.spec.num_layers - 1}",
+                do="change --sites or --cuts",
             )
-        if self.spec.num_layers in (*options.plan.layers, *options.cuts):
-            raise PatchsieveError(
-                "a site at the decoder's end prunes nothing",
-                found=self.spec.num_layers,
-                expected=f"layers 1 to {self.spec.num_layers - 1}",
-            )
+        edges = [0, *cuts, self.spec.num_layers]
         with fake_weights() as self.mode, _default_dtype(self.dtype):
             self.vision = Vision(self.tower, config)
             self.stages = [
@@ -136,16 +146,19 @@ class _Job:
                 expected=f"at most {self.spec.max_rows} (positions or sliding window)",
                 do="lower --max-text-tokens, --max-new-tokens or --max-images",
             )
-        self.plan, self.graphs = decide_graphs(
-            options.plan, options.plan_name, self.spec, self.vision_facts, self.dtype
-        )
         self.checkpoint = Checkpoint(directory)
         self.files = self._weight_files()
         wanted = [weight for weights in self.files.values() for weight in weights]
         self.checkpoint.require({weight.source: weight.source_shape for weight in wanted})
+        # Last, because tracing takes seconds and all else is refused at once.
+        self.plan, self.graphs = decide_graphs(
+            options.plan, options.plan_name, self.spec, self.vision_facts, self.dtype
+        )
 
     def write(self, partial: Path, progress: Progress) -> None:
-        """Write weights, graphs, tokenizer and preprocessor."""
+        """Write tokenizer, preprocessor, weights and graphs."""
+        self.tokenizer = write_tokenizer(self.directory, partial)  # first: it may be refused
+        _dump(partial / "preprocessor.json", self.preprocessor)
         graphs = partial / "graphs"
         stored = self._write_weights(graphs / weights_module.DIRECTORY, progress)
         self.embeddings = stored[f"{EMBEDDINGS}.weight"]
@@ -166,8 +179,6 @@ class _Job:
             progress(f"writing {name}", 0.6 + 0.35 * done / total)
             for target, path in self.writer.save(name, graph, slots=slots).items():
                 self.paths.setdefault(target, {})[name] = path
-        self.tokenizer = write_tokenizer(self.directory, partial)
-        _dump(partial / "preprocessor.json", self.preprocessor)
 
     def finish(self, partial: Path, checkpoint: str) -> manifest.Manifest:
         """Hash every file and write the manifest."""
@@ -328,24 +339,6 @@ def _hashes(bundle: Path) -> dict[str, manifest.File]:
 
 def _dump(path: Path, data: object) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _whole_or_nothing(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name only when all is written."""
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(out)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise PatchsieveError(f"the disk of {out.parent} is full", do="make room") from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EPERM):
-            raise PatchsieveError(f"cannot write {out}", found=error.strerror) from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

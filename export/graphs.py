@@ -21,12 +21,14 @@ class GraphWriter:
 
     Attributes:
         tensors: Inputs and outputs of each graph written, as the manifest lists them.
+        written: Every file that stands, so that a failure can take it back.
     """
 
     def __init__(self, folder: Path, targets: tuple[str, ...]) -> None:
         self.folder = folder
         self.lowerings = [lowering(target) for target in targets]
         self.tensors: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        self.written: list[Path] = []
 
     def save(
         self, name: str, traced: ir.Model, *, slots: int | None = None, fresh: bool = False
@@ -58,6 +60,7 @@ class GraphWriter:
             try:
                 temporary.write_bytes(model.SerializeToString())
                 onnx.checker.check_model(str(temporary))
+                self.written.append(path)  # first: an interrupt may come right behind the rename
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)

@@ -43,8 +43,9 @@ def build_method(site: SitePlan) -> Method:
 def resolve_budgets(plan: Plan, methods: list[Method], num_visual: int) -> Plan:
     """Give each site the number of tokens per image that the layers behind it reserve.
 
-    A given budget holds. Otherwise a fixed ratio needs what it keeps, heads propose theirs, and a
-    method whose count adapts without a proposal reserves what the site before it does.
+    A given budget holds; it may not exceed what enters the site. Otherwise a fixed ratio needs
+    what it keeps, heads propose theirs, and a method whose count adapts without a proposal
+    reserves what the site before it does.
     """
     sites, most = [], num_visual
     for site, method in zip(plan.sites, methods, strict=True):
@@ -55,6 +56,13 @@ def resolve_budgets(plan: Plan, methods: list[Method], num_visual: int) -> Plan:
             config, _ = load_heads(Path(site.params["heads"]))
             proposed = dict(zip(config.sites, config.budgets, strict=False))
             budget = proposed.get(site.layer)
+        if site.budget is not None and site.budget > most:
+            raise PatchsieveError(
+                f"the budget of the site at layer {site.layer} is larger than what enters it",
+                found=site.budget,
+                expected=f"at most {most} visual tokens per image",
+                do="lower --budget, or leave it away",
+            )
         most = min(most, budget or most)
         sites.append(replace(site, budget=most))
     return replace(plan, sites=tuple(sites))

@@ -157,7 +157,7 @@ def _image_processor_config(directory: Path) -> tuple[dict[str, object], Path]:
 def _read_json(path: Path) -> dict[str, object]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8 or not JSON
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8 or not JSON
         raise UnsupportedModelError(
             f"{path} cannot be read", found=str(error), expected="JSON", do="download it again"
         ) from error

@@ -16,6 +16,7 @@ from patchsieve.export.families.specs import DecoderSpec
 from patchsieve.export.graphs import GraphWriter
 from patchsieve.export.methods import build_method, resolve_budgets
 from patchsieve.export.weights import DTYPES
+from patchsieve.export.writing import one_line
 from patchsieve.plan import NO_PRUNING, Plan, check_plan_name
 
 Progress = Callable[[str, float], None]
@@ -26,7 +27,8 @@ def reuse(
 ) -> manifest.Manifest:
     """Give a bundle another plan on the same cuts. Stage graphs and weights stay as they are.
 
-    The new plan becomes the default; requests may still name the older ones.
+    The new plan becomes the default; requests may still name the older ones. Interrupted at any
+    moment, the bundle holds either its old plans or the new one too.
     """
     check_plan_name(plan_name)
     old = manifest.read(bundle)
@@ -40,26 +42,31 @@ def reuse(
         )
     if plan_name == NO_PRUNING and plan.sites:
         raise PatchsieveError("the plan named none prunes nothing", do="choose another --plan-name")
+    manifest.check_files(bundle, old, hashes=False)
     spec = _stored_spec(old)
     dtype = DTYPES[old.precision][0]
     writer = GraphWriter(bundle / "graphs", tuple(old.targets))
     written: dict[str, dict[str, str]] = {}
+    new = old
     try:
-        plan, graphs = decide_graphs(plan, plan_name, spec, old.vision, dtype, progress)
-        # A new generation of names, so that a reader of the old manifest finds its files whole.
-        for site, (name, graph) in zip(plan.sites, graphs.items(), strict=True):
-            slots = next(stage.slots for stage in old.stages if stage.last == site.layer)
-            for target, path in writer.save(name, graph, slots=slots, fresh=True).items():
-                written.setdefault(target, {})[name] = path
-        new = _with_plan(old, bundle, plan, plan_name, written, writer.tensors)
-        manifest.write(bundle, new)
-    except BaseException:
-        for paths in written.values():
-            for path in paths.values():
-                (bundle / path).unlink(missing_ok=True)
-        raise
-    for path in set(old.files) - set(new.files):
-        (bundle / path).unlink(missing_ok=True)
+        with one_line(bundle):
+            plan, graphs = decide_graphs(plan, plan_name, spec, old.vision, dtype, progress)
+            # A new generation of names, so that a reader of the old manifest finds its files whole.
+            for site, (name, graph) in zip(plan.sites, graphs.items(), strict=True):
+                progress(f"writing {name}", 0.9)
+                slots = next(stage.slots for stage in old.stages if stage.last == site.layer)
+                for target, path in writer.save(name, graph, slots=slots, fresh=True).items():
+                    written.setdefault(target, {})[name] = path
+            progress("writing the manifest", 0.95)
+            new = _with_plan(old, bundle, plan, plan_name, written, writer.tensors)
+            manifest.write(bundle, new)
+    finally:
+        # The manifest that stands decides what stays, whenever an interrupt came.
+        stands = manifest.read(bundle).files
+        replaced = {bundle / name for name in set(old.files) - set(new.files)}
+        for file in {*writer.written, *replaced}:
+            if file.relative_to(bundle).as_posix() not in stands:
+                file.unlink(missing_ok=True)
     return new
 
 
@@ -97,7 +104,7 @@ def _with_plan(
     for target, graphs in old.targets.items():
         stale = {name: path for name, path in graphs.items() if name.startswith(prefix)}
         for path in stale.values():
-            files.pop(path)
+            files.pop(path, None)
         new = written.get(target, {})
         targets[target] = {k: v for k, v in graphs.items() if k not in stale} | new
         files |= {path: manifest.hash_file(bundle / path) for path in new.values()}

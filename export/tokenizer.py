@@ -72,7 +72,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnsupportedModelError(
             f"{path.name} cannot be read", found=str(error), do="download the checkpoint again"
         ) from error

@@ -16,8 +16,18 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from patchsieve import names
+
 BASE_OPSET = 18  # what torch writes natively; lowerings raise it
 _LARGEST = 1 << 20  # no axis is longer
+# Each axis its own length, and rows enough for what lies among them: methods subtract them.
+_EXAMPLES = {
+    names.AXIS_TEXT: 7,
+    names.AXIS_VISUAL: 11,
+    names.AXIS_ROWS: 29,
+    names.AXIS_ROWS_IN: 37,
+    names.AXIS_SLOTS: 53,
+}
 
 
 @dataclass(frozen=True)
@@ -56,8 +66,15 @@ def trace(
     """
     leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Input)]
     axes = sorted({axis for leaf in leaves for axis in leaf.shape if isinstance(axis, str)})
-    sizes = {axis: 7 + 4 * place for place, axis in enumerate(axes)}  # each its own length
-    dims = {axis: torch.export.Dim(axis, min=1, max=_LARGEST) for axis in axes}
+    sizes = {axis: _EXAMPLES.get(axis, 59 + 2 * place) for place, axis in enumerate(axes)}
+    # An image's tokens lie among the rows, with text in front and behind.
+    among = names.AXIS_VISUAL in axes
+    least = {names.AXIS_ROWS: 3} if among else {}
+    most = {names.AXIS_VISUAL: _LARGEST - 1}
+    dims = {
+        axis: torch.export.Dim(axis, min=least.get(axis, 1), max=most.get(axis, _LARGEST))
+        for axis in axes
+    }
 
     def example(leaf: Input) -> torch.Tensor:
         return torch.zeros([sizes.get(n, n) for n in leaf.shape], dtype=leaf.dtype)

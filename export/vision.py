@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from patchsieve.errors import UnsupportedModelError
 from patchsieve.export import ops
 from patchsieve.export.families.specs import TowerSpec
 from patchsieve.export.layers import Linear, activation
@@ -110,6 +111,13 @@ class Vision(nn.Module):
         chosen = config.vision_feature_layer
         chosen = [chosen] if isinstance(chosen, int) else list(chosen)
         layers = [index if index >= 0 else spec.num_layers + 1 + index for index in chosen]
+        if not layers or not all(0 <= index <= spec.num_layers for index in layers):
+            raise UnsupportedModelError(
+                "vision_feature_layer lies outside the tower",
+                found=chosen,
+                expected=f"{-spec.num_layers - 1} to {spec.num_layers}",
+                do="correct config.json",
+            )
         self.vision_tower = VisionTower(spec, layers)
         size = config.text_config.hidden_size
         bias = config.multimodal_projector_bias

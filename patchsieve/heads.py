@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FORMAT = "patchsieve-atp-heads"
 VERSION = 1
+_LARGEST = 1 << 16
 CONFIG, TENSORS = "config.json", "heads.safetensors"
 
 
@@ -46,9 +47,16 @@ class HeadsConfig:
 
     def __post_init__(self) -> None:
         """Check what a hand-written file could get wrong."""
-        if list(self.sites) != sorted(set(self.sites)) or not self.sites:
+        if not self.sites or any(a >= b for a, b in zip(self.sites, self.sites[1:], strict=False)):
             raise PatchsieveError(
                 "the heads' sites are not ascending layers", found=list(self.sites)
+            )
+        numbers = (*self.sites, *self.grid, self.hidden, *self.budgets)
+        if len(self.grid) != 2 or not all(type(n) is int and 0 < n < _LARGEST for n in numbers):
+            raise PatchsieveError(
+                "the heads' sizes are not whole numbers that can be",
+                found=f"sites {self.sites}, grid {self.grid}, hidden {self.hidden}"[:120],
+                expected=f"1 to {_LARGEST - 1}",
             )
         if self.budgets and len(self.budgets) != len(self.sites):
             raise PatchsieveError(
@@ -76,13 +84,14 @@ def load_heads(directory: Path) -> tuple[HeadsConfig, dict[str, Tensor]]:
     try:
         data = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(directory / TENSORS)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:  # ValueError: no JSON
         raise PatchsieveError(
             f"cannot read the heads in {directory}",
             found=error,
             expected=f"a directory with {CONFIG} and {TENSORS}",
         ) from error
-    found = (data.pop("format", None), data.pop("version", None)) if isinstance(data, dict) else data
+    is_object = isinstance(data, dict)
+    found = (data.pop("format", None), data.pop("version", None)) if is_object else "no object"
     if found != (FORMAT, VERSION):
         raise PatchsieveError(
             f"{directory} holds no heads of this version", found=found, expected=(FORMAT, VERSION)

@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path, PurePosixPath
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from patchsieve.errors import BundleError
-from patchsieve.plan import NO_PRUNING, Plan
+from patchsieve.consistency import check
+from patchsieve.errors import BundleError, PatchsieveError
+from patchsieve.plan import Plan
+from patchsieve.reading import read_as
 
 SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -171,96 +173,33 @@ class Manifest:
         """Read a manifest, refusing what is not one."""
         try:
             data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise BundleError("the manifest is not JSON", found=error) from error
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of 5000 digits
+            raise BundleError("the manifest is not JSON", found=str(error)[:120]) from error
         version = data.get("schema_version") if isinstance(data, dict) else None
-        if not isinstance(version, int) or version < 1:
+        if type(version) is not int or version < 1:
             raise BundleError(
                 "the manifest has no schema_version", expected=f"a bundle of schema {SCHEMA_VERSION}"
             )
         if version > SCHEMA_VERSION:
             raise BundleError(
                 "the bundle is newer than this patchsieve",
-                found=f"schema {version}",
+                found=f"schema {version}" if version < 1 << 53 else "a huge schema number",
                 expected=f"at most {SCHEMA_VERSION}",
                 do="upgrade patchsieve, or export the bundle again with this version",
             )
+        data.pop("cuts", None)
+        plans = data.pop("plans", None)
+        if not isinstance(plans, dict):
+            raise BundleError("the manifest's plans are not an object", found=repr(plans)[:60])
         try:
-            data.pop("cuts", None)
-            manifest = cls(
-                **{
-                    **data,
-                    "text": _record(TextModel, data["text"]),
-                    "vision": _record(VisionModel, data["vision"]),
-                    "tokens": _record(Tokens, data["tokens"]),
-                    "embeddings": _record(Embeddings, data["embeddings"]),
-                    "limits": _record(Limits, data["limits"]),
-                    "stages": tuple(_record(Stage, stage) for stage in data["stages"]),
-                    "plans": {k: Plan.from_dict(v) for k, v in data["plans"].items()},
-                    "files": {k: _record(File, v) for k, v in data["files"].items()},
-                }
-            )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise BundleError(
-                "the manifest is not well formed", found=f"{type(error).__name__}: {error}"
-            ) from error
-        manifest._check()
+            read = {name: Plan.from_dict(plan) for name, plan in plans.items()}
+            manifest = replace(read_as(cls, data | {"plans": {}}, "content"), plans=read)
+            check(manifest)
+        except BundleError:
+            raise
+        except PatchsieveError as error:  # a plan's own complaints
+            raise BundleError(f"the manifest's plans cannot be used: {error}") from error
         return manifest
-
-    def _check(self) -> None:
-        """Refuse contradictions that would surface later as crashes."""
-        stages = self.stages
-        joined = all(a.last == b.first for a, b in zip(stages, stages[1:], strict=False))
-        if not (
-            stages
-            and stages[0].first == 0
-            and stages[-1].last == self.text.num_layers
-            and joined
-            and all(stage.num_layers > 0 for stage in stages)
-        ):
-            raise BundleError(
-                "the stages do not cover the decoder's layers",
-                found=[(stage.first, stage.last) for stage in stages],
-                expected=f"0 to {self.text.num_layers} without a gap",
-            )
-        if NO_PRUNING not in self.plans or self.default_plan not in self.plans:
-            raise BundleError(
-                "the manifest lacks a plan", found=", ".join(self.plans), expected=self.default_plan
-            )
-        for name, plan in self.plans.items():
-            if not set(plan.layers) <= set(self.cuts):
-                raise BundleError(
-                    f"the plan {name} prunes where the decoder is not divided",
-                    found=plan.layers,
-                    expected=self.cuts,
-                )
-        for path in (*self.files, self.tokens.tokenizer, self.preprocessor, self.embeddings.file):
-            check_inside(path)
-        for path in (path for graphs in self.targets.values() for path in graphs.values()):
-            check_inside(path)
-            if path not in self.files:
-                raise BundleError("a graph is not among the bundle's hashed files", found=path)
-        sizes = [self.text.hidden_size, self.text.vocab_size, self.vision.num_visual]
-        sizes += [self.text.num_kv_heads, self.text.head_dim, self.limits.max_text_tokens]
-        sizes += [self.limits.max_new_tokens, self.limits.max_images]
-        sizes += [stage.slots for stage in stages]
-        if not all(type(size) is int and 0 < size < 1 << 31 for size in sizes):
-            raise BundleError("the manifest holds a size that cannot be", found=sizes)
-        if self.precision not in ("float32", "float16"):
-            raise BundleError("unknown precision", found=self.precision)
-
-
-def check_inside(path: Any) -> str:
-    """Refuse a path that would leave the bundle."""
-    pure = PurePosixPath(path) if isinstance(path, str) else None
-    if pure is None or pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts:
-        raise BundleError(
-            "the manifest names a file outside the bundle",
-            found=repr(path),
-            expected="a relative path without ..",
-            do="do not use this bundle unless you know who made it",
-        )
-    return path
 
 
 def hash_file(path: Path) -> File:
@@ -275,7 +214,7 @@ def hash_file(path: Path) -> File:
 def read(bundle: Path) -> Manifest:
     """Read a bundle's manifest without touching its other files."""
     path = bundle / FILE_NAME
-    if not bundle.is_dir() or not path.is_file():
+    if not is_there(path):
         raise BundleError(
             "this is not a bundle",
             found=bundle,
@@ -284,6 +223,7 @@ def read(bundle: Path) -> Manifest:
         )
     if path.stat().st_size > _LARGEST_MANIFEST:
         raise BundleError("the manifest is too large to be one", found=path.stat().st_size)
+    _check_link(bundle, FILE_NAME)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -308,13 +248,11 @@ def check_files(
         hashes: Compare contents too, not only sizes.
         progress: Told each file's path before it is read.
     """
-    root = bundle.resolve()
     for name in manifest.files if paths is None else paths:
         expected = manifest.files[name]
         path = bundle / name
-        if not path.resolve().is_relative_to(root):
-            raise BundleError("a file of the bundle is a link that leaves it", found=name)
-        size = path.stat().st_size if path.is_file() else None
+        _check_link(bundle, name)
+        size = path.stat().st_size if is_there(path) else None
         if size != expected.size:
             raise BundleError(
                 f"the bundle's file {name} is damaged",
@@ -324,7 +262,11 @@ def check_files(
             )
         if progress is not None:
             progress(name)
-        if hashes and hash_file(path) != expected:
+        try:
+            is_same = not hashes or hash_file(path) == expected
+        except OSError as error:
+            raise BundleError(f"cannot read the bundle's file {name}", found=error) from error
+        if not is_same:
             raise BundleError(
                 f"the bundle's file {name} is damaged",
                 found="another sha256",
@@ -346,7 +288,18 @@ def write(bundle: Path, manifest: Manifest) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _record(kind: type, data: dict[str, Any]) -> Any:
-    """Build a dataclass, lists becoming tuples where its fields are tuples."""
-    tuples = {f.name for f in fields(kind) if str(f.type).startswith("tuple")}
-    return kind(**{k: tuple(v) if k in tuples else v for k, v in data.items()})
+def is_there(path: Path) -> bool:
+    """Whether a file is there; a path that the system refuses is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, a directory that may not be entered
+        return False
+
+
+def _check_link(bundle: Path, name: str) -> None:
+    try:
+        is_inside = (bundle / name).resolve().is_relative_to(bundle.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        is_inside = False
+    if not is_inside:
+        raise BundleError("a file of the bundle is a link that leaves it", found=name)

@@ -42,19 +42,19 @@ class SitePlan:
         if not isinstance(self.layer, int) or isinstance(self.layer, bool) or self.layer < 1:
             raise PatchsieveError(
                 "a pruning site is the index of a decoder layer whose input is pruned",
-                found=repr(self.layer),
+                found=repr(self.layer)[:80],
                 expected="a whole number from 1 to the number of layers less one",
             )
         if not isinstance(self.method, str) or not isinstance(self.params, dict):
             raise PatchsieveError(
                 f"the site at layer {self.layer} is not well formed",
-                found=f"method {self.method!r}, params {self.params!r}",
+                found=f"method {self.method!r}, params {self.params!r}"[:120],
                 expected="a method's name and an object of its parameters",
             )
-        if self.budget is not None and (not isinstance(self.budget, int) or self.budget < 1):
+        if self.budget is not None and (type(self.budget) is not int or self.budget < 1):
             raise PatchsieveError(
                 f"the budget of the site at layer {self.layer} is not a number of tokens",
-                found=repr(self.budget),
+                found=repr(self.budget)[:80],
                 expected="a whole number of at least 1",
             )
 
@@ -86,14 +86,14 @@ class Plan:
         if self.position_rule not in POSITION_RULES:
             raise PatchsieveError(
                 "unknown position rule",
-                found=repr(self.position_rule),
+                found=repr(self.position_rule)[:80],
                 expected=" or ".join(POSITION_RULES),
             )
         for place in ("encoder", "projector"):
             if getattr(self, place) is not None:
                 raise PatchsieveError(
                     f"this version has no {place} methods",
-                    found=repr(getattr(self, place)),
+                    found=repr(getattr(self, place))[:80],
                     expected="null",
                 )
 
@@ -134,8 +134,10 @@ class Plan:
         """Read a plan from a JSON file."""
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise PatchsieveError(f"cannot read the plan {path}", found=error) from error
+        except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
+            raise PatchsieveError(
+                f"cannot read the plan {path}", found=error, expected="a JSON object"
+            ) from error
 
 
 def check_plan_name(name: str) -> str:
@@ -143,7 +145,7 @@ def check_plan_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
         raise PatchsieveError(
             "a plan's name becomes part of file names",
-            found=repr(name),
+            found=repr(name)[:80],
             expected="letters, digits, - and _, at most 64",
         )
     return name
@@ -153,5 +155,5 @@ def _refuse_unknown(what: str, data: dict[str, Any], known: set[str]) -> None:
     unknown = sorted(set(data) - known)
     if unknown:
         raise PatchsieveError(
-            f"a {what} has unknown entries", found=", ".join(unknown), expected=sorted(known)
+            f"a {what} has unknown entries", found=", ".join(unknown)[:80], expected=sorted(known)
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from patchsieve import manifest
-from patchsieve.errors import BundleError
+from patchsieve.errors import BundleError, RequestError
 from patchsieve.runtime.preprocess import Preprocessor
 from patchsieve.runtime.prompt import PromptBuilder
 
@@ -48,27 +48,24 @@ class Bundle:
         manifest.check_files(
             path, self.manifest, paths=self._own_files(), hashes=check == "hash", progress=progress
         )
-        tokens = self.manifest.tokens
-        self.prompts = PromptBuilder(
-            path / tokens.tokenizer,
-            tokens.chat_template,
-            image_token=tokens.image_token,
-            image_token_id=tokens.image_token_id,
-            special_tokens=tokens.special_tokens,
-        )
-        settings = json.loads((path / self.manifest.preprocessor).read_text(encoding="utf-8"))
-        self.preprocessor = Preprocessor.from_dict(settings)
-        table = self.manifest.embeddings
-        size = self.manifest.files[table.file].size if table.file in self.manifest.files else 0
-        width = np.dtype(table.dtype).itemsize * table.shape[0] * table.shape[1]
-        if table.offset < 0 or table.offset + width > size:
-            raise BundleError("the embedding table reaches past its file", found=table)
-        self._table = np.memmap(
-            path / table.file, table.dtype, mode="r", offset=table.offset, shape=table.shape
-        )
+        self.prompts = self._prompts()
+        self.preprocessor = self._preprocessor()
+        self._table = self._embeddings()
 
     def embed(self, token_ids: np.ndarray) -> np.ndarray:
-        """Embeddings of tokens: [T] -> [T, C]."""
+        """Embeddings of tokens: [T] -> [T, C].
+
+        Raises:
+            RequestError: The tokenizer gave a token that the table does not hold.
+        """
+        count = len(self._table)
+        if len(token_ids) and not 0 <= token_ids.min() <= token_ids.max() < count:
+            raise RequestError(
+                "the prompt holds a token that the model does not know",
+                found=f"token {token_ids.max()}",
+                expected=f"0 to {count - 1}",
+                do="leave special tokens of other models out of the prompt",
+            )
         return self._table[token_ids]
 
     def graph_path(self, graph: str) -> Path:
@@ -79,3 +76,53 @@ class Bundle:
         facts = self.manifest
         others = {path for graphs in facts.targets.values() for path in graphs.values()}
         return [path for path in facts.files if path not in others - set(self.graphs.values())]
+
+    def _prompts(self) -> PromptBuilder:
+        tokens = self.manifest.tokens
+        try:
+            return PromptBuilder(
+                self.path / tokens.tokenizer,
+                tokens.chat_template,
+                image_token=tokens.image_token,
+                image_token_id=tokens.image_token_id,
+                special_tokens=tokens.special_tokens,
+            )
+        except Exception as error:
+            if type(error) is not Exception:  # what tokenizers raises has no type of its own
+                raise
+            raise BundleError(
+                f"the bundle's {tokens.tokenizer} cannot be read",
+                found=str(error)[:200],
+                do="export the bundle again",
+            ) from error
+
+    def _preprocessor(self) -> Preprocessor:
+        name, vision = self.manifest.preprocessor, self.manifest.vision
+        try:
+            settings = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
+            raise BundleError(
+                f"the bundle's {name} cannot be read",
+                found=str(error)[:200],
+                do="export the bundle again",
+            ) from error
+        preprocessor = Preprocessor.from_dict(settings)
+        side = vision.image_size
+        if preprocessor.size != (side, side):
+            raise BundleError(
+                f"the bundle's {name} does not yield the images that the vision graph takes",
+                found=list(preprocessor.size),
+                expected=[side, side],
+                do="export the bundle again",
+            )
+        return preprocessor
+
+    def _embeddings(self) -> np.ndarray:
+        """The embedding table [V, C], mapped: only the rows that are read enter memory."""
+        table = self.manifest.embeddings
+        end = table.offset + np.dtype(table.dtype).itemsize * table.shape[0] * table.shape[1]
+        if end > self.manifest.files[table.file].size:
+            raise BundleError("the embedding table reaches past its file", found=table)
+        return np.memmap(
+            self.path / table.file, table.dtype, mode="r", offset=table.offset, shape=table.shape
+        )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from patchsieve import names
-from patchsieve.errors import BundleError
+from patchsieve.errors import BundleError, CapacityError
 from patchsieve.runtime.backend import missing
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.cache import StageCache
@@ -72,6 +73,14 @@ class OrtBackend:
         text, facts = self.facts.text, self.facts.stages[stage]
         shape = (1, text.num_kv_heads, slots, text.head_dim)
         layers = range(facts.first, facts.last)
+        wanted, memory = slots * self.facts.row_bytes(facts), _memory()
+        if wanted > memory:
+            raise CapacityError(
+                f"the cache of layers {facts.first} to {facts.last - 1} does not fit this machine",
+                found=f"{wanted / 1e9:.1f} GB reserved for {slots} rows",
+                expected=f"at most {memory / 1e9:.1f} GB, all of its memory",
+                do="export with smaller --max-text-tokens, --max-images or --budget",
+            )
         arrays = {
             name: np.zeros(shape, self.facts.precision)
             for layer in layers
@@ -94,13 +103,15 @@ class OrtBackend:
         outputs = [out.name for out in session.get_outputs()]
         wanted = {value.name for value in session.get_inputs()}
         used = {name: value for name, value in inputs.items() if name in wanted}
-        return _run(session, session.io_binding(), used, outputs)
+        with _one_line(graph):
+            return _run(session, session.io_binding(), used, outputs)
 
     def run_stage(self, stage: int, inputs: Mapping[str, Any], cache: StageCache) -> dict[str, Any]:
         """Run a stage in place on its caches."""
         buffers: Buffers = cache.buffers
-        session = self._session(names.stage(stage))
-        return _run(session, buffers.binding, inputs, buffers.outputs)
+        graph = names.stage(stage)
+        with _one_line(graph):
+            return _run(self._session(graph), buffers.binding, inputs, buffers.outputs)
 
     def key_cache(self, cache: StageCache, layer: int) -> Any:
         """The cache itself, not a copy."""
@@ -126,23 +137,59 @@ class OrtBackend:
 
     def _session(self, graph: str) -> Any:
         if graph not in self._sessions:
-            path = self.bundle.graph_path(graph)
-            model: str | bytes = str(path)
-            if graph in self._models:
-                model = self._models[graph]
-            try:
-                self._sessions[graph] = ort.InferenceSession(
+            model: str | bytes = self._models.get(graph) or str(self.bundle.graph_path(graph))
+            with _one_line(graph):
+                session = ort.InferenceSession(
                     model, self.options, providers=["CPUExecutionProvider"]
                 )
-            except Exception as error:  # its exceptions have no common base but this
-                if not type(error).__module__.startswith("onnxruntime"):
-                    raise
-                raise BundleError(
-                    f"ONNX Runtime {ort.__version__} does not load {path.name}",
-                    found=str(error).splitlines()[0][:300],
-                    do="upgrade onnxruntime, or export the bundle again",
-                ) from error
+            if graph not in self._models:
+                self._check_tensors(graph, session)
+            self._sessions[graph] = session
         return self._sessions[graph]
+
+    def _check_tensors(self, graph: str, session: Any) -> None:
+        """Refuse a graph that is not the one that the manifest describes."""
+        listed = self.facts.tensors.get(graph, {})
+        sides = {"inputs": session.get_inputs(), "outputs": session.get_outputs()}
+        for side, values in sides.items():
+            found = {v.name: (v.type, _lengths(v.shape)) for v in values}
+            expected = {
+                str(t.get("name")): (f"tensor({t.get('dtype')})", _lengths(t.get("shape") or ()))
+                for t in listed.get(side, ())
+            }
+            if found != expected:
+                odd = next(n for n in {**found, **expected} if found.get(n) != expected.get(n))
+                raise BundleError(
+                    f"the {side} of {graph} are not those that the manifest lists",
+                    found=f"{odd}: {found.get(odd, 'absent')}",
+                    expected=expected.get(odd, "no such tensor"),
+                    do="export the bundle again",
+                )
+
+
+def _lengths(shape: Sequence[Any]) -> list[int | None]:
+    """Lengths of the fixed axes."""
+    return [size if isinstance(size, int) else None for size in shape]
+
+
+def _memory() -> int:
+    """Memory of the machine, bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def _one_line(graph: str) -> Iterator[None]:
+    """Turn an error of ONNX Runtime into one of ours."""
+    try:
+        yield
+    except Exception as error:  # its exceptions have no common base but this
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        raise BundleError(
+            f"ONNX Runtime {ort.__version__} fails at the graph {graph}",
+            found=" ".join(str(error).split())[:300],
+            do="upgrade onnxruntime, or export the bundle again",
+        ) from error
 
 
 def _run(session: Any, binding: Any, inputs: Mapping[str, Any], outputs: list[str]) -> dict[str, Any]:

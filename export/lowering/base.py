@@ -104,9 +104,6 @@ class Lowering:
 
     def Mark(self, node: ir.Node) -> Sequence[ir.Value]:  # noqa: N802
         """`ops.mark`: no node, only a name (a graph output keeps its own)."""
-        marked = node.outputs[0]
-        if not marked.is_graph_output():
-            marked.name = node.attributes["name"].as_string()  # which the rewrite hands on
         return [node.inputs[0]]
 
     # The rewrite.
@@ -118,9 +115,12 @@ class Lowering:
                 continue
             self._tape = tape.Tape()
             new = list(getattr(self, node.op_type)(node))
+            is_inner = not node.outputs[0].is_graph_output()
             convenience.replace_nodes_and_values(
                 self.graph, node, [node], self._tape.nodes, node.outputs, new
             )
+            if node.op_type == "Mark" and is_inner:  # last: the replacement passes on its own name
+                new[0].name = node.attributes["name"].as_string()
         first = next(iter(self.graph))
         self.graph.insert_before(first, self._shared_nodes)
 

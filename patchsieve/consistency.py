@@ -1,0 +1,221 @@
+"""What a manifest must agree on with itself, so that contradictions are refused and never crash."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from patchsieve import names
+from patchsieve.errors import BundleError
+from patchsieve.plan import NO_PRUNING, check_plan_name
+
+if TYPE_CHECKING:
+    from patchsieve.manifest import Manifest
+
+PRECISIONS = ("float32", "float16")
+_MOST = 1 << 31  # no size reaches it
+_MOST_LAYERS = 4096
+_Shape = list[int | None]
+
+
+def check(facts: Manifest) -> None:
+    """Refuse contradictions within a manifest."""
+    _check_sizes(facts)
+    _check_stages(facts)
+    _check_plans(facts)
+    _check_files(facts)
+    _check_graphs(facts)
+
+
+def check_inside(path: Any) -> str:
+    """Refuse a path that would leave the bundle, or that no file system takes."""
+    pure = PurePosixPath(path) if isinstance(path, str) else None
+    if (
+        pure is None
+        or not pure.parts
+        or pure.is_absolute()
+        or ".." in pure.parts
+        or "\\" in path
+        or not path.isprintable()
+        or max(map(len, pure.parts)) > 255
+        or len(path) > 1024
+    ):
+        raise BundleError(
+            "the manifest names a file outside the bundle",
+            found=repr(path)[:120],
+            expected="a relative path without ..",
+            do="do not use this bundle unless you know who made it",
+        )
+    return path
+
+
+def _check_sizes(facts: Manifest) -> None:
+    text, vision, limits = facts.text, facts.vision, facts.limits
+    sizes = {
+        "text.vocab_size": text.vocab_size,
+        "text.hidden_size": text.hidden_size,
+        "text.num_layers": text.num_layers,
+        "text.num_heads": text.num_heads,
+        "text.num_kv_heads": text.num_kv_heads,
+        "text.head_dim": text.head_dim,
+        "vision.image_size": vision.image_size,
+        "vision.grid": min(vision.grid),
+        "vision.num_visual": vision.num_visual,
+        "limits.max_text_tokens": limits.max_text_tokens,
+        "limits.max_new_tokens": limits.max_new_tokens,
+        "limits.max_images": limits.max_images,
+        **{f"stages[{i}].slots": stage.slots for i, stage in enumerate(facts.stages)},
+    }
+    for name, size in sizes.items():
+        if not 0 < size < _MOST:
+            raise BundleError(
+                "the manifest holds a size that cannot be",
+                found=f"{name} = {size}",
+                expected=f"1 to {_MOST - 1}",
+            )
+    if text.num_layers > _MOST_LAYERS:
+        raise BundleError(
+            "the manifest holds a size that cannot be",
+            found=f"text.num_layers = {text.num_layers}",
+            expected=f"at most {_MOST_LAYERS}",
+        )
+    if facts.precision not in PRECISIONS:
+        raise BundleError(
+            "unknown precision", found=facts.precision[:60], expected=" or ".join(PRECISIONS)
+        )
+    patches = vision.grid[0] * vision.grid[1]
+    if vision.num_visual > patches + 1:  # the patches and a class token
+        raise BundleError(
+            "an image has more visual tokens than patches",
+            found=vision.num_visual,
+            expected=f"at most {patches + 1}",
+        )
+
+
+def _check_stages(facts: Manifest) -> None:
+    stages = facts.stages
+    joined = all(a.last == b.first for a, b in zip(stages, stages[1:], strict=False))
+    if not (
+        stages
+        and stages[0].first == 0
+        and stages[-1].last == facts.text.num_layers
+        and joined
+        and all(stage.num_layers > 0 for stage in stages)
+    ):
+        raise BundleError(
+            "the stages do not cover the decoder's layers",
+            found=[(stage.first, stage.last) for stage in stages[:10]],
+            expected=f"0 to {facts.text.num_layers} without a gap",
+        )
+
+
+def _check_plans(facts: Manifest) -> None:
+    for needed in (NO_PRUNING, facts.default_plan):
+        if needed not in facts.plans:
+            raise BundleError(
+                "the manifest lacks a plan",
+                found=", ".join(facts.plans)[:120],
+                expected=needed[:60],
+            )
+    for name, plan in facts.plans.items():
+        check_plan_name(name)
+        if not set(plan.layers) <= set(facts.cuts):
+            raise BundleError(
+                f"the plan {name} prunes where the decoder is not divided",
+                found=plan.layers[:10],
+                expected=facts.cuts[:10],
+            )
+        if any((site.budget or 1) >= _MOST for site in plan.sites):
+            raise BundleError(
+                f"the plan {name} holds a budget that cannot be", expected=f"below {_MOST}"
+            )
+    if facts.plans[NO_PRUNING].sites:
+        raise BundleError("the plan named none prunes")
+
+
+def _check_files(facts: Manifest) -> None:
+    own = {
+        "the tokenizer": facts.tokens.tokenizer,
+        "the preprocessor": facts.preprocessor,
+        "the embedding table": facts.embeddings.file,
+    }
+    graphs = [path for graphs in facts.targets.values() for path in graphs.values()]
+    for path in (*facts.files, *own.values(), *graphs):
+        check_inside(path)
+    for what, path in (*own.items(), *(("a graph", path) for path in graphs)):
+        if path not in facts.files:
+            raise BundleError(f"{what} is not among the bundle's hashed files", found=path)
+    table = facts.embeddings
+    found = (table.dtype, *table.shape)
+    expected = (facts.precision, facts.text.vocab_size, facts.text.hidden_size)
+    if found != expected:
+        raise BundleError(
+            "the embedding table does not fit the decoder", found=found, expected=expected
+        )
+
+
+def _check_graphs(facts: Manifest) -> None:
+    expected = _tensors(facts)
+    decisions = [
+        names.decide(name, site.layer) for name, plan in facts.plans.items() for site in plan.sites
+    ]
+    for target, graphs in facts.targets.items():
+        for graph in (*expected, names.COMPACT, *decisions):
+            if graph not in graphs:
+                raise BundleError(f"the target {target[:60]} lacks a graph", found=f"no {graph}")
+    for graph in (*expected, names.COMPACT, *decisions):
+        listed = facts.tensors.get(graph, {})
+        found: dict[str, Any] = {}
+        for side in ("inputs", "outputs"):
+            for tensor in listed.get(side, []):
+                if not isinstance(tensor.get("name"), str) or not is_shape(tensor.get("shape")):
+                    raise BundleError(
+                        f"the manifest's tensors of {graph} are not well formed",
+                        found=repr(tensor)[:120],
+                        expected="name, dtype and shape",
+                    )
+                found[tensor["name"]] = tensor["shape"]
+        for name, shape in expected.get(graph, {}).items():
+            if name not in found or not _fits(found[name], shape):
+                raise BundleError(
+                    f"the tensor {name} of {graph} does not fit what the manifest says elsewhere",
+                    found=found.get(name, "no such tensor"),
+                    expected=["any" if size is None else size for size in shape],
+                )
+
+
+def _tensors(facts: Manifest) -> dict[str, dict[str, _Shape]]:
+    """Shapes that follow from the model's measures, None where an axis is dynamic."""
+    text, vision = facts.text, facts.vision
+    side = vision.image_size
+    tensors: dict[str, dict[str, _Shape]] = {
+        names.VISION: {
+            names.PIXEL_VALUES: [None, 3, side, side],
+            names.IMAGE_FEATURES: [None, vision.num_visual, text.hidden_size],
+            names.IMAGE_IDS: [None, vision.num_visual],
+        }
+    }
+    for index, stage in enumerate(facts.stages):
+        shapes: dict[str, _Shape] = {names.HIDDEN: [1, None, text.hidden_size]}
+        for layer in range(stage.first, stage.last):
+            for cache in (names.key_cache(layer), names.value_cache(layer)):
+                for name in (cache, cache + names.OUT):
+                    shapes[name] = [1, text.num_kv_heads, None, text.head_dim]
+        if stage.last == text.num_layers:
+            shapes[names.LOGITS] = [1, 1, text.vocab_size]
+        else:
+            shapes[names.HIDDEN_OUT] = [1, None, text.hidden_size]
+            shapes[names.query(stage.last - 1)] = [1, None, text.num_heads * text.head_dim]
+        tensors[names.stage(index)] = shapes
+    return tensors
+
+
+def is_shape(shape: Any) -> bool:
+    """Whether a JSON value is a list of lengths and axes' names."""
+    return isinstance(shape, list) and all(type(size) in (int, str) for size in shape)
+
+
+def _fits(found: list[int | str], shape: _Shape) -> bool:
+    return len(found) == len(shape) and all(
+        size is None or size == here for here, size in zip(found, shape, strict=True)
+    )
