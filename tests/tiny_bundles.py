@@ -79,9 +79,8 @@ def make_bundle(folder: Path, row: str, **overrides: Any) -> TinyBundle:
     is_pruned = row in PRUNED_ROWS
     overrides = ({} if is_pruned else SHALLOW) | overrides
     checkpoint = save_checkpoint(folder / "checkpoint", row, **overrides)
-    layers = overrides.get("layers", 4)
     options = ExportOptions(
-        cuts=tuple(range(1, layers)),
+        cuts=(1, 2, 3) if is_pruned else (),
         targets=("cpu", "reference") if row in REFERENCE_ROWS else ("cpu",),
         limits=LIMITS,
     )
