@@ -56,6 +56,25 @@ class StageSize:
         ]
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a stage is spelled.
+
+    Attributes:
+        decomposable: Put `TRT_decomposable=1` on each attention, which TensorRT wants for float32
+            and which onnx.checker and ONNX Runtime refuse.
+        has_lengths: Use TRT_Attention with the mask and a key length, which may skip unused slots,
+            and not standard Attention.
+        index_dtype: Type of `keep_indices`, `slot` and `last_key`.
+
+    """
+
+    decomposable: bool = True
+    has_lengths: bool = False
+    index_dtype: str = "int64"
+
+
+PLAIN = Form()
 TINY = StageSize(hidden=64, head_dim=16, mlp=96, slots=40, max_rows=24)
 
 
@@ -150,7 +169,20 @@ def _heads(g: _Graph, x: str, name: str, heads: int, size: StageSize, layer: int
     )  # [1, heads, L, D]
 
 
-def _layer(g: _Graph, x: str, mask: str, i: int, size: StageSize, attention: dict) -> str:
+def _attention(g: _Graph, query: str, mask: str, i: int, size: StageSize, form: Form) -> str:
+    scale, keys, values = size.head_dim**-0.5, f"new_cache_key.{i}", f"new_cache_value.{i}"
+    free = {"TRT_decomposable": 1} if form.decomposable else {}
+    out = f"attention.{i}"
+    if not form.has_lengths:
+        inputs = [query, keys, values, mask]
+        return g.add("Attention", inputs, out, is_causal=0, scale=scale, **free)
+    factor = g.constant("scale", np.array(scale, dtype=size.dtype))
+    query = g.add("Mul", [query, factor], f"scaled_query.{i}")
+    inputs = [query, keys, values, mask, "", "kv_len"]
+    return g.add("TRT_Attention", inputs, out, causal_kind="none", **free)
+
+
+def _layer(g: _Graph, x: str, mask: str, i: int, size: StageSize, form: Form) -> str:
     norm = {"axis": -1, "epsilon": size.epsilon, "stash_type": 1}
     n = g.add("RMSNormalization", [x, f"input_norm.{i}"], f"normed.{i}", **norm)
     query = _heads(g, n, "q", size.heads, size, i)
@@ -166,8 +198,7 @@ def _layer(g: _Graph, x: str, mask: str, i: int, size: StageSize, attention: dic
             axis=-2,
             mode="linear",
         )
-    keys, values = f"new_cache_key.{i}", f"new_cache_value.{i}"
-    out = g.add("Attention", [query, keys, values, mask], f"attention.{i}", **attention)
+    out = _attention(g, query, mask, i, size, form)  # [1, H, L, D]
     out = g.add("Transpose", [out], f"attention_rows.{i}", perm=[0, 2, 1, 3])  # [1, L, H, D]
     out = g.add("Reshape", [out, g.ints(0, 0, -1)], f"attention_flat.{i}")  # [1, L, H*D]
     out = g.add("MatMul", [out, f"o.{i}"], f"attention_out.{i}")  # [1, L, C]
@@ -182,37 +213,26 @@ def _layer(g: _Graph, x: str, mask: str, i: int, size: StageSize, attention: dic
     return g.add("Add", [x, down], f"after_mlp.{i}")
 
 
-def stage_model(
-    size: StageSize, *, decomposable: bool = True, index_dtype: str = "int64", seed: int = 0
-) -> onnx.ModelProto:
-    """Write a stage as architecture.md has it: gather, layers on TensorScatter caches, one mask.
-
-    Args:
-        size: Sizes and dtype.
-        decomposable: Put `TRT_decomposable=1` on each Attention, which TensorRT wants for float32
-            and which onnx.checker and ONNX Runtime refuse.
-        index_dtype: Type of `keep_indices`, `slot` and `last_key`.
-        seed: Seed of the weights.
-
-    """
+def stage_model(size: StageSize, form: Form = PLAIN, seed: int = 0) -> onnx.ModelProto:
+    """Write a stage as architecture.md has it: gather, layers on TensorScatter caches, one mask."""
     g = _Graph(size.dtype)
     hidden = g.take("hidden", size.dtype, (1, "L0", size.hidden))
-    keep = g.take("keep_indices", index_dtype, ("L",))
+    keep = g.take("keep_indices", form.index_dtype, ("L",))
     for name in ("cos", "sin"):
         g.take(name, size.dtype, (1, "L", size.head_dim // 2))
-    g.take("slot", index_dtype, (1,))
-    g.take("last_key", index_dtype, ("L",))
+    g.take("slot", form.index_dtype, (1,))
+    g.take("last_key", form.index_dtype, ("L",))
     for name in size.cache_names():
         g.take(name, size.dtype, size.cache_shape)
     for name, value in stage_weights(size, seed).items():
         g.constant(name, value)
     x = g.add("Gather", [hidden, keep], "gathered", axis=1)  # [1, L, C]
     mask = _mask(g, size.slots)
-    attention = {"is_causal": 0, "scale": size.head_dim**-0.5}
-    if decomposable:
-        attention["TRT_decomposable"] = 1
+    if form.has_lengths:
+        total = g.add("Add", ["slot", "row_count"], "total")  # [1]; every row's own slot is below
+        g.add("Cast", [total], "kv_len", to=TensorProto.INT32)
     for i in range(size.layers):
-        x = _layer(g, x, mask, i, size, attention)
+        x = _layer(g, x, mask, i, size, form)
     g.add("Identity", [x], "hidden_out")
     g.give("hidden_out", size.dtype, (1, "L", size.hidden))
     for name in size.cache_names("new_"):
@@ -251,10 +271,10 @@ def _rows_profile(size: StageSize, *rows: int) -> Profile:
 
 
 def save_stage(
-    size: StageSize, folder: Path, name: str = "stage.onnx", **options: object
+    size: StageSize, folder: Path, name: str = "stage.onnx", form: Form = PLAIN
 ) -> tuple[Path, int]:
     """Write the stage, its weights in a file beside it; return its path and bytes of weights."""
-    model = stage_model(size, **options)
+    model = stage_model(size, form)
     nbytes = sum(w.nbytes for w in stage_weights(size).values())
     path = folder / name
     onnx.save_model(

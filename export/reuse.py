@@ -47,8 +47,9 @@ def reuse(
     try:
         plan, graphs = decide_graphs(plan, plan_name, spec, old.vision, dtype, progress)
         # A new generation of names, so that a reader of the old manifest finds its files whole.
-        for name, graph in graphs.items():
-            for target, path in writer.save(name, graph, fresh=True).items():
+        for site, (name, graph) in zip(plan.sites, graphs.items(), strict=True):
+            slots = next(stage.slots for stage in old.stages if stage.last == site.layer)
+            for target, path in writer.save(name, graph, slots=slots, fresh=True).items():
                 written.setdefault(target, {})[name] = path
         new = _with_plan(old, bundle, plan, plan_name, written, writer.tensors)
         manifest.write(bundle, new)

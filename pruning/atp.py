@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from patchsieve.errors import PatchsieveError, ShapeError
 from patchsieve.pruning.normalise import MOST_RANKED, NORMALISATIONS, normalise, redundancy
-from patchsieve.pruning.rows import mean_over, received_attention, visual_slots
+from patchsieve.pruning.rows import key_slots, mean_over, received_attention
 from patchsieve.pruning.select import apply_budget, first_best
 from patchsieve.pruning.site import Decision, Site
 from patchsieve.pruning.spatial import check_granularities, gather_patches, spatial_scores
@@ -143,7 +143,7 @@ def self_score(site: Site, causal: bool = False) -> Tensor:
     # The head mean is linear too: heads that share a KV head are averaged before the product.
     query = query.reshape(batch, kv_heads, heads // kv_heads, num_tokens, head_dim)
     query = mean_over(query, 2)  # [B, G, N, D]
-    key = site.key.index_select(2, visual_slots(site)).float()  # [B, G, N, D]
+    key = site.key.index_select(2, key_slots(site, site.visual_rows)).float()  # [B, G, N, D]
     if causal:
         suffix = query.flip(2).cumsum(2).flip(2)  # [B, G, N, D]
         counts = torch.arange(num_tokens, 0, -1, device=query.device).float()  # [N]

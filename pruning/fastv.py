@@ -10,7 +10,7 @@ from torch import Tensor
 
 from patchsieve.errors import PatchsieveError
 from patchsieve.pruning.rows import received_attention
-from patchsieve.pruning.select import check_keep_ratio, keep_count, num_to_keep
+from patchsieve.pruning.select import check_keep_ratio, keep_fraction
 from patchsieve.pruning.site import Decision, Site
 
 ROWS = ("last", "mean")
@@ -56,8 +56,7 @@ class FastV:
     def decide(self, site: Site, budget: Tensor) -> Decision:
         """Keep the tokens that receive most attention (see `Method.decide`)."""
         scores = last_row_score(site) if self.rows == "last" else mean_row_score(site)
-        num_keep = num_to_keep(self.keep_ratio, site.num_visual)
-        keep, num_wanted = keep_count(scores, num_keep, budget)
+        keep, num_wanted = keep_fraction(scores, self.keep_ratio, site.num_visual, budget)
         return Decision(keep, scores, num_wanted)
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from patchsieve.errors import ShapeError
-from patchsieve.pruning.select import check_keep_ratio, keep_count, num_to_keep
+from patchsieve.pruning.select import check_keep_ratio, keep_fraction
 from patchsieve.pruning.site import Decision, Site
 
 
@@ -48,6 +48,5 @@ class Random:
             )
         # A clone, because an output that is an input would lend that input its name in the graph.
         scores = site.noise.float().clone()  # [B, N]
-        num_keep = num_to_keep(self.keep_ratio, site.num_visual)
-        keep, num_wanted = keep_count(scores, num_keep, budget)
+        keep, num_wanted = keep_fraction(scores, self.keep_ratio, site.num_visual, budget)
         return Decision(keep, scores, num_wanted)

@@ -42,9 +42,9 @@ def mean_over(values: Tensor, dim: int) -> Tensor:
     return values.sum(dim) / values.shape[dim]
 
 
-def visual_slots(site: Site) -> Tensor:
-    """Key index of each of the image's tokens, int64 [N]."""
-    return site.visual_rows + site.first_key
+def key_slots(site: Site, rows: Tensor) -> Tensor:
+    """Key index P + m of each row m, int64 [R]."""
+    return rows + site.first_key
 
 
 def received_attention(site: Site, rows: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -58,11 +58,11 @@ def received_attention(site: Site, rows: Tensor, weights: Tensor | None = None) 
     Returns:
         Scores, float32 [B, N].
     """
-    row_slots = rows + site.first_key
-    attention = attention_rows(site.query.index_select(2, rows), site.key, row_slots)
+    query_rows = site.query.index_select(2, rows)  # [B, H, R, D]
+    attention = attention_rows(query_rows, site.key, key_slots(site, rows))
     attention = mean_over(attention, 1)  # [B, R, S]
     if weights is None:
         attention = mean_over(attention, 1)  # [B, S]
     else:
         attention = (attention * (weights / weights.sum())[:, None]).sum(1)  # [B, S]
-    return attention.index_select(1, visual_slots(site))  # [B, N]
+    return attention.index_select(1, key_slots(site, site.visual_rows))  # [B, N]

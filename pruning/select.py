@@ -85,18 +85,22 @@ def apply_budget(keep: Tensor, priority: Tensor, budget: Tensor) -> tuple[Tensor
     return keep & keep_top(of_kept, allowed), num_wanted
 
 
-def keep_count(scores: Tensor, num_keep: int, budget: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep a fixed number of the highest scores, cut down to a budget.
+def keep_fraction(
+    scores: Tensor, keep_ratio: float, num_visual: int, budget: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keep a fixed fraction, the highest scores, cut down to a budget.
 
     Args:
         scores: Higher is kept, ties to the lower index, [B, N].
-        num_keep: How many the rule keeps; all N where the image has fewer.
+        keep_ratio: Fraction kept of `num_visual`; all N where fewer are alive.
+        num_visual: Tokens of the image before any pruning.
         budget: Most tokens that may stay, int64 0-d or [1]; below 1 counts as 1.
 
     Returns:
         What stays, bool [B, N]; and how many the rule kept, int64 [B].
     """
     batch, num_tokens = scores.shape
+    num_keep = num_to_keep(keep_ratio, num_visual)
     num_wanted = torch.full((batch,), num_keep, dtype=torch.int64, device=scores.device)
     num_wanted = num_wanted.clamp(max=num_tokens)  # [B]
     return keep_top(scores, torch.minimum(num_wanted, budget.reshape(1))), num_wanted

@@ -121,8 +121,10 @@ def average_tokens(
             do="correct the sites or the number of layers",
         )
     ends = (*sites[1:], num_layers)
-    spans = [(end - i) * n for n, i, end in zip(counts, sites, ends, strict=True)]
-    return (sum(spans) + sites[0] * num_visual) / num_layers
+    total = counts[0] * 0 + sites[0] * num_visual
+    for count, i, end in zip(counts, sites, ends, strict=True):
+        total = total + (end - i) * count
+    return total / num_layers
 
 
 def target_loss(

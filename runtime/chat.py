@@ -26,13 +26,15 @@ class _State:
     """What the cache holds, in tokens and words.
 
     Attributes:
-        text: The rendered conversation up to and with `pending`.
+        asked: The conversation when its last answer began.
+        is_answer_cached: The tokens of that answer are in the cache, but for `pending`.
         pending: Tokens generated but not fed.
         history: All token ids, each image once.
         sites: Survivors of each image.
     """
 
-    text: str = ""
+    asked: tuple[dict[str, Any], ...] = ()
+    is_answer_cached: bool = True
     pending: tuple[int, ...] = ()
     history: tuple[int, ...] = ()
     sites: tuple[SiteResult, ...] = ()
@@ -121,7 +123,7 @@ class Chat:
             if not continues:
                 self._restart()
             answer = _Answer(self, options, result, start)
-            yield from answer.run(tokens)
+            yield from answer.run(tokens, tuple(messages))
         except BaseException:
             del self._images.features[seen:], self._images.patch_ids[seen:]
             if mark is None:
@@ -172,9 +174,11 @@ class Chat:
                 )
             return prompts.build_raw(prompt, num_images), False
         if has_past and not repick:
-            suffix = prompts.continuation(state.text, messages)
+            suffix = prompts.continuation(
+                state.asked, messages, is_answer_cached=state.is_answer_cached
+            )
             if suffix is not None:
-                return prompts.tokenize_suffix(suffix, state.text, messages), True
+                return prompts.tokenize_suffix(suffix, messages), True
             result.notes.append("the chat template rewrites earlier turns: all was prefilled again")
         if has_past:
             result.selection = "repicked"
@@ -241,7 +245,7 @@ class _Answer:
         self.rng = np.random.default_rng(options.seed)
         self.state = chat._state
 
-    def run(self, prompt: Prompt) -> Iterator[str]:
+    def run(self, prompt: Prompt, asked: tuple[dict[str, Any], ...]) -> Iterator[str]:
         """Yield the answer's text as it comes."""
         result, before = self.result, self.state
         logits = self._prefill(prompt)
@@ -273,7 +277,7 @@ class _Answer:
         result.text = stream.text
         result.timings_ms["decode_per_token"] = float(np.median(decode_ms)) if decode_ms else None
         result.kv_bytes = self.cache.kv_bytes()
-        self._settle(prompt, history, prompt_mark)
+        self._settle(asked, history, prompt_mark)
 
     def _prefill(self, prompt: Prompt) -> np.ndarray:
         chat, result, facts = self.chat, self.result, self.model.facts
@@ -315,28 +319,30 @@ class _Answer:
         positions = self.cache.position + np.arange(count)
         return Rows(positions, image, patch_ids, is_instruction), hidden[None]
 
-    def _settle(self, prompt: Prompt, history: list[int], prompt_mark: tuple[int, ...]) -> None:
+    def _settle(
+        self,
+        asked: tuple[dict[str, Any], ...],
+        history: list[int],
+        prompt_mark: tuple[int, ...],
+    ) -> None:
         """Note what the cache holds, for the next turn."""
-        result, prompts = self.result, self.model.bundle.prompts
-        text, said, pending = self.state_text(prompt), result.token_ids, ()
-        if result.finish_reason == "stop":
-            # The text ends inside a token: the next turn feeds the answer again from its text.
+        reason, said = self.result.finish_reason, tuple(self.result.token_ids)
+        pending: tuple[int, ...] = ()
+        if reason == "stop":
+            # The text ends inside a token: the next turn feeds the answer again, from its text.
             self.cache.rewind(prompt_mark)
-            said = []
-        elif result.finish_reason == "eos":
-            said = said[:-1]
+            said = ()
+        elif reason == "eos":
+            said = said[:-1]  # never fed; the template writes it where it belongs
         else:
-            pending = tuple(said[-1:])
+            said, pending = said[:-1], said[-1:]
         self.state = _State(
-            text=text + prompts.answer_text(said),
+            asked=asked,
+            is_answer_cached=reason != "stop",
             pending=pending,
-            history=(*history, *said[: len(said) - len(pending)]),
+            history=(*history, *said),
             sites=self.state.sites,
         )
-
-    def state_text(self, prompt: Prompt) -> str:
-        """The conversation's text with this turn's prompt."""
-        return self.chat._state.text + prompt.text
 
 
 def _options(sampling: dict[str, Any]) -> SamplingOptions:

@@ -73,8 +73,9 @@ class ChatTemplate:
             The text to tokenise.
 
         Raises:
-            RequestError: The template refuses the messages.
+            RequestError: The messages have another form, or the template refuses them.
         """
+        _check_messages(messages)
         try:
             return self._render([self._adapt(m) for m in messages], add_generation_prompt)
         except _RENDER_ERRORS as error:
@@ -130,6 +131,31 @@ def parts_as_text(parts: Sequence[Mapping[str, str]], image_token: str) -> str:
         else:
             text += image_token + "\n"
     return text
+
+
+def _check_messages(messages: Sequence[Message]) -> None:
+    if not messages:
+        raise RequestError("the conversation is empty", do="add a user message")
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise RequestError("bad message", found=repr(message)[:80], expected="role and content")
+        content = message.get("content")
+        if isinstance(content, str):
+            continue
+        if not isinstance(content, (list, tuple)) or not all(map(_is_part, content)):
+            raise RequestError(
+                "bad message content",
+                found=repr(content)[:80],
+                expected='a string or a list of {"type": "image"} and {"type": "text", "text": ..}',
+            )
+
+
+def _is_part(part: object) -> bool:
+    if not isinstance(part, Mapping):
+        return False
+    if part.get("type") == "text":
+        return isinstance(part.get("text"), str)
+    return part.get("type") == "image"
 
 
 class _Generation(jinja2.ext.Extension):

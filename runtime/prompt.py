@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,9 @@ from tokenizers import Encoding, Tokenizer
 
 from patchsieve.errors import BundleError, RequestError
 from patchsieve.runtime.chat_template import ChatTemplate, Message
+from patchsieve.runtime.instruction import instruction_spans, message_texts
 
-_LOG = logging.getLogger(__name__)
-# Private-use characters that mark the instruction in a second render
-_OPEN, _CLOSE = "\ue0f0", "\ue0f1"
+_ANSWER = "\ue0f2"  # a private-use character that stands for an answer
 _ANCHORS = (".", "\n", "a")  # what may stand before a suffix, so that it does not begin a text
 
 
@@ -134,7 +132,7 @@ class PromptBuilder:
         added = self.tokenizer.get_added_tokens_decoder()
         self._special_ids = [token for token, entry in added.items() if entry.special]
         special_tokens = dict(special_tokens or {})
-        self._bos_token = special_tokens.get("bos_token")
+        self._bos_token = special_tokens.get("bos_token") or None
         self._template = None
         if chat_template is not None:
             self._template = ChatTemplate(
@@ -196,12 +194,11 @@ class PromptBuilder:
             RequestError: No template, bad messages, or images and placeholders that do not match.
         """
         template = self._required_template()
-        _check_messages(messages)
         text = template.render(messages)
         self._check_count(text.count(self.image_token), num_images)
-        if num_images == 0 and not _message_texts(messages[-1], self.image_token):
+        if num_images == 0 and not message_texts(messages[-1], self.image_token):
             raise _nothing_to_send()
-        spans = self._instruction_spans(messages, text)
+        spans = instruction_spans(template, messages, text, self.image_token)
         encoding = self._encode(text)
         return self._prompt(text, encoding, spans)
 
@@ -230,54 +227,45 @@ class PromptBuilder:
         spans = [(after, len(text))] if text[after:].strip() else [(0, len(text))]
         return self._prompt(text, encoding, spans)
 
-    def answer_text(self, token_ids: Sequence[int] | np.ndarray) -> str:
-        """An answer as it stands behind its prompt.
-
-        Decoding an answer alone drops the space that Llama-style tokenizers put at the start of a
-        text. Here it stays, so that prompt + answer is what the cache really holds.
-
-        Args:
-            token_ids: Ids of the answer; special ones are left out.
-
-        Returns:
-            The text to add to `Prompt.text` for `continuation`.
-        """
-        ids = [int(token) for token in token_ids]
-        lead = self.tokenizer.encode("a", add_special_tokens=False).ids
-        before = self.tokenizer.decode(lead, skip_special_tokens=True)
-        return self.tokenizer.decode(lead + ids, skip_special_tokens=True)[len(before) :]
-
-    def continuation(self, previous_text: str, messages: Sequence[Message]) -> str | None:
+    def continuation(
+        self, before: Sequence[Message], messages: Sequence[Message], *, is_answer_cached: bool
+    ) -> str | None:
         """The text to feed for the next turn on a cache that holds the earlier ones.
 
+        A cache holds the tokens that the model said, which are more than their text: so answers
+        are compared by place, not by their words.
+
         Args:
-            previous_text: What the cache holds: the last prompt's `text` + `answer_text` of the
-                answer tokens that were fed. An end token that was fed must be part of it.
-            messages: The whole conversation, the new question last.
+            before: The conversation as it stood when the last answer began.
+            messages: The conversation now: `before`, the answer, the new question.
+            is_answer_cached: The cache holds the last answer; else the text begins with it.
 
         Returns:
-            The suffix for `tokenize_suffix`, or None where the rendered conversation does not begin
-            with `previous_text` (the template rewrites earlier turns): then prefill from the start.
+            The suffix for `tokenize_suffix`, or None where the template renders earlier turns
+            otherwise than before: then prefill from the start.
 
         Raises:
             RequestError: No template, or bad messages.
         """
         template = self._required_template()
-        _check_messages(messages)
-        text = template.render(messages)
-        if not text.startswith(previous_text) or len(text) == len(previous_text):
+        if is_answer_cached:
+            before, messages = ([_hide_answer(m) for m in given] for given in (before, messages))
+        head, whole = template.render(before), template.render(messages)
+        if not whole.startswith(head):
             return None
-        return text[len(previous_text) :]
+        rest = whole[len(head) :]
+        if is_answer_cached:
+            rest = rest.lstrip()
+            if not rest.startswith(_ANSWER):
+                return None
+            rest = rest[len(_ANSWER) :]
+        return rest or None
 
-    def tokenize_suffix(
-        self, text: str, previous_text: str = "", messages: Sequence[Message] | None = None
-    ) -> Prompt:
+    def tokenize_suffix(self, text: str, messages: Sequence[Message] | None = None) -> Prompt:
         """Tokenise the continuation of a text: no BOS, and no space of a text's beginning.
 
         Args:
             text: The suffix from `continuation`.
-            previous_text: What stands before it. With it the tokens are those that the whole text
-                has there; without it a neutral character stands in.
             messages: The conversation; with it the instruction is found as in `build`, else as in
                 `build_raw`.
 
@@ -293,15 +281,14 @@ class PromptBuilder:
         after = after + len(self.image_token) if after >= 0 else 0
         spans = [(after, len(text))]
         if messages is not None:
-            whole = self._required_template().render(messages)
+            template = self._required_template()
+            whole = template.render(messages)
             start = len(whole) - len(text)
-            found = [(b - start, e - start) for b, e in self._instruction_spans(messages, whole)]
+            found = instruction_spans(template, messages, whole, self.image_token)
+            found = [(begin - start, end - start) for begin, end in found]
             spans = [span for span in found if span[0] >= 0] or spans
         # A token may begin with the anchor's trailing space, which offsets do not always tell
-        anchors = (
-            (previous_text, *_ANCHORS) if previous_text.rstrip() == previous_text else _ANCHORS
-        )
-        for anchor in filter(None, anchors):
+        for anchor in _ANCHORS:
             encoding = self.tokenizer.encode(anchor + text, add_special_tokens=False)
             offsets = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
             inside = offsets[:, 1] > len(anchor)
@@ -336,7 +323,7 @@ class PromptBuilder:
         )
 
     def _encode(self, text: str) -> Encoding:
-        has_bos = bool(self._bos_token) and text.startswith(self._bos_token)
+        has_bos = self._bos_token is not None and text.startswith(self._bos_token)
         return self.tokenizer.encode(text, add_special_tokens=not has_bos)
 
     def _prompt(self, text: str, encoding: Encoding, spans: list[tuple[int, int]]) -> Prompt:
@@ -371,105 +358,16 @@ class PromptBuilder:
                 )
         return Prompt(text, ids, images, np.flatnonzero(chosen))
 
-    def _instruction_spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
-        """Where the last user message's text stands in the rendered `text`.
-
-        A second render with marks around the text tells exactly. Where the marks change the
-        result (a template that looks into its messages), the text is searched from the right.
-        """
-        number = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
-        if number < 0:
-            return []
-        pieces = _message_texts(messages[number], self.image_token)
-        marked = [*messages[:number], self._mark(messages[number]), *messages[number + 1 :]]
-        if pieces and not (_OPEN in text or _CLOSE in text):
-            try:
-                spans, plain = _read_marks(self._required_template().render(marked))
-            except RequestError:
-                spans, plain = [], ""
-            if plain == text and len(spans) == len(pieces):
-                return spans
-        spans, end = [], len(text)
-        for piece in reversed(pieces):
-            start = text.rfind(piece, 0, end)
-            if start < 0:
-                _LOG.warning("the chat template rewrites the question: its place is not exact")
-                return []
-            spans.append((start, start + len(piece)))
-            end = start
-        return spans[::-1]
-
-    def _mark(self, message: Message) -> Message:
-        content = message["content"]
-        if isinstance(content, str):
-            return {**message, "content": _mark_text(content, self.image_token)}
-        parts = [
-            {**part, "text": _mark_text(part["text"], self.image_token)} if "text" in part else part
-            for part in content
-        ]
-        return {**message, "content": parts}
-
 
 def _text_parts(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}] if text else []
 
 
-def _mark_text(text: str, image_token: str) -> str:
-    """Marks around what is neither outer space nor a placeholder, so that trimming still works."""
-    pieces = []
-    for piece in text.split(image_token):
-        core = piece.strip()
-        start = piece.find(core)
-        end = start + len(core)
-        marked = f"{piece[:start]}{_OPEN}{core}{_CLOSE}{piece[end:]}"
-        pieces.append(marked if core else piece)
-    return image_token.join(pieces)
-
-
-def _read_marks(marked: str) -> tuple[list[tuple[int, int]], str]:
-    """Spans between marks, and the text without them; no spans where a mark was moved."""
-    plain, *chunks = marked.split(_OPEN)
-    spans: list[tuple[int, int]] = []
-    for chunk in chunks:
-        inside, _, rest = chunk.partition(_CLOSE)
-        spans.append((len(plain), len(plain) + len(inside)))
-        plain += inside + rest
-    is_paired = all(chunk.count(_CLOSE) == 1 for chunk in chunks)
-    return (spans if is_paired and _CLOSE not in plain else []), plain
-
-
-def _message_texts(message: Message, image_token: str) -> list[str]:
-    """The text between placeholders, stripped, without empty pieces."""
-    content = message["content"]
-    texts = [content] if isinstance(content, str) else [p["text"] for p in content if "text" in p]
-    pieces = (piece.strip() for text in texts for piece in text.split(image_token))
-    return [piece for piece in pieces if piece]
-
-
-def _check_messages(messages: Sequence[Message]) -> None:
-    if not messages:
-        raise RequestError("the conversation is empty", do="add a user message")
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RequestError("bad message", found=repr(message)[:80], expected="role and content")
-        content = message.get("content")
-        if isinstance(content, str):
-            continue
-        if not isinstance(content, (list, tuple)) or not all(map(_is_part, content)):
-            raise RequestError(
-                "bad message content",
-                found=repr(content)[:80],
-                expected='a string or a list of {"type": "image"} and {"type": "text", "text": ..}',
-            )
-
-
-def _is_part(part: object) -> bool:
-    if not isinstance(part, Mapping):
-        return False
-    if part.get("type") == "text":
-        return isinstance(part.get("text"), str)
-    return part.get("type") == "image"
-
-
 def _nothing_to_send() -> RequestError:
     return RequestError("the prompt is empty", do="give a question, an image or both")
+
+
+def _hide_answer(message: Message) -> Message:
+    if message["role"] != "assistant":
+        return message
+    return {"role": "assistant", "content": [{"type": "text", "text": _ANSWER}]}

@@ -10,7 +10,7 @@ import numpy as np
 
 from patchsieve.errors import PatchsieveError, RequestError
 
-_FIRST_TRY = 1024  # tokens sorted for top-p before the whole vocabulary is; most nuclei are smaller
+_SORTED_FIRST = (1024, 16384)  # tokens sorted for top-p before all are: most nuclei are smaller
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _nucleus(probabilities: np.ndarray, top_p: float) -> np.ndarray:
     An entry stays while the mass of the entries above it is below `top_p`, which is Hugging Face's
     ascending rule (drop while the cumulated mass is at most 1 - top_p) read from the other end.
     """
-    for size in (_FIRST_TRY, probabilities.size):
+    for size in (*_SORTED_FIRST, probabilities.size):
         if size < probabilities.size:
             split = probabilities.size - size
             edge = np.partition(probabilities, split)[split]
@@ -195,6 +195,5 @@ def _is_real(value: object) -> bool:
 
 
 def _check_int(name: str, value: object, least: int) -> None:
-    is_int = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not is_int or value < least:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise RequestError(f"bad {name}", found=repr(value), expected=f"a whole number >= {least}")

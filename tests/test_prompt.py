@@ -317,38 +317,36 @@ def test_the_next_turn_continues_the_cache_with_the_tokens_of_the_whole_text(
     made = builder(kind, TEMPLATES[name])
     messages = [made.user_message("What colour is the cup?", 1)]
     prompt = made.build(messages, 1)
-    # LLaVA's and Mistral's templates put a space before the answer, as Llama's tokens do
-    answer = "The cup is white." if name == "chatml" else " The cup is white."
-    anchored = made.tokenizer.encode("x" + answer, add_special_tokens=False).ids
-    ids = anchored[len(made.tokenizer.encode("x", add_special_tokens=False).ids) :]
-    eos = made.tokenizer.token_to_id(special_tokens(kind)["eos_token"])
-    previous = prompt.text + made.answer_text([*ids, eos])
-    assert previous == prompt.text + answer
-    text = made.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    before = list(messages)
     messages += [
-        {"role": "assistant", "content": [{"type": "text", "text": text}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "The cup is white."}]},
         made.user_message("What is <image> then?", 1),
     ]
-    suffix = made.continuation(previous, messages)
-    assert suffix is not None and previous + suffix == made.build(messages, 2).text
+    suffix = made.continuation(before, messages, is_answer_cached=True)
+    told = made.continuation(before, messages, is_answer_cached=False)
+    text = made.build(messages, 2).text
+    assert suffix is not None and text.endswith("The cup is white." + suffix)
+    assert told is not None and prompt.text + told == text
     whole = made.build(messages, 2).token_ids.tolist()
-    for after in (previous, ""):
-        tail = made.tokenize_suffix(suffix, after, messages)
-        assert tail.token_ids.tolist() == whole[-len(tail.token_ids) :]
-        assert made.tokenizer.token_to_id("<s>") not in tail.token_ids.tolist()
-        assert tail.text == suffix and len(tail.image_positions) == 1
-        assert "".join(words(made, tail).split()) == "Whatisthen?"
-        assert expand(tail, 5).image_spans == [
-            (int(tail.image_positions[0]), int(tail.image_positions[0]) + 5)
-        ]
+    tail = made.tokenize_suffix(suffix, messages)
+    assert tail.token_ids.tolist() == whole[-len(tail.token_ids) :]
+    assert made.tokenizer.token_to_id("<s>") not in tail.token_ids.tolist()
+    assert tail.text == suffix and len(tail.image_positions) == 1
+    assert "".join(words(made, tail).split()) == "Whatisthen?"
+    assert expand(tail, 5).image_spans == [
+        (int(tail.image_positions[0]), int(tail.image_positions[0]) + 5)
+    ]
 
 
 def test_a_conversation_that_does_not_begin_with_the_cache_is_prefilled_again(builder) -> None:
     made = builder("qwen", CHATML)
     first = made.user_message("What?", 0)
-    previous = made.build([first], 0).text + "It is a cup."
-    other = [first, {"role": "assistant", "content": "It was"}, made.user_message("And?", 0)]
-    assert made.continuation(previous, other) is None
+    other = made.user_message("Which?", 0)
+    answer = {"role": "assistant", "content": "It was"}
+    for is_cached in (True, False):
+        assert (
+            made.continuation([first], [other, answer, first], is_answer_cached=is_cached) is None
+        )
 
 
 def test_templates_render_as_transformers_renders_them() -> None:

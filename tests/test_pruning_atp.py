@@ -185,3 +185,8 @@ def test_scores_lie_on_the_raster_with_zeros_for_pruned_patches():
 def test_threshold_modules_refuse_wrong_options(options):
     with pytest.raises(PatchsieveError, match="what to do"):
         Thresholds(**options)
+
+
+def test_a_row_without_a_patch_scores_nothing_even_where_patch_0_scores():
+    values = torch.tensor([0.7, 0.2])
+    assert gather_patches(values, torch.tensor([-1, 0, 1])).tolist() == pytest.approx([0, 0.7, 0.2])

@@ -189,3 +189,11 @@ def test_a_site_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         make_site(0).grid = (1, 1)
     assert isinstance(make_site(0), Site)
+
+
+def test_an_image_that_ends_the_prompt_is_judged_by_its_last_row():
+    site = make_site(11, text=1, after=0)
+    site = dataclasses.replace(site, visual_rows=site.visual_rows + 1)  # up to row L-1
+    last, mean = (decide(FastV(rows=rows), site) for rows in ("last", "mean"))
+    torch.testing.assert_close(mean.scores, last.scores)
+    assert mean.scores.isfinite().all()

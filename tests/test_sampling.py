@@ -74,11 +74,23 @@ def test_ties_at_the_top_k_edge_are_all_kept() -> None:
     assert ids.tolist() == [0, 2, 3, 4]
 
 
-def test_a_nucleus_in_a_flat_distribution_falls_back_to_the_whole_vocabulary() -> None:
+@pytest.mark.parametrize("size", [8192, 65536])
+def test_a_nucleus_in_a_flat_distribution_keeps_the_lower_ids(size: int) -> None:
     options = SamplingOptions(temperature=1.0, top_p=0.5)
-    ids, probabilities = Sampler(options).candidates(np.zeros(8192, dtype=np.float32))
-    assert ids.tolist() == list(range(4096))  # equal logits: the lower ids
+    ids, probabilities = Sampler(options).candidates(np.zeros(size, dtype=np.float32))
+    assert ids.tolist() == list(range(size // 2))
     assert probabilities.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0, 3.0])
+def test_a_large_nucleus_is_that_of_a_full_sort(scale: float) -> None:
+    logits = (np.random.default_rng(1).standard_normal(60_000) * scale).astype(np.float32)
+    options = SamplingOptions(temperature=1.0, top_p=0.6)
+    ids, _ = Sampler(options).candidates(logits)
+    weights = np.exp(logits.astype(np.float64))
+    order = np.argsort(-weights)
+    mass = np.cumsum(weights[order]) / weights.sum()
+    assert ids.tolist() == sorted(order[: int(np.searchsorted(mass, 0.6)) + 1].tolist())
 
 
 def test_greedy_takes_the_lower_of_equal_logits() -> None:

@@ -32,6 +32,7 @@ from benchmarks import settle_numpy
 from benchmarks.settle_graphs import (
     TINY,
     AttentionSize,
+    Form,
     StageSize,
     compaction_model,
     lengths_attention_model,
@@ -66,7 +67,7 @@ def test_the_stage_graph_means_what_numpy_says(dtype: str) -> None:
     if tuple(map(int, runtime.__version__.split(".")[:2])) < (1, 24):
         pytest.skip("this ONNX Runtime refuses opset 24")
     size = sized(dtype)
-    model = stage_model(size, decomposable=False)
+    model = stage_model(size, Form(decomposable=False))
     onnx.checker.check_model(model, full_check=True)
     session = runtime.InferenceSession(
         model.SerializeToString(), providers=["CPUExecutionProvider"]
@@ -150,7 +151,7 @@ def test_a_list_of_gpus_shares_the_weights(tmp_path: Path) -> None:
 @needs_rtx
 def test_float32_attention_needs_the_decomposable_attribute(tmp_path: Path) -> None:
     size = sized("float32")
-    path, _ = save_stage(size, tmp_path, decomposable=False)
+    path, _ = save_stage(size, tmp_path, form=Form(decomposable=False))
     with pytest.raises(BundleError, match="decomposable"):
         ours.build_engine(path, tmp_path / "e.engine", stage_profiles(size), target=RTX)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["stage.bin", "stage.onnx"]
@@ -158,7 +159,7 @@ def test_float32_attention_needs_the_decomposable_attribute(tmp_path: Path) -> N
 
 @needs_rtx
 def test_mixed_integers_are_refused_with_node_and_operator(tmp_path: Path) -> None:
-    path, _ = save_stage(TINY, tmp_path, index_dtype="int32")
+    path, _ = save_stage(TINY, tmp_path, form=Form(index_dtype="int32"))
     with pytest.raises(BundleError, match=r"node 'own_slot', operator Add") as raised:
         ours.parse_network(path)
     assert "\n" not in str(raised.value)
@@ -190,6 +191,19 @@ def test_tensorrts_own_attention_keeps_the_key_length(has_mask: bool, tmp_path: 
     assert attention.has_mask == has_mask
     profiles = [size.profile(has_mask=has_mask)]
     assert ours.build_engine(path, tmp_path / "e", profiles, target=RTX).engine_bytes
+
+
+@needs_rtx
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_stage_on_tensorrts_own_attention_has_mask_and_length(dtype: str, tmp_path: Path) -> None:
+    size = StageSize(dtype=dtype)
+    path, weight_bytes = save_stage(size, tmp_path, form=Form(has_lengths=True))
+    for attention in ours.parse_network(path).attentions:
+        assert attention.mask == "mask"
+        assert attention.key_length
+        assert attention.key.startswith("new_cache_key")  # the cache is not multiplied on the way
+    report = ours.build_engine(path, tmp_path / "e.engine", stage_profiles(size), target=RTX)
+    assert report.engine_bytes <= 1.05 * weight_bytes + 4e6
 
 
 @needs_rtx
@@ -255,7 +269,7 @@ def test_an_unknown_gpu_and_a_missing_folder_are_refused(tmp_path: Path) -> None
 @needs_rtx
 def test_a_failed_build_leaves_the_older_engine(tmp_path: Path) -> None:
     size = sized("float32")
-    path, _ = save_stage(size, tmp_path, decomposable=False)
+    path, _ = save_stage(size, tmp_path, form=Form(decomposable=False))
     (tmp_path / "e.engine").write_bytes(b"older")
     with pytest.raises(BundleError):
         ours.build_engine(path, tmp_path / "e.engine", stage_profiles(size), target=RTX)

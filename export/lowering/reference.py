@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from patchsieve.export.lowering.base import Lowering
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attributes of an attention node; its dtype is that of the queries."""
+
+    num_heads: int
+    num_kv_heads: int
+    scale: float
+    dtype: ir.DataType
+
+    @classmethod
+    def of(cls, node: ir.Node) -> Heads:
+        """Read them from a traced node."""
+        num_heads = node.attributes["num_heads"].as_int()
+        shared = node.attributes.get("num_kv_heads")
+        dtype = node.inputs[0].dtype
+        assert dtype is not None  # traced values are typed
+        return cls(
+            num_heads=num_heads,
+            num_kv_heads=num_heads if shared is None else shared.as_int(),
+            scale=node.attributes["scale"].as_float(),
+            dtype=dtype,
+        )
 
 
 class Reference(Lowering):
@@ -28,33 +53,41 @@ class Reference(Lowering):
 
     def Attention(self, node: ir.Node) -> Sequence[ir.Value]:
         """Full attention without a mask."""
-        num_heads = node.attributes["num_heads"].as_int()
-        heads = [self.split_heads(rows, num_heads) for rows in node.inputs]
-        return [self.merge_heads(self.attend(*heads, scale=node.attributes["scale"].as_float()))]
+        heads = Heads.of(node)
+        query, *rest = (self.split_heads(rows, heads.num_heads) for rows in node.inputs)
+        return [self.merge_heads(self.attend(query, heads, *rest))]
 
     def CachedAttention(self, node: ir.Node) -> Sequence[ir.Value]:
         """`is_causal` with a past means two things in two runtimes; the mask means one."""
         query, key, value, key_cache, value_cache, slot, _ = node.inputs
-        num_kv_heads = node.attributes["num_kv_heads"].as_int()
+        heads = Heads.of(node)
         keys, values = (
             self.op(
                 "TensorScatter",
                 cache,
-                self.split_heads(rows, num_kv_heads),
+                self.split_heads(rows, heads.num_kv_heads),
                 slot,
                 axis=-2,
                 mode="linear",
             )
             for cache, rows in ((key_cache, key), (value_cache, value))
         )
-        mask = self.once("mask", lambda: self._mask(key_cache, query.dtype))
-        heads = self.split_heads(query, node.attributes["num_heads"].as_int())
-        mixed = self.attend(heads, keys, values, mask, scale=node.attributes["scale"].as_float())
-        return [self.merge_heads(mixed), keys, values]
+        mask = self.once("mask", lambda: self._mask(key_cache, heads.dtype))
+        rows = self.split_heads(query, heads.num_heads)
+        return [self.merge_heads(self.attend(rows, heads, keys, values, mask)), keys, values]
 
-    def attend(self, *inputs: ir.Value, scale: float) -> ir.Value:
-        """The attention node itself, which a target may decorate."""
-        return self.op("Attention", *inputs, scale=scale, is_causal=0)
+    def attend(self, query: ir.Value, heads: Heads, *rest: ir.Value) -> ir.Value:
+        """The attention itself, which a target may spell otherwise.
+
+        Args:
+            query: [B, H, L, D].
+            heads: How many, and their scale.
+            *rest: Keys and values [B, G, S, D], and the additive mask where there is one.
+
+        Returns:
+            [B, H, L, D].
+        """
+        return self.op("Attention", query, *rest, scale=heads.scale, is_causal=0)
 
     def _mask(self, key_cache: ir.Value, dtype: ir.DataType) -> ir.Value:
         num_slots = self.op("Shape", key_cache, start=2, end=3)

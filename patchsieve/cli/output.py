@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from patchsieve.errors import BackendMissingError
@@ -51,6 +52,16 @@ def require(libraries: Sequence[str], extra: str, what: str) -> None:
             found=f"no {', '.join(absent)}",
             do=f'pip install "patchsieve[{extra}]"',
         )
+
+
+def peak_memory() -> int | None:
+    """Most bytes that this process had resident; None where the system does not tell."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(kilobytes) * 1024
 
 
 class Progress:

@@ -62,7 +62,7 @@ def spatial(site, granularities, spatial_lambda):
 
 
 def exact(share, number):
-    """The fraction (rank + 1/2) / number that a float stands for."""
+    """Recover the fraction (rank + 1/2) / number that a float stands for."""
     return Fraction(share).limit_denominator(2 * number)
 
 

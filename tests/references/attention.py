@@ -4,20 +4,20 @@ import numpy as np
 
 
 def as_float64(site):
-    """Queries [B, H, L, D] and keys with the KV heads repeated, [B, H, S, D]."""
+    """Return queries [B, H, L, D] and keys with the KV heads repeated, [B, H, S, D]."""
     query = site.query.double().numpy()
     key = site.key.double().numpy()
     return query, np.repeat(key, query.shape[1] // key.shape[1], axis=1)
 
 
 def logits_map(site):
-    """A_logits = Q K^T / sqrt(D) (ATP-LLaVA eq. 1), [B, H, L, S]."""
+    """Compute A_logits = Q K^T / sqrt(D) (ATP-LLaVA eq. 1), [B, H, L, S]."""
     query, key = as_float64(site)
     return query @ key.swapaxes(-1, -2) / np.sqrt(query.shape[-1])
 
 
 def attention_map(site):
-    """A = softmax(A_logits + M) (ATP-LLaVA eq. 2), [B, H, L, S]."""
+    """Compute A = softmax(A_logits + M) (ATP-LLaVA eq. 2), [B, H, L, S]."""
     logits = logits_map(site)
     rows, slots = logits.shape[-2:]
     cached = slots - rows

@@ -1,0 +1,154 @@
+"""Bundles compile ahead of time in TensorRT-RTX, and the parsed networks hold what was meant."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from patchsieve import manifest, names
+from patchsieve.cli import main
+from patchsieve.errors import BackendMissingError, BundleError, PatchsieveError
+from patchsieve.export.exporter import ExportOptions, export
+from patchsieve.export.reuse import reuse
+from patchsieve.manifest import Limits
+from patchsieve.plan import Plan, SitePlan
+from patchsieve.runtime.build import RECORD, Built, build, profiles
+from tests.models import save_checkpoint
+
+TARGET = "tensorrt-rtx"
+OVERHEAD = 4e6  # bytes that an engine may carry besides 1.05 x its weights
+
+pytestmark = pytest.mark.tensorrt
+
+
+@pytest.fixture(scope="module", params=["float16", "float32"])
+def bundle(request, tmp_path_factory) -> Path:
+    """A bundle with a FastV and an ATP plan on two cuts, two images at most."""
+    folder = tmp_path_factory.mktemp(f"build-{request.param}")
+    checkpoint = save_checkpoint(folder / "checkpoint", "llama")
+    fastv = Plan((SitePlan(1, "fastv", {"keep_ratio": 0.5}), SitePlan(3, "fastv")))
+    options = ExportOptions(
+        plan=fastv,
+        plan_name="fastv",
+        targets=("cpu", TARGET),
+        precision=request.param,
+        limits=Limits(64, 32, 2),
+    )
+    export(str(checkpoint), folder / "bundle", options)
+    theta = {"theta_r": 0.5, "theta_s": 0.9}
+    atp = Plan((SitePlan(1, "atp", theta, 8), SitePlan(3, "atp", theta, 8)))
+    reuse(folder / "bundle", atp, "atp")
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def engines(bundle: Path) -> list[Built]:
+    """Every engine of the bundle."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    return list(build(bundle, TARGET))
+
+
+def parsed(bundle: Path, graph: str):
+    """The parsed network of a graph."""
+    from patchsieve.runtime.tensorrt import parse_network
+
+    return parse_network(bundle / manifest.read(bundle).targets[TARGET][graph])
+
+
+def origins(network, value: str) -> set[str]:
+    """Every tensor that a tensor of a network is computed from."""
+    made_by = {output: layer for layer in network.layers for output in layer.outputs}
+    found, front = set(), [value]
+    while front:
+        name = front.pop()
+        if name and name not in found:
+            found.add(name)
+            front += made_by[name].inputs if name in made_by else ()
+    return found
+
+
+def test_every_graph_of_a_fastv_and_an_atp_plan_builds(bundle, engines) -> None:
+    facts = manifest.read(bundle)
+    assert {engine.graph for engine in engines} == set(facts.targets[TARGET])
+    assert {"decide.fastv.1", "decide.atp.3", "stage_0", "stage_2", "vision", "compact"} <= set(
+        facts.targets[TARGET]
+    )
+    assert not any(engine.was_there for engine in engines)
+
+
+def test_engines_hold_the_weights_once(bundle, engines) -> None:
+    weights = sum(path.stat().st_size for path in (bundle / "graphs" / "weights").iterdir())
+    total = sum(engine.path.stat().st_size for engine in engines)
+    assert total <= 1.05 * weights + OVERHEAD * len(engines)
+
+
+def test_a_stage_updates_its_caches_in_place_and_attends_through_the_mask(bundle) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    facts = manifest.read(bundle)
+    for index, stage in enumerate(facts.stages):
+        network = parsed(bundle, names.stage(index))
+        updates = {update.cache: update.result for update in network.cache_updates}
+        assert updates == {
+            name: name + names.OUT
+            for layer in range(stage.first, stage.last)
+            for name in (names.key_cache(layer), names.value_cache(layer))
+        }
+        slots = {t.shape[2] for t in network.inputs if "cache" in t.name}
+        assert slots == {stage.slots}
+        if facts.precision == "float16":
+            masks = [attention.mask for attention in network.attentions]
+            assert len(masks) == stage.num_layers
+        else:  # spelt out: what softmax reads is the masked sum
+            masks = [layer.inputs[0] for layer in network.layers if layer.kind == "SOFTMAX"]
+            assert len(masks) == stage.num_layers
+        for mask in masks:
+            assert {names.SLOT, names.LAST_KEY} <= origins(network, mask)
+
+
+def test_a_stage_has_a_prefill_and_a_decode_profile(bundle) -> None:
+    facts = manifest.read(bundle)
+    prefill, decode = profiles(facts, "stage_1")
+    assert [shape[1] for shape in decode[names.HIDDEN]] == [1, 1, 2]
+    assert [shape[0] for shape in decode[names.LAST_KEY]] == [1, 1, 2]
+    # Rows come in from stage 0 with two whole images and leave with two pruned ones.
+    assert prefill[names.HIDDEN][2] == (1, 64 + 2 * 16, facts.text.hidden_size)
+    assert prefill[names.KEEP_INDICES][2] == (64 + 2 * 8,)
+    assert names.key_cache(1) not in prefill and names.SLOT not in prefill
+
+
+def test_a_second_build_takes_what_stands_there_and_mends_what_does_not(bundle, engines) -> None:
+    assert all(engine.was_there for engine in build(bundle, TARGET))
+    engines[-1].path.write_bytes(b"damaged")
+    again = list(build(bundle, TARGET))
+    assert [engine.graph for engine in again if not engine.was_there] == [engines[-1].graph]
+    (bundle / "engines" / TARGET / RECORD).write_text("{")
+    assert not any(engine.was_there for engine in build(bundle, TARGET))
+
+
+def test_the_record_tells_what_an_engine_was_built_with(bundle, engines) -> None:
+    record = json.loads((bundle / "engines" / TARGET / RECORD).read_text())
+    assert set(record) == {engine.graph for engine in engines}
+    for entry in record.values():
+        assert entry["library"].startswith("tensorrt_rtx ")
+        assert entry["size"] > 0 and len(entry["sha256"]) == 64
+
+
+def test_build_refuses_in_one_line(bundle, monkeypatch, capsys) -> None:
+    with pytest.raises(PatchsieveError, match="no engines to build"):
+        list(build(bundle, "cpu"))
+    facts = manifest.read(bundle)
+    targets = {"cpu": facts.targets["cpu"]}
+    monkeypatch.setattr(manifest, "read", lambda path: replace(facts, targets=targets))
+    with pytest.raises(BundleError, match="--targets cpu,tensorrt-rtx"):
+        list(build(bundle, TARGET))
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(BackendMissingError, match="pip install tensorrt-rtx"):
+        list(build(bundle, TARGET))
+    assert main(["build", str(bundle), "--target", TARGET, "--json"]) == 2
+    out = capsys.readouterr()
+    assert "error" in json.loads(out.out) and out.err.count("\n") == 1

@@ -1,0 +1,260 @@
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+
+from patchsieve.errors import UnsupportedModelError
+from patchsieve.export.tokenizer import write_tokenizer
+from patchsieve.runtime.prompt import PromptBuilder, expand
+from tests.tiny_tokenizers import IMAGE, SENTENCES, special_tokens, tokenizer, tokenizer_json
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}\r\n{% endfor %}"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "checkpoint"
+    path.mkdir()
+    image = tokenizer("llama").token_to_id(IMAGE)
+    dump(path / "config.json", {"image_token_index": image, "text_config": {"eos_token_id": 2}})
+    dump(
+        path / "tokenizer_config.json",
+        {
+            "bos_token": {"__type": "AddedToken", "content": "<s>", "special": True},
+            "eos_token": "</s>",
+            "pad_token": None,
+            "image_token": IMAGE,
+        },
+    )
+    (path / "tokenizer.json").write_text(tokenizer_json("llama"), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    path = tmp_path / "bundle"
+    path.mkdir()
+    return path
+
+
+def dump(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def update(path: Path, **values: object) -> None:
+    dump(path, {**(json.loads(path.read_text()) if path.is_file() else {}), **values})
+
+
+def test_tokenizer_json_is_copied_and_the_facts_are_read(checkpoint: Path, out: Path) -> None:
+    facts = write_tokenizer(checkpoint, out)
+    assert (out / "tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
+    assert facts == {
+        "chat_template": None,
+        "special_tokens": {"bos_token": "<s>", "eos_token": "</s>"},
+        "eos_token_ids": [2],
+        "bos_token_id": 1,
+        "image_token": IMAGE,
+        "image_token_id": tokenizer("llama").token_to_id(IMAGE),
+    }
+    assert not (out / "chat_template.jinja").exists()
+
+
+def test_what_export_writes_the_runtime_reads(checkpoint: Path, out: Path) -> None:
+    (checkpoint / "chat_template.jinja").write_bytes(TEMPLATE.encode())
+    facts = write_tokenizer(checkpoint, out)
+    builder = PromptBuilder(
+        out / "tokenizer.json",
+        facts["chat_template"],
+        image_token=facts["image_token"],
+        image_token_id=facts["image_token_id"],
+        special_tokens=facts["special_tokens"],
+    )
+    prompt = builder.build([builder.user_message("What?", 1)], 1)
+    assert prompt.token_ids[0] == facts["bos_token_id"]
+    assert (expand(prompt, 4).token_ids == facts["image_token_id"]).sum() == 4
+
+
+def test_the_template_is_found_where_transformers_looks_in_its_order(
+    checkpoint: Path, out: Path
+) -> None:
+    update(checkpoint / "tokenizer_config.json", chat_template="in tokenizer_config")
+    assert write_tokenizer(checkpoint, out)["chat_template"] == "in tokenizer_config"
+    (checkpoint / "chat_template.jinja").write_bytes(b"in jinja\r\n")
+    # transformers reads the file as text, which turns \r\n into \n
+    assert write_tokenizer(checkpoint, out)["chat_template"] == "in jinja\n"
+    assert (out / "chat_template.jinja").read_bytes() == b"in jinja\n"
+    dump(checkpoint / "chat_template.json", {"chat_template": "in json"})
+    assert write_tokenizer(checkpoint, out)["chat_template"] == "in json"
+    dump(checkpoint / "processor_config.json", {"chat_template": "in processor_config"})
+    assert write_tokenizer(checkpoint, out)["chat_template"] == "in processor_config"
+
+
+def test_of_several_named_templates_the_default_is_taken(checkpoint: Path, out: Path) -> None:
+    named = [{"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
+    update(checkpoint / "tokenizer_config.json", chat_template=named)
+    assert write_tokenizer(checkpoint, out)["chat_template"] == "b"
+
+
+def test_end_tokens_come_from_the_most_specific_file(checkpoint: Path, out: Path) -> None:
+    dump(checkpoint / "generation_config.json", {"eos_token_id": [2, 5, 2]})
+    assert write_tokenizer(checkpoint, out)["eos_token_ids"] == [2, 5]
+    (checkpoint / "generation_config.json").unlink()
+    update(checkpoint / "config.json", text_config={}, eos_token_id=7)
+    assert write_tokenizer(checkpoint, out)["eos_token_ids"] == [7]
+    update(checkpoint / "config.json", eos_token_id=None)
+    assert write_tokenizer(checkpoint, out)["eos_token_ids"] == [2]  # of the tokenizer's </s>
+
+
+def test_a_checkpoint_without_end_tokens_is_named(checkpoint: Path, out: Path, caplog) -> None:
+    update(checkpoint / "config.json", text_config={})
+    update(checkpoint / "tokenizer_config.json", eos_token=None)
+    with caplog.at_level(logging.WARNING):
+        assert write_tokenizer(checkpoint, out)["eos_token_ids"] == []
+    assert "names no end token" in caplog.text
+
+
+def test_special_tokens_are_those_that_transformers_hands_to_templates(
+    checkpoint: Path, out: Path
+) -> None:
+    saved = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer("llama"), **special_tokens("llama"), pad_token="<unk>"
+    )
+    saved.save_pretrained(checkpoint)
+    loaded = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    assert write_tokenizer(checkpoint, out)["special_tokens"] == loaded.special_tokens_map
+
+
+def test_a_checkpoint_with_a_vocabulary_and_merges_only_is_converted(
+    checkpoint: Path, out: Path
+) -> None:
+    saved = tokenizer("qwen")
+    saved.model.save(str(checkpoint))  # vocab.json and merges.txt
+    (checkpoint / "tokenizer.json").unlink()
+    added = {
+        str(saved.token_to_id(token)): {"content": token, "special": True, "normalized": False}
+        for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE)
+    }
+    dump(
+        checkpoint / "tokenizer_config.json",
+        {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "eos_token": "<|im_end|>",
+            "added_tokens_decoder": added,
+        },
+    )
+    update(checkpoint / "config.json", model_type="llava", image_token_index=added_id(added))
+    facts = write_tokenizer(checkpoint, out)
+    assert facts["image_token"] == IMAGE
+    builder = PromptBuilder(
+        out / "tokenizer.json",
+        None,
+        image_token=IMAGE,
+        image_token_id=facts["image_token_id"],
+    )
+    text = "<image>\nWhat colour is the cup? 中"
+    loaded = Qwen2Tokenizer.from_pretrained(checkpoint, local_files_only=True)
+    assert builder.build_raw(text, 1).token_ids.tolist() == loaded(text)["input_ids"]
+
+
+def test_a_sentencepiece_model_is_converted_to_the_ids_that_transformers_gives(
+    checkpoint: Path, out: Path, tmp_path: Path
+) -> None:
+    spm = pytest.importorskip("sentencepiece", reason="converting needs sentencepiece")
+    pytest.importorskip("google.protobuf", reason="converting needs protobuf")
+    (tmp_path / "text").write_text("\n".join(SENTENCES))
+    spm.SentencePieceTrainer.Train(
+        input=str(tmp_path / "text"),
+        model_prefix=str(checkpoint / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    (checkpoint / "tokenizer.json").unlink()
+    update(
+        checkpoint / "tokenizer_config.json",
+        tokenizer_class="LlamaTokenizer",
+        added_tokens_decoder={"400": {"content": IMAGE, "special": True, "normalized": False}},
+    )
+    update(checkpoint / "config.json", model_type="llava", image_token_index=400)
+    facts = write_tokenizer(checkpoint, out)
+    assert facts["bos_token_id"] == 1 and facts["image_token"] == IMAGE
+    builder = PromptBuilder(
+        out / "tokenizer.json", None, image_token=IMAGE, image_token_id=facts["image_token_id"]
+    )
+    loaded = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+    text = "USER: <image>\nWhat colour is the cup? 中 ASSISTANT:"
+    assert builder.build_raw(text, 1).token_ids.tolist() == loaded(text)["input_ids"]
+
+
+def added_id(added: dict[str, dict[str, object]]) -> int:
+    return next(int(number) for number, entry in added.items() if entry["content"] == IMAGE)
+
+
+def test_a_bos_that_the_two_files_disagree_about_is_named(
+    checkpoint: Path, out: Path, caplog
+) -> None:
+    update(checkpoint / "tokenizer_config.json", add_bos_token=True)
+    with caplog.at_level(logging.WARNING):
+        write_tokenizer(checkpoint, out)
+        assert not caplog.records
+        update(checkpoint / "tokenizer_config.json", add_bos_token=False)
+        write_tokenizer(checkpoint, out)
+    assert "add_bos_token=False but tokenizer.json adds it" in caplog.text
+
+
+def test_missing_parts_are_refused_in_one_line(checkpoint: Path, out: Path) -> None:
+    update(checkpoint / "config.json", image_token_index=99_999)
+    with pytest.raises(UnsupportedModelError, match="no image token.*image_token_id 99999"):
+        write_tokenizer(checkpoint, out)
+    (checkpoint / "tokenizer.json").unlink()
+    with pytest.raises(UnsupportedModelError, match="no tokenizer .*what to do"):
+        write_tokenizer(checkpoint, out)
+    (checkpoint / "config.json").write_text("{")
+    with pytest.raises(UnsupportedModelError, match="config.json cannot be read"):
+        write_tokenizer(checkpoint, out)
+    (checkpoint / "config.json").unlink()
+    with pytest.raises(UnsupportedModelError, match="no config.json"):
+        write_tokenizer(checkpoint, out)
+
+
+def test_a_tokenizer_file_that_transformers_cannot_read_is_refused(
+    checkpoint: Path, out: Path
+) -> None:
+    (checkpoint / "tokenizer.json").unlink()
+    (checkpoint / "vocab.json").write_text("{}")
+    with pytest.raises(UnsupportedModelError, match="cannot be converted"):
+        write_tokenizer(checkpoint, out)
+
+
+@pytest.mark.parametrize("module", ["prompt", "sampling", "detokenize", "chat_template"])
+def test_the_runtime_side_needs_no_training_library(module: str) -> None:
+    code = (
+        f"import sys, patchsieve.runtime.{module};"
+        "print([m for m in ('torch', 'transformers', 'onnx') if m in sys.modules])"
+    )
+    root = Path(__file__).resolve().parents[1]
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[]"
+
+
+def test_export_of_a_ready_tokenizer_does_not_import_transformers(
+    checkpoint: Path, out: Path
+) -> None:
+    code = (
+        "import sys; from pathlib import Path;"
+        "from patchsieve.export.tokenizer import write_tokenizer;"
+        f"write_tokenizer(Path({str(checkpoint)!r}), Path({str(out)!r}));"
+        "print('transformers' in sys.modules)"
+    )
+    root = Path(__file__).resolve().parents[1]
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "False"
