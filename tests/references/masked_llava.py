@@ -20,6 +20,7 @@ from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGenerat
 
 from tests.references import atp, fastv, random
 
+ANSWER = "\u00a7"  # stands for an answer whose tokens are in the cache
 METHODS = {"fastv": fastv.decide, "atp": atp.decide, "random": random.decide}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "fastv": {"keep_ratio": 0.5, "rows": "last"},
@@ -81,7 +82,6 @@ class MaskedLlava:
         self.seen = [np.zeros(0, bool) for _ in self.decoder.layers]  # rows each layer looks at
         self.num_images = 0
         self.pending: list[int] = []
-        self.text = ""
 
     # Prompts.
 
@@ -106,14 +106,6 @@ class MaskedLlava:
         tokens = out.sequences[0, inputs.input_ids.shape[1] :].tolist()
         return tokens, out.logits[0][0].float().numpy()
 
-    def ids_behind(self, suffix: str) -> list[int]:
-        """Tokens of a text that does not begin a text."""
-        tokenizer = self.processor.tokenizer
-        anchor = tokenizer(".", add_special_tokens=False).input_ids
-        ids = tokenizer("." + suffix, add_special_tokens=False).input_ids
-        assert ids[: len(anchor)] == anchor
-        return ids[len(anchor) :]
-
     # One turn.
 
     @torch.no_grad()
@@ -134,7 +126,8 @@ class MaskedLlava:
             question: The user's words, placeholders included; the whole prompt where `raw`.
             images: PIL images of this turn.
             sites: The plan's sites as JSON holds them.
-            messages: The whole conversation, this question last; by default a first turn.
+            messages: The whole conversation, this question last; by default a first turn. The
+                answers that this conversation gave stand in it as `ANSWER`.
             raw: No template.
             max_new_tokens: Most tokens.
             seed: Of the noise.
@@ -142,12 +135,11 @@ class MaskedLlava:
         if messages is None:
             messages = [user_message(question, len(images))]
         text = question if raw else self.prompt(messages)
-        if self.text:
-            assert text.startswith(self.text), "the template rewrites the answer"
-        suffix = text[len(self.text) :]
+        suffix = text.rpartition(ANSWER)[2]  # what stands behind the last answer, or all
         ids, instruction = self._tokenise(suffix, question, raw)
         image = np.full(len(ids), -1)
         is_image = np.array(ids) == self.config.image_token_id
+        is_image[: len(self.pending)] = False  # an answer may say anything
         image[is_image] = self.num_images + np.arange(is_image.sum()) // self.num_visual
         assert is_image.sum() == len(images) * self.num_visual
         embeddings = self._embed(ids, is_image, images)
@@ -166,7 +158,6 @@ class MaskedLlava:
                 break
             hidden = self._feed(self.decoder.embed_tokens(torch.tensor([[token]])))
         self.pending = [] if token == eos else [token]
-        self.text = text + self._spoken(turn.token_ids)
         return turn
 
     def _tokenise(self, text: str, question: str, raw: bool) -> tuple[list[int], np.ndarray]:
@@ -174,9 +165,10 @@ class MaskedLlava:
         mark = self.processor.image_token
         expanded = text.replace(mark, mark * self.num_visual)
         tokenizer = self.processor.tokenizer
-        anchor = "." if self.text else ""
+        has_past = len(self.seen[0]) > 0
+        anchor = "." if has_past else ""  # a suffix does not begin a text
         encoded = tokenizer(
-            anchor + expanded, add_special_tokens=not self.text, return_offsets_mapping=True
+            anchor + expanded, add_special_tokens=not has_past, return_offsets_mapping=True
         )
         first = len(tokenizer(anchor, add_special_tokens=False).input_ids)
         ids = self.pending + encoded.input_ids[first:]
@@ -310,12 +302,6 @@ class MaskedLlava:
         first = np.flatnonzero(image == image[rows[0]])[0]
         return rows - first
 
-    def _spoken(self, token_ids: list[int]) -> str:
-        """An answer as it stands behind its prompt."""
-        tokenizer = self.processor.tokenizer
-        lead = tokenizer("a", add_special_tokens=False).input_ids
-        return tokenizer.decode(lead + token_ids, skip_special_tokens=True)[1:]
-
 
 def user_message(question: str, num_images: int) -> dict[str, Any]:
     """A user's turn; images come first unless the question places them."""
@@ -323,7 +309,7 @@ def user_message(question: str, num_images: int) -> dict[str, Any]:
     return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
 
 
-def answer_message(text: str) -> dict[str, Any]:
+def answer_message(text: str = ANSWER) -> dict[str, Any]:
     """The assistant's turn."""
     return {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
