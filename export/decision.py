@@ -120,11 +120,14 @@ def decide_graph(
     }
     if "noise" in method.reads:
         inputs[names.NOISE] = Input(torch.float32, (1, visual))
+    # An image's rows are some of the rows fed, and those are some of the cache's.
+    sizes = {names.AXIS_TEXT: 7, visual: 11, rows: 23, names.AXIS_SLOTS: 31}
     model = trace(
         Decide(method, spec, grid, num_visual),
         tuple(inputs.values()),
         list(inputs),
         [names.KEEP_OUT, names.SCORES, names.NUM_WANTED],
+        sizes=sizes,
     )
     for value in list(model.graph.inputs):  # what this method does not read, nobody has to feed
         if not value.uses():

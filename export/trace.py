@@ -16,18 +16,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from patchsieve import names
-
 BASE_OPSET = 18  # what torch writes natively; lowerings raise it
-_LARGEST = 1 << 20  # no axis is longer
-# Each axis its own length, and rows enough for what lies among them: methods subtract them.
-_EXAMPLES = {
-    names.AXIS_TEXT: 7,
-    names.AXIS_VISUAL: 11,
-    names.AXIS_ROWS: 29,
-    names.AXIS_ROWS_IN: 37,
-    names.AXIS_SLOTS: 53,
-}
 
 
 @dataclass(frozen=True)
@@ -51,6 +40,7 @@ def trace(
     input_names: list[str],
     output_names: list[str],
     mode: FakeTensorMode | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> ir.Model:
     """Trace a module into an ONNX graph with the operators of `patchsieve.export.ops` left open.
 
@@ -60,27 +50,22 @@ def trace(
         input_names: One name per leaf.
         output_names: One name per output.
         mode: The fake tensors' mode in which the module was built, if it was.
+        sizes: Example length of each axis, all different, where the module relies on their order.
 
     Returns:
         The graph, at opset 18, its initializers not yet bound to stored tensors.
     """
     leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Input)]
     axes = sorted({axis for leaf in leaves for axis in leaf.shape if isinstance(axis, str)})
-    sizes = {axis: _EXAMPLES.get(axis, 59 + 2 * place) for place, axis in enumerate(axes)}
-    # An image's tokens lie among the rows, with text in front and behind.
-    among = names.AXIS_VISUAL in axes
-    least = {names.AXIS_ROWS: 3} if among else {}
-    most = {names.AXIS_VISUAL: _LARGEST - 1}
-    dims = {
-        axis: torch.export.Dim(axis, min=least.get(axis, 1), max=most.get(axis, _LARGEST))
-        for axis in axes
-    }
+    sizes = sizes or {axis: 7 + 4 * place for place, axis in enumerate(axes)}
 
     def example(leaf: Input) -> torch.Tensor:
         return torch.zeros([sizes.get(n, n) for n in leaf.shape], dtype=leaf.dtype)
 
     def dynamic(leaf: Input) -> dict[int, Any]:
-        return {i: dims[n] for i, n in enumerate(leaf.shape) if isinstance(n, str)}
+        # Not a named Dim: an order among axes (an image's rows are rows) would contradict its range.
+        dim = torch.export.Dim.DYNAMIC
+        return {i: dim for i, n in enumerate(leaf.shape) if isinstance(n, str)}
 
     with mode or contextlib.nullcontext(), _quiet():
         arguments = pytree.tree_map(example, inputs)
@@ -99,7 +84,9 @@ def trace(
     named = {axis.value: name for leaf, value in zip(leaves, model.graph.inputs, strict=True)
              for name, axis in zip(leaf.shape, value.shape, strict=True)
              if isinstance(name, str)}  # fmt: skip
-    for value in (*model.graph.inputs, *model.graph.outputs):
+    for leaf, value in zip(leaves, model.graph.inputs, strict=True):
+        value.shape = ir.Shape([ir.SymbolicDim(n) if isinstance(n, str) else n for n in leaf.shape])
+    for value in model.graph.outputs:
         value.shape = ir.Shape([_axis(axis, named) for axis in value.shape])
     for node in model.graph:  # inner shapes carry torch's symbols, which mean nothing here
         for value in node.outputs:

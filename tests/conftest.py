@@ -1,0 +1,25 @@
+"""What several test files share: tiny models, exported once a session."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., object]:
+    """Exports a row of TINY at its first use, and hands out the same bundle from then on."""
+    from tests.tiny_bundles import TinyBundle, make_bundle
+
+    # torch tells every step of an export to whoever listens, and pytest would keep it all.
+    logging.getLogger("torch.__trace").propagate = False
+    made: dict[str, TinyBundle] = {}
+
+    def bundle(row: str) -> TinyBundle:
+        if row not in made:
+            made[row] = make_bundle(tmp_path_factory.mktemp(row), row)
+        return made[row]
+
+    return bundle

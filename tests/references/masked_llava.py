@@ -1,0 +1,342 @@
+"""Pruning by mask in Hugging Face's own eager layers: slow, and independent of our code.
+
+Nothing is ever dropped here. Each layer keeps a list of the rows that it may still look at; a site
+takes the others off the lists of its layer and of all behind it. Positions are never touched. The
+decision is the plain NumPy one, in float64, on the queries and keys that Hugging Face computed.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGeneration
+
+from tests.references import atp, fastv, random
+
+ANSWER = "\u00a7"  # stands for an answer whose tokens are in the cache
+METHODS = {"fastv": fastv.decide, "atp": atp.decide, "random": random.decide}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "fastv": {"keep_ratio": 0.5, "rows": "last"},
+    "random": {"keep_ratio": 0.5},
+    "atp": {
+        "granularities": (2, 4, 8),
+        "normalisation": "minmax",
+        "causal": False,
+        "spatial_lambda": 3.0,
+    },
+}
+
+
+@dataclass
+class Choice:
+    """What a site chose for one image: raster ids alive before, kept, and their scores."""
+
+    layer: int
+    image: int
+    alive: list[int]
+    kept: list[int]
+    scores: dict[int, float]
+    num_wanted: int
+
+
+@dataclass
+class Turn:
+    """One answer: tokens, logits behind the prompt, choices of this turn."""
+
+    token_ids: list[int]
+    logits: np.ndarray
+    choices: list[Choice] = field(default_factory=list)
+
+
+class MaskedLlava:
+    """A checkpoint under Hugging Face, and a conversation with it.
+
+    Args:
+        checkpoint: Directory.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.processor = AutoProcessor.from_pretrained(checkpoint)
+        self.model = LlavaForConditionalGeneration.from_pretrained(
+            checkpoint, attn_implementation="eager", dtype=torch.float32
+        ).eval()
+        self.config = self.model.config
+        self.decoder = self.model.model.language_model
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        self.grid = (side, side)
+        self.num_visual = self.config.image_seq_length
+        first = -1 if self.num_visual > side * side else 0  # a class token lies on no patch
+        self.patch_ids = np.arange(first, side * side)
+        self.start()
+
+    def start(self) -> None:
+        """Forget the conversation."""
+        self.cache = DynamicCache(config=self.decoder.config)
+        self.seen = [np.zeros(0, bool) for _ in self.decoder.layers]  # rows each layer looks at
+        self.num_images = 0
+        self.pending: list[int] = []
+
+    # Prompts.
+
+    def prompt(self, messages: list[dict[str, Any]]) -> str:
+        """The rendered conversation."""
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True)
+
+    def hugging_face_inputs(self, text: str, images: list[Any]) -> Any:
+        """What Hugging Face's own processor makes of a prompt."""
+        return self.processor(images=images or None, text=text, return_tensors="pt")
+
+    def generate(self, text: str, images: list[Any], count: int) -> tuple[list[int], np.ndarray]:
+        """Greedy tokens of Hugging Face's `generate`, and the logits behind the prompt."""
+        inputs = self.hugging_face_inputs(text, images)
+        out = self.model.generate(
+            **inputs,
+            max_new_tokens=count,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        tokens = out.sequences[0, inputs.input_ids.shape[1] :].tolist()
+        return tokens, out.logits[0][0].float().numpy()
+
+    # One turn.
+
+    @torch.no_grad()
+    def ask(
+        self,
+        question: str,
+        images: list[Any],
+        sites: list[dict[str, Any]],
+        *,
+        messages: list[dict[str, Any]] | None = None,
+        raw: bool = False,
+        max_new_tokens: int = 64,
+        seed: int = 0,
+    ) -> Turn:
+        """Answer greedily under a plan.
+
+        Args:
+            question: The user's words, placeholders included; the whole prompt where `raw`.
+            images: PIL images of this turn.
+            sites: The plan's sites as JSON holds them.
+            messages: The whole conversation, this question last; by default a first turn. The
+                answers that this conversation gave stand in it as `ANSWER`.
+            raw: No template.
+            max_new_tokens: Most tokens.
+            seed: Of the noise.
+        """
+        if messages is None:
+            messages = [user_message(question, len(images))]
+        text = question if raw else self.prompt(messages)
+        suffix = text.rpartition(ANSWER)[2]  # what stands behind the last answer, or all
+        ids, instruction = self._tokenise(suffix, question, raw)
+        image = np.full(len(ids), -1)
+        is_image = np.array(ids) == self.config.image_token_id
+        is_image[: len(self.pending)] = False  # an answer may say anything
+        image[is_image] = self.num_images + np.arange(is_image.sum()) // self.num_visual
+        assert is_image.sum() == len(images) * self.num_visual
+        embeddings = self._embed(ids, is_image, images)
+        self.num_images += len(images)
+        rng = np.random.default_rng(seed)
+        turn = Turn([], np.zeros(0))
+        hidden = self._feed(embeddings, image, instruction, sites, rng, turn.choices)
+        eos = self.model.generation_config.eos_token_id
+        while True:
+            logits = self.model.lm_head(self.decoder.norm(hidden[:, -1:]))[0, 0]
+            if not turn.token_ids:
+                turn.logits = logits.numpy()
+            token = int(logits.argmax())
+            turn.token_ids.append(token)
+            if token == eos or len(turn.token_ids) == max_new_tokens:
+                break
+            hidden = self._feed(self.decoder.embed_tokens(torch.tensor([[token]])))
+        self.pending = [] if token == eos else [token]
+        return turn
+
+    def _tokenise(self, text: str, question: str, raw: bool) -> tuple[list[int], np.ndarray]:
+        """Ids to feed, images expanded, and which of them are the instruction's."""
+        mark = self.processor.image_token
+        expanded = text.replace(mark, mark * self.num_visual)
+        tokenizer = self.processor.tokenizer
+        has_past = len(self.seen[0]) > 0
+        anchor = "." if has_past else ""  # a suffix does not begin a text
+        encoded = tokenizer(
+            anchor + expanded, add_special_tokens=not has_past, return_offsets_mapping=True
+        )
+        first = len(tokenizer(anchor, add_special_tokens=False).input_ids)
+        ids = self.pending + encoded.input_ids[first:]
+        offsets = [(0, 0)] * len(self.pending) + encoded.offset_mapping[first:]
+        wanted = np.zeros(len(anchor + expanded) + 1, bool)
+        pieces, end = ([] if raw else question.split(mark)), len(wanted)
+        for piece in reversed([piece.strip() for piece in pieces if piece.strip()]):
+            end = (anchor + expanded).rindex(piece, 0, end)
+            wanted[end : end + len(piece)] = True
+        if raw:  # roles cannot be told apart: all that stands behind the last image
+            wanted[expanded.rfind(mark) + len(mark) if mark in expanded else 0 :] = True
+        special = set(tokenizer.all_special_ids) | {self.config.image_token_id}
+        chosen = [
+            wanted[a:b].any() and token not in special
+            for token, (a, b) in zip(ids, offsets, strict=True)
+        ]
+        return ids, np.array(chosen)
+
+    def _embed(self, ids: list[int], is_image: np.ndarray, images: list[Any]) -> torch.Tensor:
+        tokens = torch.tensor([ids])
+        tokens[0, is_image] = 0
+        rows = self.decoder.embed_tokens(tokens)
+        if images:
+            pixels = self.processor.image_processor(images, return_tensors="pt").pixel_values
+            features = self.model.get_image_features(pixel_values=pixels).pooler_output
+            rows[0, is_image] = torch.cat(list(features)).to(rows.dtype)
+        return rows
+
+    def _feed(
+        self,
+        hidden: torch.Tensor,
+        image: np.ndarray | None = None,
+        instruction: np.ndarray | None = None,
+        sites: list[dict[str, Any]] | None = None,
+        rng: Any = None,
+        choices: list[Choice] | None = None,
+    ) -> torch.Tensor:
+        """Rows through all layers, each with its own mask; sites take rows off the lists."""
+        count, past = hidden.shape[1], len(self.seen[0])
+        positions = torch.arange(past, past + count)[None]
+        angles = self.decoder.rotary_emb(hidden, position_ids=positions)
+        plan = {site["layer"]: site for site in sites or []}
+        alive = np.ones(count, bool)
+        budget = self.num_visual
+        for number, layer in enumerate(self.decoder.layers):
+            if number in plan and (image >= 0).any():
+                site = plan[number]
+                budget = min(budget, site.get("budget") or budget)
+                alive = self._choose(
+                    site, budget, query, alive, image, instruction, rng, choices
+                )
+            self.seen[number] = np.concatenate((self.seen[number], alive))
+            columns = torch.arange(past + count)
+            visible = columns[None] <= positions[0][:, None]
+            visible = visible & torch.from_numpy(self.seen[number])[None]
+            mask = torch.where(visible, 0.0, torch.finfo(hidden.dtype).min)[None, None]
+            query = self._query(layer, hidden, angles)
+            out = layer(
+                hidden,
+                attention_mask=mask.to(hidden.dtype),
+                position_embeddings=angles,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+            hidden = out[0] if isinstance(out, tuple) else out
+        return hidden
+
+    def _query(self, layer: Any, hidden: torch.Tensor, angles: Any) -> torch.Tensor:
+        """Queries of a layer by Hugging Face's own projection and rotary function, [1, H, L, D]."""
+        attention = layer.self_attn
+        rows = attention.q_proj(layer.input_layernorm(hidden))
+        rows = rows.view(*rows.shape[:2], -1, attention.head_dim).transpose(1, 2)
+        rotate = sys.modules[type(layer).__module__].apply_rotary_pos_emb
+        return rotate(rows, rows, *angles)[0]
+
+    def _choose(
+        self,
+        site: dict[str, Any],
+        budget: int,
+        query: torch.Tensor,
+        alive: np.ndarray,
+        image: np.ndarray,
+        instruction: np.ndarray,
+        rng: Any,
+        choices: list[Choice],
+    ) -> np.ndarray:
+        """Judge each image alone; a row list without those that were dropped."""
+        layer = site["layer"]
+        seen = torch.from_numpy(self.seen[layer - 1])  # rows cached before, then this turn's
+        rows = np.flatnonzero(alive)
+        key = self.cache.layers[layer - 1].keys[:, :, seen]
+        query = query[:, :, torch.from_numpy(rows)]
+        image_of, instruction_of = image[rows], instruction[rows]
+        method = method_of(site)
+        alive = alive.copy()
+        for number in sorted(set(image[image >= 0])):
+            visual = np.flatnonzero(image_of == number)
+            behind = (np.arange(len(rows)) > visual[-1]) & (image_of < 0)
+            text = np.flatnonzero(behind & instruction_of)
+            text = text if len(text) else np.flatnonzero(behind)
+            text = text if len(text) else np.array([len(rows) - 1])
+            ids = self.patch_ids[self._raster(image, rows[visual])]
+            noise = rng.random((1, len(visual)), np.float32)
+            view = SimpleNamespace(
+                query=query,
+                key=key,
+                visual_rows=torch.from_numpy(visual),
+                text_rows=torch.from_numpy(text),
+                patch_ids=torch.from_numpy(ids),
+                grid=self.grid,
+                num_visual=self.num_visual,
+                noise=torch.from_numpy(noise),
+            )
+            keep, scores, wanted = METHODS[site["method"]](method, view, budget)
+            alive[rows[visual[~keep[0]]]] = False
+            choices.append(
+                Choice(
+                    layer,
+                    int(number),
+                    ids.tolist(),
+                    ids[keep[0]].tolist(),
+                    dict(zip(ids.tolist(), scores[0].tolist(), strict=True)),
+                    int(wanted[0]),
+                )
+            )
+        return alive
+
+    def _raster(self, image: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Place of each row within its image."""
+        first = np.flatnonzero(image == image[rows[0]])[0]
+        return rows - first
+
+
+def user_message(question: str, num_images: int) -> dict[str, Any]:
+    """A user's turn; images come first unless the question places them."""
+    parts = [] if "<image>" in question else [{"type": "image"}] * num_images
+    return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+
+
+def answer_message(text: str = ANSWER) -> dict[str, Any]:
+    """The assistant's turn."""
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def method_of(site: dict[str, Any]) -> Any:
+    """A site's parameters as the NumPy references read them."""
+    params = DEFAULTS[site["method"]] | dict(site["params"])
+    if site["method"] == "atp":
+        heads = params.pop("heads", None)
+        params["thresholds"] = (
+            _heads(Path(heads), site["layer"])
+            if heads
+            else SimpleNamespace(theta_r=params["theta_r"], theta_s=params["theta_s"])
+        )
+    return SimpleNamespace(**params)
+
+
+def _heads(directory: Path, layer: int) -> Any:
+    import json
+
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    tensors = load_file(directory / "heads.safetensors")
+    prefix = f"layer.{layer}."
+    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    return SimpleNamespace(
+        trunk=True,
+        grid=tuple(config["grid"]),
+        activation=config["activation"],
+        named_parameters=lambda: own.items(),
+    )

@@ -1,0 +1,157 @@
+"""One model in every way that checkpoints are stored: the same bundle, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from patchsieve.errors import PatchsieveError
+from patchsieve.export import weights
+from patchsieve.export.checkpoint import Checkpoint, canonical, locate, read_config
+from patchsieve.export.exporter import ExportOptions, _Job
+from tests.models import save_checkpoint
+
+ROW = {"structure": "llama", "layers": 2, "vision_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("stored") / "checkpoint", **ROW)
+
+
+def in_memory(name: str) -> str:
+    """`model.language_model.layers...`, the modules' own names."""
+    name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
+    name = re.sub(r"^language_model\.model\.", "model.language_model.", name)
+    return re.sub(r"^(vision_tower|multi_modal_projector)\.", r"model.\1.", name)
+
+
+def saved(name: str) -> str:
+    """`language_model.model.layers...`."""
+    return name
+
+
+def older(name: str) -> str:
+    """`vision_tower.vision_model...`, as checkpoints of 2023 have it."""
+    return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", name)
+
+
+def newer(name: str) -> str:
+    """The tower without `vision_model`."""
+    return name.replace("vision_tower.vision_model.", "vision_tower.")
+
+
+def base(stored: Path, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A copy of a checkpoint without its weights, and the weights."""
+    shutil.copytree(stored, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder, load_file(stored / "model.safetensors")
+
+
+def one_safetensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, folder / "model.safetensors")
+
+
+def one_bin(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def _sharded(folder: Path, tensors: dict[str, torch.Tensor], stem: str, write: Callable) -> None:
+    ends = {"model": ".safetensors", "pytorch_model": ".bin"}
+    weight_map = {}
+    for number in range(3):
+        shard = f"{stem}-{number + 1:05}-of-00003{ends[stem]}"
+        part = {k: v for place, (k, v) in enumerate(tensors.items()) if place % 3 == number}
+        write(part, folder / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / f"{stem}{ends[stem]}.index.json").write_text(json.dumps(index))
+
+
+def safetensors_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    _sharded(folder, tensors, "model", save_file)
+
+
+def bin_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    _sharded(folder, tensors, "pytorch_model", torch.save)
+
+
+def written(checkpoint: Path, folder: Path) -> dict[str, bytes]:
+    """The weights files that an export of a checkpoint writes."""
+    job = _Job(checkpoint, read_config(checkpoint), ExportOptions())
+    job._write_weights(folder / weights.DIRECTORY, lambda *_: None)
+    return {path.name: path.read_bytes() for path in (folder / weights.DIRECTORY).iterdir()}
+
+
+@pytest.mark.parametrize("spelling", (in_memory, saved, older, newer))
+@pytest.mark.parametrize("store", (one_safetensors, safetensors_shards, one_bin, bin_shards))
+def test_every_spelling_and_every_file_format_gives_the_same_weights(
+    stored: Path, tmp_path: Path, spelling, store
+) -> None:
+    folder, tensors = base(stored, tmp_path / "checkpoint")
+    store(folder, {spelling(name): tensor for name, tensor in tensors.items()})
+    assert written(folder, tmp_path / "a") == written(stored, tmp_path / "b")
+
+
+def test_spellings_are_really_different(stored: Path) -> None:
+    tensors = load_file(stored / "model.safetensors")
+    sets = {frozenset(map(spell, tensors)) for spell in (in_memory, older, newer)}
+    assert len(sets) == 3
+    assert len({frozenset(map(canonical, names)) for names in sets}) == 1
+
+
+def test_missing_shard_is_one_line(stored: Path, tmp_path: Path) -> None:
+    folder, tensors = base(stored, tmp_path / "checkpoint")
+    safetensors_shards(folder, tensors)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(PatchsieveError, match="1 of 3 shards absent") as caught:
+        Checkpoint(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("store", (one_safetensors, one_bin))
+def test_truncated_weights_are_one_line(stored: Path, tmp_path: Path, store) -> None:
+    folder, tensors = base(stored, tmp_path / "checkpoint")
+    store(folder, tensors)
+    file = next(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(PatchsieveError, match="cannot read the weights file") as caught:
+        Checkpoint(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch) -> Path:
+    """An empty cache of the hub, offline. The library reads its environment once, so its constants
+    are set."""
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_hub_id_is_found_in_the_cache_without_a_network(stored: Path, hub_cache: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = hub_cache / "models--some-one--tiny-llava"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(stored, repository / "snapshots" / commit)
+    found = locate("some-one/tiny-llava")
+    assert found == repository / "snapshots" / commit
+    assert read_config(found).model_type == "llava"
+
+
+@pytest.mark.parametrize("name", ("some-one/absent", "no-such-folder", "a/b/c"))
+def test_absent_checkpoint_is_one_line_that_names_it(hub_cache: Path, name: str) -> None:
+    with pytest.raises(PatchsieveError, match=name) as caught:
+        locate(name)
+    assert "\n" not in str(caught.value)
