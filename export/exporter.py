@@ -21,6 +21,7 @@ from patchsieve.export.decision import compact_graph
 from patchsieve.export.families import decoder_spec, tower_spec
 from patchsieve.export.graphs import GraphWriter
 from patchsieve.export.lowering import lowering
+from patchsieve.export.methods import store_heads
 from patchsieve.export.processor import preprocessor_from_checkpoint
 from patchsieve.export.reuse import decide_graphs
 from patchsieve.export.stage import Stage
@@ -159,6 +160,7 @@ class _Job:
         """Write tokenizer, preprocessor, weights and graphs."""
         self.tokenizer = write_tokenizer(self.directory, partial)  # first: it may be refused
         _dump(partial / "preprocessor.json", self.preprocessor)
+        self.plan = store_heads(partial, self.plan, [])
         graphs = partial / "graphs"
         stored = self._write_weights(graphs / weights_module.DIRECTORY, progress)
         self.embeddings = stored[f"{EMBEDDINGS}.weight"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patchsieve.errors import PatchsieveError
-from patchsieve.heads import HeadsConfig, load_heads
+from patchsieve.export.writing import write_whole
+from patchsieve.heads import CONFIG, TENSORS, HeadsConfig, load_heads
 from patchsieve.plan import Plan, SitePlan
 from patchsieve.pruning.atp import ATP
 from patchsieve.pruning.select import num_to_keep
@@ -17,9 +19,15 @@ from patchsieve.pruning.thresholds import ConstantThresholds, Thresholds
 if TYPE_CHECKING:
     from patchsieve.pruning.site import Method
 
+HEADS = "heads"  # folder of a bundle
 
-def build_method(site: SitePlan) -> Method:
+
+def build_method(site: SitePlan, folder: Path = Path()) -> Method:
     """Build the method of one site.
+
+    Args:
+        site: What the plan says of it.
+        folder: What the path of its heads is relative to: a bundle, for a bundle's plan.
 
     Raises:
         PatchsieveError: The method or one of its parameters is unknown, or heads are missing.
@@ -31,7 +39,7 @@ def build_method(site: SitePlan) -> Method:
             expected=", ".join(METHODS) + ' (no pruning is a plan without sites: "none")',
         )
     if site.method == ATP.name:
-        return _build_atp(site)
+        return _build_atp(site, folder)
     try:
         return METHODS[site.method](**site.params)
     except TypeError as error:
@@ -68,7 +76,33 @@ def resolve_budgets(plan: Plan, methods: list[Method], num_visual: int) -> Plan:
     return replace(plan, sites=tuple(sites))
 
 
-def _build_atp(site: SitePlan) -> ATP:
+def store_heads(bundle: Path, plan: Plan, written: list[Path]) -> Plan:
+    """Copy a plan's heads into a bundle, under a name made from their content.
+
+    Args:
+        bundle: The directory.
+        plan: Its heads may lie anywhere.
+        written: Takes each file before it is written.
+
+    Returns:
+        The plan, the paths of its heads relative to the bundle.
+    """
+    sites = []
+    for site in plan.sites:
+        if "heads" in site.params:
+            parts = [Path(site.params["heads"]) / name for name in (CONFIG, TENSORS)]
+            contents = [part.read_bytes() for part in parts]
+            folder = f"{HEADS}/{hashlib.sha256(b''.join(contents)).hexdigest()[:12]}"
+            (bundle / folder).mkdir(parents=True, exist_ok=True)
+            for part, content in zip(parts, contents, strict=True):
+                written.append(bundle / folder / part.name)
+                write_whole(written[-1], content)
+            site = replace(site, params=site.params | {"heads": folder})
+        sites.append(site)
+    return replace(plan, sites=tuple(sites))
+
+
+def _build_atp(site: SitePlan, folder: Path) -> ATP:
     params = dict(site.params)
     heads, constants = params.pop("heads", None), ("theta_r", "theta_s")
     given = {name: params.pop(name) for name in constants if name in params}
@@ -83,7 +117,7 @@ def _build_atp(site: SitePlan) -> ATP:
     try:
         if given:
             return ATP(thresholds=ConstantThresholds(**given), **params)
-        config, thresholds = _learned(Path(heads), site.layer)
+        config, thresholds = _learned(folder / heads, site.layer)
         return ATP(thresholds=thresholds, **(config.scores | params))
     except TypeError as error:
         raise PatchsieveError(

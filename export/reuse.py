@@ -14,7 +14,7 @@ from patchsieve.errors import PatchsieveError
 from patchsieve.export.decision import decide_graph
 from patchsieve.export.families.specs import DecoderSpec
 from patchsieve.export.graphs import GraphWriter
-from patchsieve.export.methods import build_method, resolve_budgets
+from patchsieve.export.methods import HEADS, build_method, resolve_budgets, store_heads
 from patchsieve.export.weights import DTYPES
 from patchsieve.export.writing import one_line
 from patchsieve.plan import NO_PRUNING, Plan, check_plan_name
@@ -57,6 +57,7 @@ def reuse(
                 slots = next(stage.slots for stage in old.stages if stage.last == site.layer)
                 for target, path in writer.save(name, graph, slots=slots, fresh=True).items():
                     written.setdefault(target, {})[name] = path
+            plan = store_heads(bundle, plan, writer.written)
             progress("writing the manifest", 0.95)
             new = _with_plan(old, bundle, plan, plan_name, written, writer.tensors)
             manifest.write(bundle, new)
@@ -108,13 +109,20 @@ def _with_plan(
         new = written.get(target, {})
         targets[target] = {k: v for k, v in graphs.items() if k not in stale} | new
         files |= {path: manifest.hash_file(bundle / path) for path in new.values()}
+    plans = old.plans | {plan_name: plan}
+    heads = {site.params.get("heads") for each in plans.values() for site in each.sites}
+    for file in (path for folder in heads - {None} for path in (bundle / folder).iterdir()):
+        files[file.relative_to(bundle).as_posix()] = manifest.hash_file(file)
+    unused = [
+        path for path in files if path.startswith(f"{HEADS}/") and str(Path(path).parent) not in heads
+    ]
     return replace(
         old,
-        plans=old.plans | {plan_name: plan},
+        plans=plans,
         default_plan=plan_name,
         targets=targets,
         tensors={k: v for k, v in old.tensors.items() if not k.startswith(prefix)} | tensors,
-        files=files,
+        files={path: file for path, file in files.items() if path not in unused},
     )
 
 

@@ -196,6 +196,7 @@ class Reference:
 
 @torch.no_grad()
 def decide(
+    bundle: Path,
     plan: Plan,
     layer: int,
     query: np.ndarray,
@@ -207,6 +208,7 @@ def decide(
     """Run a site's method in torch on given activations.
 
     Args:
+        bundle: Where learned heads lie.
         plan: The plan.
         layer: The site.
         query: [1, L, H * D].
@@ -231,7 +233,7 @@ def decide(
         num_visual=num_visual,
         noise=tensor.get(names.NOISE),
     )
-    decision = build_method(site).decide(states, tensor[names.BUDGET])
+    decision = build_method(site, bundle).decide(states, tensor[names.BUDGET])
     return decision.keep[0].numpy(), decision.scores[0].numpy()
 
 

@@ -35,6 +35,16 @@ def one_line(place: Path) -> Iterator[None]:
         ) from error
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, then rename it: it is whole or as before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 @contextmanager
 def whole_or_nothing(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its name only when all is written.

@@ -202,6 +202,7 @@ class Verification:
             visual = fed[names.VISUAL_ROWS]
             keep = self.recorder.values[f"{graph}/{names.KEEP_OUT}"]
             wanted, scores = hf.decide(
+                self.model.bundle.path,
                 facts.plans[plan],
                 layer,
                 query,
