@@ -188,7 +188,9 @@ def _weight_files(directory: Path) -> list[Path]:
             weight_map = _read_json(index).get("weight_map")
             named = weight_map.values() if isinstance(weight_map, dict) else [None]
             # A shard is a file beside its index, never one elsewhere.
-            if not all(isinstance(shard, str) and shard and Path(shard).name == shard for shard in named):
+            if not all(
+                isinstance(shard, str) and shard and Path(shard).name == shard for shard in named
+            ):
                 raise PatchsieveError(
                     f"cannot use {index}",
                     found="a weight_map that does not name files beside it",

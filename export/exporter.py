@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -135,9 +136,7 @@ class _Job:
         edges = [0, *cuts, self.spec.num_layers]
         with fake_weights() as self.mode, _default_dtype(self.dtype):
             self.vision = Vision(self.tower, config)
-            self.stages = [
-                Stage(self.spec, a, b) for a, b in zip(edges, edges[1:], strict=False)
-            ]
+            self.stages = [Stage(self.spec, a, b) for a, b in zip(edges, edges[1:], strict=False)]
         self.vision_facts = self._vision_facts()
         most = options.limits.slots(self.vision.num_visual)
         if most > self.spec.max_rows:
@@ -222,7 +221,7 @@ class _Job:
         return facts
 
     def _check_image_size(self) -> None:
-        made = self.preprocessor
+        made: dict[str, Any] = self.preprocessor
         side = made["shortest_edge"]
         crop = made["crop_size"] if made["do_center_crop"] else None
         found = list(crop or made["resize_to"] or (side, side))
@@ -306,7 +305,11 @@ class _Job:
                 progress(f"writing weights {file}", 0.6 * done / total)
 
             stored |= weights_module.write(
-                folder / f"{file}.safetensors", weights, self.checkpoint, self.options.precision, step
+                folder / f"{file}.safetensors",
+                weights,
+                self.checkpoint,
+                self.options.precision,
+                step,
             )
         return stored
 

@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from patchsieve.export.lowering import lower, lowering
+from patchsieve.export.lowering.base import dtype_of, shape_of
 
 
 class GraphWriter:
@@ -71,6 +72,6 @@ class GraphWriter:
 def _describe(value: ir.Value) -> dict[str, Any]:
     return {
         "name": value.name,
-        "dtype": value.dtype.name.lower(),
-        "shape": [axis if isinstance(axis, int) else str(axis.value) for axis in value.shape],
+        "dtype": dtype_of(value).name.lower(),
+        "shape": [axis if isinstance(axis, int) else str(axis.value) for axis in shape_of(value)],
     }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from patchsieve.errors import UnsupportedModelError
 from patchsieve.export import ops
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
     "gelu": nn.functional.gelu,
     "gelu_pytorch_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
@@ -17,7 +19,7 @@ ACTIVATIONS = {
 }
 
 
-def activation(name: str):  # noqa: ANN201  (a function of one tensor)
+def activation(name: str) -> Callable[[Tensor], Tensor]:
     """Find an activation by its Hugging Face name."""
     if name not in ACTIVATIONS:
         raise UnsupportedModelError(

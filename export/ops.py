@@ -24,7 +24,7 @@ def _node(
         torch.onnx.ops.symbolic_multi_out(
             f"{DOMAIN}::{op_type}",
             inputs,
-            attrs=attributes,
+            attrs={**attributes},
             dtypes=[tensor.dtype for tensor in like],
             shapes=[tensor.shape for tensor in like],
             version=1,
@@ -67,7 +67,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale: 
     if torch.compiler.is_exporting():
         return _node("Attention", (query, key, value), [query], num_heads=num_heads, scale=scale)[0]
     split = [t.view(*t.shape[:2], num_heads, -1).transpose(1, 2) for t in (query, key, value)]
-    mixed = torch.nn.functional.scaled_dot_product_attention(*split, scale=scale)
+    heads, keys, values = split
+    mixed = torch.nn.functional.scaled_dot_product_attention(heads, keys, values, scale=scale)
     return mixed.transpose(1, 2).reshape(query.shape)
 
 

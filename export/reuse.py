@@ -110,19 +110,18 @@ def _with_plan(
         targets[target] = {k: v for k, v in graphs.items() if k not in stale} | new
         files |= {path: manifest.hash_file(bundle / path) for path in new.values()}
     plans = old.plans | {plan_name: plan}
-    heads = {site.params.get("heads") for each in plans.values() for site in each.sites}
-    for file in (path for folder in heads - {None} for path in (bundle / folder).iterdir()):
+    sites = [site for each in plans.values() for site in each.sites]
+    heads = {site.params["heads"] for site in sites if "heads" in site.params}
+    files = {k: v for k, v in files.items() if not k.startswith(f"{HEADS}/")}
+    for file in (path for folder in heads for path in (bundle / folder).iterdir()):
         files[file.relative_to(bundle).as_posix()] = manifest.hash_file(file)
-    unused = [
-        path for path in files if path.startswith(f"{HEADS}/") and str(Path(path).parent) not in heads
-    ]
     return replace(
         old,
         plans=plans,
         default_plan=plan_name,
         targets=targets,
         tensors={k: v for k, v in old.tensors.items() if not k.startswith(prefix)} | tensors,
-        files={path: file for path, file in files.items() if path not in unused},
+        files=files,
     )
 
 

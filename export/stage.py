@@ -77,7 +77,7 @@ class DecoderLayer(nn.Module):
 
 
 class Head(nn.Module):
-    """The matrix from hidden rows to logits, [V, C] as the embedding table, with which it may be shared."""
+    """From hidden rows to logits. [V, C] as the embedding table, which may be the same tensor."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Stage(nn.Module):
         if self.is_last:
             self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
             self.lm_head = Head(spec)
-        self.register_buffer("inv_freq", torch.tensor(spec.inv_freq, dtype=torch.float32))
+        self.inv_freq = nn.Buffer(torch.tensor(spec.inv_freq, dtype=torch.float32))
 
     def forward(
         self,
@@ -138,6 +138,7 @@ class Stage(nn.Module):
             updated += cache
         if not self.is_last:
             return (x, query, *updated)
+        assert logits_row is not None  # the last stage has it
         row = self.norm(x.index_select(1, logits_row))  # [1, 1, C]
         return (self.lm_head(row).float(), *updated)
 

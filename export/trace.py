@@ -57,13 +57,14 @@ def trace(
     """
     leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Input)]
     axes = sorted({axis for leaf in leaves for axis in leaf.shape if isinstance(axis, str)})
-    sizes = sizes or {axis: 7 + 4 * place for place, axis in enumerate(axes)}
+    lengths = sizes or {axis: 7 + 4 * place for place, axis in enumerate(axes)}
 
     def example(leaf: Input) -> torch.Tensor:
-        return torch.zeros([sizes.get(n, n) for n in leaf.shape], dtype=leaf.dtype)
+        shape = [lengths[n] if isinstance(n, str) else n for n in leaf.shape]
+        return torch.zeros(shape, dtype=leaf.dtype)
 
     def dynamic(leaf: Input) -> dict[int, Any]:
-        # Not a named Dim: an order among axes (an image's rows are rows) would contradict its range.
+        # Not a named Dim: an order among axes (an image's rows are rows) contradicts its range.
         dim = torch.export.Dim.DYNAMIC
         return {i: dim for i, n in enumerate(leaf.shape) if isinstance(n, str)}
 
@@ -73,21 +74,26 @@ def trace(
         program = torch.export.export(
             module.eval(), arguments, dynamic_shapes=pytree.tree_map(dynamic, inputs)
         )
-        model = torch.onnx.export(
+        converted = torch.onnx.export(
             program,
             dynamo=True,
             optimize=False,
             opset_version=BASE_OPSET,
             input_names=input_names,
             output_names=output_names,
-        ).model
-    named = {axis.value: name for leaf, value in zip(leaves, model.graph.inputs, strict=True)
-             for name, axis in zip(leaf.shape, value.shape, strict=True)
-             if isinstance(name, str)}  # fmt: skip
+        )
+    assert converted is not None  # torch returns None only for its old exporter
+    model = converted.model
+    named = {
+        str(axis): name
+        for leaf, value in zip(leaves, model.graph.inputs, strict=True)
+        for name, axis in zip(leaf.shape, value.shape or (), strict=True)
+        if isinstance(name, str)
+    }
     for leaf, value in zip(leaves, model.graph.inputs, strict=True):
         value.shape = ir.Shape([ir.SymbolicDim(n) if isinstance(n, str) else n for n in leaf.shape])
     for value in model.graph.outputs:
-        value.shape = ir.Shape([_axis(axis, named) for axis in value.shape])
+        value.shape = ir.Shape([_axis(axis, named) for axis in value.shape or ()])
     for node in model.graph:  # inner shapes carry torch's symbols, which mean nothing here
         for value in node.outputs:
             if not value.is_graph_output():
@@ -105,10 +111,8 @@ def bind(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol]) -> None:
             value.dtype = tensors[name].dtype
 
 
-def _axis(axis: int | ir.SymbolicDim, named: Mapping[Any, str]) -> int | ir.SymbolicDim:
-    if isinstance(axis, int):
-        return axis
-    return ir.SymbolicDim(named.get(axis.value, axis.value))
+def _axis(axis: int | ir.SymbolicDim, named: Mapping[str, str]) -> int | ir.SymbolicDim:
+    return axis if isinstance(axis, int) else ir.SymbolicDim(named.get(str(axis), str(axis)))
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -59,9 +59,7 @@ class Embeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(
             3, spec.hidden_size, spec.patch_size, spec.patch_size, bias=spec.patch_bias
         )
-        self.class_embedding = (
-            nn.Parameter(torch.empty(spec.hidden_size)) if spec.has_cls else None
-        )
+        self.class_embedding = nn.Parameter(torch.empty(spec.hidden_size)) if spec.has_cls else None
         self.position_embedding = nn.Embedding(rows * columns + spec.has_cls, spec.hidden_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -84,7 +82,8 @@ class VisionTower(nn.Module):
         )
         self.feature_layers = feature_layers
         layers = [TowerLayer(spec) for _ in range(max(feature_layers))]
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList(layers)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[B, 3, h, w] -> features of the chosen layers side by side, [B, N, F * C]."""
@@ -92,7 +91,7 @@ class VisionTower(nn.Module):
         if self.pre_layrnorm is not None:
             x = self.pre_layrnorm(x)
         states = [x]
-        for index, layer in enumerate(self.encoder["layers"]):  # type: ignore[arg-type]
+        for index, layer in enumerate(cast(nn.ModuleList, self.encoder.layers)):
             x = ops.mark(layer(x), f"vision.layers.{index}.output")
             states.append(x)
         return torch.cat([states[index] for index in self.feature_layers], dim=-1)
@@ -132,13 +131,13 @@ class Vision(nn.Module):
         rows, columns = spec.grid
         first = -1 if spec.has_cls else 0  # the class token lies on no patch
         self.patch_ids = np.arange(first, rows * columns)[self.dropped :]
-        self.register_buffer("ids", torch.from_numpy(self.patch_ids))
+        self.ids = nn.Buffer(torch.from_numpy(self.patch_ids))
         self.num_visual = rows * columns + spec.has_cls - self.dropped
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, h, w] -> image_features [B, N, C], image_ids [B, N]."""
-        weight = self.multi_modal_projector["linear_1"].weight
-        features = self.vision_tower(pixel_values.to(weight.dtype))[:, self.dropped :]  # [B, N, F * C]
         projector = self.multi_modal_projector
+        pixel_values = pixel_values.to(cast(Linear, projector["linear_1"]).weight.dtype)
+        features = self.vision_tower(pixel_values)[:, self.dropped :]  # [B, N, F * C]
         features = projector["linear_2"](self.activation(projector["linear_1"](features)))
         return features, self.ids.expand(pixel_values.shape[0], -1)

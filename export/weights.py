@@ -1,4 +1,4 @@
-"""Weights of a bundle: safetensors files that every graph points into, written a tensor at a time."""
+"""Weights of a bundle: safetensors files, written a tensor at a time, that all graphs point into."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def write(
             tensor = checkpoint.read(weight.source).to(torch_dtype)
             if weight.transposed:
                 tensor = tensor.t()
-            file.write(memoryview(tensor.contiguous().numpy()).cast("B"))
+            file.write(tensor.contiguous().numpy().data.cast("B"))
             progress(math.prod(weight.shape) * torch_dtype.itemsize)
     tensors = {}
     for weight in weights:

@@ -1,7 +1,7 @@
 """Export, compile and run vision-language models whose visual tokens are pruned in the decoder.
 
-    model = patchsieve.load("bundle")
-    print(model.generate("photo.jpg", "What is in the image?").text)
+model = patchsieve.load("bundle")
+print(model.generate("photo.jpg", "What is in the image?").text)
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
-if (_CHECKOUT / "setup.py").is_file():  # not installed: export/, runtime/ ... lie beside this folder
+if (
+    _CHECKOUT / "setup.py"
+).is_file():  # not installed: export/, runtime/ ... lie beside this folder
     __path__.append(str(_CHECKOUT))
 
 

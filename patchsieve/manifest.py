@@ -23,7 +23,7 @@ _CHUNK = 4 << 20
 
 @dataclass(frozen=True)
 class TextModel:
-    """The decoder's measures: H query heads, G KV heads, D head dim, C hidden size, V vocabulary."""
+    """The decoder's measures: H query heads, G KV heads, D head dim, C hidden, V vocabulary."""
 
     model_type: str
     vocab_size: int
@@ -178,7 +178,8 @@ class Manifest:
         version = data.get("schema_version") if isinstance(data, dict) else None
         if type(version) is not int or version < 1:
             raise BundleError(
-                "the manifest has no schema_version", expected=f"a bundle of schema {SCHEMA_VERSION}"
+                "the manifest has no schema_version",
+                expected=f"a bundle of schema {SCHEMA_VERSION}",
             )
         if version > SCHEMA_VERSION:
             raise BundleError(

@@ -73,7 +73,6 @@ class Site:
                 do="pass the grid and the token count of the image before pruning",
             )
 
-
     @property
     def first_key(self) -> Tensor | int:
         """Key index P of row 0."""

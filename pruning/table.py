@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from torch import nn
 
 from patchsieve.pruning.atp import ATP
@@ -16,11 +14,9 @@ METHODS: dict[str, type] = {method.name: method for method in (Random, FastV, AT
 
 def settings(method: Method) -> dict[str, object]:
     """Options of a method by name, without its modules: what a manifest records as JSON."""
-    values = {f.name: getattr(method, f.name) for f in fields(method)}
-    return {name: value for name, value in values.items() if not isinstance(value, nn.Module)}
+    return {k: v for k, v in vars(method).items() if not isinstance(v, nn.Module)}
 
 
 def modules(method: Method) -> dict[str, nn.Module]:
     """Modules of a method by field name: what a decision graph registers to carry their weights."""
-    values = {f.name: getattr(method, f.name) for f in fields(method)}
-    return {name: value for name, value in values.items() if isinstance(value, nn.Module)}
+    return {k: v for k, v in vars(method).items() if isinstance(v, nn.Module)}

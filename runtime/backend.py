@@ -67,5 +67,6 @@ def open_backend(bundle: Bundle, *, threads: int | None = None) -> Backend:
 def missing(library: str, extra: str) -> BackendMissingError:
     """The error for a library that is not installed."""
     return BackendMissingError(
-        f"{library} is not installed", do=f'pip install "patchsieve[{extra}]" (or pip install {library})'
+        f"{library} is not installed",
+        do=f'pip install "patchsieve[{extra}]" (or pip install {library})',
     )

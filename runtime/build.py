@@ -1,4 +1,4 @@
-"""`patchsieve build`: compile every graph of a bundle, ahead of time or on the board that runs it."""
+"""Compile every graph of a bundle, ahead of time or on the board that runs it."""
 
 from __future__ import annotations
 
@@ -107,9 +107,7 @@ def build(
             **asdict(manifest.hash_file(engine)),
         }
         _write_record(folder, record)
-        yield Built(
-            graph, engine, report.engine_bytes, report.seconds, False, report.warnings
-        )
+        yield Built(graph, engine, report.engine_bytes, report.seconds, False, report.warnings)
 
 
 def profiles(facts: Manifest, graph: str) -> list[Profile]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from patchsieve.errors import CapacityError, RequestError
 from patchsieve.runtime.cache import Cache
+from patchsieve.runtime.chat_template import Message
 from patchsieve.runtime.detokenize import TextStream
 from patchsieve.runtime.prompt import Prompt, expand
 from patchsieve.runtime.result import Result, SiteResult
@@ -33,7 +34,7 @@ class _State:
         sites: Survivors of each image.
     """
 
-    asked: tuple[dict[str, Any], ...] = ()
+    asked: tuple[Message, ...] = ()
     is_answer_cached: bool = True
     pending: tuple[int, ...] = ()
     history: tuple[int, ...] = ()
@@ -62,7 +63,7 @@ class Chat:
     def __init__(self, model: Model, plan: str) -> None:
         self.model, self.plan = model, plan
         self.cache: Cache | None = model.take_cache(plan)
-        self.messages: list[dict[str, Any]] = []
+        self.messages: list[Message] = []
         self._images = _Images()
         self._state = _State()
 
@@ -108,11 +109,9 @@ class Chat:
         sources = _as_list(image)
         pixels = self.model.preprocess(sources) if sources else None
         result.timings_ms["preprocess"] = _since(start)
-        if raw:
-            message, messages = None, self.messages
-        else:
-            message = self.model.bundle.prompts.user_message(prompt, len(sources))
-            messages = [*self.messages, message]
+        messages = list(self.messages)
+        if not raw:
+            messages.append(self.model.bundle.prompts.user_message(prompt, len(sources)))
         tokens, continues = self._tokenise(prompt, messages, len(sources), repick, raw, result)
         self._check_room(tokens, len(sources), options.max_new_tokens, continues)
 
@@ -132,7 +131,7 @@ class Chat:
                 cache.rewind(mark)
             raise
         self._state = answer.state
-        if message is not None:
+        if not raw:
             said = [{"type": "text", "text": result.text}]
             self.messages = [*messages, {"role": "assistant", "content": said}]
         result.sites = list(self._state.sites)
@@ -158,7 +157,7 @@ class Chat:
     def _tokenise(
         self,
         prompt: str,
-        messages: list[dict[str, Any]],
+        messages: list[Message],
         num_images: int,
         repick: bool,
         raw: bool,
@@ -238,16 +237,14 @@ class Chat:
 class _Answer:
     """Prefill and decode of one turn; `state` is what the cache holds at the end."""
 
-    def __init__(
-        self, chat: Chat, options: SamplingOptions, result: Result, start: float
-    ) -> None:
+    def __init__(self, chat: Chat, options: SamplingOptions, result: Result, start: float) -> None:
         self.chat, self.options, self.result, self.start = chat, options, result, start
         self.model, self.cache = chat.model, chat._open_cache()
         self.tokens = chat.model.facts.tokens
         self.rng = np.random.default_rng(options.seed)
         self.state = chat._state
 
-    def run(self, prompt: Prompt, asked: tuple[dict[str, Any], ...]) -> Iterator[str]:
+    def run(self, prompt: Prompt, asked: tuple[Message, ...]) -> Iterator[str]:
         """Yield the answer's text as it comes."""
         result, before = self.result, self.state
         logits = self._prefill(prompt)
@@ -324,7 +321,7 @@ class _Answer:
 
     def _settle(
         self,
-        asked: tuple[dict[str, Any], ...],
+        asked: tuple[Message, ...],
         history: list[int],
         prompt_mark: tuple[int, ...],
     ) -> None:

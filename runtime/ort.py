@@ -65,7 +65,11 @@ class OrtBackend:
             folder = bundle.graph_path(graph).parent
             self.options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
         self._sessions: dict[str, Any] = {}
-        for graph in (names.VISION, names.COMPACT, *map(names.stage, range(len(self.facts.stages)))):
+        for graph in (
+            names.VISION,
+            names.COMPACT,
+            *map(names.stage, range(len(self.facts.stages))),
+        ):
             self._session(graph)
 
     def allocate(self, stage: int, slots: int) -> Buffers:
@@ -192,7 +196,9 @@ def _one_line(graph: str) -> Iterator[None]:
         ) from error
 
 
-def _run(session: Any, binding: Any, inputs: Mapping[str, Any], outputs: list[str]) -> dict[str, Any]:
+def _run(
+    session: Any, binding: Any, inputs: Mapping[str, Any], outputs: list[str]
+) -> dict[str, Any]:
     """Run with `outputs` bound first, each in a new buffer of the length that comes out."""
     for name, value in inputs.items():
         if isinstance(value, np.ndarray):

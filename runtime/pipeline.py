@@ -1,4 +1,4 @@
-"""Rows through the stages: prefill with the decisions between them, and decode one row at a time."""
+"""Rows through the stages: prefill with the decisions in between, then decode row by row."""
 
 from __future__ import annotations
 

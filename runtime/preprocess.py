@@ -135,8 +135,7 @@ class Preprocessor:
             return self.crop_size
         if self.resize_to is not None:
             return self.resize_to
-        assert self.shortest_edge is not None  # _check_steps: a padded square, resized
-        return self.shortest_edge, self.shortest_edge
+        return self._edge, self._edge  # a padded square, resized
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Preprocess one image.
@@ -172,18 +171,24 @@ class Preprocessor:
         table = self._table()
         return np.stack([table[c][pixels[..., c]] for c in range(3)])  # [3, h, w]
 
+    @property
+    def _edge(self) -> int:
+        assert self.shortest_edge is not None  # _check_steps: one of it and resize_to
+        return self.shortest_edge
+
     def _geometry(self, image: Image.Image) -> Image.Image:
         """Pad and resize; what the crop drops may be gone already, zeros are not yet there."""
         crop = self.crop_size if self.do_center_crop else None
         if self.do_pad:
-            colour = tuple(int(channel * 255) for channel in self.image_mean)
+            red, green, blue = (int(channel * 255) for channel in self.image_mean)
+            colour = (red, green, blue)
             if not self.do_resize:
                 return pad_and_crop(image, self.size, colour)
-            size = self.resize_to or (self.shortest_edge, self.shortest_edge)
+            size = self.resize_to or (self._edge, self._edge)
             return pad_and_resize(image, size, colour, self.resample)
         if not self.do_resize:
             return image
-        size = self.resize_to or shortest_edge_size(image.height, image.width, self.shortest_edge)
+        size = self.resize_to or shortest_edge_size(image.height, image.width, self._edge)
         return resize_and_crop(image, size, crop, self.resample)
 
     def _table(self) -> np.ndarray:

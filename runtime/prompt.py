@@ -164,6 +164,7 @@ class PromptBuilder:
             self._check_count(placeholders, num_images)
         if not text.strip() and num_images == 0:
             raise _nothing_to_send()
+        _check_unicode(text)
         if not placeholders:
             content = [{"type": "image"}] * num_images
             return {"role": "user", "content": content + _text_parts(text)}
@@ -221,6 +222,7 @@ class PromptBuilder:
         """
         if not text.strip():
             raise _nothing_to_send()
+        _check_unicode(text)
         self._check_count(text.count(self.image_token), num_images)
         encoding = self._encode(text)
         after = text.rfind(self.image_token) + len(self.image_token) if num_images else 0
@@ -365,6 +367,14 @@ def _text_parts(text: str) -> list[dict[str, str]]:
 
 def _nothing_to_send() -> RequestError:
     return RequestError("the prompt is empty", do="give a question, an image or both")
+
+
+def _check_unicode(text: str) -> None:
+    """Bytes that are no text reach a program as half characters, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError("the prompt is not valid Unicode", found=error.reason) from error
 
 
 def _hide_answer(message: Message) -> Message:

@@ -167,7 +167,7 @@ class Messages:
 def shared_logger(trt: ModuleType) -> Any:
     """Make the process's only logger: TensorRT keeps the first that it meets, ignores others."""
 
-    class Logger(trt.ILogger):
+    class Logger(trt.ILogger):  # type: ignore[name-defined]  # found at run time
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.messages = Messages()
@@ -289,7 +289,7 @@ def _set_compute_capabilities(
 
 
 def _progress_monitor(trt: ModuleType, progress: Progress) -> Any:
-    class Monitor(trt.IProgressMonitor):
+    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]  # found at run time
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.steps: dict[str, int] = {}
@@ -354,7 +354,7 @@ def _stream_engine(
     failure: str,
     messages: Messages,
 ) -> None:
-    class Writer(trt.IStreamWriter):
+    class Writer(trt.IStreamWriter):  # type: ignore[name-defined]  # found at run time
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
             self.error: OSError | None = None

@@ -73,9 +73,10 @@ class NetworkSummary:
     def cache_updates(self) -> tuple[CacheUpdate, ...]:
         """Every in-place cache update, in the order of the network."""
         return tuple(
-            CacheUpdate(layer.name, *layer.inputs[:3], layer.outputs[0])
+            CacheUpdate(layer.name, cache, rows, slot, layer.outputs[0])
             for layer in self.layers
             if layer.kind == "KV_CACHE_UPDATE"
+            for cache, rows, slot in [layer.inputs[:3]]
         )
 
     @property
@@ -84,7 +85,9 @@ class NetworkSummary:
         return tuple(
             AttentionSummary(
                 layer.name.removesuffix("_AttentionInput"),
-                *layer.inputs[:3],
+                query=layer.inputs[0],
+                key=layer.inputs[1],
+                value=layer.inputs[2],
                 mask=_nth(layer.inputs, _ATTENTION_MASK),
                 key_length=_nth(layer.inputs, _ATTENTION_KEY_LENGTH),
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -34,13 +35,22 @@ class Lowering:
     # Building blocks.
 
     def op(
-        self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attrs
-    ):  # noqa: ANN201  (a value, or as many as `outputs` says)
+        self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any
+    ) -> ir.Value:
+        """Append a node and return its one output."""
+        return self._tape.op(op_type, inputs, attributes, domain=domain)
+
+    def ops(
+        self,
+        op_type: str,
+        *inputs: ir.Value | None,
+        domain: str,
+        num_outputs: int,
+        **attributes: Any,
+    ) -> Sequence[ir.Value]:
         """Append a node and return its outputs."""
-        if outputs == 1:
-            return self._tape.op(op_type, inputs, attrs, domain=domain)
         return self._tape.op_multi_out(
-            op_type, inputs, attrs, domain=domain, num_outputs=outputs
+            op_type, inputs, attributes, domain=domain, num_outputs=num_outputs
         )
 
     def constant(self, value: object, dtype: np.dtype | type = np.int64) -> ir.Value:
@@ -86,25 +96,25 @@ class Lowering:
 
     # The operations, one method each.
 
-    def RMSNorm(self, node: ir.Node) -> Sequence[ir.Value]:  # noqa: N802  (the node's name)
+    def RMSNorm(self, node: ir.Node) -> Sequence[ir.Value]:
         """`ops.rms_norm`."""
         raise NotImplementedError
 
-    def Rotary(self, node: ir.Node) -> Sequence[ir.Value]:  # noqa: N802
+    def Rotary(self, node: ir.Node) -> Sequence[ir.Value]:
         """`ops.rotary`."""
         raise NotImplementedError
 
-    def Attention(self, node: ir.Node) -> Sequence[ir.Value]:  # noqa: N802
+    def Attention(self, node: ir.Node) -> Sequence[ir.Value]:
         """`ops.attention`."""
         raise NotImplementedError
 
-    def CachedAttention(self, node: ir.Node) -> Sequence[ir.Value]:  # noqa: N802
+    def CachedAttention(self, node: ir.Node) -> Sequence[ir.Value]:
         """`ops.cached_attention`."""
         raise NotImplementedError
 
-    def Mark(self, node: ir.Node) -> Sequence[ir.Value]:  # noqa: N802
+    def Mark(self, node: ir.Node) -> Sequence[ir.Value]:
         """`ops.mark`: no node, only a name (a graph output keeps its own)."""
-        return [node.inputs[0]]
+        return inputs_of(node)
 
     # The rewrite.
 
@@ -125,6 +135,23 @@ class Lowering:
         self.graph.insert_before(first, self._shared_nodes)
 
 
+def inputs_of(node: ir.Node) -> list[ir.Value]:
+    """Inputs of an open node, all of which are there."""
+    return [value for value in node.inputs if value is not None]
+
+
+def dtype_of(value: ir.Value) -> ir.DataType:
+    """Type of a traced value, all of which are typed."""
+    assert value.dtype is not None, value.name
+    return value.dtype
+
+
+def shape_of(value: ir.Value) -> ir.Shape:
+    """Shape of a graph's input or output."""
+    assert value.shape is not None, value.name
+    return value.shape
+
+
 def lower(traced: ir.Model, lowering: type[Lowering], slots: int | None = None) -> ir.Model:
     """Derive a target's graph from a traced one, which stays as it is.
 
@@ -137,7 +164,7 @@ def lower(traced: ir.Model, lowering: type[Lowering], slots: int | None = None) 
     if lowering.static_slots and slots is not None:
         for value in (*model.graph.inputs, *model.graph.outputs):
             value.shape = ir.Shape(
-                [slots if str(axis) == names.AXIS_SLOTS else axis for axis in value.shape]
+                [slots if str(axis) == names.AXIS_SLOTS else axis for axis in shape_of(value)]
             )
     lowering(model.graph).run()
     for node in model.graph:

@@ -7,12 +7,13 @@ standard `Attention` reads every slot.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from patchsieve import names
-from patchsieve.export.lowering.base import Lowering
+from patchsieve.export.lowering.base import Lowering, dtype_of, inputs_of
 
 MICROSOFT = "com.microsoft"
 
@@ -26,8 +27,8 @@ class Cpu(Lowering):
 
     def RMSNorm(self, node: ir.Node) -> Sequence[ir.Value]:
         """Spelt out; ONNX Runtime fuses these nodes into its own norm when it loads the graph."""
-        hidden, weight = node.inputs
-        dtype = hidden.dtype
+        hidden, weight = inputs_of(node)
+        dtype = dtype_of(hidden)
         wide = self._cast(hidden, dtype, ir.DataType.FLOAT)
         square = self.op("Pow", wide, self.constant(2.0, np.float32))
         mean = self.op("ReduceMean", square, self.constant([-1]), keepdims=1)
@@ -37,7 +38,7 @@ class Cpu(Lowering):
 
     def Rotary(self, node: ir.Node) -> Sequence[ir.Value]:
         """The angles serve as the operator's table, each row its own entry."""
-        states, cos, sin = node.inputs
+        states, cos, sin = inputs_of(node)
         first = self.constant([0])
         rows = self.once("row_numbers", self._row_numbers)
         tables = [self.op("Squeeze", table, first) for table in (cos, sin)]
@@ -45,31 +46,29 @@ class Cpu(Lowering):
 
     def Attention(self, node: ir.Node) -> Sequence[ir.Value]:
         """Full attention without a mask."""
-        attributes = {
+        attributes: dict[str, Any] = {
             "num_heads": node.attributes["num_heads"].as_int(),
             "scale": node.attributes["scale"].as_float(),
         }
-        return [self.op("MultiHeadAttention", *node.inputs, domain=MICROSOFT, **attributes)]
+        return [self.op("MultiHeadAttention", *inputs_of(node), domain=MICROSOFT, **attributes)]
 
     def CachedAttention(self, node: ir.Node) -> Sequence[ir.Value]:
         """Past and present share their buffer when the caller binds it to both."""
-        query, key, value, key_cache, value_cache, _, _ = node.inputs
+        query, key, value, key_cache, value_cache, _, _ = inputs_of(node)
         total = self.once("total", self._total)
         int32 = ir.DataType.INT32
         total_32 = self.once("total_32", lambda: self.op("Cast", total, to=int32))
         last = self.once(
             "last_slot",
-            lambda: self.op(
-                "Cast", self.op("Sub", total, self.constant([1])), to=int32
-            ),
+            lambda: self.op("Cast", self.op("Sub", total, self.constant([1])), to=int32),
         )
         bias = self.once(
             "bias",
             lambda: self.additive_mask(
-                self.op("Squeeze", total, self.constant([0])), query.dtype
+                self.op("Squeeze", total, self.constant([0])), dtype_of(query)
             ),
         )
-        return self.op(
+        return self.ops(
             "GroupQueryAttention",
             query,
             key,
@@ -83,7 +82,7 @@ class Cpu(Lowering):
             None,
             bias,
             domain=MICROSOFT,
-            outputs=3,
+            num_outputs=3,
             num_heads=node.attributes["num_heads"].as_int(),
             kv_num_heads=node.attributes["num_kv_heads"].as_int(),
             scale=node.attributes["scale"].as_float(),
@@ -101,5 +100,5 @@ class Cpu(Lowering):
         length = self.op("Shape", self.inputs[names.LAST_KEY])
         return self.op("Add", self.inputs[names.SLOT], length)
 
-    def _cast(self, value: ir.Value, old: ir.DataType | None, new: ir.DataType) -> ir.Value:
+    def _cast(self, value: ir.Value, old: ir.DataType, new: ir.DataType) -> ir.Value:
         return value if old == new else self.op("Cast", value, to=new)

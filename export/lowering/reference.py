@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from patchsieve.export.lowering.base import Lowering
+from patchsieve.export.lowering.base import Lowering, dtype_of, inputs_of
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,11 @@ class Heads:
         """Read them from a traced node."""
         num_heads = node.attributes["num_heads"].as_int()
         shared = node.attributes.get("num_kv_heads")
-        dtype = node.inputs[0].dtype
-        assert dtype is not None  # traced values are typed
         return cls(
             num_heads=num_heads,
             num_kv_heads=num_heads if shared is None else shared.as_int(),
             scale=node.attributes["scale"].as_float(),
-            dtype=dtype,
+            dtype=dtype_of(inputs_of(node)[0]),
         )
 
 
@@ -47,19 +45,19 @@ class Reference(Lowering):
 
     def Rotary(self, node: ir.Node) -> Sequence[ir.Value]:
         """Four-dimensional, because TensorRT takes no other form."""
-        states, cos, sin = node.inputs
+        states, cos, sin = inputs_of(node)
         heads = self.split_heads(states, node.attributes["num_heads"].as_int())
         return [self.merge_heads(self.op("RotaryEmbedding", heads, cos, sin))]
 
     def Attention(self, node: ir.Node) -> Sequence[ir.Value]:
         """Full attention without a mask."""
         heads = Heads.of(node)
-        query, *rest = (self.split_heads(rows, heads.num_heads) for rows in node.inputs)
+        query, *rest = (self.split_heads(rows, heads.num_heads) for rows in inputs_of(node))
         return [self.merge_heads(self.attend(query, heads, *rest))]
 
     def CachedAttention(self, node: ir.Node) -> Sequence[ir.Value]:
         """`is_causal` with a past means two things in two runtimes; the mask means one."""
-        query, key, value, key_cache, value_cache, slot, _ = node.inputs
+        query, key, value, key_cache, value_cache, slot, _ = inputs_of(node)
         heads = Heads.of(node)
         keys, values = (
             self.op(

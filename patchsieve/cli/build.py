@@ -69,7 +69,11 @@ def run(args: argparse.Namespace) -> int:
         )
         return 0
     rows = [
-        (engine.graph, size(engine.engine_bytes), "there" if engine.was_there else f"{engine.seconds:.1f}")
+        (
+            engine.graph,
+            size(engine.engine_bytes),
+            "there" if engine.was_there else f"{engine.seconds:.1f}",
+        )
         for engine in engines
     ]
     print(table(("engine", "size", "s"), [*rows, ("all", size(total), f"{seconds:.1f}")]))

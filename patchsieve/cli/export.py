@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--theta-s", type=float, help="atp without heads: constant spatial threshold")
     add("--normalisation", choices=("minmax", "rank", "softmax", "none"), help="atp: of its scores")
     add("--causal", action="store_true", default=None, help="atp: eq 3 over causal pairs only")
-    add("--budget", type=_integers, metavar="N", help="visual tokens per image to reserve, one per site")
+    add(
+        "--budget",
+        type=_integers,
+        metavar="N",
+        help="visual tokens per image to reserve, one per site",
+    )
     add("--plan-name", metavar="NAME", help="what requests call the plan")
     bundle = parser.add_argument_group("the bundle")
     add = bundle.add_argument
@@ -60,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export or reuse."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed export cleans up
     require(("torch", "transformers", "onnx", "onnxscript", "safetensors"), "export", "export")
     plan = _plan(args)
     name = args.plan_name or _name(plan)
@@ -178,8 +187,10 @@ def _name(plan: Plan) -> str:
         return NO_PRUNING
     methods = "-".join(dict.fromkeys(site.method for site in plan.sites))
     layers = "-".join(str(layer) for layer in plan.layers)
-    ratios = dict.fromkeys(site.params.get("keep_ratio") for site in plan.sites)
-    percent = "".join(f"-{ratio * 100:.0f}" for ratio in ratios if ratio is not None)
+    ratios = [site.params.get("keep_ratio") for site in plan.sites]
+    if len(set(map(repr, ratios))) == 1:
+        ratios = ratios[:1]
+    percent = "".join(f"-{ratio * 100:.0f}" for ratio in ratios if isinstance(ratio, (int, float)))
     return f"{methods}-{layers}{percent}"[:64]
 
 

@@ -110,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _summary(facts: Manifest, result: Any) -> None:
     """Survivors, KV bytes and times, on stderr."""
-    out = [f"plan {result.plan}: {result.prompt_tokens} rows, {result.visual_tokens} of them visual"]
+    rows_fed, visual = result.prompt_tokens, result.visual_tokens
+    out = [f"plan {result.plan}: {rows_fed} rows, {visual} of them visual"]
     if result.sites:
         rows = [
             (
@@ -123,7 +124,7 @@ def _summary(facts: Manifest, result: Any) -> None:
         ]
         out.append(table(("tokens at the input of", "before", "kept", ""), rows))
     kv = result.kv_bytes
-    rows = [
+    stages = [
         (
             f"layers {stage['layers'][0]}-{stage['layers'][1]}",
             stage["slots_used"],
@@ -133,8 +134,8 @@ def _summary(facts: Manifest, result: Any) -> None:
         )
         for stage in kv["per_stage"]
     ]
-    rows.append(("all", "", "", size(kv["used"]), size(kv["reserved"])))
-    out.append(table(("KV cache", "rows", "slots", "used", "reserved"), rows))
+    stages.append(("all", "", "", size(kv["used"]), size(kv["reserved"])))
+    out.append(table(("KV cache", "rows", "slots", "used", "reserved"), stages))
     times = result.timings_ms
     shown = ("preprocess", "vision", "prefill", "decide", "ttft", "decode_per_token", "total")
     out.append(
@@ -142,5 +143,3 @@ def _summary(facts: Manifest, result: Any) -> None:
     )
     out += result.notes
     print("\n".join(out), file=sys.stderr)
-
-
