@@ -14,6 +14,8 @@ from patchsieve.plan import Plan
 
 PLACEMENTS = ("start", "mid", "end")
 NUM_KEPT = 64  # what the papers' tables keep of 576
+DEFAULT_KEEP_RATIO = 0.5  # of the decoder methods that keep a fixed fraction
+FIXED_RATIO = ("random", "fastv")
 # IVTP does not print its schedule. On a log scale the tower takes this share of the way from all
 # tokens to the last count: 576 -> 120 -> 64, which its FLOPs fit.
 IVTP_TOWER_SHARE = 5 / 7
@@ -48,9 +50,7 @@ def in_tower(
     run = shape.vision.num_layers_run
     layers = range(run) if layers is None else layers
     if placement not in PLACEMENTS:
-        raise PatchsieveError(
-            "unknown placement", found=placement, expected=", ".join(PLACEMENTS)
-        )
+        raise PatchsieveError("unknown placement", found=placement, expected=", ".join(PLACEMENTS))
     left = _at(layers, counts, run, shape.vision.num_patches, first=0, where="tower")
     n, attention, mlp = shape.vision.num_patches, [], []
     for layer in range(run):
@@ -178,7 +178,8 @@ def of_plan(
     counts, is_exact = list(survivors or ()), True
     n = shape.num_visual
     for site in plan.sites if survivors is None else ():
-        ratio = site.params.get("keep_ratio")
+        default = DEFAULT_KEEP_RATIO if site.method in FIXED_RATIO else None
+        ratio = site.params.get("keep_ratio", default)
         if ratio is None and site.budget is None:
             raise PatchsieveError(
                 f"{site.method} at layer {site.layer} keeps as many tokens as the image needs",

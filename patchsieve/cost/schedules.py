@@ -10,8 +10,8 @@ from patchsieve.errors import PatchsieveError
 def geometric(n0: int, n: int, groups: int) -> list[int]:
     """Counts that fall by one ratio from `n0` to `n` in `groups` prunings.
 
-    The k-th is n0 (n / n0)^(k / groups), rounded half up: from 576 to 120 in 8 groups 473, 389, 320,
-    263, 216, 178, 146, 120; from 120 to 64 in 4 groups 103, 88, 75, 64.
+    The k-th is n0 (n / n0)^(k / groups), rounded half up: from 576 to 120 in 8 groups 473, 389,
+    320, 263, 216, 178, 146, 120; from 120 to 64 in 4 groups 103, 88, 75, 64.
 
     Args:
         n0: Tokens before the first pruning.
@@ -44,7 +44,9 @@ def num_to_keep(keep_ratio: float, num_visual: int) -> int:
     """
     if not 0 < keep_ratio <= 1:
         raise PatchsieveError(
-            "a keep ratio is the fraction that is kept", found=keep_ratio, expected="above 0, up to 1"
+            "a keep ratio is the fraction that is kept",
+            found=keep_ratio,
+            expected="above 0, up to 1",
         )
     return max(1, _half_up(keep_ratio * num_visual))
 

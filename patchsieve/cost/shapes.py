@@ -122,7 +122,9 @@ class ScorerShape:
     def __post_init__(self) -> None:
         _check_sizes(self)
         if self.window < 3:
-            raise PatchsieveError("a window holds no text", found=self.window, expected="at least 3")
+            raise PatchsieveError(
+                "a window holds no text", found=self.window, expected="at least 3"
+            )
 
     def windows(self, text_tokens: int) -> int:
         """Windows that the text of this many decoder tokens fills.
