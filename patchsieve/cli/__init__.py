@@ -17,6 +17,7 @@ COMMANDS = {
     "build": "compile a bundle's engines",
     "run": "answer a question about an image",
     "profile": "measure latency and memory, pruned beside unpruned",
+    "cost": "count FLOPs and KV bytes of a plan, with no weights",
     "inspect": "show what a bundle holds and what it costs",
     "verify": "compare a bundle with its checkpoint, graph by graph and layer by layer",
     "doctor": "say what this machine can run, and what to install for the rest",

@@ -1,0 +1,507 @@
+"""The cost model: the papers' figures, an independent count, schedules, and the command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import papers
+from patchsieve import manifest
+from patchsieve.cli import cost as command
+from patchsieve.cli import main
+from patchsieve.cost import (
+    PAPERS,
+    RUNTIME,
+    Convention,
+    DecoderShape,
+    ModelShape,
+    Schedule,
+    TowerShape,
+    after_tower,
+    cost,
+    geometric,
+    in_decoder,
+    in_tower,
+    ivtp,
+    linear,
+    no_pruning,
+    of_plan,
+    resampler,
+    shape_of_config,
+)
+from patchsieve.cost.flops import decoder_layer, tower_layer
+from patchsieve.cost.methods import DEFAULT_KEEP_RATIO, FIXED_RATIO, layerwise
+from patchsieve.cost.schedules import num_to_keep
+from patchsieve.errors import PatchsieveError, ShapeError, UnsupportedModelError
+from patchsieve.plan import Plan, SitePlan
+
+LLAVA = papers.LLAVA_7B
+TOY = ModelShape(
+    vision=TowerShape(
+        hidden_size=6,
+        intermediate_size=10,
+        num_layers=4,
+        num_layers_run=3,
+        image_size=12,
+        patch_size=4,
+    ),
+    text=DecoderShape(
+        vocab_size=17,
+        hidden_size=8,
+        intermediate_size=12,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=3,
+    ),
+    num_visual=9,
+    projector_in=6,
+)
+
+
+class Naive:
+    """A transformer reduced to the loops of its matrix products; each multiply-add adds 2."""
+
+    def __init__(self) -> None:
+        self.flops = 0
+
+    def matmul(self, rows: int, inner: int, columns: int) -> None:
+        for _ in range(rows):
+            for _ in range(columns):
+                for _ in range(inner):
+                    self.flops += 2
+
+    def attention(self, rows: int, heads: int, width: int) -> None:
+        for _ in range(heads):
+            self.matmul(rows, width, rows)  # q k^T
+            self.matmul(rows, rows, width)  # softmax v
+
+    def tower(self, shape: TowerShape, attention: list[int], mlp: list[int]) -> None:
+        d, m = shape.hidden_size, shape.intermediate_size
+        patches = shape.num_patches
+        self.matmul(patches, shape.num_channels * shape.patch_size * shape.patch_size, d)
+        for n, n_mlp in zip(attention, mlp, strict=True):
+            for _ in ("q", "k", "v", "out"):
+                self.matmul(n, d, d)
+            self.attention(n, 2, d // 2)
+            self.matmul(n_mlp, d, m)
+            self.matmul(n_mlp, m, d)
+
+    def decoder(self, shape: DecoderShape, rows: list[int], scored: int) -> None:
+        d, m, wide = shape.hidden_size, shape.intermediate_size, shape.head_dim
+        for n in rows:
+            self.matmul(n, d, shape.num_heads * wide)  # q
+            self.matmul(n, d, shape.num_kv_heads * wide)  # k
+            self.matmul(n, d, shape.num_kv_heads * wide)  # v
+            self.attention(n, shape.num_heads, wide)
+            self.matmul(n, shape.num_heads * wide, d)  # o
+            for _ in ("gate", "up"):
+                self.matmul(n, d, m)
+            self.matmul(n, m, d)
+        self.matmul(scored, d, shape.vocab_size)
+
+
+def test_formulas_equal_the_loops_of_a_toy_model() -> None:
+    tower = in_tower(TOY, [7, 5, 4], placement="mid")
+    schedule = replace(in_decoder(TOY, [3, 1], [1, 2], tower), side_layers=2)
+    for convention, images, text in ((PAPERS, 1, 5), (RUNTIME, 2, 4)):
+        ours = cost(TOY, schedule, text, images=images, convention=convention)
+        vision, llm = Naive(), Naive()
+        for _ in range(images):
+            vision.tower(TOY.vision, [10, 8, 6], [8, 6, 5])
+            if convention.projections:
+                vision.matmul(4, 6, 8)
+                vision.matmul(4, 8, 8)
+        rows = [4 * images + text + images, 3 * images + text + images, 1 * images + text]
+        llm.decoder(TOY.text, rows, rows[-1] if convention.lm_head == "all" else 1)
+        assert (ours.flops.vision, ours.flops.llm) == (vision.flops, llm.flops)
+        kept_rows = (4 + 3 + 1) * images + 3 * text
+        assert ours.kv_bytes == kept_rows * 2 * 2 * 3 * 2  # k and v, G, D, bytes
+
+
+def test_grouped_query_attention_reduces_to_the_formula_of_the_papers() -> None:
+    d, m, n = 4096, 11008, 700
+    assert decoder_layer(LLAVA.text, n) == 2 * (4 * n * d**2 + 2 * n**2 * d + 3 * n * d * m)
+    grouped = replace(LLAVA.text, num_kv_heads=8)
+    saved = decoder_layer(LLAVA.text, n) - decoder_layer(grouped, n)
+    assert saved == 2 * 2 * n * d * (d - 8 * 128)  # k and v only
+    full, small = (
+        cost(LLAVA, no_pruning(LLAVA), 9),
+        cost(replace(LLAVA, text=grouped), no_pruning(LLAVA), 9),
+    )
+    assert small.kv_bytes * 4 == full.kv_bytes
+
+
+# methods' golden values in T: ViT, LLM, total at 512 text tokens.
+GOLDEN = {
+    "LLaVA-1.5": (0.36603, 14.99762, 15.36366),
+    "TopK": (0.19114, 7.78530, 7.97644),
+    "Qwen-VL": (0.36603, 7.78530, 8.15417),
+    "IVTP": (0.2029, 7.9508, 8.2335),
+}
+
+
+@pytest.mark.parametrize("method", GOLDEN)
+def test_parts_of_ivtp_table_9_have_their_golden_values(method: str) -> None:
+    schedule, more = papers.methods(LLAVA)[method]
+    flops = cost(LLAVA, schedule, 512).flops
+    assert more == 0
+    ours = [count / 1e12 for count in (flops.vision, flops.llm, flops.total)]
+    assert ours == pytest.approx(GOLDEN[method], abs=6e-5)
+
+
+def test_scorer_of_ivtp_is_six_windows_of_clip_text() -> None:
+    schedule = ivtp(LLAVA)
+    assert schedule.windows == 6
+    assert cost(LLAVA, schedule, 512).flops.scorer / 1e12 == pytest.approx(0.07979, abs=5e-6)
+    assert cost(LLAVA, resampler(LLAVA, 64), 512).flops.scorer / 1e12 == pytest.approx(
+        0.00284, abs=5e-6
+    )
+
+
+def test_side_row_of_ivtp_costs_what_twelve_layers_of_one_row_do() -> None:
+    with_row, without = (ivtp(LLAVA, has_side_row=has) for has in (True, False))
+    more = cost(LLAVA, with_row, 512).flops.llm - cost(LLAVA, without, 512).flops.llm
+    assert more / 1e12 == pytest.approx(0.0050, abs=1.5e-4)
+    assert cost(LLAVA, with_row, 512).kv_bytes == cost(LLAVA, without, 512).kv_bytes
+    joint = ivtp(LLAVA, has_joint_cls=True)
+    assert joint.vision[-1] == 121 and len(joint.vision) == 24
+
+
+def test_every_figure_is_within_its_tolerance_or_explained() -> None:
+    figures = papers.figures()
+    outside = {f.why for f in figures if not f.is_within}
+    assert outside == {papers.ROWS_13B, papers.QWEN_VL, papers.TABLE_6}
+    explained = (Path(papers.__file__).parents[1] / "docs" / "papers.md").read_text("utf-8")
+    for why in outside:
+        assert f"## {why}" in explained
+    for figure in figures:  # an explanation that is no longer needed goes
+        if figure.why in (papers.ROWS_13B, papers.QWEN_VL):
+            assert not figure.is_within, figure
+
+
+def test_tolerances_are_those_that_the_project_promises() -> None:
+    for figure in papers.figures():
+        if figure.table == "IVTP table 9" and figure.column == "total":
+            assert abs(figure.deviation) <= 0.005
+        if figure.table == "IVTP table 9" and figure.column == "ViT":
+            assert abs(figure.deviation) <= 0.02
+        if figure.table == "IVTP table 2" and figure.why is None:
+            assert abs(figure.deviation) <= 0.01
+        if figure.table in ("IVTP table 1", "IVTP table 3") and figure.why is None:
+            assert abs(figure.ours - figure.paper) <= 0.06
+        if figure.column == "KV memory":
+            assert abs(figure.deviation) <= 0.002
+
+
+@pytest.mark.parametrize(
+    ("sites", "counts", "mean"),
+    [
+        ([4, 14, 24], [126, 88, 20], 143.875),
+        ([1, 13, 25], [98, 79, 16], 87.875),
+        ([1], [130], 143.9375),
+        ([4, 14, 24], [162, 54, 18], 144.0),
+        ([4, 14, 24], [136, 68, 34], 144.25),
+    ],
+)
+def test_mean_tokens_of_atp_table_2_are_exact(
+    sites: list[int], counts: list[int], mean: float
+) -> None:
+    ours = cost(LLAVA, in_decoder(LLAVA, counts, sites), 40)
+    assert ours.average_tokens == mean
+    assert ours.kv_bytes == 32 * (mean + 40) * 2 * 4096 * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "text", "saved"),
+    [
+        ("ATP 144", 0, 0.753),
+        ("ATP 88", 0, 0.850),
+        ("ATP 144", 40, 0.706),
+        ("ATP 144", 64, 0.680),
+        ("ATP 144", 128, 0.620),
+    ],
+)
+def test_equations_15_and_16_give_their_golden_values(row: str, text: int, saved: float) -> None:
+    whole, fraction = papers.reduction(*papers.RETAINED[row][:2], text)
+    assert fraction == pytest.approx(saved, abs=5e-4)
+    if text == 0:
+        assert whole == pytest.approx(2.986, abs=5e-4)
+        if row == "ATP 144":
+            assert whole * (1 - fraction) == pytest.approx(0.737, abs=5e-4)
+
+
+def test_geometric_and_linear_schedules_have_their_golden_counts() -> None:
+    assert geometric(576, 120, 8) == [473, 389, 320, 263, 216, 178, 146, 120]
+    assert geometric(120, 64, 4) == [103, 88, 75, 64]
+    assert geometric(576, 576, 3) == [576] * 3
+    assert linear(576, 64, 2) == [320, 64]
+    counts = linear(576, 64, 23)
+    steps = {a - b for a, b in zip([576, *counts], counts, strict=False)}
+    assert counts[-1] == 64 and steps <= {22, 23}
+    for wrong in ((10, 11, 2), (10, 0, 2), (10, 5, 0)):
+        with pytest.raises(PatchsieveError):
+            geometric(*wrong)
+
+
+def test_default_schedule_of_ivtp_prunes_at_the_end_of_each_group() -> None:
+    schedule = ivtp(LLAVA)
+    tower = [576, 473, 389, 320, 263, 216, 178, 146]
+    assert schedule.vision == tuple(tower[layer // 3] + 1 for layer in range(23))
+    assert schedule.vision_mlp == schedule.vision
+    decoder = [120, 103, 88, 75, 64]
+    assert schedule.llm == tuple(decoder[min(layer // 3, 4)] for layer in range(32))
+    given = ivtp(LLAVA, counts=[400] * 8 + [300, 200, 100, 50])
+    assert (given.vision[3], given.llm[0], given.llm[12]) == (401, 400, 50)
+
+
+@pytest.mark.parametrize("num_kept", [16, 64, 128, 512])
+@pytest.mark.parametrize("group_layers", [2, 3, 4, 6, 23])
+def test_ivtp_takes_any_last_count_and_group(num_kept: int, group_layers: int) -> None:
+    schedule = ivtp(LLAVA, num_kept, group_layers=group_layers)
+    assert schedule.llm[11] > schedule.llm[12] == schedule.llm[-1] == num_kept
+    assert list(schedule.llm) == sorted(schedule.llm, reverse=True)
+
+
+def test_placement_in_a_tower_layer_orders_the_cost() -> None:
+    flops = [
+        cost(LLAVA, in_tower(LLAVA, layerwise(LLAVA, 64), placement=place), 64).flops.vision
+        for place in ("start", "mid", "end")
+    ]
+    assert flops == sorted(flops) and len(set(flops)) == 3
+    assert flops[0] / 1e12 == pytest.approx(0.19114, abs=1e-5)
+    assert flops[1] / 1e12 == pytest.approx(0.1968, abs=2e-4)
+
+
+def test_keep_ratio_counts_as_the_pruning_methods_do() -> None:
+    select = pytest.importorskip("patchsieve.pruning.select")
+    for ratio in (0.001, 0.1, 0.25, 0.5, 0.0009, 1.0, 64 / 576):
+        for num_visual in (1, 5, 144, 576, 577):
+            assert num_to_keep(ratio, num_visual) == select.num_to_keep(ratio, num_visual)
+
+
+def test_help_says_which_methods_exist() -> None:
+    methods = pytest.importorskip("patchsieve.pruning.table").METHODS
+    assert set(command.METHODS) & {"none", *methods} == set(command.EXPORTED)
+    for name in FIXED_RATIO:
+        assert methods[name]().keep_ratio == DEFAULT_KEEP_RATIO
+
+
+def test_plan_costs_its_ratio_its_budget_or_its_survivors() -> None:
+    plan = Plan((SitePlan(2, "fastv", {"keep_ratio": 0.5}), SitePlan(8, "random")))
+    schedule, is_exact = of_plan(LLAVA, plan)
+    assert is_exact and schedule.llm == (576,) * 2 + (288,) * 30
+    atp = Plan((SitePlan(4, "atp", {}, 130), SitePlan(14, "atp", {}, 90)))
+    assert of_plan(LLAVA, atp)[1] is False
+    assert of_plan(LLAVA, atp)[0].llm[4] == 130
+    assert of_plan(LLAVA, atp, [126, 88])[0].llm[14] == 88
+    with pytest.raises(PatchsieveError, match="--survivors"):
+        of_plan(LLAVA, Plan((SitePlan(4, "atp"),)))
+
+
+def test_absent_entries_of_a_config_have_llava_defaults() -> None:
+    assert (LLAVA.num_visual, LLAVA.projector_in) == (576, 1024)
+    assert (LLAVA.vision.num_layers, LLAVA.vision.num_layers_run) == (24, 23)
+    mistral = shape_of_config({"model_type": "llava", "text_config": {"model_type": "mistral"}})
+    assert (mistral.text.num_kv_heads, mistral.text.intermediate_size) == (8, 14336)
+    several = shape_of_config({"model_type": "llava", "vision_feature_layer": [-2, 3]})
+    assert (several.vision.num_layers_run, several.projector_in) == (23, 2048)
+    whole = shape_of_config({"model_type": "llava", "vision_feature_select_strategy": "full"})
+    assert whole.num_visual == 577
+
+
+def test_config_defaults_are_those_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    text = {"hidden_size": 512, "num_attention_heads": 32}
+    for kind in ("llama", "mistral", "qwen2"):
+        for tower in ("clip_vision_model", "siglip_vision_model"):
+            raw = {"model_type": "llava", "text_config": {"model_type": kind} | text}
+            raw["vision_config"] = {"model_type": tower, "hidden_size": 96}
+            theirs = transformers.LlavaConfig.from_dict(json.loads(json.dumps(raw)))
+            ours, t, v = shape_of_config(raw), theirs.text_config, theirs.vision_config
+            assert ours.text.vocab_size == t.vocab_size
+            assert ours.text.intermediate_size == t.intermediate_size
+            assert ours.text.num_layers == t.num_hidden_layers
+            assert ours.text.num_kv_heads == t.num_key_value_heads
+            assert ours.vision.intermediate_size == v.intermediate_size
+            assert ours.vision.num_layers == v.num_hidden_layers
+            assert ours.vision.num_patches == (v.image_size // v.patch_size) ** 2
+    bare = transformers.LlavaConfig()
+    assert LLAVA.vision.intermediate_size == bare.vision_config.intermediate_size
+    assert LLAVA.text.vocab_size == bare.text_config.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda: shape_of_config({"model_type": "llama"}), UnsupportedModelError),
+        (lambda: shape_of_config([]), UnsupportedModelError),
+        (
+            lambda: shape_of_config({"model_type": "llava", "text_config": {"model_type": "x"}}),
+            UnsupportedModelError,
+        ),
+        (
+            lambda: shape_of_config({"model_type": "llava", "text_config": {"hidden_size": "4"}}),
+            PatchsieveError,
+        ),
+        (
+            lambda: shape_of_config({"model_type": "llava", "vision_feature_layer": -40}),
+            PatchsieveError,
+        ),
+        (lambda: replace(TOY.text, num_kv_heads=3), PatchsieveError),
+        (lambda: replace(TOY.vision, num_layers_run=9), PatchsieveError),
+        (lambda: Schedule((3,), (3, 3), (3,)), ShapeError),
+        (lambda: Schedule((3,), (3,), (0,)), ShapeError),
+        (lambda: Convention(lm_head="first"), PatchsieveError),
+        (lambda: in_decoder(TOY, [3, 4], [1, 2]), PatchsieveError),
+        (lambda: in_decoder(TOY, [3], [0]), ShapeError),
+        (lambda: in_decoder(TOY, [3], [3]), ShapeError),
+        (lambda: in_decoder(TOY, [3, 2], [1]), ShapeError),
+        (lambda: in_tower(TOY, [10, 5, 4]), PatchsieveError),
+        (lambda: in_tower(TOY, [5], [0], "inside"), PatchsieveError),
+        (lambda: after_tower(TOY, 10), PatchsieveError),
+        (lambda: ivtp(TOY), PatchsieveError),
+        (lambda: cost(TOY, no_pruning(LLAVA), 5), ShapeError),
+        (lambda: cost(TOY, no_pruning(TOY), -1), PatchsieveError),
+        (lambda: cost(TOY, no_pruning(TOY), 5, precision="int8"), PatchsieveError),
+        (lambda: num_to_keep(1.5, 9), PatchsieveError),
+    ],
+)
+def test_what_cannot_be_is_refused(make: Callable[[], Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        make()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "config.json"
+    path.write_text('{"model_type": "llava"}')
+    return str(path)
+
+
+def test_command_prints_one_json_object(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--method atp --sites 4,14,24 --survivors 126,88,20 --text-tokens 64 --json"
+    assert main(["cost", "--config", config, *words.split()]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["schema_version"] == 1
+    assert set(told["flops"]) == {"vision", "llm", "scorer", "total"}
+    assert told["flops"]["total"] == sum(told["flops"][p] for p in ("vision", "llm", "scorer"))
+    assert told["tokens_per_layer"]["llm"] == [576] * 4 + [126] * 10 + [88] * 10 + [20] * 8
+    assert told["tokens_per_layer"]["vision"] == [577] * 23
+    assert told["average_tokens"] == 143.875
+    assert told["kv_bytes"] == (143.875 + 64) * 524288
+    assert told["unpruned"]["kv_bytes"] == 640 * 524288
+    assert told["ratio"] == told["flops"]["total"] / told["unpruned"]["flops"]["total"]
+
+
+@pytest.mark.parametrize("method", sorted(command.METHODS))
+@pytest.mark.parametrize("convention", ["papers", "runtime"])
+def test_command_counts_every_method_at_every_place(
+    config: str, method: str, convention: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in command.METHODS[method]:
+        words = ["cost", "--config", config, "--method", method, "--convention", convention]
+        if place in ("tower", "output", "decoder"):
+            words += ["--place", place]
+        if place == "decoder":
+            words += ["--sites", "2", "--survivors", "64"]
+        assert main([*words, "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["ratio"] < 1 or method == "none"
+        is_exported = method in command.EXPORTED and place in ("decoder", "nowhere")
+        assert told["is_costs_only"] is not is_exported
+        assert told["tokens_per_layer"]["llm"][-1] == (576 if method == "none" else 64)
+        assert main(words) == 0
+        assert "unpruned" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "--config absent.json",
+        "--config CONFIG bundle",
+        "--config CONFIG --method fastv",
+        "--config CONFIG --method atp --sites 4",
+        "--config CONFIG --method fastv --sites 40 --keep-ratio 0.5",
+        "--config CONFIG --method fastv --sites 2 --place tower",
+        "--config CONFIG --method none --sites 2",
+        "--config CONFIG --method tome --visual-tokens 64 --keep-ratio 0.5",
+        "--config CONFIG --method pooling --visual-tokens 600",
+        "--config CONFIG --method ivtp --survivors 5,4",
+        "--config CONFIG --method ivtp --text-tokens -1",
+        "--config CONFIG --sites 2",
+        "--config CONFIG --method fastv --sites 2 --plan p.json",
+    ],
+)
+def test_mistakes_of_the_command_are_one_line(
+    config: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [config if word == "CONFIG" else word for word in words.split()]
+    assert main(["cost", *given]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and len(told.err.splitlines()) == 1
+
+
+def make_bundle(folder: Path) -> Path:
+    """A manifest without graphs: the cost of a bundle needs nothing else."""
+    text = manifest.TextModel("llama", 17, 8, 12, 3, 4, 2, 3)
+    tower = manifest.VisionModel("clip_vision_model", 6, 10, 4, 3, 2, 12, 4, (3, 3), 9)
+    half = Plan((SitePlan(1, "fastv", {"keep_ratio": 0.5}, 5),))
+    adaptive = Plan((SitePlan(1, "atp", {"theta_r": 0.5, "theta_s": 0.9}, 4),))
+    facts = manifest.Manifest(
+        patchsieve_version="0.1.0",
+        checkpoint="toy",
+        precision="float32",
+        text=text,
+        vision=tower,
+        tokens=manifest.Tokens("tokenizer.json", None, "<image>", 5, (2,), {}),
+        embeddings=manifest.Embeddings("weights.bin", 0, "float32", (17, 8)),
+        limits=manifest.Limits(64, 32, 1),
+        stages=(manifest.Stage(0, 1, 105), manifest.Stage(1, 3, 101)),
+        plans={"none": Plan(), "half": half, "adaptive": adaptive},
+        default_plan="half",
+        preprocessor="preprocessor.json",
+        targets={},
+        tensors={},
+    )
+    folder.mkdir()
+    manifest.write(folder, facts)
+    return folder
+
+
+def test_command_costs_the_plans_of_a_bundle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = str(make_bundle(tmp_path / "bundle"))
+    words = ["cost", bundle, "--text-tokens", "5", "--json"]
+    assert main(words) == 0
+    told = json.loads(capsys.readouterr().out)
+    ours = cost(TOY, in_decoder(TOY, [5], [1]), 5, precision="float32")
+    assert told["flops"] == ours.flops.to_dict() and told["kv_bytes"] == ours.kv_bytes
+    assert (told["plan"], told["precision"]) == ("half", "float32")
+    assert told["is_upper_bound"] is False
+    assert main([*words, "--plan", "adaptive"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["is_upper_bound"] is True and told["tokens_per_layer"]["llm"] == [9, 4, 4]
+    assert main([*words, "--plan", "adaptive", "--survivors", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["is_upper_bound"] is False
+    assert main([*words, "--plan", "absent"]) == 2
+
+
+def test_command_reads_a_plan_file(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Path(config).with_name("plan.json")
+    site = {"layer": 2, "method": "fastv", "params": {"keep_ratio": 0.25}}
+    plan.write_text(json.dumps({"sites": [site]}))
+    assert main(["cost", "--config", config, "--plan", str(plan), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens_per_layer"]["llm"][2] == 144
+
+
+def test_tower_layer_of_clip_is_the_formula_of_the_papers() -> None:
+    d, m, n = 1024, 4096, 577
+    assert tower_layer(LLAVA.vision, n) == 2 * (4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m)
