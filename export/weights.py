@@ -1,4 +1,4 @@
-"""Weights of a bundle: safetensors files, written a tensor at a time, that all graphs point into."""
+"""Weights of a bundle: safetensors written a tensor at a time, that every graph points into."""
 
 from __future__ import annotations
 

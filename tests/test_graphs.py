@@ -133,20 +133,17 @@ def expected_names(facts: manifest.Manifest, graph: str) -> tuple[set[str], set[
     if graph == names.COMPACT:
         return {names.KEEP}, {names.KEEP_INDICES, names.NUM_KEEP}
     if graph.startswith("decide."):
+        # A decision takes what its method reads, and nothing else.
+        always = {names.VISUAL_ROWS, names.KEEP, names.BUDGET}
+        scored = always | {names.QUERY, names.KEY, names.SLOT}
         reads = {
-            names.QUERY,
-            names.KEY,
-            names.SLOT,
-            names.VISUAL_ROWS,
-            names.TEXT_ROWS,
-            names.PATCH_IDS,
-            names.KEEP,
-            names.BUDGET,
+            "random": always | {names.NOISE},
+            "fastv": scored,
+            "atp": scored | {names.TEXT_ROWS, names.PATCH_IDS},
         }
         plan, layer = graph.split(".")[1:]
         site = next(s for s in facts.plans[plan].sites if s.layer == int(layer))
-        reads |= {names.NOISE} if site.method == "random" else set()
-        return reads, {names.KEEP_OUT, names.SCORES, names.NUM_WANTED}
+        return reads[site.method], {names.KEEP_OUT, names.SCORES, names.NUM_WANTED}
     stage = next(s for i, s in enumerate(facts.stages) if names.stage(i) == graph)
     layers = range(stage.first, stage.last)
     caches = {n for i in layers for n in (names.key_cache(i), names.value_cache(i))}
