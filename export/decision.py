@@ -88,7 +88,7 @@ class Compact(nn.Module):
     """A mask of rows -> their indices, ascending."""
 
     def forward(self, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """keep [L] -> keep_indices [L], of which the first num_keep [1] count; the rest are 0."""
+        """Keep [L] -> keep_indices [L], of which the first num_keep [1] count; the rest are 0."""
         kept = keep.to(torch.int64)
         place = torch.cumsum(kept, dim=0) - 1
         # Dropped rows write into a place behind all others, which is cut off.

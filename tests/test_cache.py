@@ -54,7 +54,9 @@ def test_bytes_used_are_those_of_the_rows_present(tiny, sites, num_images: int) 
 @pytest.mark.parametrize("sites", (FASTV, ATP, []), ids=("fastv", "atp", "none"))
 def test_reserved_slots_are_text_new_tokens_and_images_by_budget(tiny, sites) -> None:
     result = tiny(ROW).model(sites).generate(pictures(1), QUESTION, max_new_tokens=2)
-    kept = {site["layer"]: site.get("budget") or 16 * site["params"]["keep_ratio"] for site in sites}
+    kept = {
+        site["layer"]: site.get("budget") or 16 * site["params"]["keep_ratio"] for site in sites
+    }
     for stage in result.kv_bytes["per_stage"]:
         budget = min([16, *(n for layer, n in kept.items() if layer <= stage["layers"][0])])
         assert stage["slots_reserved"] == 400 + 80 + 3 * budget
@@ -232,7 +234,8 @@ def test_a_plan_named_by_the_request_reserves_its_own_cache(tiny) -> None:
     whole = model.generate(pictures(1), QUESTION, max_new_tokens=8, plan="none")
     assert whole.kv_bytes["used"] > pruned.kv_bytes["used"]
     assert whole.kv_bytes["reserved"] > pruned.kv_bytes["reserved"]
-    assert whole.token_ids == tiny(ROW).model().generate(
-        pictures(1), QUESTION, max_new_tokens=8
-    ).token_ids
+    assert (
+        whole.token_ids
+        == tiny(ROW).model().generate(pictures(1), QUESTION, max_new_tokens=8).token_ids
+    )
     assert names.decide(pruned.plan, 1) in model.facts.targets["cpu"]
