@@ -63,7 +63,7 @@ def trace(
         return torch.zeros([sizes.get(n, n) for n in leaf.shape], dtype=leaf.dtype)
 
     def dynamic(leaf: Input) -> dict[int, Any]:
-        # Not a named Dim: an order among axes (an image's rows are rows) would contradict its range.
+        # Not a named Dim: an order among axes (visual rows are rows) would contradict its range.
         dim = torch.export.Dim.DYNAMIC
         return {i: dim for i, n in enumerate(leaf.shape) if isinstance(n, str)}
 

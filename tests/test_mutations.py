@@ -167,7 +167,7 @@ def edited(bundle: TinyBundle, folder, edit: Callable[[onnx.ModelProto], int]) -
 
 
 def test_attention_without_its_mask_answers_otherwise(tiny, tmp_path) -> None:
-    """On this target the operator is causal by itself; the mask hides what lies behind `last_key`."""
+    """The operator is causal by itself here; the mask hides what lies behind `last_key`."""
     bundle = tiny(ROWS[0])
 
     def drop_bias(graph: onnx.ModelProto) -> int:
