@@ -14,7 +14,8 @@ from patchsieve import manifest, names
 from patchsieve.export.lowering import cpu
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.rows import Rows
-from tests.tiny_bundles import TinyBundle, pictures
+from tests.tiny_bundles import TinyBundle, largest_error, pictures, recorded_logits
+from tests.tolerances import LOGITS_FLOAT32
 
 ROWS = ("llama-gqa-tied-linear-rope", "qwen2")
 SITES = [
@@ -111,16 +112,24 @@ def test_mask_shifted_by_one_answers_otherwise(bundle) -> None:
     assert answer(model) != right
 
 
-def test_new_rows_one_slot_too_far_answer_otherwise(bundle) -> None:
-    right, model = answer(bundle.model(SITES)), fresh(bundle)
+@pytest.mark.parametrize("stage_number", (0, 1, 2))
+@pytest.mark.parametrize("offset", (-1, 1))
+def test_new_rows_in_the_wrong_slot_change_the_logits(
+    bundle, offset: int, stage_number: int
+) -> None:
+    """In one stage only: too early writes over a row, too late leaves a gap of zeros."""
+    right, model = fresh(bundle), fresh(bundle)
 
-    def late(stage: int, inputs: dict) -> None:
-        if len(inputs[names.POSITION_IDS]) == 1:
-            inputs[names.SLOT] = inputs[names.SLOT] + 1
-            inputs[names.LAST_KEY] = inputs[names.LAST_KEY] + 1
+    def wrong(stage: int, inputs: dict) -> None:
+        if len(inputs[names.POSITION_IDS]) == 1 and stage == stage_number:
+            inputs[names.SLOT] = inputs[names.SLOT] + offset
+            inputs[names.LAST_KEY] = inputs[names.LAST_KEY] + offset
 
-    every_stage(model, late)
-    assert answer(model) != right
+    every_stage(model, wrong)
+    seen = [recorded_logits(one) for one in (right, model)]
+    for one in (right, model):
+        answer(one)
+    assert largest_error(*seen) > 100 * LOGITS_FLOAT32
 
 
 def test_decision_that_reads_the_wrong_slot_keeps_others(bundle) -> None:
@@ -158,7 +167,7 @@ def edited(bundle: TinyBundle, folder, edit: Callable[[onnx.ModelProto], int]) -
 
 
 def test_attention_without_its_mask_answers_otherwise(tiny, tmp_path) -> None:
-    """On this target the operator is causal by itself; the mask hides what lies behind `last_key`."""
+    """The operator is causal by itself here; the mask hides what lies behind `last_key`."""
     bundle = tiny(ROWS[0])
 
     def drop_bias(graph: onnx.ModelProto) -> int:

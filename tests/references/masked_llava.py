@@ -7,6 +7,7 @@ decision is the plain NumPy one, in float64, on the queries and keys that Huggin
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,10 +49,10 @@ class Choice:
 
 @dataclass
 class Turn:
-    """One answer: tokens, logits behind the prompt, choices of this turn."""
+    """One answer: tokens, the logits of each [V], choices of this turn."""
 
-    token_ids: list[int]
-    logits: np.ndarray
+    token_ids: list[int] = field(default_factory=list)
+    logits: list[np.ndarray] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
 
 
@@ -94,7 +95,7 @@ class MaskedLlava:
         return self.processor(images=images or None, text=text, return_tensors="pt")
 
     def generate(self, text: str, images: list[Any], count: int) -> tuple[list[int], np.ndarray]:
-        """Greedy tokens of Hugging Face's `generate`, and the logits behind the prompt."""
+        """Greedy tokens of Hugging Face's `generate`, and the logits of each, [T, V]."""
         inputs = self.hugging_face_inputs(text, images)
         out = self.model.generate(
             **inputs,
@@ -104,7 +105,7 @@ class MaskedLlava:
             return_dict_in_generate=True,
         )
         tokens = out.sequences[0, inputs.input_ids.shape[1] :].tolist()
-        return tokens, out.logits[0][0].float().numpy()
+        return tokens, torch.cat(out.logits).float().numpy()
 
     # One turn.
 
@@ -145,13 +146,12 @@ class MaskedLlava:
         embeddings = self._embed(ids, is_image, images)
         self.num_images += len(images)
         rng = np.random.default_rng(seed)
-        turn = Turn([], np.zeros(0))
+        turn = Turn()
         hidden = self._feed(embeddings, image, instruction, sites, rng, turn.choices)
         eos = self.model.generation_config.eos_token_id
         while True:
             logits = self.model.lm_head(self.decoder.norm(hidden[:, -1:]))[0, 0]
-            if not turn.token_ids:
-                turn.logits = logits.numpy()
+            turn.logits.append(logits.numpy())
             token = int(logits.argmax())
             turn.token_ids.append(token)
             if token == eos or len(turn.token_ids) == max_new_tokens:
@@ -212,14 +212,12 @@ class MaskedLlava:
         angles = self.decoder.rotary_emb(hidden, position_ids=positions)
         plan = {site["layer"]: site for site in sites or []}
         alive = np.ones(count, bool)
-        budget = self.num_visual
+        budget, query = self.num_visual, None
         for number, layer in enumerate(self.decoder.layers):
             if number in plan and (image >= 0).any():
                 site = plan[number]
                 budget = min(budget, site.get("budget") or budget)
-                alive = self._choose(
-                    site, budget, query, alive, image, instruction, rng, choices
-                )
+                alive = self._choose(site, budget, query, alive, image, instruction, rng, choices)
             self.seen[number] = np.concatenate((self.seen[number], alive))
             columns = torch.arange(past + count)
             visible = columns[None] <= positions[0][:, None]
@@ -328,8 +326,6 @@ def method_of(site: dict[str, Any]) -> Any:
 
 
 def _heads(directory: Path, layer: int) -> Any:
-    import json
-
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     tensors = load_file(directory / "heads.safetensors")
     prefix = f"layer.{layer}."
