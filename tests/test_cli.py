@@ -25,6 +25,7 @@ MISTAKES = {
     "inspect": ("{tmp}",),
     "verify": ("{tmp}", "--against", "{tmp}"),
     "doctor": ("{tmp}",),
+    "cost": ("{tmp}",),
 }
 
 

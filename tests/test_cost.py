@@ -448,7 +448,7 @@ def test_mistakes_of_the_command_are_one_line(
     assert told.out == "" and len(told.err.splitlines()) == 1
 
 
-def make_bundle(folder: Path) -> Path:
+def make_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A manifest without graphs: the cost of a bundle needs nothing else."""
     text = manifest.TextModel("llama", 17, 8, 12, 3, 4, 2, 3)
     tower = manifest.VisionModel("clip_vision_model", 6, 10, 4, 3, 2, 12, 4, (3, 3), 9)
@@ -472,13 +472,14 @@ def make_bundle(folder: Path) -> Path:
     )
     folder.mkdir()
     manifest.write(folder, facts)
+    monkeypatch.setattr("patchsieve.cli.cost.read", lambda path: facts)  # which refuses one without graphs
     return folder
 
 
 def test_command_costs_the_plans_of_a_bundle(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = str(make_bundle(tmp_path / "bundle"))
+    bundle = str(make_bundle(tmp_path / "bundle", monkeypatch))
     words = ["cost", bundle, "--text-tokens", "5", "--json"]
     assert main(words) == 0
     told = json.loads(capsys.readouterr().out)

@@ -299,7 +299,7 @@ def decision_inputs(model: onnx.ModelProto, rows: int, visual: int) -> dict[str,
         if name in shapes:
             shape = [sizes.get(axis, axis) for axis in shapes[name]]
             made[name] = rng.random(shape, np.float32)
-    return made
+    return {name: value for name, value in made.items() if name in shapes}
 
 
 def reads_every_row(bundle: Path, graph: str) -> bool:
