@@ -472,7 +472,8 @@ def make_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     folder.mkdir()
     manifest.write(folder, facts)
-    monkeypatch.setattr("patchsieve.cli.cost.read", lambda path: facts)  # which refuses one without graphs
+    # It refuses a manifest without graphs, of which a cost needs none.
+    monkeypatch.setattr("patchsieve.cli.cost.read", lambda path: facts)
     return folder
 
 

@@ -195,7 +195,13 @@ def test_what_an_export_of_the_same_process_number_left_is_no_hindrance(tmp_path
     assert not (tmp_path / "bundle" / "half").exists()
 
 
-def test_the_command_line_interrupted_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [(signal.SIGINT, "writing"), (signal.SIGINT, "writing stage_0"), (signal.SIGTERM, "writing stage_0")],
+)
+def test_the_command_line_interrupted_says_so_and_leaves_nothing(
+    number: int, moment: str, tmp_path: Path
+) -> None:
     checkpoint = str(damage.checkpoint())
     process = subprocess.Popen(
         [*COMMAND, "export", checkpoint, "-o", str(tmp_path / "bundle")],
@@ -205,9 +211,9 @@ def test_the_command_line_interrupted_says_so_and_leaves_nothing(tmp_path: Path)
     )
     assert process.stderr is not None
     for line in process.stderr:
-        if "writing" in line:
+        if moment in line:
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     rest = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in rest
     assert list(tmp_path.iterdir()) == []
@@ -461,5 +467,5 @@ def test_the_command_line_refuses_reuse_with_an_output_or_a_checkpoint(bundle: P
             timeout=120,
         )
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-        assert "--reuse takes the bundle's own" in done.stderr
+        assert "--reuse changes the plan of a bundle and nothing else" in done.stderr
     assert damage.contents(bundle) == before

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +15,7 @@ from patchsieve import names
 from patchsieve.export import ops
 
 
-class Lowering:
+class Lowering(ABC):
     """The spelling of one target. A subclass sets `opset` and writes one method per operation.
 
     A method takes the open node and returns the values that stand for its outputs.
@@ -23,7 +24,7 @@ class Lowering:
     name: str
     opset: int
     static_slots = False  # the target wants the length of the caches as a number
-    domains: dict[str, int] = {}
+    domains: ClassVar[dict[str, int]] = {}
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
@@ -96,21 +97,21 @@ class Lowering:
 
     # The operations, one method each.
 
+    @abstractmethod
     def RMSNorm(self, node: ir.Node) -> Sequence[ir.Value]:
         """`ops.rms_norm`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def Rotary(self, node: ir.Node) -> Sequence[ir.Value]:
         """`ops.rotary`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def Attention(self, node: ir.Node) -> Sequence[ir.Value]:
         """`ops.attention`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def CachedAttention(self, node: ir.Node) -> Sequence[ir.Value]:
         """`ops.cached_attention`."""
-        raise NotImplementedError
 
     def Mark(self, node: ir.Node) -> Sequence[ir.Value]:
         """`ops.mark`: no node, only a name (a graph output keeps its own)."""

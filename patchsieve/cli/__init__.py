@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from signal import SIGINT, SIGTERM
 from typing import NoReturn
 
 from patchsieve import __version__
@@ -23,6 +27,7 @@ COMMANDS = {
     "doctor": "say what this machine can run, and what to install for the rest",
 }
 USER_ERROR = 2
+INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,18 +52,42 @@ def main(argv: Sequence[str] | None = None) -> int:
             importlib.import_module(f"{__name__}.{name}").add_arguments(command)
     args = parser.parse_args(argv)
     module = importlib.import_module(f"{__name__}.{args.command}")
+    with _signals() as received:
+        try:
+            code = module.run(args)
+            sys.stdout.flush()
+            return code or 0
+        except PatchsieveError as error:
+            return _fail(args.json, str(error))
+        except BrokenPipeError:  # the reader went away (`| head`)
+            sys.stderr.close()
+            return 0
+        except BaseException:
+            if not received:
+                raise
+            # Not only KeyboardInterrupt: torch turns one inside a trace into errors of its own.
+            print("patchsieve: interrupted", file=sys.stderr)
+            return INTERRUPTED
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Let Ctrl-C and a polite kill raise KeyboardInterrupt, so that commands clean up."""
+    received: list[int] = []
+
+    def interrupt(number: int, _: object) -> NoReturn:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, interrupt) for number in (SIGINT, SIGTERM)}
     try:
-        code = module.run(args)
-        sys.stdout.flush()
-        return code or 0
-    except PatchsieveError as error:
-        return _fail(args.json, str(error))
-    except KeyboardInterrupt:
-        print("patchsieve: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader went away (`| head`)
-        sys.stderr.close()
-        return 0
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _fail(as_json: bool, message: str) -> int:

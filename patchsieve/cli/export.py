@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -67,8 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export or reuse."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed export cleans up
     require(("torch", "transformers", "onnx", "onnxscript", "safetensors"), "export", "export")
     plan = _plan(args)
     name = args.plan_name or _name(plan)

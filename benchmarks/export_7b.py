@@ -1,6 +1,6 @@
 """Export (and, if asked, build) at LLaVA-1.5-7B's real shape with random weights: time and memory.
 
-    python benchmarks/bench_export.py WORKDIR [--layers 32] [--build] [--keep]
+    python benchmarks/export_7b.py WORKDIR [--layers 32] [--build] [--keep]
 
 Writes a checkpoint of that shape in float16 shards (13.5 GB at 32 layers), exports it in float16 in
 a process of its own and prints that process's peak resident memory beside the promise: 2 GB plus

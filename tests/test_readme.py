@@ -1,0 +1,57 @@
+"""The README is true: its commands and its Python run as they stand, on a small checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from patchsieve.cli import COMMANDS, main
+from tests.models import save_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+HUB_ID = "llava-hf/llava-1.5-7b-hf"
+MODEL_7B = {"model_type": "llava"}  # whose defaults are LLaVA-1.5-7B
+
+
+def blocks(language: str) -> list[str]:
+    """Fenced blocks of a language; "" for those without one."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.M | re.S)
+    return [text for found, text in fenced if found == language]
+
+
+def commands() -> list[list[str]]:
+    """Every `patchsieve ...` line, without its comment."""
+    lines = [line for block in blocks("") for line in block.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("patchsieve")]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with the files that the README speaks of."""
+    save_checkpoint(tmp_path / "checkpoint", "llama")
+    shutil.copy(ROOT / "examples" / "photo.jpg", tmp_path / "photo.jpg")
+    (tmp_path / "config.json").write_text(json.dumps(MODEL_7B))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_works_in_its_order(workplace: Path, capsys) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    told = commands()
+    assert {words[0] for words in told} == set(COMMANDS)
+    short = {"profile": ["--runs", "2", "--warmup", "1", "--max-new-tokens", "4"]}
+    for words in told:
+        words = ["checkpoint" if word == HUB_ID else word for word in words]
+        assert main([*words, *short.get(words[0], [])]) == 0, words
+    told_python = capsys.readouterr()
+    assert "Traceback" not in told_python.err
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
