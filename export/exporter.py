@@ -30,8 +30,8 @@ from patchsieve.export.tokenizer import write_tokenizer
 from patchsieve.export.trace import Input, bind, fake_weights, trace
 from patchsieve.export.vision import Vision
 from patchsieve.export.weights import DTYPES, Weight, weights_of
-from patchsieve.export.writing import whole_or_nothing
 from patchsieve.plan import NO_PRUNING, Plan, check_plan_name
+from patchsieve.writing import whole_or_nothing
 
 Progress = Callable[[str, float], None]
 EMBEDDINGS = "embed_tokens"
@@ -330,10 +330,9 @@ class _Job:
             bind(graph, stored | {"inv_freq": inv_freq})
             yield names.stage(index), facts.slots, graph
         yield names.COMPACT, None, compact_graph()
-        for name, graph in self.graphs.items():
+        for site, (name, graph) in zip(self.plan.sites, self.graphs.items(), strict=True):
             # A decision reads the cache of the stage that ends at its layer.
-            layer = int(name.rsplit(".", 1)[1])
-            before = next(f for f in self._stage_facts() if f.last == layer)
+            before = next(f for f in self._stage_facts() if f.last == site.layer)
             yield name, before.slots, graph
 
 

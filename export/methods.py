@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patchsieve.errors import PatchsieveError
-from patchsieve.export.writing import write_whole
 from patchsieve.heads import CONFIG, TENSORS, HeadsConfig, load_heads
 from patchsieve.plan import Plan, SitePlan
 from patchsieve.pruning.atp import ATP
 from patchsieve.pruning.select import num_to_keep
 from patchsieve.pruning.table import METHODS
 from patchsieve.pruning.thresholds import ConstantThresholds, Thresholds
+from patchsieve.writing import write_whole
 
 if TYPE_CHECKING:
     from patchsieve.pruning.site import Method
@@ -38,6 +38,7 @@ def build_method(site: SitePlan, folder: Path = Path()) -> Method:
             found=site.method,
             expected=", ".join(METHODS) + ' (no pruning is a plan without sites: "none")',
         )
+    _check_types(site)
     if site.method == ATP.name:
         return _build_atp(site, folder)
     try:
@@ -46,6 +47,47 @@ def build_method(site: SitePlan, folder: Path = Path()) -> Method:
         raise PatchsieveError(
             f"the parameters of {site.method} at layer {site.layer} do not fit", found=error
         ) from error
+
+
+_NUMBER = (int, float)
+_TYPES: dict[str, tuple[type, ...]] = {
+    "keep_ratio": _NUMBER,
+    "rows": (str,),
+    "heads": (str,),
+    "theta_r": _NUMBER,
+    "theta_s": _NUMBER,
+    "normalisation": (str,),
+    "causal": (bool,),
+    "granularities": (list, tuple),
+    "spatial_lambda": _NUMBER,
+}
+
+
+def _check_types(site: SitePlan) -> None:
+    """Refuse JSON of another type, which a method would take for what it is not."""
+    for name, value in site.params.items():
+        kinds = _TYPES.get(name, (object,))
+        fits = isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
+        if name == "granularities" and fits:
+            fits = all(type(stride) is int for stride in value)
+        if not fits and name in _TYPES:
+            raise PatchsieveError(
+                f"the parameter {name} of {site.method} at layer {site.layer} has the wrong type",
+                found=repr(value),
+                expected="a list of whole numbers"
+                if name == "granularities"
+                else " or ".join(kind.__name__ for kind in kinds),
+            )
+
+
+def _default(name: str) -> object:
+    """What ATP takes for an option that is not given."""
+    defaults = {f.name: f.default for f in fields(ATP)}
+    return defaults.get(name)
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def resolve_budgets(plan: Plan, methods: list[Method], num_visual: int) -> Plan:
@@ -118,7 +160,16 @@ def _build_atp(site: SitePlan, folder: Path) -> ATP:
         if given:
             return ATP(thresholds=ConstantThresholds(**given), **params)
         config, thresholds = _learned(folder / heads, site.layer)
-        return ATP(thresholds=thresholds, **(config.scores | params))
+        trained = {k: config.scores.get(k, _default(k)) for k in params}
+        other = {k: v for k, v in params.items() if _plain(v) != _plain(trained[k])}
+        if other:
+            raise PatchsieveError(
+                f"the heads for layer {site.layer} were trained with other options",
+                found=other,
+                expected={k: trained[k] for k in other},
+                do="leave these options away: heads bring their own",
+            )
+        return ATP(thresholds=thresholds, **config.scores)
     except TypeError as error:
         raise PatchsieveError(
             f"the parameters of atp at layer {site.layer} do not fit", found=error

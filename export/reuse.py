@@ -16,8 +16,8 @@ from patchsieve.export.families.specs import DecoderSpec
 from patchsieve.export.graphs import GraphWriter
 from patchsieve.export.methods import HEADS, build_method, resolve_budgets, store_heads
 from patchsieve.export.weights import DTYPES
-from patchsieve.export.writing import one_line
 from patchsieve.plan import NO_PRUNING, Plan, check_plan_name
+from patchsieve.writing import one_line
 
 Progress = Callable[[str, float], None]
 

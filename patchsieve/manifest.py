@@ -17,6 +17,7 @@ from patchsieve.reading import read_as
 
 SCHEMA_VERSION = 1
 FILE_NAME = "manifest.json"
+WEIGHTS = "graphs/weights/"
 _LARGEST_MANIFEST = 16 << 20
 _CHUNK = 4 << 20
 
@@ -249,6 +250,7 @@ def check_files(
         hashes: Compare contents too, not only sizes.
         progress: Told each file's path before it is read.
     """
+    _check_unlisted(bundle, manifest)
     for name in manifest.files if paths is None else paths:
         expected = manifest.files[name]
         path = bundle / name
@@ -273,6 +275,18 @@ def check_files(
                 found="another sha256",
                 expected=expected.sha256,
                 do="copy or export the bundle again",
+            )
+
+
+def _check_unlisted(bundle: Path, manifest: Manifest) -> None:
+    """Refuse weights without a hash: graphs point to files that the manifest must answer for."""
+    folder = bundle / WEIGHTS
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if f"{WEIGHTS}{path.name}" not in manifest.files:
+            raise BundleError(
+                "the bundle holds a weights file that its manifest does not list",
+                found=path.name,
+                do="do not use this bundle unless you know who made it; else export it again",
             )
 
 

@@ -17,6 +17,12 @@ def decide(plan: str, layer: int) -> str:
     return f"decide.{plan}.{layer}"
 
 
+def decided(graph: str) -> tuple[str, int] | None:
+    """Plan and layer of a decision's graph; None for any other graph."""
+    parts = graph.split(".")
+    return (parts[1], int(parts[2])) if parts[0] == "decide" else None
+
+
 # Tensors of `vision`.
 PIXEL_VALUES = "pixel_values"  # [B, 3, h, w]
 IMAGE_FEATURES = "image_features"  # [B, N, C]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from patchsieve import manifest, names
 from patchsieve.errors import BundleError, PatchsieveError
 from patchsieve.manifest import Manifest
 from patchsieve.runtime.tensorrt import BuildReport, Profile, build_engine, load_tensorrt
+from patchsieve.writing import one_line, write_whole
 
 TARGETS = ("tensorrt-rtx",)
 RECORD = "engines.json"
@@ -25,7 +26,8 @@ class Built:
     """One engine of a build.
 
     Attributes:
-        was_there: An engine of the same graph, library and options stood there already.
+        was_there: An engine of the same graph, weights, library and options stood there already.
+        warnings: What TensorRT said, or why a decision was not built.
     """
 
     graph: str
@@ -62,52 +64,83 @@ def build(
         BackendMissingError: The target's library is absent.
         BundleError: The bundle is damaged or has no graphs for the target.
     """
+    facts = manifest.read(bundle)
+    graphs = _graphs(facts, target)
+    trt = load_tensorrt(target)
+    options = {
+        "library": f"{trt.__name__} {trt.__version__}",
+        "memory_limit": memory_limit,
+        "compute_capabilities": list(compute_capabilities),
+        "weights_sha256": _weights(facts),
+    }
+    folder = bundle / "engines" / target
+    others = {path for g in facts.targets.values() for path in g.values()} - set(graphs.values())
+    manifest.check_files(bundle, facts, paths=[path for path in facts.files if path not in others])
+    with one_line(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        record = _read_record(folder)
+        for done, (graph, path) in enumerate(graphs.items()):
+            progress(f"building {graph}", done / len(graphs))
+            source = {"graph_sha256": facts.files[path].sha256, **options}
+            engine = folder / f"{graph}.engine"
+            if misfit := _misfit(facts, graph):
+                yield Built(graph, engine, 0, 0.0, False, (misfit,))
+                continue
+            if not force and _is_current(engine, record.get(graph), source):
+                yield Built(graph, engine, engine.stat().st_size, 0.0, True, ())
+                continue
+            report: BuildReport = build_engine(
+                bundle / path,
+                engine,
+                profiles(facts, graph),
+                target=target,
+                memory_limit=memory_limit,
+                compute_capabilities=compute_capabilities,
+            )
+            record[graph] = source | {
+                "seconds": round(report.seconds, 3),
+                "warnings": list(report.warnings),
+                **asdict(manifest.hash_file(engine)),
+            }
+            write_whole(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+            yield Built(graph, engine, report.engine_bytes, report.seconds, False, report.warnings)
+
+
+def _graphs(facts: Manifest, target: str) -> dict[str, str]:
+    """The graphs of a target, or why there are none to build."""
     if target not in TARGETS:
         raise PatchsieveError(
             "this target has no engines to build", found=target, expected=", ".join(TARGETS)
         )
-    facts = manifest.read(bundle)
-    graphs = facts.targets.get(target)
-    if graphs is None:
+    if target not in facts.targets:
         raise BundleError(
             f"the bundle holds no graphs for {target}",
             found=", ".join(sorted(facts.targets)),
             do=f"export it again with --targets cpu,{target}",
         )
-    trt = load_tensorrt(target)
-    library = f"{trt.__name__} {trt.__version__}"
-    options = {
-        "library": library,
-        "memory_limit": memory_limit,
-        "compute_capabilities": list(compute_capabilities),
-    }
-    folder = bundle / "engines" / target
-    folder.mkdir(parents=True, exist_ok=True)
-    record = _read_record(folder)
-    others = {path for g in facts.targets.values() for path in g.values()} - set(graphs.values())
-    manifest.check_files(bundle, facts, paths=[path for path in facts.files if path not in others])
-    for done, (graph, path) in enumerate(graphs.items()):
-        progress(f"building {graph}", done / len(graphs))
-        source = {"graph_sha256": facts.files[path].sha256, **options}
-        engine = folder / f"{graph}.engine"
-        if not force and _is_current(engine, record.get(graph), source):
-            yield Built(graph, engine, engine.stat().st_size, 0.0, True, ())
-            continue
-        report: BuildReport = build_engine(
-            bundle / path,
-            engine,
-            profiles(facts, graph),
-            target=target,
-            memory_limit=memory_limit,
-            compute_capabilities=compute_capabilities,
-        )
-        record[graph] = source | {
-            "seconds": round(report.seconds, 3),
-            "warnings": list(report.warnings),
-            **asdict(manifest.hash_file(engine)),
-        }
-        _write_record(folder, record)
-        yield Built(graph, engine, report.engine_bytes, report.seconds, False, report.warnings)
+    return facts.targets[target]
+
+
+def _weights(facts: Manifest) -> str:
+    """One hash over all weights: graphs only point to them, engines hold them."""
+    digest = hashlib.sha256()
+    for path in sorted(facts.files):
+        if path.startswith(manifest.WEIGHTS):
+            digest.update(f"{path} {facts.files[path].sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def _misfit(facts: Manifest, graph: str) -> str:
+    """Why a decision is of no use to the engines: its plan needs more slots than they have."""
+    plan, _ = names.decided(graph) or ("", 0)
+    if not plan or all(
+        needed <= stage.slots for needed, stage in zip(facts.slots(plan), facts.stages, strict=True)
+    ):
+        return ""
+    return (
+        f"not built: the plan {plan} needs {facts.slots(plan)} slots, the engines reserve "
+        f"{[stage.slots for stage in facts.stages]} (export with a larger --budget)"
+    )
 
 
 def profiles(facts: Manifest, graph: str) -> list[Profile]:
@@ -131,7 +164,7 @@ def profiles(facts: Manifest, graph: str) -> list[Profile]:
         ranges[names.AXIS_ROWS_IN] = (1, min(usual_in, most[before]), most[before])
         decode = ranges | {axis: (1, 1, 2) for axis in (names.AXIS_ROWS, names.AXIS_ROWS_IN)}
     elif graph not in (names.VISION, names.COMPACT):
-        layer = int(graph.rsplit(".", 1)[1])
+        _, layer = names.decided(graph) or ("", 0)
         index = next(i for i, stage in enumerate(facts.stages) if stage.last == layer)
         tokens = _budget(facts, index)
         usual = min(tokens + USUAL_TEXT, most[index])
@@ -188,9 +221,3 @@ def _read_record(folder: Path) -> dict[str, Any]:
     except (UnicodeDecodeError, json.JSONDecodeError):
         return {}  # a record that cannot be read proves nothing: all is built again
     return data if isinstance(data, dict) else {}
-
-
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    temporary = folder / f".{RECORD}.{os.getpid()}"
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(folder / RECORD)

@@ -197,7 +197,11 @@ def test_what_an_export_of_the_same_process_number_left_is_no_hindrance(tmp_path
 
 @pytest.mark.parametrize(
     ("number", "moment"),
-    [(signal.SIGINT, "writing"), (signal.SIGINT, "writing stage_0"), (signal.SIGTERM, "writing stage_0")],
+    [
+        (signal.SIGINT, "writing"),
+        (signal.SIGINT, "writing stage_0"),
+        (signal.SIGTERM, "writing stage_0"),
+    ],
 )
 def test_the_command_line_interrupted_says_so_and_leaves_nothing(
     number: int, moment: str, tmp_path: Path

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from pathlib import Path
 
 from patchsieve.cli.output import Progress, peak_memory, print_json, size, table
+from patchsieve.errors import PatchsieveError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,13 +32,18 @@ def run(args: argparse.Namespace) -> int:
     """Compile, and report what each engine cost."""
     from patchsieve.runtime.build import build
 
+    limit = args.memory_limit
+    if limit is not None and not 0 < limit < math.inf:
+        raise PatchsieveError(
+            "--memory-limit is not a size", found=limit, expected="gigabytes, above 0"
+        )
     progress = Progress(args.quiet)
     start = time.perf_counter()
     engines = list(
         build(
             args.bundle,
             args.target,
-            memory_limit=None if args.memory_limit is None else int(args.memory_limit * 1e9),
+            memory_limit=None if limit is None else int(limit * 1e9),
             compute_capabilities=tuple(args.compute_capability),
             force=args.force,
             progress=progress,

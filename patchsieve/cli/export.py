@@ -11,7 +11,7 @@ from typing import Any
 from patchsieve.cli.output import Progress, print_json, require, size
 from patchsieve.errors import PatchsieveError
 from patchsieve.heads import load_heads
-from patchsieve.manifest import Limits, Manifest
+from patchsieve.manifest import Limits, Manifest, read
 from patchsieve.plan import NO_PRUNING, Plan, SitePlan
 
 _LIMITS = (512, 256, 1)  # text tokens, new tokens, images
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     """Export or reuse."""
     require(("torch", "transformers", "onnx", "onnxscript", "safetensors"), "export", "export")
     plan = _plan(args)
-    name = args.plan_name or _name(plan)
+    name = args.plan_name or _free_name(plan, args.reuse)
     progress = Progress(args.quiet)
     start = time.perf_counter()
     if args.reuse is not None:
@@ -187,7 +187,23 @@ def _name(plan: Plan) -> str:
     if len(set(map(repr, ratios))) == 1:
         ratios = ratios[:1]
     percent = "".join(f"-{ratio * 100:.0f}" for ratio in ratios if isinstance(ratio, (int, float)))
-    return f"{methods}-{layers}{percent}"[:64]
+    return f"{methods}-{layers}{percent}"[:56]
+
+
+def _free_name(plan: Plan, bundle: Path | None) -> str:
+    """A name that no other plan of the bundle has; the same plan keeps its own."""
+    name, there = _name(plan), {} if bundle is None else read(bundle).plans
+    candidates = (f"{name}{suffix}" for suffix in ("", *(f"-v{n}" for n in range(2, 1000))))
+    return next(c for c in candidates if c not in there or _is_same(plan, there[c]))
+
+
+def _is_same(plan: Plan, stored: Plan) -> bool:
+    """Whether a plan is the stored one, whose budgets export may have worked out."""
+    return len(plan.sites) == len(stored.sites) and all(
+        (a.layer, a.method, a.params) == (b.layer, b.method, b.params)
+        and a.budget in (None, b.budget)
+        for a, b in zip(plan.sites, stored.sites, strict=True)
+    )
 
 
 def _report(args: argparse.Namespace, bundle: Path, facts: Manifest, seconds: float) -> None:
@@ -197,10 +213,16 @@ def _report(args: argparse.Namespace, bundle: Path, facts: Manifest, seconds: fl
         target: sum(facts.files[path].size for path in graphs.values())
         for target, graphs in facts.targets.items()
     }
+    from patchsieve.export.lowering import LOWERINGS
+
+    is_fixed = any(LOWERINGS[target].static_slots for target in facts.targets)
     slots, full = facts.slots(plan), facts.slots(NO_PRUNING)
     bytes_of = [facts.row_bytes(stage) for stage in facts.stages]
     reserved = sum(a * b for a, b in zip(slots, bytes_of, strict=True))
     unpruned = sum(a * b for a, b in zip(full, bytes_of, strict=True))
+    fits = not is_fixed or all(
+        needed <= stage.slots for needed, stage in zip(slots, facts.stages, strict=True)
+    )
     if args.json:
         print_json(
             {
@@ -210,6 +232,7 @@ def _report(args: argparse.Namespace, bundle: Path, facts: Manifest, seconds: fl
                 "cuts": facts.cuts,
                 "budgets": facts.budgets(plan),
                 "slots": slots,
+                "fits_engines": fits,
                 "kv_bytes_reserved": reserved,
                 "kv_bytes_reserved_unpruned": unpruned,
                 "bytes": total,
@@ -227,6 +250,11 @@ def _report(args: argparse.Namespace, bundle: Path, facts: Manifest, seconds: fl
             f"at most {budget} visual tokens an image, {count} KV slots"
         )
     print(f"  KV reservation {size(reserved)}, unpruned {size(unpruned)}")
+    if not fits:
+        engines = [stage.slots for stage in facts.stages]
+        print(
+            f"  engines of fixed size reserve {engines}: this plan runs on the other targets only"
+        )
     if reserved == unpruned and facts.plans[plan].sites:
         print("  the plan reserves as much as no pruning: lower it with --budget")
 
