@@ -1,0 +1,45 @@
+"""What a conversation is between its turns: busy, interrupted, closed; and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from patchsieve.errors import RequestError
+from patchsieve.runtime.model import Model
+from tests.tiny_bundles import pictures
+
+ROW = "llama-gqa-tied-linear-rope"
+QUESTION = "What is on the table?"
+FASTV = [{"layer": 1, "method": "fastv", "params": {"keep_ratio": 0.5}}]
+FEW: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True}
+
+
+@pytest.fixture
+def model(tiny: Any) -> Model:
+    """One bundle for all tests: each closes its conversations."""
+    return tiny(ROW).model(FASTV)
+
+
+def refused(match: str) -> Any:
+    """The block raises one line that matches."""
+    return pytest.raises(RequestError, match=rf"\A[^\n]*{match}[^\n]*\Z")
+
+
+# Requests
+
+
+@pytest.mark.parametrize("prompt", (None, 7, b"bytes", ["a", "b"], {"role": "user"}))
+@pytest.mark.parametrize("is_raw", (False, True))
+def test_a_prompt_that_is_no_string_is_refused_by_its_type(model, prompt, is_raw: bool) -> None:
+    kind = type(prompt).__name__
+    with refused(f"the prompt is not text.*type {kind}"):
+        model.generate(None if is_raw else pictures(1), prompt, raw=is_raw)
+
+
+@pytest.mark.parametrize("image", (7, {"image": 1}, {1}, object(), [[1]], iter(())))
+def test_an_image_that_is_none_is_refused_by_its_type(model, image) -> None:
+    inner = image[0] if isinstance(image, list) else image
+    with refused(f"cannot read an image.*type {type(inner).__name__}"):
+        model.generate(image, QUESTION)
