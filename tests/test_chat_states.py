@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from patchsieve.errors import RequestError
+from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.model import Model
 from tests.tiny_bundles import pictures
 
@@ -43,3 +44,11 @@ def test_an_image_that_is_none_is_refused_by_its_type(model, image) -> None:
     inner = image[0] if isinstance(image, list) else image
     with refused(f"cannot read an image.*type {type(inner).__name__}"):
         model.generate(image, QUESTION)
+
+
+def test_a_bundle_is_checked_by_hash_or_by_size_and_a_typo_is_refused(model) -> None:
+    for check in ("hashes", "Hash", "", None, True, ["size"]):
+        with refused("bad check.*'hash' or 'size'"):
+            Bundle(model.bundle.path, "cpu", check=check)
+    for check in ("hash", "size"):
+        Bundle(model.bundle.path, "cpu", check=check)
