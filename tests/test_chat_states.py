@@ -9,6 +9,7 @@ import pytest
 from patchsieve.errors import RequestError
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.model import Model
+from patchsieve.runtime.ort import OrtBackend
 from tests.tiny_bundles import pictures
 
 ROW = "llama-gqa-tied-linear-rope"
@@ -52,3 +53,10 @@ def test_a_bundle_is_checked_by_hash_or_by_size_and_a_typo_is_refused(model) -> 
             Bundle(model.bundle.path, "cpu", check=check)
     for check in ("hash", "size"):
         Bundle(model.bundle.path, "cpu", check=check)
+
+
+def test_threads_below_one_are_refused(model) -> None:
+    for threads in (0, -3, 1.5, True, "2"):
+        with refused("bad threads.*a whole number >= 1"):
+            OrtBackend(model.bundle, threads=threads)
+    assert OrtBackend(model.bundle).options.intra_op_num_threads >= 1
