@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -347,11 +347,14 @@ class _Answer:
 
 def _options(sampling: dict[str, Any], most: int) -> SamplingOptions:
     """Options of a request; without a number of new tokens, the usual or what is reserved."""
+    known = [option.name for option in fields(SamplingOptions)]
+    unknown = [name for name in sampling if name not in known]
+    if unknown:
+        raise RequestError(
+            "unknown option of a request", found=", ".join(unknown), expected=", ".join(known)
+        )
     usual = min(SamplingOptions.max_new_tokens, most)
-    try:
-        return SamplingOptions(**{"max_new_tokens": usual} | sampling)
-    except TypeError as error:
-        raise RequestError("unknown option of a request", found=error) from error
+    return SamplingOptions(**{"max_new_tokens": usual} | sampling)
 
 
 def _as_list(image: Any) -> list[Any]:

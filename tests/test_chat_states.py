@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from patchsieve.errors import RequestError
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.ort import OrtBackend
+from patchsieve.runtime.sampling import SamplingOptions
 from tests.tiny_bundles import pictures
 
 ROW = "llama-gqa-tied-linear-rope"
@@ -45,6 +47,12 @@ def test_an_image_that_is_none_is_refused_by_its_type(model, image) -> None:
     inner = image[0] if isinstance(image, list) else image
     with refused(f"cannot read an image.*type {type(inner).__name__}"):
         model.generate(image, QUESTION)
+
+
+def test_an_unknown_option_is_answered_with_the_known_ones(model) -> None:
+    known = ", ".join(option.name for option in fields(SamplingOptions))
+    with refused(f"unknown option of a request.*found: foo, bar.*expected: {known}"):
+        model.generate(None, QUESTION, foo=1, max_new_tokens=3, bar=2)
 
 
 def test_a_bundle_is_checked_by_hash_or_by_size_and_a_typo_is_refused(model) -> None:
