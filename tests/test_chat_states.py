@@ -9,6 +9,7 @@ import pytest
 
 from patchsieve.errors import RequestError
 from patchsieve.runtime.bundle import Bundle
+from patchsieve.runtime.chat import Chat
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.ort import OrtBackend
 from patchsieve.runtime.sampling import SamplingOptions
@@ -68,3 +69,93 @@ def test_threads_below_one_are_refused(model) -> None:
         with refused("bad threads.*a whole number >= 1"):
             OrtBackend(model.bundle, threads=threads)
     assert OrtBackend(model.bundle).options.intra_op_num_threads >= 1
+
+
+# Turns
+
+
+def agree(chat: Chat, twin: Chat, *turns: str) -> None:
+    """Both answer alike from here on; then both are closed."""
+    for question in turns:
+        found, expected = (one.ask(question, **FEW) for one in (chat, twin))
+        assert found.token_ids == expected.token_ids and found.sites == expected.sites
+        assert (found.selection, found.notes) == (expected.selection, expected.notes)
+        assert found.kv_bytes == expected.kv_bytes
+    chat.close()
+    twin.close()
+
+
+@pytest.mark.parametrize("is_first", (True, False))
+def test_a_second_turn_waits_for_the_answer_that_is_being_streamed(model, is_first: bool) -> None:
+    chat, twin = model.chat(), model.chat()
+    image = pictures(1) if is_first else None
+    if not is_first:
+        for one in (chat, twin):
+            one.ask(QUESTION, pictures(1), **FEW)
+    stream = chat.stream("Is it red?", image, **FEW)
+    pieces = [next(stream)]
+    for second in (
+        lambda: chat.ask("Is it hot?"),
+        lambda: chat.ask("Is it hot?", repick=True),
+        lambda: next(chat.stream("Is it hot?", pictures(1))),
+    ):
+        with refused("an answer is still being streamed.*finish or close it first"):
+            second()
+    pieces += stream
+    assert "".join(pieces) == twin.ask("Is it red?", image, **FEW).text
+    agree(chat, twin, "Is it hot?", "Why?")
+
+
+def test_an_answer_that_was_closed_failed_or_never_begun_lets_the_next_turn_in(model) -> None:
+    chat, twin = model.chat(), model.chat()
+    for one in (chat, twin):
+        one.ask(QUESTION, pictures(1), **FEW)
+    never_begun = chat.stream("Is it red?", **FEW)
+    dropped = chat.stream("Is it red?", **FEW)
+    next(dropped)
+    dropped.close()
+    with refused("prompt is empty"):
+        chat.ask("")
+    with refused("temperature"):
+        chat.ask("Is it red?", temperature=-1)
+    agree(chat, twin, "Is it hot?", "Why?")
+    with refused("conversation is closed"):
+        next(never_begun)
+
+
+def test_a_conversation_closed_while_it_answers_keeps_its_cache_until_the_stream_ends(
+    model,
+) -> None:
+    expected = model.generate(pictures(1), QUESTION, **FEW)
+    for has_reader in (True, False):
+        chat = model.chat()
+        cache = chat.cache
+        stream = chat.stream(QUESTION, pictures(1), **FEW)
+        next(stream)
+        chat.close()
+        other = model.chat()
+        assert other.cache is not cache
+        assert other.ask(QUESTION, pictures(1), **FEW).token_ids == expected.token_ids
+        other.close()
+        if has_reader:
+            with refused("conversation is closed"):
+                next(stream)
+        else:
+            stream.close()
+        assert chat.cache is None and cache.position == 0
+        assert model.generate(pictures(1), QUESTION, **FEW).token_ids == expected.token_ids
+        with refused("conversation is closed"):
+            chat.ask(QUESTION)
+
+
+def test_a_model_closed_while_it_answers_ends_the_answer_in_one_line(model) -> None:
+    own = Model(model.bundle.path, threads=1, check="size")
+    chat, stream = own.chat(), own.stream(pictures(1), QUESTION, **FEW)
+    next(stream)
+    chat.ask(QUESTION, pictures(1), **FEW)
+    own.close()
+    for use in (lambda: next(stream), lambda: chat.ask("Why?"), own.chat, own.generate):
+        with refused("the model is closed.*load the bundle again"):
+            use()
+    chat.close()
+    own.close()
