@@ -68,6 +68,7 @@ class Chat:
         self._images = _Images()
         self._state = _State()
         self._is_streaming = self._is_closed = False
+        self._is_choice_lost = False  # an answer that chose again was interrupted
 
     def ask(self, prompt: str, image: Any = None, **options: Any) -> Result:
         """Ask, and wait for the whole answer. The options are those of `stream`."""
@@ -144,10 +145,12 @@ class Chat:
         self._check_room(tokens, len(sources), options.max_new_tokens, continues)
 
         seen = len(self._images.features)
-        mark = cache.mark() if continues else None
+        mark: tuple[int, ...] | None = cache.mark()
         try:
             self._see(pixels, result)
             if not continues:
+                mark = None
+                self._is_choice_lost |= bool(self._state.sites)
                 self._restart(cache)
             answer = _Answer(self, options, result, start)
             yield from answer.run(tokens, tuple(messages))
@@ -158,7 +161,7 @@ class Chat:
             else:
                 cache.rewind(mark)
             raise
-        self._state = answer.state
+        self._state, self._is_choice_lost = answer.state, False
         if not raw:
             said = [{"type": "text", "text": result.text}]
             self.messages = [*messages, {"role": "assistant", "content": said}]
@@ -219,7 +222,11 @@ class Chat:
             if suffix is not None:
                 return prompts.tokenize_suffix(suffix, messages), True
             result.notes.append("the chat template rewrites earlier turns: all was prefilled again")
-        if has_past:
+        if self._is_choice_lost and not repick:
+            result.notes.append(
+                "the last answer was interrupted while it chose again: all was prefilled again"
+            )
+        if state.sites or self._is_choice_lost:
             result.selection = "repicked"
         return prompts.build(messages, len(self._images.features) + num_images), False
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from patchsieve.errors import RequestError
+from patchsieve.errors import PatchsieveError, RequestError
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.chat import Chat
 from patchsieve.runtime.model import Model
@@ -159,3 +159,56 @@ def test_a_model_closed_while_it_answers_ends_the_answer_in_one_line(model) -> N
             use()
     chat.close()
     own.close()
+
+
+def test_a_choice_that_an_interrupted_answer_lost_is_made_again_and_the_result_says_so(
+    model,
+) -> None:
+    note = "the last answer was interrupted while it chose again"
+    chat, twin = model.chat(), model.chat()
+    for one in (chat, twin):
+        assert one.ask(QUESTION, pictures(1), **FEW).selection == "picked"
+    for _ in range(2):  # the second finds nothing in the cache
+        stream = chat.stream("Is it red?", repick=True, **FEW)
+        next(stream)
+        stream.close()
+    found = chat.ask("Is it hot?", **FEW)
+    expected = twin.ask("Is it hot?", repick=True, **FEW)
+    assert found.selection == expected.selection == "repicked"
+    assert [text.startswith(note) for text in found.notes] == [True] and not expected.notes
+    assert (found.token_ids, found.sites) == (expected.token_ids, expected.sites)
+    assert found.prompt_tokens == expected.prompt_tokens
+    agree(chat, twin, "Why?")
+
+
+def test_an_interrupted_first_answer_had_made_no_choice(model) -> None:
+    chat, twin = model.chat(), model.chat()
+    stream = chat.stream("Is it red?", pictures(1), **FEW)
+    next(stream)
+    stream.close()
+    found, expected = (one.ask(QUESTION, pictures(1), **FEW) for one in (chat, twin))
+    assert (found.selection, found.notes) == ("picked", [])
+    assert found.token_ids == expected.token_ids
+    agree(chat, twin, "Why?")
+
+
+def test_a_repick_that_fails_before_it_begins_keeps_the_choice(model, monkeypatch) -> None:
+    chat, twin = model.chat(), model.chat()
+    for one in (chat, twin):
+        one.ask(QUESTION, pictures(1), **FEW)
+
+    def fails(pixels: Any) -> Any:
+        raise PatchsieveError("the tower fails")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.pipeline, "see", fails)
+        with pytest.raises(PatchsieveError, match="the tower fails"):
+            chat.ask("And this?", pictures(1), repick=True, **FEW)
+    agree(chat, twin, "Is it hot?", "Why?")
+
+
+def test_a_new_prefill_of_an_unpruned_plan_chooses_nothing(model) -> None:
+    chat = model.chat(plan="none")
+    chat.ask(QUESTION, pictures(1), **FEW)
+    assert chat.ask("Is it hot?", repick=True, **FEW).selection == "none"
+    chat.close()
