@@ -212,3 +212,23 @@ def test_a_new_prefill_of_an_unpruned_plan_chooses_nothing(model) -> None:
     chat.ask(QUESTION, pictures(1), **FEW)
     assert chat.ask("Is it hot?", repick=True, **FEW).selection == "none"
     chat.close()
+
+
+# The end of an answer
+
+
+def test_bytes_used_are_those_before_a_stop_string_rewound_the_cache(model) -> None:
+    chat, twin = model.chat(), model.chat()
+    whole = twin.ask(QUESTION, pictures(1), **FEW)
+    stop = next(piece for piece in whole.text[3:].split() if piece)[:2]
+    stopped = chat.ask(QUESTION, pictures(1), stop=[stop], **FEW)
+    count = len(stopped.token_ids)
+    assert stopped.finish_reason == "stop" and 1 <= count <= len(whole.token_ids)
+    again = model.generate(pictures(1), QUESTION, **FEW | {"max_new_tokens": count})
+    assert again.token_ids == stopped.token_ids
+    assert again.kv_bytes == stopped.kv_bytes
+    assert len(stopped.timings_ms["decode_steps"]) == count - 1
+    # The cache itself was rewound to the prompt.
+    assert chat.cache.kv_bytes()["used"] < stopped.kv_bytes["used"] or count == 1
+    chat.close()
+    twin.close()
