@@ -13,6 +13,8 @@ from patchsieve.errors import BundleError, RequestError
 from patchsieve.runtime.preprocess import Preprocessor
 from patchsieve.runtime.prompt import PromptBuilder
 
+_CHECKS = ("hash", "size")
+
 
 class Bundle:
     """A bundle on disk, ready for a backend.
@@ -25,6 +27,7 @@ class Bundle:
 
     Raises:
         BundleError: The bundle is damaged, newer, or lacks the target.
+        RequestError: `check` is neither of the two.
     """
 
     def __init__(
@@ -35,6 +38,10 @@ class Bundle:
         check: str = "hash",
         progress: Callable[[str], None] | None = None,
     ) -> None:
+        if check not in _CHECKS:
+            raise RequestError(
+                "bad check", found=repr(check), expected=" or ".join(map(repr, _CHECKS))
+            )
         self.path, self.target = path, target
         self.manifest = manifest.read(path)
         if target not in self.manifest.targets:

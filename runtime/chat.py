@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,6 +67,8 @@ class Chat:
         self.messages: list[Message] = []
         self._images = _Images()
         self._state = _State()
+        self._is_streaming = self._is_closed = False
+        self._is_choice_lost = False  # an answer that chose again was interrupted
 
     def ask(self, prompt: str, image: Any = None, **options: Any) -> Result:
         """Ask, and wait for the whole answer. The options are those of `stream`."""
@@ -98,11 +101,37 @@ class Chat:
             Pieces of text.
 
         Raises:
-            RequestError: The images, the prompt or the options cannot be used.
+            RequestError: The images, the prompt or the options cannot be used; another answer is
+                still being streamed; or the conversation or the model was closed, also midway.
             CapacityError: The turn does not fit what is reserved; the conversation stays as it was.
         """
+        if self._is_streaming:
+            raise RequestError(
+                "an answer is still being streamed", do="finish or close it first, then ask"
+            )
+        self._is_streaming = True
+        try:
+            result = Result() if result is None else result
+            with closing(self._turn(prompt, image, repick, raw, result, sampling)) as pieces:
+                for piece in pieces:
+                    yield piece
+                    self._open_cache()  # whoever read the piece may have closed the conversation
+        finally:
+            self._is_streaming = False
+            if self._is_closed:
+                self._release()
+
+    def _turn(
+        self,
+        prompt: str,
+        image: Any,
+        repick: bool,
+        raw: bool,
+        result: Result,
+        sampling: dict[str, Any],
+    ) -> Generator[str, None, None]:
+        """One turn, whole or not at all."""
         start = time.perf_counter()
-        result = Result() if result is None else result
         result.plan = self.plan
         options = _options(sampling, self.model.facts.limits.max_new_tokens)
         cache = self._open_cache()
@@ -116,21 +145,23 @@ class Chat:
         self._check_room(tokens, len(sources), options.max_new_tokens, continues)
 
         seen = len(self._images.features)
-        mark = cache.mark() if continues else None
+        mark: tuple[int, ...] | None = cache.mark()
         try:
             self._see(pixels, result)
             if not continues:
-                self._restart()
+                mark = None
+                self._is_choice_lost |= bool(self._state.sites)
+                self._restart(cache)
             answer = _Answer(self, options, result, start)
             yield from answer.run(tokens, tuple(messages))
         except BaseException:
             del self._images.features[seen:], self._images.patch_ids[seen:]
             if mark is None:
-                self._restart()  # the next turn prefills what `messages` holds
+                self._restart(cache)  # the next turn prefills what `messages` holds
             else:
                 cache.rewind(mark)
             raise
-        self._state = answer.state
+        self._state, self._is_choice_lost = answer.state, False
         if not raw:
             said = [{"type": "text", "text": result.text}]
             self.messages = [*messages, {"role": "assistant", "content": said}]
@@ -144,13 +175,23 @@ class Chat:
         result.timings_ms["total"] = _since(start)
 
     def close(self) -> None:
-        """Give the cache back for the next conversation."""
+        """Give the cache back for the next conversation.
+
+        An answer that is still being streamed keeps it until its reader asks for the next piece,
+        which is refused, or closes the stream.
+        """
+        self._is_closed = True
+        if not self._is_streaming:
+            self._release()
+
+    def _release(self) -> None:
         if self.cache is not None:
             self.model.give_back(self.plan, self.cache)
             self.cache = None
 
     def _open_cache(self) -> Cache:
-        if self.cache is None:
+        self.model.check_open()
+        if self.cache is None or self._is_closed:
             raise RequestError("this conversation is closed", do="start another")
         return self.cache
 
@@ -181,7 +222,11 @@ class Chat:
             if suffix is not None:
                 return prompts.tokenize_suffix(suffix, messages), True
             result.notes.append("the chat template rewrites earlier turns: all was prefilled again")
-        if has_past:
+        if self._is_choice_lost and not repick:
+            result.notes.append(
+                "the last answer was interrupted while it chose again: all was prefilled again"
+            )
+        if state.sites or self._is_choice_lost:
             result.selection = "repicked"
         return prompts.build(messages, len(self._images.features) + num_images), False
 
@@ -228,8 +273,7 @@ class Chat:
             self._images.patch_ids += list(ids)
         result.timings_ms["vision"] = _since(start)
 
-    def _restart(self) -> None:
-        cache = self._open_cache()
+    def _restart(self, cache: Cache) -> None:
         cache.rewind((0,) * len(cache.mark()))
         self._state = _State()
 
@@ -347,11 +391,14 @@ class _Answer:
 
 def _options(sampling: dict[str, Any], most: int) -> SamplingOptions:
     """Options of a request; without a number of new tokens, the usual or what is reserved."""
+    known = [option.name for option in fields(SamplingOptions)]
+    unknown = [name for name in sampling if name not in known]
+    if unknown:
+        raise RequestError(
+            "unknown option of a request", found=", ".join(unknown), expected=", ".join(known)
+        )
     usual = min(SamplingOptions.max_new_tokens, most)
-    try:
-        return SamplingOptions(**{"max_new_tokens": usual} | sampling)
-    except TypeError as error:
-        raise RequestError("unknown option of a request", found=error) from error
+    return SamplingOptions(**{"max_new_tokens": usual} | sampling)
 
 
 def _as_list(image: Any) -> list[Any]:

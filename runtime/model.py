@@ -50,6 +50,7 @@ class Model:
         self.pipeline = Pipeline(self.bundle, self.backend)
         self.spare_caches = spare_caches
         self._spare: dict[str, Cache] = {}  # one cache per plan, for the next request
+        self._is_closed = False
 
     def generate(self, image: Any = None, prompt: str = "", **options: Any) -> Result:
         """Answer one prompt about an image, several (a list), or none.
@@ -79,6 +80,7 @@ class Model:
 
     def chat(self, *, plan: str | None = None) -> Chat:
         """Start a conversation that continues from its cache."""
+        self.check_open()
         plan = plan or self.facts.default_plan
         if plan not in self.facts.plans:
             raise RequestError(
@@ -101,16 +103,28 @@ class Model:
 
     def give_back(self, plan: str, cache: Cache) -> None:
         """Keep a cache for the next request."""
+        if self._is_closed:
+            return
         cache.rewind((0,) * (1 + len(cache.stages)))
         self._spare[plan] = cache
         while len(self._spare) > self.spare_caches:
             del self._spare[next(iter(self._spare))]  # the one that waits longest
+
+    def check_open(self) -> None:
+        """Refuse work after `close`: the caches are bound to sessions that are gone.
+
+        Raises:
+            RequestError: The model is closed.
+        """
+        if self._is_closed:
+            raise RequestError("the model is closed", do="load the bundle again")
 
     def preprocess(self, sources: Sequence[Any]) -> np.ndarray:
         """Images to pixels, [B, 3, h, w]."""
         return np.stack([self.bundle.preprocessor(load_image(source)) for source in sources])
 
     def close(self) -> None:
-        """Give back memory."""
+        """Give back memory. Open conversations and answers end: their next step is refused."""
+        self._is_closed = True
         self._spare.clear()
         self.backend.close()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from patchsieve import names
-from patchsieve.errors import BundleError, CapacityError
+from patchsieve.errors import BundleError, CapacityError, RequestError
 from patchsieve.runtime.backend import missing
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.cache import StageCache
@@ -41,9 +41,12 @@ class OrtBackend:
 
     Args:
         bundle: The opened bundle.
-        threads: Threads of one operator; all cores by default.
+        threads: Threads of one operator, at least 1; None takes all cores.
         models: Serialised graphs that stand in for the bundle's files of the same name, on the
             same weights; a stage's further outputs come back with the others.
+
+    Raises:
+        RequestError: `threads` is below 1 or no whole number.
     """
 
     has_fixed_slots = False
@@ -59,7 +62,7 @@ class OrtBackend:
         self._models = models or {}
         self.options = ort.SessionOptions()
         self.options.log_severity_level = _QUIET
-        self.options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+        self.options.intra_op_num_threads = _num_threads(threads)
         self.options.enable_mem_pattern = False  # lengths differ from call to call
         for graph in list(self._models)[:1]:  # all graphs lie in one folder
             folder = bundle.graph_path(graph).parent
@@ -169,6 +172,19 @@ class OrtBackend:
                     expected=expected.get(odd, "no such tensor"),
                     do="export the bundle again",
                 )
+
+
+def _num_threads(threads: int | None) -> int:
+    if threads is None:
+        return len(os.sched_getaffinity(0))
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise RequestError(
+            "bad threads",
+            found=repr(threads),
+            expected="a whole number >= 1",
+            do="leave it out for all cores",
+        )
+    return threads
 
 
 def _lengths(shape: Sequence[Any]) -> list[int | None]:

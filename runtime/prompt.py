@@ -157,14 +157,15 @@ class PromptBuilder:
             A message with a list of parts, for `build`.
 
         Raises:
-            RequestError: Placeholders and images do not match, or there is nothing to send.
+            RequestError: Placeholders and images do not match, the text is no text, or there is
+                nothing to send.
         """
+        _check_text(text)
         placeholders = text.count(self.image_token)
         if placeholders:
             self._check_count(placeholders, num_images)
         if not text.strip() and num_images == 0:
             raise _nothing_to_send()
-        _check_unicode(text)
         if not placeholders:
             content = [{"type": "image"}] * num_images
             return {"role": "user", "content": content + _text_parts(text)}
@@ -218,11 +219,11 @@ class PromptBuilder:
             The prompt, image tokens not expanded.
 
         Raises:
-            RequestError: Images and placeholders do not match, or the text is empty.
+            RequestError: Images and placeholders do not match, or the text is empty or no text.
         """
+        _check_text(text)
         if not text.strip():
             raise _nothing_to_send()
-        _check_unicode(text)
         self._check_count(text.count(self.image_token), num_images)
         encoding = self._encode(text)
         after = text.rfind(self.image_token) + len(self.image_token) if num_images else 0
@@ -369,8 +370,15 @@ def _nothing_to_send() -> RequestError:
     return RequestError("the prompt is empty", do="give a question, an image or both")
 
 
-def _check_unicode(text: str) -> None:
+def _check_text(text: object) -> None:
     """Bytes that are no text reach a program as half characters, which no tokenizer takes."""
+    if not isinstance(text, str):
+        raise RequestError(
+            "the prompt is not text",
+            found=f"an object of type {type(text).__name__}",
+            expected="a string",
+            do="pass the question as a string",
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
