@@ -141,7 +141,6 @@ def _stored_spec(facts: manifest.Manifest) -> DecoderSpec:
         qkv_bias=False,
         output_bias=False,
         mlp_bias=False,
-        tied_embeddings=False,
         inv_freq=(),
         rotary_scale=1.0,
         max_rows=0,

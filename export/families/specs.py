@@ -27,7 +27,6 @@ class DecoderSpec:
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
-    tied_embeddings: bool
     inv_freq: tuple[float, ...]
     rotary_scale: float
     max_rows: int
