@@ -154,7 +154,7 @@ class _Job:
         self.checkpoint.require({weight.source: weight.source_shape for weight in wanted})
         # Last, because tracing takes seconds and all else is refused at once.
         self.plan, self.graphs = decide_graphs(
-            options.plan, options.plan_name, self.spec, self.vision_facts, self.dtype
+            options.plan, options.plan_name, self.spec.heads, self.vision_facts, self.dtype
         )
 
     def write(self, partial: Path, progress: Progress) -> None:

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, shape_inference
 import patchsieve
 from patchsieve import manifest, names
 from patchsieve.export.exporter import export
+from patchsieve.export.reuse import reuse
 from patchsieve.plan import Plan, SitePlan
 from tests import damage
 from tests.models import save_checkpoint
@@ -403,3 +404,15 @@ def test_fewer_rows_go_on_than_came_in() -> None:
         outs.add(model.backend.to_numpy(out[names.HIDDEN_OUT]).shape[1])
     assert outs == {1, 3, 8}
     model.close()
+
+
+def test_a_reused_bundle_gets_the_decision_that_an_export_writes(tmp_path: Path) -> None:
+    bundle = damage.copy(damage.bundle(), tmp_path / "bundle")
+    reuse(bundle, damage.FASTV, "again")
+    facts = manifest.read(bundle)
+    for target, graphs in facts.targets.items():
+        first, again = (
+            onnx.load(bundle / graphs[names.decide(plan, 2)]).graph for plan in ("fastv", "again")
+        )
+        assert first.input == again.input and first.output == again.output, target
+        assert first.node == again.node and first.initializer == again.initializer, target
