@@ -128,6 +128,10 @@ class Checkpoint:
                 self._stored[name] = (stored, file)
                 self._shapes[name], self._dtypes[name] = shape, dtype
 
+    def __contains__(self, name: str) -> bool:
+        """Tell whether a tensor is stored, under any spelling."""
+        return name in self._stored
+
     def read(self, name: str) -> Tensor:
         """Read one tensor."""
         stored, file = self._stored[name]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from patchsieve import names
-from patchsieve.export.families.specs import DecoderSpec
+from patchsieve.export.families.specs import HeadShape
 from patchsieve.export.trace import Input, trace
 from patchsieve.pruning.site import Site
 from patchsieve.pruning.table import modules
@@ -23,16 +23,16 @@ class Decide(nn.Module):
 
     Args:
         method: Decides for one image.
-        spec: The decoder.
+        heads: How the decoder's attention divides a row.
         grid: Patch rows and columns of an image.
         num_visual: Visual tokens of an image before any pruning.
     """
 
     def __init__(
-        self, method: Method, spec: DecoderSpec, grid: tuple[int, int], num_visual: int
+        self, method: Method, heads: HeadShape, grid: tuple[int, int], num_visual: int
     ) -> None:
         super().__init__()
-        self.method, self.spec, self.grid, self.num_visual = method, spec, grid, num_visual
+        self.method, self.heads, self.grid, self.num_visual = method, heads, grid, num_visual
         for name, part in modules(method).items():  # so that their parameters are found
             self.add_module(name, part)
 
@@ -64,10 +64,9 @@ class Decide(nn.Module):
         Returns:
             keep_out [L], scores [N], num_wanted [1].
         """
-        spec = self.spec
-        heads = query.view(1, -1, spec.num_heads, spec.head_dim).transpose(1, 2)  # [1, H, L, D]
+        shape = (1, -1, self.heads.num_heads, self.heads.head_dim)
         site = Site(
-            query=heads,
+            query=query.view(shape).transpose(1, 2),  # [1, H, L, D]
             key=key,
             slot=slot,
             visual_rows=visual_rows,
@@ -100,7 +99,7 @@ class Compact(nn.Module):
 
 def decide_graph(
     method: Method,
-    spec: DecoderSpec,
+    heads: HeadShape,
     grid: tuple[int, int],
     num_visual: int,
     dtype: torch.dtype,
@@ -109,8 +108,8 @@ def decide_graph(
     rows, visual = names.AXIS_ROWS, names.AXIS_VISUAL
     int64 = torch.int64
     inputs: dict[str, Any] = {
-        names.QUERY: Input(dtype, (1, rows, spec.num_heads * spec.head_dim)),
-        names.KEY: Input(dtype, (1, spec.num_kv_heads, names.AXIS_SLOTS, spec.head_dim)),
+        names.QUERY: Input(dtype, (1, rows, heads.num_heads * heads.head_dim)),
+        names.KEY: Input(dtype, (1, heads.num_kv_heads, names.AXIS_SLOTS, heads.head_dim)),
         names.SLOT: Input(int64, (1,)),
         names.VISUAL_ROWS: Input(int64, (visual,)),
         names.TEXT_ROWS: Input(int64, (names.AXIS_TEXT,)),
@@ -123,7 +122,7 @@ def decide_graph(
     # An image's rows are some of the rows fed, and those are some of the cache's.
     sizes = {names.AXIS_TEXT: 7, visual: 11, rows: 23, names.AXIS_SLOTS: 31}
     model = trace(
-        Decide(method, spec, grid, num_visual),
+        Decide(method, heads, grid, num_visual),
         tuple(inputs.values()),
         list(inputs),
         [names.KEEP_OUT, names.SCORES, names.NUM_WANTED],

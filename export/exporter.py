@@ -35,6 +35,7 @@ from patchsieve.writing import whole_or_nothing
 
 Progress = Callable[[str, float], None]
 EMBEDDINGS = "embed_tokens"
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -147,12 +148,13 @@ class _Job:
                 do="lower --max-text-tokens, --max-new-tokens or --max-images",
             )
         self.checkpoint = Checkpoint(directory)
+        self.is_tied = self._is_tied()
         self.files = self._weight_files()
         wanted = [weight for weights in self.files.values() for weight in weights]
         self.checkpoint.require({weight.source: weight.source_shape for weight in wanted})
         # Last, because tracing takes seconds and all else is refused at once.
         self.plan, self.graphs = decide_graphs(
-            options.plan, options.plan_name, self.spec, self.vision_facts, self.dtype
+            options.plan, options.plan_name, self.spec.heads, self.vision_facts, self.dtype
         )
 
     def write(self, partial: Path, progress: Progress) -> None:
@@ -163,14 +165,14 @@ class _Job:
         graphs = partial / "graphs"
         stored = self._write_weights(graphs / weights_module.DIRECTORY, progress)
         self.embeddings = stored[f"{EMBEDDINGS}.weight"]
-        if self.spec.tied_embeddings:
-            stored["lm_head.weight"] = ir.ExternalTensor(
+        if self.is_tied:
+            stored[HEAD] = ir.ExternalTensor(
                 self.embeddings.location,
                 self.embeddings.offset,
                 self.embeddings.length,
                 self.embeddings.dtype,
                 shape=self.embeddings.shape,
-                name="lm_head.weight",
+                name=HEAD,
                 base_dir=self.embeddings.base_dir,
             )
         self.writer = GraphWriter(graphs, self.options.targets)
@@ -266,6 +268,17 @@ class _Job:
             budget = min(budget, at.get(stage.first) or budget)
             yield manifest.Stage(stage.first, stage.last, self.options.limits.slots(budget))
 
+    def _is_tied(self) -> bool:
+        """Tell whether the table of embeddings is the output matrix too, as transformers decides.
+
+        A stored lm_head.weight goes before the flags; either config's flag ties (transformers 5.23,
+        `LlavaConfig.__post_init__` and `PreTrainedModel.tie_weights`).
+        """
+        if HEAD in self.checkpoint:
+            return False
+        config: Any = self.config
+        return bool(config.tie_word_embeddings or config.text_config.tie_word_embeddings)
+
     def _weight_files(self) -> dict[str, list[Weight]]:
         shape = (self.spec.vocab_size, self.spec.hidden_size)
         table = f"{EMBEDDINGS}.weight"
@@ -276,7 +289,7 @@ class _Job:
                 files[f"layers.{number}"] = list(weights_of(layer, prefix, prefix))
         last = self.stages[-1]
         files["head"] = list(weights_of(last.norm, "norm.", "norm."))
-        if not self.spec.tied_embeddings:
+        if not self.is_tied:
             files["head"] += weights_of(last.lm_head, "lm_head.", "lm_head.")
         return files
 

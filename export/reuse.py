@@ -12,7 +12,7 @@ import torch
 from patchsieve import manifest, names
 from patchsieve.errors import PatchsieveError
 from patchsieve.export.decision import decide_graph
-from patchsieve.export.families.specs import DecoderSpec
+from patchsieve.export.families.specs import HeadShape
 from patchsieve.export.graphs import GraphWriter
 from patchsieve.export.methods import HEADS, build_method, resolve_budgets, store_heads
 from patchsieve.export.weights import DTYPES
@@ -43,14 +43,14 @@ def reuse(
     if plan_name == NO_PRUNING and plan.sites:
         raise PatchsieveError("the plan named none prunes nothing", do="choose another --plan-name")
     manifest.check_files(bundle, old, hashes=False)
-    spec = _stored_spec(old)
+    heads = HeadShape(old.text.num_heads, old.text.num_kv_heads, old.text.head_dim)
     dtype = DTYPES[old.precision][0]
     writer = GraphWriter(bundle / "graphs", tuple(old.targets))
     written: dict[str, dict[str, str]] = {}
     new = old
     try:
         with one_line(bundle):
-            plan, graphs = decide_graphs(plan, plan_name, spec, old.vision, dtype, progress)
+            plan, graphs = decide_graphs(plan, plan_name, heads, old.vision, dtype, progress)
             # A new generation of names, so that a reader of the old manifest finds its files whole.
             for site, (name, graph) in zip(plan.sites, graphs.items(), strict=True):
                 progress(f"writing {name}", 0.9)
@@ -74,7 +74,7 @@ def reuse(
 def decide_graphs(
     plan: Plan,
     plan_name: str,
-    spec: DecoderSpec,
+    heads: HeadShape,
     vision: manifest.VisionModel,
     dtype: torch.dtype,
     progress: Progress = lambda *_: None,
@@ -86,7 +86,7 @@ def decide_graphs(
     for done, (site, method) in enumerate(zip(plan.sites, methods, strict=True)):
         progress(f"tracing {site.method} at layer {site.layer}", done / len(methods))
         graphs[names.decide(plan_name, site.layer)] = decide_graph(
-            method, spec, vision.grid, vision.num_visual, dtype
+            method, heads, vision.grid, vision.num_visual, dtype
         )
     return plan, graphs
 
@@ -122,27 +122,4 @@ def _with_plan(
         targets=targets,
         tensors={k: v for k, v in old.tensors.items() if not k.startswith(prefix)} | tensors,
         files=files,
-    )
-
-
-def _stored_spec(facts: manifest.Manifest) -> DecoderSpec:
-    """As much of the decoder's spec as a decision needs."""
-    text = facts.text
-    return DecoderSpec(
-        vocab_size=text.vocab_size,
-        hidden_size=text.hidden_size,
-        intermediate_size=text.intermediate_size,
-        num_layers=text.num_layers,
-        num_heads=text.num_heads,
-        num_kv_heads=text.num_kv_heads,
-        head_dim=text.head_dim,
-        norm_eps=0.0,
-        activation="",
-        qkv_bias=False,
-        output_bias=False,
-        mlp_bias=False,
-        tied_embeddings=False,
-        inv_freq=(),
-        rotary_scale=1.0,
-        max_rows=0,
     )

@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from patchsieve import names
-from patchsieve.errors import PatchsieveError
+from patchsieve.errors import PatchsieveError, UnsupportedModelError
 from patchsieve.export.checkpoint import locate, read_config
+from patchsieve.export.families import tower_spec
 from patchsieve.export.methods import build_method
 from patchsieve.plan import Plan
 from patchsieve.pruning.site import Site
@@ -87,12 +88,35 @@ class Reference:
     def inputs(
         self, image: Image.Image, messages: list[dict[str, Any]] | str
     ) -> dict[str, np.ndarray]:
-        """`pixel_values` and `input_ids` [1, L] of Hugging Face's processor and chat template."""
+        """`pixel_values` and `input_ids` [1, L] of Hugging Face's processor and chat template.
+
+        Raises:
+            UnsupportedModelError: The processor makes another number of rows of an image than the
+                model does.
+        """
         text = messages
         if not isinstance(messages, str):
             text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         made = self.processor(images=[image], text=text, return_tensors="pt")
+        rows = int((made["input_ids"] == self.config.image_token_id).sum())
+        expected = text.count(self.processor.image_token) * self._num_visual()
+        if rows != expected:
+            raise UnsupportedModelError(
+                "the checkpoint's processor_config.json and config.json disagree about an image",
+                found=f"{rows} rows by the processor (vision_feature_select_strategy "
+                f"{self.processor.vision_feature_select_strategy}, num_additional_image_tokens "
+                f"{self.processor.num_additional_image_tokens})",
+                expected=f"{expected} rows by the model (vision_feature_select_strategy "
+                f"{self.config.vision_feature_select_strategy})",
+                do="correct processor_config.json; the bundle follows config.json",
+            )
         return {key: made[key].numpy() for key in (names.PIXEL_VALUES, "input_ids")}
+
+    def _num_visual(self) -> int:
+        """Rows that the model makes of an image."""
+        tower = tower_spec(self.config.vision_config)
+        is_first_dropped = self.config.vision_feature_select_strategy == "default"
+        return tower.grid[0] * tower.grid[1] + tower.has_cls - is_first_dropped
 
     @torch.no_grad()
     def vision(self, pixel_values: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:

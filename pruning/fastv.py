@@ -23,10 +23,9 @@ class FastV:
     The paper's K is the site (its default 2: layer 1 scores, layer 2 gets the survivors); its R is
     the fraction pruned, 1 - `keep_ratio`.
 
-    Differs from the paper: the text averages the attention over all rows, the authors' code takes
-    the last row only. "last" is the code. "mean" is the text, over the rows after the image: a row
-    before the image's end sees a part of it, which would favour the early patches, and all rows
-    would need the [L, L] map.
+    Differs from the paper: its text averages over all rows, which needs the [L, L] map, and its
+    code takes the last row only. "last" is the code. "mean" here averages over the instruction's
+    rows behind the image.
 
     Attributes:
         keep_ratio: Fraction kept of the image's tokens before any pruning, in (0, 1].
@@ -68,16 +67,8 @@ def last_row_score(site: Site) -> Tensor:
 
 
 def mean_row_score(site: Site) -> Tensor:
-    """Attention that each visual token receives, mean over the rows after the image and the heads.
+    """Attention that each visual token receives, mean over instruction and heads, [B, N] float32.
 
-    How many rows follow the image is data, not a shape, but at most L - N do. So the last L - N + 1
-    rows are scored, and those among them that do not follow the image weigh 0. Row L-1 always
-    counts: it sees the whole image even where it is its last token.
-
-    Returns:
-        Scores, float32 [B, N].
+    The T rows of the instruction, as the site's `text_rows` has them: T x S scores.
     """
-    num_rows, num_tokens = site.query.shape[2], site.visual_rows.shape[0]
-    rows = torch.arange(num_tokens - 1, num_rows, device=site.query.device)  # [L-N+1]
-    is_after = (rows > site.visual_rows[-1:]) | (rows == num_rows - 1)  # [L-N+1]
-    return received_attention(site, rows, is_after.float())
+    return received_attention(site, site.text_rows)

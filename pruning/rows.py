@@ -1,4 +1,7 @@
-"""Attention of a few chosen rows. No [L, L] map is made: R rows cost O(R S D)."""
+"""Attention of chosen rows: R rows over S key slots make [R, S] scores per head, O(R S D).
+
+R is 1 for the last row and T for an instruction of T rows; no [L, L] map of all rows is made.
+"""
 
 from __future__ import annotations
 
@@ -47,13 +50,12 @@ def key_slots(site: Site, rows: Tensor) -> Tensor:
     return rows + site.first_key
 
 
-def received_attention(site: Site, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+def received_attention(site: Site, rows: Tensor) -> Tensor:
     """Mean attention that each visual token receives from chosen rows, over those and all heads.
 
     Args:
         site: The image at the site.
         rows: Rows that look, 0..L-1, int64 [R].
-        weights: Weight of each row, float32 [R], summing to more than 0; None weighs all alike.
 
     Returns:
         Scores, float32 [B, N].
@@ -61,8 +63,5 @@ def received_attention(site: Site, rows: Tensor, weights: Tensor | None = None) 
     query_rows = site.query.index_select(2, rows)  # [B, H, R, D]
     attention = attention_rows(query_rows, site.key, key_slots(site, rows))
     attention = mean_over(attention, 1)  # [B, R, S]
-    if weights is None:
-        attention = mean_over(attention, 1)  # [B, S]
-    else:
-        attention = (attention * (weights / weights.sum())[:, None]).sum(1)  # [B, S]
+    attention = mean_over(attention, 1)  # [B, S]
     return attention.index_select(1, key_slots(site, site.visual_rows))  # [B, N]

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, shape_inference
 import patchsieve
 from patchsieve import manifest, names
 from patchsieve.export.exporter import export
+from patchsieve.export.reuse import reuse
 from patchsieve.plan import Plan, SitePlan
 from tests import damage
 from tests.models import save_checkpoint
@@ -138,12 +139,16 @@ def expected_names(facts: manifest.Manifest, graph: str) -> tuple[set[str], set[
         scored = always | {names.QUERY, names.KEY, names.SLOT}
         reads = {
             "random": always | {names.NOISE},
-            "fastv": scored,
+            "fastv last": scored,
+            "fastv mean": scored | {names.TEXT_ROWS},
             "atp": scored | {names.TEXT_ROWS, names.PATCH_IDS},
         }
         plan, layer = graph.split(".")[1:]
         site = next(s for s in facts.plans[plan].sites if s.layer == int(layer))
-        return reads[site.method], {names.KEEP_OUT, names.SCORES, names.NUM_WANTED}
+        method = site.method
+        if method == "fastv":
+            method = f"fastv {site.params.get('rows', 'last')}"
+        return reads[method], {names.KEEP_OUT, names.SCORES, names.NUM_WANTED}
     stage = next(s for i, s in enumerate(facts.stages) if names.stage(i) == graph)
     layers = range(stage.first, stage.last)
     caches = {n for i in layers for n in (names.key_cache(i), names.value_cache(i))}
@@ -302,17 +307,10 @@ def decision_inputs(model: onnx.ModelProto, rows: int, visual: int) -> dict[str,
     return {name: value for name, value in made.items() if name in shapes}
 
 
-def reads_every_row(bundle: Path, graph: str) -> bool:
-    """FastV's mean over rows needs the attention of each text row: text x rows, by definition."""
-    plan, layer = graph.split(".")[1:]
-    sites = manifest.read(bundle).plans[plan].sites
-    return any(s.layer == int(layer) and s.params.get("rows") == "mean" for s in sites)
-
-
 def test_no_decision_holds_a_map_of_rows_by_rows(bundle: Path) -> None:
     rows, visual = 4099, 16  # primes are seldom a product of other sizes
     for _, graph, file in files(bundle):
-        if not graph.startswith("decide.") or reads_every_row(bundle, graph):
+        if not graph.startswith("decide."):
             continue
         model = shape_inference.infer_shapes(onnx.load(file), data_prop=True)
         inputs = decision_inputs(model, rows, visual)
@@ -403,3 +401,15 @@ def test_fewer_rows_go_on_than_came_in() -> None:
         outs.add(model.backend.to_numpy(out[names.HIDDEN_OUT]).shape[1])
     assert outs == {1, 3, 8}
     model.close()
+
+
+def test_a_reused_bundle_gets_the_decision_that_an_export_writes(tmp_path: Path) -> None:
+    bundle = damage.copy(damage.bundle(), tmp_path / "bundle")
+    reuse(bundle, damage.FASTV, "again")
+    facts = manifest.read(bundle)
+    for target, graphs in facts.targets.items():
+        first, again = (
+            onnx.load(bundle / graphs[names.decide(plan, 2)]).graph for plan in ("fastv", "again")
+        )
+        assert first.input == again.input and first.output == again.output, target
+        assert first.node == again.node and first.initializer == again.initializer, target

@@ -197,3 +197,15 @@ def test_an_image_that_ends_the_prompt_is_judged_by_its_last_row():
     last, mean = (decide(FastV(rows=rows), site) for rows in ("last", "mean"))
     torch.testing.assert_close(mean.scores, last.scores)
     assert mean.scores.isfinite().all()
+
+
+def test_fastv_mean_is_moved_by_the_instruction_alone():
+    site = make_site(12)
+    others = torch.ones(site.query.shape[2], dtype=torch.bool)
+    others[site.text_rows] = False
+    rows = others[None, None, :, None]
+    blind = dataclasses.replace(site, query=torch.where(rows, torch.nan, site.query))
+    method = FastV(0.25, rows="mean")
+    torch.testing.assert_close(decide(method, blind).scores, decide(method, site).scores)
+    deaf = dataclasses.replace(site, query=torch.where(rows, site.query, -site.query))
+    assert not torch.allclose(decide(method, deaf).scores, decide(method, site).scores)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,3 +173,25 @@ def test_tokens_that_differ_in_a_tie_do_not_depart() -> None:
     assert not tie.departs
     assert tie.note.startswith("1 equal of 3 and 3") and tie.note.endswith("a tie")
     assert compare_tokens("none", [2, 1], logits, "x", 3e-2).departs
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rows"),
+    [("vision_feature_select_strategy", "full", 17), ("num_additional_image_tokens", 0, 15)],
+)
+def test_a_processor_that_disagrees_with_the_model_is_refused_in_one_line(
+    tiny_bundle, tiny_checkpoint, tmp_path: Path, field: str, value: object, rows: int
+) -> None:
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    file = checkpoint / "processor_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    assert settings[field] != value
+    file.write_text(json.dumps(settings | {field: value}), encoding="utf-8")
+    arguments = ("--against", checkpoint, "--image", PHOTO, "--prompt", PROMPT)
+    code, out, errors = command("verify", tiny_bundle, *arguments)
+    assert code == 2
+    line = errors.strip().splitlines()[-1]
+    assert "Traceback" not in out + errors
+    assert "processor_config.json and config.json disagree" in line
+    assert f"{rows} rows by the processor" in line and "rows by the model" in line
+    assert f"{field} {value}" in line and "what to do" in line

@@ -29,7 +29,6 @@ def spec(config: Any) -> DecoderSpec:
         qkv_bias=qwen2 or (llama and config.attention_bias),
         output_bias=llama and config.attention_bias,
         mlp_bias=llama and config.mlp_bias,
-        tied_embeddings=bool(config.tie_word_embeddings),
         inv_freq=inv_freq,
         rotary_scale=rotary_scale,
         max_rows=min(config.max_position_embeddings, _window(config)),

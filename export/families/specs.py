@@ -6,6 +6,21 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class HeadShape:
+    """How attention divides a row, which is all that a decision needs to know of a decoder.
+
+    Attributes:
+        num_heads: Query heads, H.
+        num_kv_heads: Key and value heads, G; G divides H.
+        head_dim: Width of a head, D.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
 class DecoderSpec:
     """A Llama-structured decoder.
 
@@ -27,10 +42,14 @@ class DecoderSpec:
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
-    tied_embeddings: bool
     inv_freq: tuple[float, ...]
     rotary_scale: float
     max_rows: int
+
+    @property
+    def heads(self) -> HeadShape:
+        """How attention divides a row."""
+        return HeadShape(self.num_heads, self.num_kv_heads, self.head_dim)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--method", default=None, help="none (default), random, fastv or atp")
     add("--sites", type=_integers, metavar="LAYERS", help="layers at whose input to prune: 4,14,24")
     add("--keep-ratio", type=_numbers, metavar="R", help="fraction KEPT, one or one per site")
-    add("--rows", choices=("last", "mean"), help="fastv: whose attention counts")
+    add(
+        "--rows",
+        choices=("last", "mean"),
+        help="fastv: attention of the last row or the question",
+    )
     add("--heads", type=Path, metavar="DIR", help="atp: learned thresholds")
     add("--theta-r", type=float, help="atp without heads: constant redundancy threshold")
     add("--theta-s", type=float, help="atp without heads: constant spatial threshold")

@@ -1,18 +1,19 @@
 """FastV from its paper and its authors' description, over full maps."""
 
+import numpy as np
+
 from tests.references.attention import attention_map
 from tests.references.selection import fraction
 
 
 def scores(site, rows):
-    """Attention of the last row, or mean of the rows after the image, over the heads; [B, N]."""
+    """Attention of the last row, or mean of the instruction's rows, over the heads; [B, N]."""
     attention = attention_map(site).mean(1)  # [B, L, S]
     cached = site.key.shape[2] - site.query.shape[2]
     columns = cached + site.visual_rows.numpy()
-    end = int(site.visual_rows.max()) + 1
-    if rows == "last" or end == attention.shape[1]:
+    if rows == "last":
         return attention[:, -1][:, columns]
-    return attention[:, end:].mean(1)[:, columns]
+    return np.mean([attention[:, t][:, columns] for t in site.text_rows.tolist()], axis=0)
 
 
 def decide(method, site, budget):
