@@ -5,49 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from patchsieve.errors import CapacityError, RequestError
+from patchsieve.runtime.answer import Answer, Images, State
 from patchsieve.runtime.cache import Cache
 from patchsieve.runtime.chat_template import Message
-from patchsieve.runtime.detokenize import TextStream
-from patchsieve.runtime.prompt import Prompt, expand
-from patchsieve.runtime.result import Result, SiteResult
-from patchsieve.runtime.rows import TEXT, Rows
-from patchsieve.runtime.sampling import Sampler, SamplingOptions
+from patchsieve.runtime.prompt import Prompt
+from patchsieve.runtime.result import Result, since
+from patchsieve.runtime.sampling import SamplingOptions
 
 if TYPE_CHECKING:
     from patchsieve.runtime.model import Model
-
-
-@dataclass(frozen=True)
-class _State:
-    """What the cache holds, in tokens and words.
-
-    Attributes:
-        asked: The conversation when its last answer began.
-        is_answer_cached: The tokens of that answer are in the cache, but for `pending`.
-        pending: Tokens generated but not fed.
-        history: All token ids, each image once.
-        sites: Survivors of each image.
-    """
-
-    asked: tuple[Message, ...] = ()
-    is_answer_cached: bool = True
-    pending: tuple[int, ...] = ()
-    history: tuple[int, ...] = ()
-    sites: tuple[SiteResult, ...] = ()
-
-
-@dataclass
-class _Images:
-    """Features of the conversation's images, for a new prefill."""
-
-    features: list[np.ndarray] = field(default_factory=list)  # [N, C] each
-    patch_ids: list[np.ndarray] = field(default_factory=list)  # [N] each
 
 
 class Chat:
@@ -65,8 +37,8 @@ class Chat:
         self.model, self.plan = model, plan
         self.cache: Cache | None = model.take_cache(plan)
         self.messages: list[Message] = []
-        self._images = _Images()
-        self._state = _State()
+        self._images = Images()
+        self._state = State()
         self._is_streaming = self._is_closed = False
         self._is_choice_lost = False  # an answer that chose again was interrupted
 
@@ -137,7 +109,7 @@ class Chat:
         cache = self._open_cache()
         sources = _as_list(image)
         pixels = self.model.preprocess(sources) if sources else None
-        result.timings_ms["preprocess"] = _since(start)
+        result.timings_ms["preprocess"] = since(start)
         messages = list(self.messages)
         if not raw:
             messages.append(self.model.bundle.prompts.user_message(prompt, len(sources)))
@@ -152,7 +124,7 @@ class Chat:
                 mark = None
                 self._is_choice_lost |= bool(self._state.sites)
                 self._restart(cache)
-            answer = _Answer(self, options, result, start)
+            answer = Answer(self, options, result, start)
             yield from answer.run(tokens, tuple(messages))
         except BaseException:
             del self._images.features[seen:], self._images.patch_ids[seen:]
@@ -172,7 +144,7 @@ class Chat:
             for site in result.sites
             if site.is_capped
         ]
-        result.timings_ms["total"] = _since(start)
+        result.timings_ms["total"] = since(start)
 
     def close(self) -> None:
         """Give the cache back for the next conversation.
@@ -271,122 +243,11 @@ class Chat:
             features, ids = self.model.pipeline.see(pixels)
             self._images.features += list(features)
             self._images.patch_ids += list(ids)
-        result.timings_ms["vision"] = _since(start)
+        result.timings_ms["vision"] = since(start)
 
     def _restart(self, cache: Cache) -> None:
         cache.rewind((0,) * len(cache.mark()))
-        self._state = _State()
-
-
-class _Answer:
-    """Prefill and decode of one turn; `state` is what the cache holds at the end."""
-
-    def __init__(self, chat: Chat, options: SamplingOptions, result: Result, start: float) -> None:
-        self.chat, self.options, self.result, self.start = chat, options, result, start
-        self.model, self.cache = chat.model, chat._open_cache()
-        self.tokens = chat.model.facts.tokens
-        self.rng = np.random.default_rng(options.seed)
-        self.state = chat._state
-
-    def run(self, prompt: Prompt, asked: tuple[Message, ...]) -> Iterator[str]:
-        """Yield the answer's text as it comes."""
-        result, before = self.result, self.state
-        logits = self._prefill(prompt)
-        prompt_mark = self.cache.mark()
-        sampler = Sampler(self.options, self.tokens.eos_token_ids)
-        stream = TextStream(self.model.bundle.prompts.tokenizer, self.options.stop)
-        history = [*before.history, *before.pending, *prompt.token_ids.tolist()]
-        decode_ms: list[float] = []
-        while True:
-            token = sampler.next_token(logits, history + result.token_ids)
-            result.token_ids.append(token)
-            if len(result.token_ids) == 1:
-                result.timings_ms["ttft"] = _since(self.start)
-            if sampler.is_eos(token):
-                result.finish_reason = "eos"
-                break
-            if piece := stream.push(token):
-                yield piece
-            if stream.stopped:
-                result.finish_reason = "stop"
-                break
-            if len(result.token_ids) == self.options.max_new_tokens:
-                break
-            step = time.perf_counter()
-            logits = self.model.pipeline.decode(token, self.cache)
-            decode_ms.append(_since(step))
-        if piece := stream.finish():
-            yield piece
-        result.text = stream.text
-        result.timings_ms["decode_per_token"] = float(np.median(decode_ms)) if decode_ms else None
-        result.timings_ms["decode_steps"] = decode_ms
-        result.kv_bytes = self.cache.kv_bytes()
-        self._settle(asked, history, prompt_mark)
-
-    def _prefill(self, prompt: Prompt) -> np.ndarray:
-        chat, result, facts = self.chat, self.result, self.model.facts
-        num_visual = facts.vision.num_visual
-        rows, hidden = self._rows(prompt, num_visual)
-        visual = int((rows.image != TEXT).sum())
-        done = self.model.pipeline.prefill(hidden, rows, self.cache, chat.plan, self.rng)
-        sites = (*self.state.sites, *done.sites)
-        if sites and result.selection == "none":
-            result.selection = "picked" if done.sites else "kept"
-        self.state = _State(sites=sites)
-        result.prompt_tokens, result.visual_tokens = len(rows), visual
-        result.timings_ms |= {
-            "prefill": sum(done.stage_ms),
-            "decide": sum(done.decide_ms),
-            "prefill_per_stage": done.stage_ms,
-            "decide_per_site": done.decide_ms,
-        }
-        return done.logits
-
-    def _rows(self, prompt: Prompt, num_visual: int) -> tuple[Rows, np.ndarray]:
-        """Rows to feed and their embeddings, [1, L0, C]: pending tokens, then the prompt."""
-        chat, pending = self.chat, self.state.pending
-        whole = expand(prompt, num_visual)
-        ahead = len(pending)
-        count = ahead + len(whole.token_ids)
-        image, patch_ids = np.full(count, TEXT), np.full(count, -1)
-        is_instruction = np.zeros(count, bool)
-        is_instruction[ahead + whole.instruction_rows] = True
-        token_ids = np.concatenate((np.array(pending, np.int64), whole.token_ids))
-        # The image token's own embedding is never used, and its id may lie outside the table.
-        is_visual = np.concatenate((np.zeros(ahead, bool), whole.image_index >= 0))
-        hidden = chat.model.bundle.embed(np.where(is_visual, 0, token_ids))  # [L0, C]
-        first = len(chat._images.features) - len(whole.image_spans)
-        for number, (begin, end) in enumerate(whole.image_spans, first):
-            span = slice(ahead + begin, ahead + end)
-            hidden[span] = chat._images.features[number]
-            image[span], patch_ids[span] = number, chat._images.patch_ids[number]
-        positions = self.cache.position + np.arange(count)
-        return Rows(positions, image, patch_ids, is_instruction), hidden[None]
-
-    def _settle(
-        self,
-        asked: tuple[Message, ...],
-        history: list[int],
-        prompt_mark: tuple[int, ...],
-    ) -> None:
-        """Note what the cache holds, for the next turn."""
-        reason, said = self.result.finish_reason, tuple(self.result.token_ids)
-        pending: tuple[int, ...] = ()
-        if reason == "stop":
-            # The text ends inside a token: the next turn feeds the answer again, from its text.
-            self.cache.rewind(prompt_mark)
-            said = ()
-        elif reason == "eos":
-            said = said[:-1]  # never fed; the template writes it where it belongs
-        else:
-            said, pending = said[:-1], said[-1:]
-        self.state = _State(
-            asked=asked,
-            is_answer_cached=reason != "stop",
-            pending=pending,
-            history=(*history, *said),
-            sites=self.state.sites,
-        )
+        self._state = State()
 
 
 def _options(sampling: dict[str, Any], most: int) -> SamplingOptions:
@@ -405,7 +266,3 @@ def _as_list(image: Any) -> list[Any]:
     if image is None:
         return []
     return list(image) if isinstance(image, (list, tuple)) else [image]
-
-
-def _since(start: float) -> float:
-    return (time.perf_counter() - start) * 1e3

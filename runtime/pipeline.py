@@ -13,7 +13,7 @@ from patchsieve.errors import PatchsieveError
 from patchsieve.runtime.backend import Backend
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.cache import Cache, StageCache, empty_cache
-from patchsieve.runtime.result import SiteResult
+from patchsieve.runtime.result import SiteResult, since
 from patchsieve.runtime.rows import Rows
 
 
@@ -94,7 +94,7 @@ class Pipeline:
             start = time.perf_counter()
             slot = stage_cache.length
             out = self._stage(index, hidden, keep_indices, rows.position_ids, stage_cache)
-            result.stage_ms.append(_since(start))
+            result.stage_ms.append(since(start))
             hidden = out.get(names.HIDDEN_OUT)
             keep_indices = np.arange(len(rows))
             site = sites.get(stage_cache.stage.last)
@@ -106,7 +106,7 @@ class Pipeline:
                     plan, site.layer, budget, query, slot, rows, stage_cache, rng, result.sites
                 )
                 rows = rows.take(keep_indices)
-                result.decide_ms.append(_since(start))
+                result.decide_ms.append(since(start))
         cache.position = position
         result.logits = self._finite(out[names.LOGITS])
         return result
@@ -212,7 +212,3 @@ class Pipeline:
                 do="check the checkpoint; in float16 try --precision float32",
             )
         return values
-
-
-def _since(start: float) -> float:
-    return (time.perf_counter() - start) * 1e3

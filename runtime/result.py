@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 SCHEMA_VERSION = 1
+
+
+def since(start: float) -> float:
+    """Milliseconds since a reading of time.perf_counter."""
+    return (time.perf_counter() - start) * 1e3
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,158 @@
+"""One answer: prefill with the decisions, decode token by token, and what the cache then holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from patchsieve.runtime.chat_template import Message
+from patchsieve.runtime.detokenize import TextStream
+from patchsieve.runtime.prompt import Prompt, expand
+from patchsieve.runtime.result import Result, SiteResult, since
+from patchsieve.runtime.rows import TEXT, Rows
+from patchsieve.runtime.sampling import Sampler, SamplingOptions
+
+if TYPE_CHECKING:
+    from patchsieve.runtime.chat import Chat
+
+
+@dataclass(frozen=True)
+class State:
+    """What the cache holds, in tokens and words.
+
+    Attributes:
+        asked: The conversation when its last answer began.
+        is_answer_cached: The tokens of that answer are in the cache, but for `pending`.
+        pending: Tokens generated but not fed.
+        history: All token ids, each image once.
+        sites: Survivors of each image.
+    """
+
+    asked: tuple[Message, ...] = ()
+    is_answer_cached: bool = True
+    pending: tuple[int, ...] = ()
+    history: tuple[int, ...] = ()
+    sites: tuple[SiteResult, ...] = ()
+
+
+@dataclass
+class Images:
+    """Features of the conversation's images, for a new prefill."""
+
+    features: list[np.ndarray] = field(default_factory=list)  # [N, C] each
+    patch_ids: list[np.ndarray] = field(default_factory=list)  # [N] each
+
+
+class Answer:
+    """Prefill and decode of one turn; `state` is what the cache holds at the end."""
+
+    def __init__(self, chat: Chat, options: SamplingOptions, result: Result, start: float) -> None:
+        self.chat, self.options, self.result, self.start = chat, options, result, start
+        self.model, self.cache = chat.model, chat._open_cache()
+        self.tokens = chat.model.facts.tokens
+        self.rng = np.random.default_rng(options.seed)
+        self.state = chat._state
+
+    def run(self, prompt: Prompt, asked: tuple[Message, ...]) -> Iterator[str]:
+        """Yield the answer's text as it comes."""
+        result, before = self.result, self.state
+        logits = self._prefill(prompt)
+        prompt_mark = self.cache.mark()
+        sampler = Sampler(self.options, self.tokens.eos_token_ids)
+        stream = TextStream(self.model.bundle.prompts.tokenizer, self.options.stop)
+        history = [*before.history, *before.pending, *prompt.token_ids.tolist()]
+        decode_ms: list[float] = []
+        while True:
+            token = sampler.next_token(logits, history + result.token_ids)
+            result.token_ids.append(token)
+            if len(result.token_ids) == 1:
+                result.timings_ms["ttft"] = since(self.start)
+            if sampler.is_eos(token):
+                result.finish_reason = "eos"
+                break
+            if piece := stream.push(token):
+                yield piece
+            if stream.stopped:
+                result.finish_reason = "stop"
+                break
+            if len(result.token_ids) == self.options.max_new_tokens:
+                break
+            step = time.perf_counter()
+            logits = self.model.pipeline.decode(token, self.cache)
+            decode_ms.append(since(step))
+        if piece := stream.finish():
+            yield piece
+        result.text = stream.text
+        result.timings_ms["decode_per_token"] = float(np.median(decode_ms)) if decode_ms else None
+        result.timings_ms["decode_steps"] = decode_ms
+        result.kv_bytes = self.cache.kv_bytes()
+        self._settle(asked, history, prompt_mark)
+
+    def _prefill(self, prompt: Prompt) -> np.ndarray:
+        chat, result, facts = self.chat, self.result, self.model.facts
+        num_visual = facts.vision.num_visual
+        rows, hidden = self._rows(prompt, num_visual)
+        visual = int((rows.image != TEXT).sum())
+        done = self.model.pipeline.prefill(hidden, rows, self.cache, chat.plan, self.rng)
+        sites = (*self.state.sites, *done.sites)
+        if sites and result.selection == "none":
+            result.selection = "picked" if done.sites else "kept"
+        self.state = State(sites=sites)
+        result.prompt_tokens, result.visual_tokens = len(rows), visual
+        result.timings_ms |= {
+            "prefill": sum(done.stage_ms),
+            "decide": sum(done.decide_ms),
+            "prefill_per_stage": done.stage_ms,
+            "decide_per_site": done.decide_ms,
+        }
+        return done.logits
+
+    def _rows(self, prompt: Prompt, num_visual: int) -> tuple[Rows, np.ndarray]:
+        """Rows to feed and their embeddings, [1, L0, C]: pending tokens, then the prompt."""
+        chat, pending = self.chat, self.state.pending
+        whole = expand(prompt, num_visual)
+        ahead = len(pending)
+        count = ahead + len(whole.token_ids)
+        image, patch_ids = np.full(count, TEXT), np.full(count, -1)
+        is_instruction = np.zeros(count, bool)
+        is_instruction[ahead + whole.instruction_rows] = True
+        token_ids = np.concatenate((np.array(pending, np.int64), whole.token_ids))
+        # The image token's own embedding is never used, and its id may lie outside the table.
+        is_visual = np.concatenate((np.zeros(ahead, bool), whole.image_index >= 0))
+        hidden = chat.model.bundle.embed(np.where(is_visual, 0, token_ids))  # [L0, C]
+        first = len(chat._images.features) - len(whole.image_spans)
+        for number, (begin, end) in enumerate(whole.image_spans, first):
+            span = slice(ahead + begin, ahead + end)
+            hidden[span] = chat._images.features[number]
+            image[span], patch_ids[span] = number, chat._images.patch_ids[number]
+        positions = self.cache.position + np.arange(count)
+        return Rows(positions, image, patch_ids, is_instruction), hidden[None]
+
+    def _settle(
+        self,
+        asked: tuple[Message, ...],
+        history: list[int],
+        prompt_mark: tuple[int, ...],
+    ) -> None:
+        """Note what the cache holds, for the next turn."""
+        reason, said = self.result.finish_reason, tuple(self.result.token_ids)
+        pending: tuple[int, ...] = ()
+        if reason == "stop":
+            # The text ends inside a token: the next turn feeds the answer again, from its text.
+            self.cache.rewind(prompt_mark)
+            said = ()
+        elif reason == "eos":
+            said = said[:-1]  # never fed; the template writes it where it belongs
+        else:
+            said, pending = said[:-1], said[-1:]
+        self.state = State(
+            asked=asked,
+            is_answer_cached=reason != "stop",
+            pending=pending,
+            history=(*history, *said),
+            sites=self.state.sites,
+        )
