@@ -93,8 +93,10 @@ def test_one_other_survivor_answers_otherwise(bundle) -> None:
         if graph.startswith("decide"):
             keep = model.backend.to_numpy(out[names.KEEP_OUT]).copy()
             visual = inputs[names.VISUAL_ROWS]
-            kept, dropped = visual[keep[visual]], visual[~keep[visual]]
-            keep[kept[0]], keep[dropped[0]] = False, True
+            order = np.argsort(model.backend.to_numpy(out[names.SCORES]))
+            ranked = visual[order]
+            best, worst = ranked[keep[ranked]][-1], ranked[~keep[ranked]][0]
+            keep[best], keep[worst] = False, True
             out[names.KEEP_OUT] = keep
         return out
 
