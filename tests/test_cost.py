@@ -279,14 +279,16 @@ def test_placement_in_a_tower_layer_orders_the_cost() -> None:
 
 
 def test_keep_ratio_counts_as_the_pruning_methods_do() -> None:
-    select = pytest.importorskip("patchsieve.pruning.select")
+    from patchsieve.pruning import select
+
     for ratio in (0.001, 0.1, 0.25, 0.5, 0.0009, 1.0, 64 / 576):
         for num_visual in (1, 5, 144, 576, 577):
             assert num_to_keep(ratio, num_visual) == select.num_to_keep(ratio, num_visual)
 
 
 def test_help_says_which_methods_exist() -> None:
-    methods = pytest.importorskip("patchsieve.pruning.table").METHODS
+    from patchsieve.pruning.table import METHODS as methods
+
     assert set(command.METHODS) & {"none", *methods} == set(command.EXPORTED)
     for name in FIXED_RATIO:
         assert methods[name]().keep_ratio == DEFAULT_KEEP_RATIO
@@ -316,7 +318,8 @@ def test_absent_entries_of_a_config_have_llava_defaults() -> None:
 
 
 def test_config_defaults_are_those_of_transformers() -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     text = {"hidden_size": 512, "num_attention_heads": 32}
     for kind in ("llama", "mistral", "qwen2"):
         for tower in ("clip_vision_model", "siglip_vision_model"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,23 @@ class TowerSpec:
     has_cls: bool
     has_pre_norm: bool
     patch_bias: bool
+
+    @classmethod
+    def of(cls, config: Any, *, has_cls: bool, has_pre_norm: bool, patch_bias: bool) -> TowerSpec:
+        """Read a Hugging Face vision config; what it does not say, the family does."""
+        return cls(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            norm_eps=config.layer_norm_eps,
+            activation=config.hidden_act,
+            has_cls=has_cls,
+            has_pre_norm=has_pre_norm,
+            patch_bias=patch_bias,
+        )
 
     @property
     def grid(self) -> tuple[int, int]:
