@@ -236,7 +236,9 @@ class Manifest:
             raise BundleError("the manifest's plans are not an object", found=repr(plans)[:60])
         try:
             read = {name: Plan.from_dict(plan) for name, plan in plans.items()}
-            manifest = replace(read_as(cls, data | {"plans": {}}, "content"), plans=read)
+            manifest = replace(
+                read_as(cls, data | {"plans": {}}, "the manifest's content"), plans=read
+            )
             check(manifest)
         except BundleError:
             raise
