@@ -12,7 +12,7 @@ import numpy as np
 
 from patchsieve import names
 from patchsieve.errors import BundleError, CapacityError, RequestError
-from patchsieve.runtime.backend import missing
+from patchsieve.runtime.backend import decode_by_stages, missing
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.cache import StageCache
 
@@ -120,9 +120,19 @@ class OrtBackend:
         with _one_line(graph):
             return _run(self._session(graph), buffers.binding, inputs, buffers.outputs)
 
+    def decode(
+        self, hidden: np.ndarray, steps: Sequence[Mapping[str, Any]], caches: Sequence[StageCache]
+    ) -> np.ndarray:
+        """Feed one row through the stages, one after the other."""
+        return decode_by_stages(self, hidden, steps, caches)
+
     def key_cache(self, cache: StageCache, layer: int) -> Any:
         """The cache itself, not a copy."""
         return cache.buffers.values[names.key_cache(layer)]
+
+    def fetch(self, reason: str, *tensors: Any) -> list[np.ndarray]:
+        """Copy tensors out; there is nothing to wait for."""
+        return [self.to_numpy(tensor) for tensor in tensors]
 
     def to_numpy(self, tensor: Any) -> np.ndarray:
         """Copy a tensor out."""
@@ -132,6 +142,10 @@ class OrtBackend:
         """Zero the slots behind the cache's length."""
         for array in cache.buffers.arrays.values():
             array[:, :, cache.length :] = 0
+
+    def device_ms(self) -> dict[str, float]:
+        """Nothing: the host's clock tells all."""
+        return {}
 
     def describe(self) -> dict[str, Any]:
         """Library and device."""

@@ -26,12 +26,15 @@ class Prefill:
         sites: What was decided.
         stage_ms: Time of each stage.
         decide_ms: Time of each site's decisions, compaction included.
+        device_ms: Time that a GPU took for each graph, the vision tower included; empty on a CPU,
+            where the times above tell all.
     """
 
     logits: np.ndarray
     sites: list[SiteResult] = field(default_factory=list)
     stage_ms: list[float] = field(default_factory=list)
     decide_ms: list[float] = field(default_factory=list)
+    device_ms: dict[str, float] = field(default_factory=dict)
 
 
 class Pipeline:
@@ -54,7 +57,8 @@ class Pipeline:
         """Image features [B, N, C] and raster ids [B, N] of pixels [B, 3, h, w]."""
         out = self.backend.run(names.VISION, {names.PIXEL_VALUES: pixel_values})
         features, ids = out[names.IMAGE_FEATURES], out[names.IMAGE_IDS]
-        return self.backend.to_numpy(features), self.backend.to_numpy(ids)
+        features, ids = self.backend.fetch("image features", features, ids)
+        return features, ids
 
     def prefill(
         self,
@@ -94,6 +98,8 @@ class Pipeline:
             start = time.perf_counter()
             slot = stage_cache.length
             out = self._stage(index, hidden, keep_indices, rows.position_ids, stage_cache)
+            if names.LOGITS in out:
+                (result.logits,) = self.backend.fetch("logits of the prompt", out[names.LOGITS])
             result.stage_ms.append(since(start))
             hidden = out.get(names.HIDDEN_OUT)
             keep_indices = np.arange(len(rows))
@@ -108,20 +114,25 @@ class Pipeline:
                 rows = rows.take(keep_indices)
                 result.decide_ms.append(since(start))
         cache.position = position
-        result.logits = self._finite(out[names.LOGITS])
+        result.logits = _finite(result.logits)
+        result.device_ms = self.backend.device_ms()
         return result
 
     def decode(self, token_id: int, cache: Cache) -> np.ndarray:
         """Feed one token and return the logits behind it, float32 [V]."""
         mark = cache.mark()
         try:
-            hidden: Any = self.bundle.embed(np.array([token_id]))[None]  # [1, 1, C]
+            hidden = self.bundle.embed(np.array([token_id]))[None]  # [1, 1, C]
             position = np.array([cache.position])
-            for index, stage_cache in enumerate(cache.stages):
-                out = self._stage(index, hidden, self._only_row, position, stage_cache)
-                hidden = out.get(names.HIDDEN_OUT)
+            steps = [
+                self._inputs(index, self._only_row, position, stage_cache)
+                for index, stage_cache in enumerate(cache.stages)
+            ]
+            logits = self.backend.decode(hidden, steps, cache.stages)
+            for stage_cache in cache.stages:
+                stage_cache.length += 1
             cache.position += 1
-            return self._finite(out[names.LOGITS])
+            return _finite(logits)
         except BaseException:
             self._undo(cache, mark)
             raise
@@ -134,9 +145,17 @@ class Pipeline:
         position_ids: np.ndarray,
         cache: StageCache,
     ) -> dict[str, Any]:
+        inputs = self._inputs(index, keep_indices, position_ids, cache)
+        out = self.backend.run_stage(index, {names.HIDDEN: hidden, **inputs}, cache)
+        cache.length += len(keep_indices)
+        return out
+
+    def _inputs(
+        self, index: int, keep_indices: np.ndarray, position_ids: np.ndarray, cache: StageCache
+    ) -> dict[str, np.ndarray]:
+        """All inputs of a stage but the rows themselves."""
         count = len(keep_indices)
         inputs = {
-            names.HIDDEN: hidden,
             names.KEEP_INDICES: keep_indices,
             names.POSITION_IDS: position_ids,
             names.SLOT: np.array([cache.length]),
@@ -144,9 +163,7 @@ class Pipeline:
         }
         if index == len(self.facts.stages) - 1:
             inputs[names.LOGITS_ROW] = np.array([count - 1])
-        out = self.backend.run_stage(index, inputs, cache)
-        cache.length += count
-        return out
+        return inputs
 
     def _decide(
         self,
@@ -182,17 +199,19 @@ class Pipeline:
             keep = out[names.KEEP_OUT]
             wanted[image] = out[names.NUM_WANTED]
         out = self.backend.run(names.COMPACT, {names.KEEP: keep})
-        num_keep = int(self.backend.to_numpy(out[names.NUM_KEEP])[0])
-        keep_indices = self.backend.to_numpy(out[names.KEEP_INDICES])[:num_keep]
+        num_keep, keep_indices, *counts = self.backend.fetch(
+            "survivors of a site", out[names.NUM_KEEP], out[names.KEEP_INDICES], *wanted.values()
+        )
+        keep_indices = keep_indices[: int(num_keep[0])]
         kept = rows.take(keep_indices)
-        for image, count in wanted.items():
+        for image, count in zip(wanted, counts, strict=True):
             sites.append(
                 SiteResult(
                     layer=layer,
                     image=image,
                     num_visual_before=len(rows.of_image(image)),
                     kept=np.sort(kept.patch_ids[kept.of_image(image)]).tolist(),
-                    num_wanted=int(self.backend.to_numpy(count)[0]),
+                    num_wanted=int(count[0]),
                 )
             )
         return keep_indices
@@ -203,12 +222,14 @@ class Pipeline:
         for stage_cache in cache.stages:
             self.backend.clear(stage_cache)
 
-    def _finite(self, logits: Any) -> np.ndarray:
-        values = self.backend.to_numpy(logits).reshape(-1)
-        if not np.isfinite(values).all():
-            raise PatchsieveError(
-                "the model's output is not finite",
-                found="NaN or infinity in the logits",
-                do="check the checkpoint; in float16 try --precision float32",
-            )
-        return values
+
+def _finite(logits: np.ndarray) -> np.ndarray:
+    """Logits as one row [V], refused where one is NaN or infinite."""
+    values = logits.reshape(-1)
+    if not np.isfinite(values).all():
+        raise PatchsieveError(
+            "the model's output is not finite",
+            found="NaN or infinity in the logits",
+            do="check the checkpoint; in float16 try --precision float32",
+        )
+    return values
