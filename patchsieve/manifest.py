@@ -110,7 +110,7 @@ class Needs:
     """What builds or runs the graphs of a target.
 
     Attributes:
-        library: The Python package, as it is imported.
+        library: The Python package, as pip calls it.
         versions: Which of its versions, as pip spells a range.
         where: The machines, for the eye.
         opset: Of standard ONNX in the target's graphs.

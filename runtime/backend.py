@@ -79,7 +79,7 @@ def open_backend(bundle: Bundle, *, threads: int | None = None) -> Backend:
         BackendMissingError: The target's library is not installed.
         PatchsieveError: No backend runs this target yet.
     """
-    if bundle.target in ("cpu", "reference"):
+    if bundle.target in ("cpu", "cuda", "reference"):
         from patchsieve.runtime.ort import OrtBackend
 
         return OrtBackend(bundle, threads=threads)
@@ -96,7 +96,7 @@ def open_backend(bundle: Bundle, *, threads: int | None = None) -> Backend:
     raise PatchsieveError(
         "this version does not run the target",
         found=bundle.target,
-        expected=", ".join(("cpu", "reference", *GPU_TARGETS)),
+        expected=", ".join(("cpu", "cuda", "reference", *GPU_TARGETS)),
         do="run the bundle with --target cpu",
     )
 

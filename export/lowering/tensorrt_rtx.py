@@ -20,6 +20,9 @@ class TensorRTRTX(Reference):
     """
 
     name = "tensorrt-rtx"
+    library = "tensorrt-rtx"
+    versions = ">=1.7,<2"
+    where = "RTX cards"
     static_slots = True
 
     def attend(self, query: ir.Value, heads: Heads, *rest: ir.Value) -> ir.Value:
