@@ -107,7 +107,9 @@ class Engine:
         rung: The rung of the fallback ladder that succeeded.
         failed: The rungs tried before.
         profiles: (min, opt, max) shape of each changing input, one dict per profile.
-        peak_bytes: Most memory that the build had resident; None where the system does not tell.
+        base_bytes: Resident in the process of the build before the graph was parsed; None where the
+            system does not tell.
+        peak_bytes: The most that was resident, pages of the mapped weights included.
         size: Bytes of the engine file.
     """
 
@@ -120,6 +122,7 @@ class Engine:
     rung: str
     profiles: tuple[dict[str, tuple[Shape, Shape, Shape]], ...]
     seconds: float
+    base_bytes: int | None
     peak_bytes: int | None
     size: int
     sha256: str
