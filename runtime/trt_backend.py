@@ -108,8 +108,11 @@ class TensorRTBackend:
 
     def key_cache(self, cache: StageCache, layer: int) -> DeviceTensor:
         """The keys themselves, not a copy."""
-        view: DeviceTensor = cache.buffers.view(names.key_cache(layer), cache.length)
-        return view
+        return self._view(cache, names.key_cache(layer))
+
+    def value_cache(self, cache: StageCache, layer: int) -> DeviceTensor:
+        """The values themselves."""
+        return self._view(cache, names.value_cache(layer))
 
     def fetch(self, reason: str, *tensors: Any) -> list[np.ndarray]:
         """Bring tensors to the host, in one wait that is counted under its reason."""
@@ -191,6 +194,10 @@ class TensorRTBackend:
             self.memory, [self._contexts[stage, DECODE] for stage in stages], self.form
         )
         self.driver.synchronise("the bundle is loaded")
+
+    def _view(self, cache: StageCache, name: str) -> DeviceTensor:
+        buffers: DeviceCache = cache.buffers
+        return buffers.view(name, cache.length)
 
     def _context(self, graph: str) -> Context:
         context = self._contexts.get((graph, PREFILL))

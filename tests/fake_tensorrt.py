@@ -23,7 +23,7 @@ import onnxruntime as ort
 from patchsieve import manifest, names
 from patchsieve.manifest import Manifest
 from patchsieve.runtime import engines
-from patchsieve.runtime.build import profiles
+from patchsieve.runtime.profiles import profiles
 from tests.fake_cuda import FakeGpu
 
 SCRATCH = 4096
@@ -359,7 +359,7 @@ def build_fakes(bundle: Path, target: str, trt: FakeTensorRT) -> None:
 def _engine(
     bundle: Path, facts: Manifest, target: str, graph: str, trt: FakeTensorRT
 ) -> engines.Engine:
-    file, ranges = facts.targets[target][graph], profiles(facts, graph)
+    file, ranges = facts.targets[target][graph], profiles(facts, graph, target)
     path = engines.engine_path(bundle, target, graph)
     content = {"graph": graph, "onnx": str(bundle / file), "profiles": _plain(ranges)}
     path.write_text(json.dumps(content))
@@ -375,6 +375,7 @@ def _engine(
         profiles=tuple(ranges),
         seconds=0.0,
         peak_bytes=None,
+        base_bytes=None,
         **asdict(manifest.hash_file(path)),
     )
 

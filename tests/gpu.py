@@ -1,6 +1,7 @@
 """A bundle that answers through the GPU backend on a GPU that is not there.
 
-A test file takes the fixture by `pytest_plugins = ["tests.gpu"]`.
+A test file takes the fixture by `pytest_plugins = ["tests.gpu"]`, after it has imported the names:
+too late for pytest's rewriting of assertions, hence PYTEST_DONT_REWRITE.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from tests.fake_cuda import FakeGpu
 from tests.fake_tensorrt import FakeTensorRT, build_fakes
 from tests.tiny_bundles import TinyBundle
 
-TARGET = "tensorrt-rtx"
+TARGET, ROW = "tensorrt-rtx", "qwen2"
+QUESTION = "What is on the table?"
+FASTV = [
+    {"layer": 1, "method": "fastv", "params": {"keep_ratio": 0.75}},
+    {"layer": 3, "method": "fastv", "params": {"keep_ratio": 0.25}},
+]
 
 
 @dataclass
