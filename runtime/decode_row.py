@@ -44,7 +44,7 @@ def why_not_captured(contexts: Sequence[Context], form: str) -> str | None:
         on_host = [port.name for port in engine.ports.values() if port.is_on_host]
         if on_host:
             return f"{engine.graph} reads {on_host[0]} with the CPU"
-        if not context.is_capturable():
+        if context.has_run and not context.is_capturable():
             return f"{engine.trt.__name__} cannot capture {engine.graph}"
     return None
 
@@ -63,7 +63,7 @@ class RowDecoder:
 
     def __init__(self, memory: Memory, contexts: Sequence[Context], form: str) -> None:
         self.memory, self.driver, self.contexts = memory, memory.driver, list(contexts)
-        self.obstacle = why_not_captured(contexts, form)
+        self.form, self.obstacle = form, why_not_captured(contexts, form)
         self._graph: Any = None
         self._key: tuple[int, ...] = ()  # addresses of the caches that the last step wrote
         self._outputs: list[DeviceTensor] = []
@@ -105,11 +105,11 @@ class RowDecoder:
             self.forget()
         elif self._graph is None and self.obstacle is None:
             self._capture(caches, lengths)
-        self._key = key
         if self._graph is not None:
             self.driver.launch(self._graph)
         else:
             self._enqueue(caches, lengths)
+        self._key = key
 
     def logits(self) -> np.ndarray:
         """Wait for the logits behind the row, [V].
@@ -133,11 +133,14 @@ class RowDecoder:
         does work of its own. One graph lives at a time, because a context may keep memory that the
         graphs captured from it share.
         """
+        self.obstacle = why_not_captured(self.contexts, self.form)
+        if self.obstacle is not None:
+            return
         try:
             self._graph = self.driver.capture(lambda: self._enqueue(caches, lengths))
         except (BundleError, CudaError) as error:  # the step itself then runs uncaptured
             self.obstacle = str(error)
-            log.warning("decoding is not captured as a CUDA graph: %s", error)
+            log.warning("decoding is not captured as a CUDA graph: %s", self.obstacle)
 
     def _enqueue(self, caches: Sequence[DeviceCache], lengths: Sequence[int]) -> None:
         driver = self.driver

@@ -102,6 +102,8 @@ class Driver:
         self.lost: str | None = None
         self.stream: Any = None
         self._kept: list[Any] = []
+        self._is_capturing = False
+        self._to_free: list[tuple[str, int]] = []
         self._first_contact()
         self.stream = self.call("cudaStreamCreateWithFlags", cuda.cudaStreamNonBlocking)
 
@@ -132,13 +134,11 @@ class Driver:
 
     def free(self, address: int) -> None:
         """Give device memory back. CUDA waits for the whole device in this call."""
-        self.waits["memory is given back"] += 1
-        self.call("cudaFree", address)
+        self._free("cudaFree", address)
 
     def free_pinned(self, address: int) -> None:
         """Give page-locked memory back, which waits too."""
-        self.waits["memory is given back"] += 1
-        self.call("cudaFreeHost", address)
+        self._free("cudaFreeHost", address)
 
     def memory(self) -> tuple[int, int]:
         """Free and total bytes of the GPU."""
@@ -209,13 +209,18 @@ class Driver:
         """
         mode = self.cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self.call("cudaStreamBeginCapture", self.stream, mode)
+        self._is_capturing = True
         try:
             work()
         except BaseException:
             if not self.lost:
                 self._abandon_capture()
             raise
-        graph = self.call("cudaStreamEndCapture", self.stream)
+        else:
+            graph = self.call("cudaStreamEndCapture", self.stream)
+        finally:
+            self._is_capturing = False
+            self._free_the_rest()
         try:
             return self.call("cudaGraphInstantiate", graph, 0)
         finally:
@@ -240,12 +245,27 @@ class Driver:
             driver=f"{version // 1000}.{version % 1000 // 10}",
         )
 
+    def check(self) -> None:
+        """Tell of an error that an earlier call left, without waiting for what is under way."""
+        self.call("cudaPeekAtLastError")
+
     def close(self) -> None:
         """Give the stream back."""
         stream, self.stream = self.stream, None
         self._kept.clear()
         if stream is not None and not self.lost:
             self.call("cudaStreamDestroy", stream)
+
+    def _free(self, call: str, address: int) -> None:
+        if self._is_capturing:  # Python may let a block go at any time, and CUDA forbids it then
+            self._to_free.append((call, address))
+            return
+        self.waits["memory is given back"] += 1
+        self.call(call, address)
+
+    def _free_the_rest(self) -> None:
+        while self._to_free and not self.lost:
+            self._free(*self._to_free.pop())
 
     def _copy(self, to: int, source: int, size: int, kind: str) -> None:
         self.call(

@@ -62,7 +62,8 @@ class KernelCache:
         """Write the file if kernels have come in. A place that cannot be written is no failure."""
         if self._cache is None:
             return
-        content = bytes(self._cache.serialize())
+        blob = self._cache.serialize()
+        content = b"" if blob is None else bytes(memoryview(blob))
         if not content or content == self._stored:
             return
         for path in self._paths():

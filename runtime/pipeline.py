@@ -26,15 +26,12 @@ class Prefill:
         sites: What was decided.
         stage_ms: Time of each stage.
         decide_ms: Time of each site's decisions, compaction included.
-        device_ms: Time that a GPU took for each graph, the vision tower included; empty on a CPU,
-            where the times above tell all.
     """
 
     logits: np.ndarray
     sites: list[SiteResult] = field(default_factory=list)
     stage_ms: list[float] = field(default_factory=list)
     decide_ms: list[float] = field(default_factory=list)
-    device_ms: dict[str, float] = field(default_factory=dict)
 
 
 class Pipeline:
@@ -50,8 +47,11 @@ class Pipeline:
         self._only_row = np.zeros(1, np.int64)
 
     def new_cache(self, plan: str) -> Cache:
-        """An empty cache with the reservation of a plan."""
-        return empty_cache(self.facts, plan, self.backend.allocate)
+        """An empty cache with the reservation of a plan; an engine's own is the same for all."""
+        slots = self.facts.slots(plan)
+        if self.backend.has_fixed_slots:
+            slots = [stage.slots for stage in self.facts.stages]
+        return empty_cache(self.facts, slots, self.backend.allocate)
 
     def see(self, pixel_values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Image features [B, N, C] and raster ids [B, N] of pixels [B, 3, h, w]."""
@@ -115,7 +115,6 @@ class Pipeline:
                 result.decide_ms.append(since(start))
         cache.position = position
         result.logits = _finite(result.logits)
-        result.device_ms = self.backend.device_ms()
         return result
 
     def decode(self, token_id: int, cache: Cache) -> np.ndarray:

@@ -68,10 +68,10 @@ class TensorRTBackend:
             raise
 
     def allocate(self, stage: int, slots: int) -> DeviceCache:
-        """Caches of a stage, as long as its engine was built for: the plan's slots are fewer."""
+        """Caches of a stage, zeroed."""
         heads = (self.facts.text.num_kv_heads, self.facts.text.head_dim)
         engine = self._engines[names.stage(stage)]
-        return FORMS[self.form](self.memory, engine, self.facts.stages[stage].slots, heads)
+        return FORMS[self.form](self.memory, engine, slots, heads)
 
     def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Enqueue vision, decide or compact."""
@@ -158,8 +158,12 @@ class TensorRTBackend:
             self._decoder = None
         if not self.driver.lost:
             self.kernels.save()
-        self._contexts.clear()
+        for context in self._contexts.values():
+            context.close()
         self.kernels.close()
+        for engine in self._engines.values():
+            engine.close()
+        self._contexts.clear()
         self._engines.clear()
         self._runtime = None
         self.times.close()

@@ -87,9 +87,9 @@ class Engine:
         self.trt, self.graph = trt, graph
         with collect_messages(trt) as messages, path.open("rb") as file:
             # Mapped, not read: on a board the GPU's memory is the host's, where a second copy of
-            # the weights may not fit.
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                self.engine = runtime.deserialize_cuda_engine(content)
+            # the weights may not fit. The map goes when the library lets go of it.
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.engine = runtime.deserialize_cuda_engine(content)
             if self.engine is None:
                 raise BundleError(
                     f"{trt.__name__} {trt.__version__} cannot load the engine {path.name}",
@@ -113,6 +113,10 @@ class Engine:
     def outputs(self) -> list[Port]:
         """What comes out."""
         return [port for port in self.ports.values() if not port.is_input]
+
+    def close(self) -> None:
+        """Give back the weights, whoever still holds this object: a traceback, for instance."""
+        self.engine = None
 
     def updates_in_place(self, name: str, output: str) -> bool:
         """Whether an output is the buffer of an input; yes where the library cannot be asked."""
@@ -179,6 +183,7 @@ class Context:
                 )
             if profile:
                 self._choose_profile(messages)
+        self.has_run = False
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
 
@@ -227,12 +232,21 @@ class Context:
         """
         with collect_messages(self.engine.trt) as messages:
             if not self.context.execute_async_v3(int(self.driver.stream)):
+                self.driver.check()
                 raise self._refused("its tensors", messages.reason())
+        self.has_run = True
 
     def is_capturable(self) -> bool:
-        """Whether the library says that a CUDA graph can hold it; yes where it cannot be asked."""
+        """Whether the library says that a CUDA graph can hold it; yes where it cannot be asked.
+
+        It knows only when all is bound, so it is asked behind a first run.
+        """
         ask = getattr(self.context, "is_stream_capturable", None)
         return ask is None or bool(ask(int(self.driver.stream)))
+
+    def close(self) -> None:
+        """Give back what the library holds."""
+        self.context = None
 
     def _check_shape(self, port: Port, shape: Sequence[int]) -> None:
         low, high = port.ranges[self.profile]

@@ -146,6 +146,8 @@ def _function(method: Callable[..., Any]) -> Callable[..., Any]:
             gpu.failures[name] = (left - 1, error)
             if left == 0:
                 del gpu.failures[name]
+                if name == "cudaStreamEndCapture":  # it ends all the same
+                    gpu.captured = None
                 if error >= 214 and error < 800 and error != cudaError_t.cudaErrorNotReady:
                     gpu.lost = error
                 return (error, None)
@@ -201,6 +203,10 @@ class FakeCudaRuntime:
 
     @_function
     def cudaGetLastError(self) -> Any:
+        return _OK
+
+    @_function
+    def cudaPeekAtLastError(self) -> Any:
         return _OK
 
     @_function
