@@ -132,6 +132,10 @@ def _set_options(trt: ModuleType, config: Any, options: Options, target: str) ->
                 do="build with --weight-streaming off",
             )
         config.set_flag(flag)
+    # Else a context may allocate while it runs, and decoding cannot be captured as a CUDA graph.
+    flag = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
+    if flag is not None and not options.weight_streaming:
+        config.set_flag(flag)
     _set_compute_capabilities(trt, config, options.compute_capabilities, target)
 
 

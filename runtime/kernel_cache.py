@@ -5,6 +5,7 @@ The library itself refuses a file of another version, GPU or driver, and starts 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from pathlib import Path
@@ -95,5 +96,5 @@ class KernelCache:
     def _paths(self) -> list[Path]:
         """Where the file may lie: beside the engines, or in the user's cache directory."""
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        own = str(self.folder.resolve()).strip("/").replace("/", "-")
+        own = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]
         return [self.folder / FILE_NAME, home / "patchsieve" / own / FILE_NAME]

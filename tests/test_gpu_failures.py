@@ -1,4 +1,4 @@
-"""What goes wrong on a GPU is told in one line, and leaves the bundle usable and the memory free."""
+"""What fails on a GPU is told in one line, and leaves the bundle usable and the memory free."""
 
 from __future__ import annotations
 
@@ -181,7 +181,6 @@ def test_everything_is_given_back_on_close(tiny, machine) -> None:
     assert not any(gpu.gpu.live.values()), gpu.gpu.live
     refused(lambda: chat.ask("Why?"), RequestError, "closed")
     chat.close()
-    del chat, model
     gc.collect()
     assert not gpu.gpu.wrong
 
