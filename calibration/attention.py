@@ -2,7 +2,7 @@
 
 Training masks a visual token by adding log(mask) to the logits of every row that looks at it
 (ATP-LLaVA section 3.4, after DynamicViT). Kernels such as Flash take no bias, so it travels as one
-more column of the head: q' = [q, 1], k' = [k, bias / scale], and q' k' * scale = q k * scale + bias.
+more column of the head: q' = [q, 1] and k' = [k, bias / scale] give q k scale + bias.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ class PrunedLlava(nn.Module):
 
     def __init__(
         self,
-        llava: nn.Module,
+        llava: Any,
         methods: Mapping[int, ATP],
         patch_ids: Sequence[int],
         grid: tuple[int, int],
@@ -76,9 +76,13 @@ class PrunedLlava(nn.Module):
         self.budgets: dict[int, int] = {}
         self.last: PruningPass | None = None  # the pass of the last forward, for who reports on it
 
-    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Recompute the decoder's layers in the backward pass (the Trainer calls this)."""
-        self.llava.gradient_checkpointing_enable(**kwargs)
+        self.llava.gradient_checkpointing_enable(*args, **kwargs)
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The same, as transformers 5.23 calls it."""
+        self.llava.activation_checkpointing_enable(*args, **kwargs)
 
     def forward(
         self,
@@ -102,7 +106,8 @@ class PrunedLlava(nn.Module):
             text_rows: Rows of the instruction that judges it, -1 for padding, int64 [M, T].
 
         Returns:
-            `loss` 0-d: language loss + lambda_atp L_ATP + lambda_target L_target (eq. 14); `logits`.
+            `loss` 0-d: language loss + lambda_atp L_ATP + lambda_target L_target (eq. 14);
+            `logits` [B, L, V].
         """
         images = []
         if image_sample is not None and visual_rows is not None and text_rows is not None:
@@ -136,15 +141,21 @@ class PrunedLlava(nn.Module):
         masks = [record.mask for record in pruning.sites.values()]
         loss = self.losses.lambda_atp * atp_loss(masks, sites, num_visual)
         if self.losses.target_tokens is not None:
-            away = target_loss(
-                masks, sites, self.losses.target_tokens, self.num_layers, num_visual
-            )
+            # Differs from the paper: the value counts survivors by the rule, only the gradient is
+            # that of the soft masks. Else half masks, of spatial scores above all, which are few
+            # numbers, meet the target on paper and another one in a bundle.
+            counted = [
+                record.mask + (record.alive.float() - record.mask).detach()
+                for record in pruning.sites.values()
+            ]
+            target = self.losses.target_tokens
+            away = target_loss(counted, sites, target, self.num_layers, num_visual)
             loss = loss + self.losses.lambda_target * away
         return loss
 
     @torch.no_grad()
     def facts(self) -> dict[str, float]:
-        """Tokens and mean thresholds at each site in the last forward pass; empty without images."""
+        """Tokens and mean thresholds of each site in the last pass; empty without images."""
         if self.last is None or not self.last.sites:
             return {}
         facts, counts = {}, []

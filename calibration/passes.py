@@ -41,8 +41,8 @@ class SiteRecord:
     """What one site made of the images of a batch.
 
     Attributes:
-        log_mask: Log of the effective mask of each image: the product over the sites so far; a token
-            that fell at an earlier site keeps the mask of that site, float32 [M, N].
+        log_mask: Log of each image's effective mask, a product over the sites so far; a token that
+            fell at an earlier site keeps the mask of that site, float32 [M, N].
         alive: What survives so far by the threshold rule, bool [M, N].
         theta_r: Thresholds of S_red, float32 [M].
         theta_s: Thresholds of S_spatial, float32 [M].
@@ -116,7 +116,9 @@ class PruningPass:
             return
         before = self._before(site)
         judged = [self._judge(site, number, query, key) for number in range(len(self.images))]
-        log_mask, alive, theta = (torch.stack(parts) for parts in list(zip(*judged, strict=True))[:3])
+        log_mask, alive, theta = (
+            torch.stack(parts) for parts in list(zip(*judged, strict=True))[:3]
+        )
         if before is not None:
             log_mask = log_mask + before.log_mask  # [M, N]
         if self.hard:

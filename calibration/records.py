@@ -1,6 +1,6 @@
-"""Conversations about images on disk: LLaVA's JSON or JSONL, or Hugging Face chat messages.
+r"""Conversations about images on disk: LLaVA's JSON or JSONL, or Hugging Face chat messages.
 
-    {"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat?"},
+    {"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat?"},
                                                     {"from": "gpt", "value": "A cup."}]}
     {"messages": [{"role": "user", "content": [{"type": "image", "path": "a.jpg"},
                                                {"type": "text", "text": "What?"}]},
@@ -111,7 +111,8 @@ def _record(data: Any, where: str, folder: Path) -> Record:
         )
     listed = data.get("images", data.get("image", []))
     files: list[Any] = list(listed) if isinstance(listed, list) else [listed]
-    messages, found = [], []
+    messages: list[dict[str, Any]] = []
+    found: list[str | None] = []
     for turn in turns:
         role = _ROLES.get(turn.get("role", turn.get("from")))
         if role is None:
@@ -129,7 +130,7 @@ def _record(data: Any, where: str, folder: Path) -> Record:
     if not found and files:  # no placeholder: the images come first
         images = [{"type": "image"}] * len(files)
         first = next((m for m in messages if m["role"] == "user"), messages[0])
-        first["content"] = images + first["content"]
+        first["content"] = [*images, *first["content"]]
         found = [None] * len(files)
     files = named or files
     if len(files) != len(found) or not all(isinstance(file, str) and file for file in files):

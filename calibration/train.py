@@ -1,4 +1,4 @@
-"""Train the thresholds on the Hugging Face Trainer: the language model stands still, the heads learn."""
+"""Train the thresholds on the Hugging Face Trainer; the language model stands still."""
 
 from __future__ import annotations
 
@@ -46,6 +46,9 @@ class TrainingOptions:
 
     def arguments(self, folder: Path, *, quiet: bool) -> TrainingArguments:
         """The Trainer's own arguments; checkpoints go to `folder`."""
+        arguments: dict[str, Any] = {}
+        if self.gradient_checkpointing:  # transformers 5.23 warns of the name, so only where wanted
+            arguments["gradient_checkpointing"] = True
         return TrainingArguments(
             output_dir=str(folder),
             max_steps=-1 if self.steps is None else self.steps,
@@ -56,7 +59,6 @@ class TrainingOptions:
             lr_scheduler_type="cosine",
             warmup_steps=0.03,
             bf16=self.bf16,
-            gradient_checkpointing=self.gradient_checkpointing,
             dataloader_num_workers=self.workers,
             save_steps=self.save_steps,
             save_total_limit=2,
@@ -66,6 +68,7 @@ class TrainingOptions:
             disable_tqdm=quiet,
             remove_unused_columns=False,
             use_cpu=not torch.cuda.is_available(),
+            **arguments,
         )
 
 
@@ -73,9 +76,7 @@ class HeadsTrainer(Trainer):
     """A Trainer that steps, saves and loads the threshold modules alone."""
 
     def __init__(self, model: PrunedLlava, samples: Samples, arguments: TrainingArguments) -> None:
-        super().__init__(
-            model=model, args=arguments, train_dataset=samples, data_collator=collate
-        )
+        super().__init__(model=model, args=arguments, train_dataset=samples, data_collator=collate)
         self.pruned = model
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -85,7 +86,7 @@ class HeadsTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_file(head_tensors(self.pruned), folder / TENSORS)
 

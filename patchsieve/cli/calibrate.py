@@ -1,4 +1,4 @@
-"""`patchsieve calibrate CHECKPOINT --data DATA -o HEADS`: thresholds that fit a model and its use."""
+"""`patchsieve calibrate CHECKPOINT --data DATA -o HEADS`: thresholds that fit a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", type=Path, required=True, help="LLaVA's JSON or JSONL, or chat messages")
     add("--image-folder", type=Path, help="what image paths are relative to (the data's folder)")
     add("--skip-missing", action="store_true", help="leave out records whose image is not there")
-    add("--method", default="atp", choices=("atp", "quantile"), help="learn heads, or fix constants")
+    add(
+        "--method", default="atp", choices=("atp", "quantile"), help="learn heads, or fix constants"
+    )
     add("-o", "--out", type=Path, required=True, metavar="HEADS", help="directory to make")
     add(
         "--sites",
@@ -42,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mean visual tokens over all layers (the paper's: 144 and 88 of 576)",
     )
     add("--held-out", type=Path, metavar="DATA", help="data to count survivors on (--data)")
-    add("--percentile", type=float, default=99.0, help="of survivors, to reserve behind a site (99)")
+    add(
+        "--percentile", type=float, default=99.0, help="of survivors, to reserve behind a site (99)"
+    )
     scores = parser.add_argument_group("scores (recorded in HEADS)")
     scores.add_argument("--normalisation", default="minmax", help="minmax, rank, softmax or none")
     scores.add_argument("--causal", action="store_true", help="eq. 3 over causal pairs only")
@@ -110,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
     print(table(columns, rows))
     print(
         f"average over all layers {report['average_tokens']:.1f} tokens, target "
-        f"{args.target_tokens:g}\nexport with: --method atp --heads {args.out}  ({CONFIG} holds the sites)"
+        f"{args.target_tokens:g}\n"
+        f"export with: --method atp --heads {args.out}  ({CONFIG} holds the sites)"
     )
     return 0
 
@@ -135,7 +140,7 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples]:
 
     samples = read(args.data)
     held_out = samples if args.held_out is None else read(args.held_out)
-    llava = LlavaForConditionalGeneration.from_pretrained(
+    llava: Any = LlavaForConditionalGeneration.from_pretrained(
         encoder.directory, dtype=torch.bfloat16 if args.bf16 else torch.float32
     )
     layers = llava.config.text_config.num_hidden_layers
