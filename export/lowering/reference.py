@@ -50,10 +50,11 @@ class Reference(Lowering):
         return [self.merge_heads(self.op("RotaryEmbedding", heads, cos, sin))]
 
     def Attention(self, node: ir.Node) -> Sequence[ir.Value]:
-        """Full attention without a mask."""
+        """Full attention; an additive bias [B, H, L, N], or what broadcasts to it, is its mask."""
         heads = Heads.of(node)
-        query, *rest = (self.split_heads(rows, heads.num_heads) for rows in inputs_of(node))
-        return [self.merge_heads(self.attend(query, heads, *rest))]
+        rows, bias = inputs_of(node)[:3], inputs_of(node)[3:]
+        query, keys, values = (self.split_heads(each, heads.num_heads) for each in rows)
+        return [self.merge_heads(self.attend(query, heads, keys, values, *bias))]
 
     def CachedAttention(self, node: ir.Node) -> Sequence[ir.Value]:
         """`is_causal` with a past means two things in two runtimes; the mask means one."""
