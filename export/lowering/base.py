@@ -24,6 +24,7 @@ class Lowering(ABC):
     name: str
     opset: int
     static_slots = False  # the target wants the length of the caches as a number
+    operators: str | None = None  # table of patchsieve.export.operators that the graphs keep to
     domains: ClassVar[dict[str, int]] = {}
 
     def __init__(self, graph: ir.Graph) -> None:

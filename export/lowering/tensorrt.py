@@ -23,6 +23,7 @@ class TensorRT(Reference):
 
     name = "tensorrt"
     static_slots = True
+    operators: str | None = "tensorrt-11"
 
     def attend(self, query: ir.Value, heads: Heads, *rest: ir.Value) -> ir.Value:
         """Softmax(Q K^T * scale + mask) V; heads that share a KV head become rows of it."""

@@ -17,3 +17,4 @@ class TensorRT10(TensorRT):
     """
 
     name = "tensorrt10"
+    operators = "tensorrt-10.15"
