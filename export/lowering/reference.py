@@ -50,11 +50,12 @@ class Reference(Lowering):
         return [self.merge_heads(self.op("RotaryEmbedding", heads, cos, sin))]
 
     def Attention(self, node: ir.Node) -> Sequence[ir.Value]:
-        """Full attention; an additive bias [B, H, L, N], or what broadcasts to it, is its mask."""
+        """Full attention; a bias is the operator's additive mask."""
         heads = Heads.of(node)
-        rows, bias = inputs_of(node)[:3], inputs_of(node)[3:]
-        query, keys, values = (self.split_heads(each, heads.num_heads) for each in rows)
-        return [self.merge_heads(self.attend(query, heads, keys, values, *bias))]
+        query, key, value, *bias = inputs_of(node)
+        rows, keys, values = (self.split_heads(t, heads.num_heads) for t in (query, key, value))
+        mask = [self.spell_rows(each, query) for each in bias]
+        return [self.merge_heads(self.attend(rows, heads, keys, values, *mask))]
 
     def CachedAttention(self, node: ir.Node) -> Sequence[ir.Value]:
         """`is_causal` with a past means two things in two runtimes; the mask means one."""
