@@ -217,6 +217,8 @@ class _Job:
             preprocessor="preprocessor.json",
             targets=self.paths,
             tensors=self.writer.tensors,
+            target_tensors=self.writer.target_tensors,
+            needs={target: lowering(target).needs() for target in options.targets},
             files=_hashes(partial),
         )
         manifest.write(partial, facts)

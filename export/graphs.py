@@ -13,6 +13,7 @@ from patchsieve.errors import PatchsieveError
 from patchsieve.export import operators
 from patchsieve.export.lowering import lower, lowering
 from patchsieve.export.lowering.base import dtype_of, shape_of
+from patchsieve.manifest import Tensors
 
 
 class GraphWriter:
@@ -24,13 +25,15 @@ class GraphWriter:
 
     Attributes:
         tensors: Inputs and outputs of each graph written, as the manifest lists them.
+        target_tensors: The same for the targets and graphs whose own are others.
         written: Every file that stands, so that a failure can take it back.
     """
 
     def __init__(self, folder: Path, targets: tuple[str, ...]) -> None:
         self.folder = folder
         self.lowerings = [lowering(target) for target in targets]
-        self.tensors: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        self.tensors: Tensors = {}
+        self.target_tensors: dict[str, Tensors] = {}
         self.written: list[Path] = []
 
     def save(
@@ -47,10 +50,7 @@ class GraphWriter:
         Returns:
             For each target the file, relative to the bundle.
         """
-        self.tensors[name] = {
-            "inputs": [_describe(value) for value in traced.graph.inputs],
-            "outputs": [_describe(value) for value in traced.graph.outputs],
-        }
+        self.tensors[name] = _describe(traced.graph)
         paths = {}
         for target in self.lowerings:
             path = self.folder / f"{target.name}.{name}.onnx"
@@ -58,7 +58,11 @@ class GraphWriter:
             while fresh and path.exists():
                 generation += 1
                 path = self.folder / f"{target.name}.{name}.{generation}.onnx"
-            model = ir.to_proto(lower(traced, target, slots))
+            lowered = lower(traced, target, slots)
+            own = _describe(lowered.graph)
+            if own != self.tensors[name]:
+                self.target_tensors.setdefault(target.name, {})[name] = own
+            model = ir.to_proto(lowered)
             temporary = path.with_name(f".{path.name}.{os.getpid()}")
             try:
                 temporary.write_bytes(model.SerializeToString())
@@ -88,7 +92,14 @@ def _check_operators(name: str, model: onnx.ModelProto, table: str | None) -> No
         )
 
 
-def _describe(value: ir.Value) -> dict[str, Any]:
+def _describe(graph: ir.Graph) -> dict[str, list[dict[str, Any]]]:
+    return {
+        "inputs": [_tensor(value) for value in graph.inputs],
+        "outputs": [_tensor(value) for value in graph.outputs],
+    }
+
+
+def _tensor(value: ir.Value) -> dict[str, Any]:
     return {
         "name": value.name,
         "dtype": dtype_of(value).name.lower(),

@@ -59,7 +59,7 @@ def reuse(
                     written.setdefault(target, {})[name] = path
             plan = store_heads(bundle, plan, writer.written)
             progress("writing the manifest", 0.95)
-            new = _with_plan(old, bundle, plan, plan_name, written, writer.tensors)
+            new = _with_plan(old, bundle, plan, plan_name, written, writer)
             manifest.write(bundle, new)
     finally:
         # The manifest that stands decides what stays, whenever an interrupt came.
@@ -97,10 +97,14 @@ def _with_plan(
     plan: Plan,
     plan_name: str,
     written: dict[str, dict[str, str]],
-    tensors: dict[str, dict[str, list[dict[str, object]]]],
+    writer: GraphWriter,
 ) -> manifest.Manifest:
     """The manifest with a plan added or replaced."""
     prefix = names.decide(plan_name, 0).rsplit(".", 1)[0] + "."
+
+    def without(tensors: manifest.Tensors) -> manifest.Tensors:
+        return {graph: both for graph, both in tensors.items() if not graph.startswith(prefix)}
+
     targets, files = {}, dict(old.files)
     for target, graphs in old.targets.items():
         stale = {name: path for name, path in graphs.items() if name.startswith(prefix)}
@@ -120,6 +124,11 @@ def _with_plan(
         plans=plans,
         default_plan=plan_name,
         targets=targets,
-        tensors={k: v for k, v in old.tensors.items() if not k.startswith(prefix)} | tensors,
+        tensors=without(old.tensors) | writer.tensors,
+        target_tensors={
+            target: without(old.target_tensors.get(target, {}))
+            | writer.target_tensors.get(target, {})
+            for target in {**old.target_tensors, **writer.target_tensors}
+        },
         files=files,
     )

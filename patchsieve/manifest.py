@@ -10,16 +10,20 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from patchsieve import names
 from patchsieve.consistency import check
 from patchsieve.errors import BundleError, PatchsieveError
 from patchsieve.plan import Plan
 from patchsieve.reading import read_as
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2 added `needs` and `target_tensors`; 1 is still read
 FILE_NAME = "manifest.json"
 WEIGHTS = "graphs/weights/"
 _LARGEST_MANIFEST = 16 << 20
 _CHUNK = 4 << 20
+
+# Inputs and outputs of each graph, each with name, dtype and shape.
+Tensors = dict[str, dict[str, list[dict[str, Any]]]]
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,27 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What builds or runs the graphs of a target.
+
+    Attributes:
+        library: The Python package, as pip calls it.
+        versions: Which of its versions, as pip spells a range.
+        where: The machines, for the eye.
+        opset: Of standard ONNX in the target's graphs.
+    """
+
+    library: str
+    versions: str
+    where: str
+    opset: int
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.library} {self.versions} ({self.where}), opset {self.opset}"
+
+
+@dataclass(frozen=True)
 class File:
     """Size and hash of a file, by which damage is found."""
 
@@ -119,7 +144,10 @@ class Manifest:
         cuts: Layers at which the decoder is divided.
         plans: Each plan by name; "none" prunes nothing.
         default_plan: The plan of a request that names none.
-        targets: For each target the file of each graph, and the inputs and outputs of each.
+        targets: For each target the file of each graph.
+        tensors: Inputs and outputs of each graph, as most targets have them.
+        target_tensors: The same for each target and graph that departs from `tensors`.
+        needs: For each target what builds or runs it; bundles of schema 1 do not say.
     """
 
     patchsieve_version: str
@@ -135,7 +163,9 @@ class Manifest:
     default_plan: str
     preprocessor: str
     targets: dict[str, dict[str, str]]
-    tensors: dict[str, dict[str, list[dict[str, Any]]]]
+    tensors: Tensors
+    target_tensors: dict[str, Tensors] = field(default_factory=dict)
+    needs: dict[str, Needs] = field(default_factory=dict)
     files: dict[str, File] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -157,6 +187,16 @@ class Manifest:
         """Slots that each stage's cache reserves under a plan."""
         return [self.limits.slots(budget) for budget in self.budgets(plan)]
 
+    def tensors_of(self, target: str) -> Tensors:
+        """Inputs and outputs of each graph of a target."""
+        return self.tensors | self.target_tensors.get(target, {})
+
+    def caches(self, target: str) -> str:
+        """How a target's stages take their caches: IN_PLACE or NEW_ROWS of `patchsieve.names`."""
+        outputs = self.tensors_of(target).get(names.stage(0), {}).get("outputs", [])
+        has_rows = any(str(tensor.get("name")).endswith(names.NEW) for tensor in outputs)
+        return names.NEW_ROWS if has_rows else names.IN_PLACE
+
     def row_bytes(self, stage: Stage) -> int:
         """KV bytes of one row in a stage: layers x 2 x KV heads x head dim x bytes."""
         width = {"float32": 4, "float16": 2}[self.precision]
@@ -167,6 +207,7 @@ class Manifest:
         data = asdict(self)
         data["plans"] = {name: plan.to_dict() for name, plan in self.plans.items()}
         data["cuts"] = self.cuts
+        data["schema_version"] = SCHEMA_VERSION  # of what is written, whatever was read
         return json.dumps(data, indent=1) + "\n"
 
     @classmethod

@@ -16,7 +16,7 @@ from patchsieve.manifest import Limits
 from patchsieve.plan import Plan, SitePlan
 from tests.models import save_checkpoint
 
-ON_A_CPU = ("cpu", "reference")
+ON_A_CPU = ("cpu", "reference", "cuda")
 FASTV = Plan((SitePlan(1, "fastv", {"keep_ratio": 0.5}),))
 
 

@@ -36,6 +36,9 @@ class Reference(Lowering):
     """RMSNormalization, RotaryEmbedding, Attention with an additive mask, TensorScatter."""
 
     name = "reference"
+    library = "onnxruntime"
+    versions = ">=1.24"
+    where = "any CPU, to check other targets"
     opset = 24
 
     def RMSNorm(self, node: ir.Node) -> Sequence[ir.Value]:

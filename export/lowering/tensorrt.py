@@ -22,6 +22,9 @@ class TensorRT(Reference):
     """
 
     name = "tensorrt"
+    library = "tensorrt"
+    versions = ">=11,<12"
+    where = "data-centre and desktop cards, JetPack 7.2.2 with TensorRT 11"
     static_slots = True
     operators: str | None = "tensorrt-11"
 

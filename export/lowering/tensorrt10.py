@@ -17,4 +17,6 @@ class TensorRT10(TensorRT):
     """
 
     name = "tensorrt10"
+    versions = ">=10.15,<11"
+    where = "JetPack 7.2 on Orin and Thor, other cards"
     operators = "tensorrt-10.15"

@@ -13,3 +13,6 @@ class TensorRTRTX(TensorRT):
     """The graphs of TensorRT 11."""
 
     name = "tensorrt-rtx"
+    library = "tensorrt-rtx"
+    versions = ">=1.7,<2"
+    where = "RTX cards"
