@@ -39,7 +39,8 @@ class JetPack6(NewRows):
         states, *tables = inputs_of(node)
         num_heads = node.attributes["num_heads"].as_int()
         heads = self.op("Reshape", states, self.constant([0, 0, num_heads, -1]))  # [1, L, H, D]
-        first, second = self.ops("Split", heads, domain="", num_outputs=2, axis=-1)
+        halves = {"axis": -1, "num_outputs": 2}
+        first, second = self._tape.op_multi_out("Split", [heads], halves, num_outputs=2)
         cos, sin = (
             self.op("Unsqueeze", table, self.constant([2]))  # [1, L, 1, D / 2]
             for table in tables
