@@ -89,7 +89,7 @@ class Compact(nn.Module):
     def forward(self, keep: Tensor) -> tuple[Tensor, Tensor]:
         """Keep [L] -> keep_indices [L], of which the first num_keep [1] count; the rest are 0."""
         kept = keep.to(torch.int64)
-        # In float32, exact up to 2**24, because TensorRT 10.3 sums no integers along an axis.
+        # In float32, exact up to 2**24 rows: TensorRT 10 documents CumSum for floats only.
         place = torch.cumsum(keep.float(), dim=0).to(torch.int64) - 1
         # Dropped rows write into a place behind all others, which is cut off.
         place = torch.where(keep, place, kept.shape[0])

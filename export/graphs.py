@@ -9,6 +9,8 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from patchsieve.errors import PatchsieveError
+from patchsieve.export import operators
 from patchsieve.export.lowering import lower, lowering
 from patchsieve.export.lowering.base import dtype_of, shape_of
 from patchsieve.manifest import Tensors
@@ -65,12 +67,29 @@ class GraphWriter:
             try:
                 temporary.write_bytes(model.SerializeToString())
                 onnx.checker.check_model(str(temporary))
+                _check_operators(name, model, target.operators)
                 self.written.append(path)  # first: an interrupt may come right behind the rename
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
             paths[target.name] = f"{self.folder.name}/{path.name}"
         return paths
+
+
+def _check_operators(name: str, model: onnx.ModelProto, table: str | None) -> None:
+    """Refuse here what a board's parser would refuse later."""
+    if table is None:
+        return
+    taken = operators.load(table)
+    found = operators.problems(model, taken)
+    if found:
+        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        raise PatchsieveError(
+            f"the graph {name} holds what {taken.library} does not take",
+            found=found[0] + more,
+            expected=f"operators of patchsieve/export/operators/{table}.json",
+            do="leave this target or this method out, and report it",
+        )
 
 
 def _describe(graph: ir.Graph) -> dict[str, list[dict[str, Any]]]:

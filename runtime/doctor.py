@@ -36,8 +36,12 @@ INSTALL = {
     '"safetensors>=0.5"',
     "onnxruntime": 'pip install "onnxruntime>=1.23"',
     "onnxruntime 1.24": 'pip install "onnxruntime>=1.24"',
+    "tensorrt": "pip install tensorrt --extra-index-url https://pypi.nvidia.com "
+    "(on a board: sudo apt install python3-libnvinfer)",
     "tensorrt_rtx": 'pip install "tensorrt-rtx>=1.7"',
 }
+# Which library builds the engines of a target.
+ENGINES = {"tensorrt": "tensorrt", "tensorrt10": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 ONE_ONNXRUNTIME = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install --no-cache-dir {}"
 OPSET_24 = (1, 24)  # ONNX Runtime that loads the reference graphs
 _SPARE = 300e6  # bytes of Python, ONNX Runtime and the activations of one request
@@ -124,10 +128,13 @@ def abilities_of(probes: Probes, libraries: dict[str, str | None]) -> dict[str, 
     return {
         "cpu": {"export": export, "build": none, "run": run_cpu},
         "reference": {"export": export, "build": none, "run": run_reference},
-        "tensorrt-rtx": {
-            "export": export,
-            "build": _needs(libraries, ("tensorrt_rtx",), INSTALL["tensorrt_rtx"]),
-            "run": Ability(False, "not in this version", "run the bundle with --target cpu"),
+        **{
+            target: {
+                "export": export,
+                "build": _needs(libraries, (library,), INSTALL[library]),
+                "run": Ability(False, "not in this version", "run the bundle with --target cpu"),
+            }
+            for target, library in ENGINES.items()
         },
     }
 

@@ -17,3 +17,6 @@ GROWTH_MB = 6.0
 # Largest difference of a prefill logit, float16 weights and rows against float32. Rounding is
 # 2^-11 per operation; through 4 layers, with logits of deviation about 1.3, a hundredth remains.
 LOGITS_FLOAT16 = 0.05
+
+# Largest difference of a logit between two lowerings in float32: the same sums in another order.
+LOWERED_FLOAT32 = 1e-5

@@ -29,6 +29,7 @@ class Lowering(ABC):
     versions: str  # which of its versions
     where: str  # on which machines
     static_slots = False  # the target wants the length of the caches as a number
+    operators: str | None = None  # table of patchsieve.export.operators that the graphs keep to
     domains: ClassVar[dict[str, int]] = {}
 
     def __init__(self, graph: ir.Graph) -> None:
@@ -88,6 +89,15 @@ class Lowering(ABC):
         """[B, H, L, D] -> [B, L, H * D]."""
         rows = self.op("Transpose", heads, perm=[0, 2, 1, 3])
         return self.op("Reshape", rows, self.constant([0, 0, -1]))
+
+    def spell_rows(self, bias: ir.Value, query: ir.Value) -> ir.Value:
+        """A bias [B, 1, 1, N] or [B, H, L, N] with its L rows spelt out.
+
+        ONNX Runtime 1.31 broadcasts the axes of images and heads only, in `Attention` too.
+        """
+        rows = self.op("Shape", query, start=1, end=2)  # [1], holding L
+        one = self.constant([1])
+        return self.op("Expand", bias, self.op("Concat", one, one, rows, one, axis=0))
 
     def cast(self, value: ir.Value, old: ir.DataType, new: ir.DataType) -> ir.Value:
         """The value in another type."""

@@ -24,7 +24,8 @@ class JetPack6(NewRows):
     name = "jetpack6"
     library = "tensorrt"
     versions = ">=10.3,<11"
-    where = "JetPack 6.1 and 6.2"
+    where = "JetPack 6.1 and 6.2 with 10.3, 7.0 and 7.1 with 10.13"
+    operators = "tensorrt-10.3"
     # 21 would be needed for one operator only, DequantizeLinear over blocks of a weight, which no
     # graph holds: TensorRT 10.3 reads opsets up to 20 and that operator besides.
     opset = 18

@@ -59,7 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bundle = parser.add_argument_group("the bundle")
     add = bundle.add_argument
     add("--cuts", type=_integers, metavar="LAYERS", help="further layers to divide at")
-    add("--targets", help="comma-separated: cpu (default), reference, tensorrt-rtx")
+    add(
+        "--targets",
+        help="comma-separated: cpu (default), reference, tensorrt, tensorrt10, tensorrt-rtx",
+    )
     add("--precision", choices=("float32", "float16"), help="default: float32")
     add("--max-text-tokens", type=int, metavar="N", help="default: 512")
     add("--max-new-tokens", type=int, metavar="N", help="default: 256")
