@@ -23,6 +23,7 @@ from patchsieve.export.graphs import GraphWriter
 from patchsieve.export.lowering import LOWERINGS, lower
 from patchsieve.export.operators import load, problems
 from tests.pruning_cases import CASES
+from tests.target_bundles import ON_A_CPU
 
 pytest_plugins = ["tests.target_bundles"]
 
@@ -39,8 +40,8 @@ def found_in(model: onnx.ModelProto, target: str) -> list[str]:
     return problems(model, load(table))
 
 
-def test_every_target_that_needs_a_board_has_a_table() -> None:
-    assert set(LOWERINGS) - set(CHECKED) == {"cpu", "cuda", "reference"}
+def test_every_target_that_cannot_be_tried_here_has_a_table() -> None:
+    assert set(LOWERINGS) - set(CHECKED) == {"cpu", "reference"}
 
 
 @pytest.mark.parametrize("target", CHECKED)
@@ -59,8 +60,12 @@ def test_every_node_of_a_bundle_is_taken(bundle_of, target: str) -> None:
 @pytest.mark.parametrize("case", [name for name in CASES if name not in NOTHING_NEW])
 def test_every_node_of_a_decision_is_taken(case: str) -> None:
     # bfloat16 is what the fewest operators take; a decision widens what it reads at once.
-    traced = decide_graph(CASES[case], HeadShape(4, 2, 16), (6, 6), 36, torch.bfloat16)
+    wide, half = (
+        decide_graph(CASES[case], HeadShape(4, 2, 16), (6, 6), 36, dtype)
+        for dtype in (torch.bfloat16, torch.float16)
+    )
     for name, target in CHECKED.items():
+        traced = half if name in ON_A_CPU else wide  # ONNX Runtime has few bfloat16 kernels
         model = ir.to_proto(lower(traced, target, 64))
         assert found_in(model, name) == [], name
         assert len(model.graph.node) > 10

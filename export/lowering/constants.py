@@ -1,7 +1,7 @@
 """Constants that are casts and reshapes of constants, made constants again.
 
-Traced unoptimised, an axis is a scalar that is cast and reshaped. TensorRT reads axes only where
-they are constants themselves: 10.x refuses such a Slice, and TensorRT-RTX 1.7.1 such a ReduceMean.
+Traced unoptimised, an axis is a scalar that is cast and reshaped. TensorRT's parsers read axes only
+where they are constants themselves: up to 10.1 of Slice, in TensorRT-RTX 1.7.1 still of ReduceMean.
 """
 
 from __future__ import annotations
