@@ -44,7 +44,7 @@ def reuse(
         raise PatchsieveError("the plan named none prunes nothing", do="choose another --plan-name")
     manifest.check_files(bundle, old, hashes=False)
     heads = HeadShape(old.text.num_heads, old.text.num_kv_heads, old.text.head_dim)
-    dtype = DTYPES[old.precision][0]
+    dtype = DTYPES[old.precision.decoder][0]
     writer = GraphWriter(bundle / "graphs", tuple(old.targets))
     written: dict[str, dict[str, str]] = {}
     new = old

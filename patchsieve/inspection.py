@@ -41,7 +41,7 @@ def inspect(bundle: Path, plan: str | None = None) -> dict[str, Any]:
         "bundle_schema": facts.schema_version,
         "patchsieve_version": facts.patchsieve_version,
         "checkpoint": facts.checkpoint,
-        "precision": facts.precision,
+        "precision": str(facts.precision),
         "text": asdict(facts.text),
         "vision": asdict(facts.vision),
         "limits": asdict(facts.limits),

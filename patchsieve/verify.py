@@ -90,7 +90,7 @@ class Verification:
         self.facts = self.model.facts
         self.reference = hf.Reference(checkpoint)
         self._check_shapes(checkpoint)
-        self.tolerance = TOLERANCE[self.facts.precision]
+        self.tolerance = max(TOLERANCE[kind] for kind in self.facts.precision.kinds)
 
     def compare(
         self, image: Any, prompt: str, plan: str, *, raw: bool = False, count: int = 32
@@ -221,7 +221,7 @@ class Verification:
     ) -> Part:
         common, differ = int((ours & theirs).sum()), ours != theirs
         edge = float(scores[theirs].min()) if theirs.any() else 0.0
-        is_exact = self.facts.precision == "float32"
+        is_exact = set(self.facts.precision.kinds) == {"float32"}
         closest = SCORE_TIE if is_exact else max(SCORE_TIE, self.tolerance * abs(edge))
         is_tie = bool((abs(scores[differ] - edge) < closest).all())
         note = f"{common} in common of {int(ours.sum())} and {int(theirs.sum())}"

@@ -189,7 +189,7 @@ def check_bundle(facts: Manifest, bundle: Path, found: dict[str, Any]) -> dict[s
     return {
         "path": str(bundle),
         "targets": sorted(facts.targets),
-        "precision": facts.precision,
+        "precision": str(facts.precision),
         "weight_bytes": weights,
         "available_bytes": available,
         "plans": plans,

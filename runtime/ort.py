@@ -95,7 +95,7 @@ class OrtBackend:
                 self._session(graph),
                 facts,
                 self.facts.text,
-                self.facts.precision,
+                self.facts.precision.decoder,
                 self.device,
             )
 

@@ -30,6 +30,7 @@ class Lowering(ABC):
     where: str  # on which machines
     static_slots = False  # the target wants the length of the caches as a number
     operators: str | None = None  # table of patchsieve.export.operators that the graphs keep to
+    precisions: ClassVar[tuple[str, ...]] = ("float32", "float16", "bfloat16")
     domains: ClassVar[dict[str, int]] = {}
 
     def __init__(self, graph: ir.Graph) -> None:

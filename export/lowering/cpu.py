@@ -25,6 +25,7 @@ class Cpu(Lowering):
     versions = ">=1.23"
     where = "any CPU"
     opset = 21
+    precisions = ("float32", "float16")  # ONNX Runtime has few kernels for bfloat16
     domains = {MICROSOFT: 1}
 
     def RMSNorm(self, node: ir.Node) -> Sequence[ir.Value]:

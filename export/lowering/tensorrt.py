@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from patchsieve.export.lowering.base import Lowering
 from patchsieve.export.lowering.reference import Heads, Reference
 
 
@@ -26,12 +27,14 @@ class TensorRT(Reference):
     versions = ">=11,<12"
     where = "data-centre and desktop cards, JetPack 7.2.2 with TensorRT 11"
     static_slots = True
+    precisions = Lowering.precisions
     operators: str | None = "tensorrt-11"
 
     def attend(self, query: ir.Value, heads: Heads, *rest: ir.Value) -> ir.Value:
         """Softmax(Q K^T * scale + mask) V; heads that share a KV head become rows of it."""
         if heads.dtype != ir.DataType.FLOAT:
-            return super().attend(query, heads, *rest)
+            # The parser refuses `softmax_precision`: how the fused kernel sums is its own affair.
+            return self.op("Attention", query, *rest, scale=heads.scale, is_causal=0)
         keys, values, *mask = rest
         together = self.constant([0, heads.num_kv_heads, -1, 0])  # [B, G, H / G * L, ...]
         apart = self.constant([0, heads.num_heads, -1, 0])  # [B, H, L, ...]

@@ -63,7 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--targets",
         help="comma-separated: cpu (default), reference, tensorrt, tensorrt10, tensorrt-rtx",
     )
-    add("--precision", choices=("float32", "float16"), help="default: float32")
+    add(
+        "--precision",
+        metavar="P",
+        help="float32 (default), float16 or bfloat16, or by part: "
+        "tower=float16,decoder=bfloat16,head=float32",
+    )
     add("--max-text-tokens", type=int, metavar="N", help="default: 512")
     add("--max-new-tokens", type=int, metavar="N", help="default: 256")
     add("--max-images", type=int, metavar="N", help="default: 1")

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             {
                 "bundle": str(args.bundle),
                 "against": args.against,
-                "precision": both.facts.precision,
+                "precision": str(both.facts.precision),
                 "plans": list(plans),
                 "passed": first is None,
                 "first_departure": None if first is None else first.to_dict(),
