@@ -23,6 +23,7 @@ from patchsieve.export.graphs import GraphWriter
 from patchsieve.export.lowering import LOWERINGS, lower
 from patchsieve.export.operators import load, problems
 from tests.pruning_cases import CASES
+from tests.target_bundles import BFLOAT16, MIXED
 
 pytest_plugins = ["tests.target_bundles"]
 
@@ -45,15 +46,16 @@ def test_every_target_that_needs_a_board_has_a_table() -> None:
 
 @pytest.mark.parametrize("target", CHECKED)
 def test_every_node_of_a_bundle_is_taken(bundle_of, target: str) -> None:
-    bundle: Path = bundle_of("float16")
-    graphs = manifest.read(bundle).targets[target]
-    seen: Counter[str] = Counter()
-    for graph, path in graphs.items():
-        model = onnx.load(bundle / path, load_external_data=False)
-        assert found_in(model, target) == [], graph
-        seen.update(node.op_type for node in model.graph.node)
-    assert {names.VISION, names.COMPACT, names.stage(0), names.stage(1)} <= set(graphs)
-    assert seen["MatMul"] > 10 and seen["CumSum"] and seen["Conv"]
+    for precision in (*MIXED, BFLOAT16):
+        bundle: Path = bundle_of(precision)
+        graphs = manifest.read(bundle).targets[target]
+        seen: Counter[str] = Counter()
+        for graph, path in graphs.items():
+            model = onnx.load(bundle / path, load_external_data=False)
+            assert found_in(model, target) == [], graph
+            seen.update(node.op_type for node in model.graph.node)
+        assert {names.VISION, names.COMPACT, names.stage(0), names.stage(1)} <= set(graphs)
+        assert seen["MatMul"] > 10 and seen["CumSum"] and seen["Conv"]
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name not in NOTHING_NEW])
