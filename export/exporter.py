@@ -89,7 +89,11 @@ class ExportOptions:
 
 
 def export(
-    checkpoint: str, out: Path, options: ExportOptions, progress: Progress = lambda *_: None
+    checkpoint: str,
+    out: Path,
+    options: ExportOptions,
+    progress: Progress = lambda *_: None,
+    seconds: dict[str, float] | None = None,
 ) -> manifest.Manifest:
     """Export a checkpoint into a new bundle.
 
@@ -98,6 +102,7 @@ def export(
         out: The bundle's directory, which must not exist.
         options: Plan, targets, limits.
         progress: Told what is being done and the fraction done.
+        seconds: Takes the time spent on each target's graphs.
 
     Returns:
         The bundle's manifest.
@@ -118,6 +123,8 @@ def export(
     job = _Job(directory, config, options)
     with whole_or_nothing(out) as partial:
         job.write(partial, progress)
+        if seconds is not None:
+            seconds.update(job.writer.seconds)
         return job.finish(partial, Path(checkpoint).name or checkpoint)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ class GraphWriter:
     Attributes:
         tensors: Inputs and outputs of each graph written, as the manifest lists them.
         target_tensors: The same for the targets and graphs whose own are others.
+        seconds: Time spent on each target's graphs, the tracing that all share apart.
         written: Every file that stands, so that a failure can take it back.
     """
 
@@ -34,6 +36,7 @@ class GraphWriter:
         self.lowerings = [lowering(target) for target in targets]
         self.tensors: Tensors = {}
         self.target_tensors: dict[str, Tensors] = {}
+        self.seconds = dict.fromkeys(targets, 0.0)
         self.written: list[Path] = []
 
     def save(
@@ -53,6 +56,7 @@ class GraphWriter:
         self.tensors[name] = _describe(traced.graph)
         paths = {}
         for target in self.lowerings:
+            start = time.perf_counter()
             path = self.folder / f"{target.name}.{name}.onnx"
             generation = 1
             while fresh and path.exists():
@@ -73,6 +77,7 @@ class GraphWriter:
             finally:
                 temporary.unlink(missing_ok=True)
             paths[target.name] = f"{self.folder.name}/{path.name}"
+            self.seconds[target.name] += time.perf_counter() - start
         return paths
 
 

@@ -40,13 +40,14 @@ def found_in(model: onnx.ModelProto, target: str) -> list[str]:
     return problems(model, load(table))
 
 
-def test_every_target_that_needs_a_board_has_a_table() -> None:
-    assert set(LOWERINGS) - set(CHECKED) == {"cpu", "cuda", "reference"}
+def test_every_target_that_cannot_be_tried_here_has_a_table() -> None:
+    assert set(LOWERINGS) - set(CHECKED) == {"cpu", "reference"}
 
 
 @pytest.mark.parametrize("target", CHECKED)
 def test_every_node_of_a_bundle_is_taken(bundle_of, target: str) -> None:
-    for precision in (*MIXED, BFLOAT16):
+    has_bfloat16 = "bfloat16" in LOWERINGS[target].precisions
+    for precision in (*MIXED, BFLOAT16) if has_bfloat16 else MIXED:
         bundle: Path = bundle_of(precision)
         graphs = manifest.read(bundle).targets[target]
         seen: Counter[str] = Counter()
@@ -60,8 +61,8 @@ def test_every_node_of_a_bundle_is_taken(bundle_of, target: str) -> None:
 
 @pytest.mark.parametrize("case", [name for name in CASES if name not in NOTHING_NEW])
 def test_every_node_of_a_decision_is_taken(case: str) -> None:
-    # bfloat16 is what the fewest operators take; a decision widens what it reads at once.
-    traced = decide_graph(CASES[case], HeadShape(4, 2, 16), (6, 6), 36, torch.bfloat16)
+    # A decision widens what it reads at once, so that its other nodes are the same in every type.
+    traced = decide_graph(CASES[case], HeadShape(4, 2, 16), (6, 6), 36, torch.float16)
     for name, target in CHECKED.items():
         model = ir.to_proto(lower(traced, target, 64))
         assert found_in(model, name) == [], name

@@ -13,6 +13,7 @@ from onnx_ir.passes import common as passes
 
 from patchsieve import names
 from patchsieve.export import ops
+from patchsieve.export.lowering.constants import fold_constants
 from patchsieve.manifest import Needs
 
 
@@ -210,6 +211,7 @@ def lower(traced: ir.Model, lowering: type[Lowering], slots: int | None = None) 
                 [slots if str(axis) == names.AXIS_SLOTS else axis for axis in shape_of(value)]
             )
     lowering(model.graph).run()
+    fold_constants(model.graph)
     for node in model.graph:
         node.version = None
     model.opset_imports.clear()

@@ -1,4 +1,4 @@
-"""TensorRT 10.3, which JetPack 6.1 and 6.2 bring to Orin; the versions up to 10.14 read it too.
+"""TensorRT 10.3, on Orin with JetPack 6.1 and 6.2; later versions of 10 read these graphs too.
 
 None of `Attention`, `RMSNormalization`, `RotaryEmbedding` and `TensorScatter` is there, so all is
 spelt in parts, in the order in which TensorRT's compiler knows them as one attention: queries
