@@ -1,6 +1,7 @@
 """Bundles for every target in several precisions, each exported once per session.
 
-A test file takes the fixtures by `pytest_plugins = ["tests.target_bundles"]`.
+A test file takes the fixtures by `pytest_plugins = ["tests.target_bundles"]`, after it has imported
+the names: too late for pytest's rewriting of assertions, hence PYTEST_DONT_REWRITE.
 """
 
 from __future__ import annotations
@@ -17,12 +18,18 @@ from patchsieve.plan import Plan, SitePlan
 from tests.models import save_checkpoint
 
 ON_A_CPU = ("cpu", "reference", "cuda")
+# Each part once in half precision beside a float32 neighbour, and once the other way round.
+MIXED = (
+    "tower=float16,decoder=float32,head=float16",
+    "tower=float32,decoder=float16,head=float32",
+)
+BFLOAT16 = "tower=bfloat16,decoder=bfloat16,head=float32"
 FASTV = Plan((SitePlan(1, "fastv", {"keep_ratio": 0.5}),))
 
 
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers, grouped heads, tied embeddings."""
+    """Two layers, grouped heads."""
     path = tmp_path_factory.mktemp("targets") / "checkpoint"
     return save_checkpoint(path, "qwen2", layers=2, vision_layers=2)
 

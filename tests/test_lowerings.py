@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.lowering import LOWERINGS
 from patchsieve.export.reuse import reuse
-from patchsieve.manifest import Limits
 from patchsieve.plan import NO_PRUNING, Plan, SitePlan
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.ort import OrtBackend
-from tests.models import save_checkpoint
 from tests.tiny_bundles import largest_error, pictures, recorded_logits
 from tests.tolerances import LOWERED_FLOAT32
 
+pytest_plugins = ["tests.target_bundles"]
+
 # Caches in place. Those with rows of their own are compared where their runtime is tested.
 SAME_CACHES = ("cpu", "tensorrt", "tensorrt10", "tensorrt-rtx")
-ATP = {"theta_r": 0.4, "theta_s": 0.9}
-PLANS = {
-    NO_PRUNING: Plan(),
-    "fastv": Plan(tuple(SitePlan(at, "fastv", {"keep_ratio": 0.5}) for at in (1, 3))),
-    "atp": Plan(tuple(SitePlan(at, "atp", ATP) for at in (1, 3))),
-}
+ATP = Plan((SitePlan(1, "atp", {"theta_r": 0.4, "theta_s": 0.9}),))
+PLANS = (NO_PRUNING, "fastv", "atp")
 
 
 class FullSlots(OrtBackend):
@@ -34,22 +30,13 @@ class FullSlots(OrtBackend):
     def allocate(self, stage: int, slots: int) -> Any:
         return super().allocate(stage, self.facts.stages[stage].slots)
 
-    def _check_tensors(self, graph: str, session: Any) -> None:
-        """The manifest's tensors have a name where these graphs have their number of slots."""
-
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("lowerings")
-    checkpoint = save_checkpoint(folder / "checkpoint", "llama-gqa-tied-linear-rope")
-    options = ExportOptions(
-        cuts=(1, 3), targets=("reference", *SAME_CACHES), limits=Limits(200, 16, 2)
-    )
-    export(str(checkpoint), folder / "bundle", options)
-    for name, plan in PLANS.items():
-        if plan.sites:
-            reuse(folder / "bundle", plan, name)
-    return folder / "bundle"
+def bundle(bundle_of, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("lowerings") / "bundle"
+    shutil.copytree(bundle_of("float32"), out)
+    reuse(out, ATP, "atp")
+    return out
 
 
 def answers(bundle: Path, target: str) -> list[tuple[list[int], list[list[int]], list[Any]]]:

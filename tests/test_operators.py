@@ -23,7 +23,7 @@ from patchsieve.export.graphs import GraphWriter
 from patchsieve.export.lowering import LOWERINGS, lower
 from patchsieve.export.operators import load, problems
 from tests.pruning_cases import CASES
-from tests.target_bundles import ON_A_CPU
+from tests.target_bundles import BFLOAT16, MIXED
 
 pytest_plugins = ["tests.target_bundles"]
 
@@ -46,26 +46,24 @@ def test_every_target_that_cannot_be_tried_here_has_a_table() -> None:
 
 @pytest.mark.parametrize("target", CHECKED)
 def test_every_node_of_a_bundle_is_taken(bundle_of, target: str) -> None:
-    bundle: Path = bundle_of("float16")
-    graphs = manifest.read(bundle).targets[target]
-    seen: Counter[str] = Counter()
-    for graph, path in graphs.items():
-        model = onnx.load(bundle / path, load_external_data=False)
-        assert found_in(model, target) == [], graph
-        seen.update(node.op_type for node in model.graph.node)
-    assert {names.VISION, names.COMPACT, names.stage(0), names.stage(1)} <= set(graphs)
-    assert seen["MatMul"] > 10 and seen["CumSum"] and seen["Conv"]
+    has_bfloat16 = "bfloat16" in LOWERINGS[target].precisions
+    for precision in (*MIXED, BFLOAT16) if has_bfloat16 else MIXED:
+        bundle: Path = bundle_of(precision)
+        graphs = manifest.read(bundle).targets[target]
+        seen: Counter[str] = Counter()
+        for graph, path in graphs.items():
+            model = onnx.load(bundle / path, load_external_data=False)
+            assert found_in(model, target) == [], graph
+            seen.update(node.op_type for node in model.graph.node)
+        assert {names.VISION, names.COMPACT, names.stage(0), names.stage(1)} <= set(graphs)
+        assert seen["MatMul"] > 10 and seen["CumSum"] and seen["Conv"]
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name not in NOTHING_NEW])
 def test_every_node_of_a_decision_is_taken(case: str) -> None:
-    # bfloat16 is what the fewest operators take; a decision widens what it reads at once.
-    wide, half = (
-        decide_graph(CASES[case], HeadShape(4, 2, 16), (6, 6), 36, dtype)
-        for dtype in (torch.bfloat16, torch.float16)
-    )
+    # A decision widens what it reads at once, so that its other nodes are the same in every type.
+    traced = decide_graph(CASES[case], HeadShape(4, 2, 16), (6, 6), 36, torch.float16)
     for name, target in CHECKED.items():
-        traced = half if name in ON_A_CPU else wide  # ONNX Runtime has few bfloat16 kernels
         model = ir.to_proto(lower(traced, target, 64))
         assert found_in(model, name) == [], name
         assert len(model.graph.node) > 10
