@@ -160,7 +160,7 @@ def parse_tegrastats(line: str) -> Tegrastats | None:
     gpu = re.search(r"\bGR3D_FREQ (?:(\d+)%)?(?:@\[?([\d,]+)\]?)?", line)
     percent, clocks = gpu.groups() if gpu else (None, None)
     temperatures = re.findall(r"\b(\w+)@(-?[\d.]+)C\b", line)
-    rails = re.findall(r"\b([A-Z]\w*) (-?\d+)(?:mW)?/(?=-?\d)", line)
+    rails = re.findall(r"\b([A-Z]\w*) (-?\d+)(?:mW)?/", line)
     return Tegrastats(
         ram_mb=(int(ram.group(1)), int(ram.group(2))),
         swap_mb=(int(swap.group(1)), int(swap.group(2))) if swap else None,
