@@ -60,7 +60,7 @@ class Other:
         if self.target == "reference":
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             return pages * 4096 / 1e6
-        from benchmarks.settle_cuda import Cuda
+        from benchmarks.settle.cuda import Cuda
 
         return Cuda().used_bytes() / 1e6
 

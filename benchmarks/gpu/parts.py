@@ -27,6 +27,7 @@ def settle(target: str, folder: Path, budget: Budget) -> dict[str, Any]:
         PatchsieveError: Nothing was answered.
     """
     if target in CPU_TARGETS:
+        print("not run: these questions need a GPU", flush=True)
         return {"not_run": "these questions need a GPU"}
     budget.needs(NEEDS_S, "the unproven points")
     file = folder / "settle.json"

@@ -24,51 +24,51 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import settle_onnxruntime, settle_questions
-from benchmarks.settle_cuda import Cuda
-from benchmarks.settle_questions import BUILDS, NO, NOT_RUN, PORTABLE, YES, Answer, Setup
+from benchmarks.settle import onnxruntime_cuda, questions
+from benchmarks.settle.cuda import Cuda
+from benchmarks.settle.questions import BUILDS, NO, NOT_RUN, PORTABLE, YES, Answer, Setup
 from patchsieve.errors import BackendMissingError, PatchsieveError
 from patchsieve.runtime.tensorrt import build_engine, load_tensorrt
 
 SCHEMA_VERSION = 1
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TARGETS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 PACKAGES = ("onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "cuda-bindings")
 Question = Callable[[Setup], Answer]
 # letter -> what it asks, and who answers
 QUESTIONS: dict[str, tuple[str, Question]] = {
-    "a": ("an engine loads and runs on this GPU", settle_questions.engine_runs_here),
+    "a": ("an engine loads and runs on this GPU", questions.engine_runs_here),
     "b": (
         "TRT_Attention with a key length and lower-right causality ends at that length",
-        settle_questions.length_attention_aligns_to_length,
+        questions.length_attention_aligns_to_length,
     ),
     "c": (
         "additive mask and TensorScatter at a dynamic slot are right, in place",
-        settle_questions.caches_are_written_in_place,
+        questions.caches_are_written_in_place,
     ),
     "d": (
         "prefill and decode profiles share weights, contexts share activations",
-        settle_questions.profiles_share_memory,
+        questions.profiles_share_memory,
     ),
     "e": (
         "a decode step captured once replays at any slot",
-        settle_questions.decode_replays_as_a_graph,
+        questions.decode_replays_as_a_graph,
     ),
     "f": (
         "gather by keep_indices and compaction without NonZero are right",
-        settle_questions.indices_work,
+        questions.indices_work,
     ),
     "g": (
         "ONNX Runtime's CUDA provider has our operators",
-        lambda _: settle_onnxruntime.cuda_provider_has_our_operators(),
+        lambda _: onnxruntime_cuda.cuda_provider_has_our_operators(),
     ),
     "h": (
         "fp16 decode of one row on the 1/1/2 profile is right",
-        settle_questions.single_row_decode_is_right,
+        questions.single_row_decode_is_right,
     ),
     "i": (
         "a stage on TRT_Attention with mask and key length is right",
-        settle_questions.own_attention_serves_a_stage,
+        questions.own_attention_serves_a_stage,
     ),
 }
 WITHOUT_TENSORRT = {"g"}
