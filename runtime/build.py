@@ -219,18 +219,21 @@ class _Job:
             return Built(graph, path, None, note=note)
         asked = options_of(self.facts, self.request, graph, self.device, self.told)
         there = self.record.engines.get(graph)
-        if not self.request.force and there is not None and self._is_current(path, there, asked):
+        if (
+            not self.request.force
+            and there is not None
+            and self._is_current(graph, path, there, asked)
+        ):
             return Built(graph, path, there, was_there=True)
         engine = self._compile(graph, path, asked, step)
         self.record.engines[graph] = engine
         record_module.write_record(self.record)
         return Built(graph, path, engine)
 
-    def _is_current(self, path: Path, there: Engine, asked: Options) -> bool:
+    def _is_current(self, graph: str, path: Path, there: Engine, asked: Options) -> bool:
         """Whether an engine was built from this graph, for this GPU, as asked, and is whole."""
-        graph = self._source(path.name.removesuffix(".engine"))
         same = (there.graph_sha256, there.weights_sha256, there.library, there.asked) == (
-            self.facts.files[graph].sha256,
+            self.facts.files[self._source(graph)].sha256,
             self.weights,
             self.library,
             asked,
