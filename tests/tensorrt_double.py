@@ -27,6 +27,7 @@ class Kind:
 
     Attributes:
         has_typed_flag: 10.x: networks are typed only when asked to.
+        has_fp16: Up to 10.x: types may also be chosen by the builder.
         has_stream: An engine can be written as it is built.
         has_streaming: `BuilderFlag.WEIGHT_STREAMING` exists.
         has_gpu: Without one a builder cannot be made.
@@ -38,6 +39,7 @@ class Kind:
 
     version: str = "10.3.0"
     has_typed_flag: bool = True
+    has_fp16: bool = True
     has_stream: bool = False
     has_streaming: bool = True
     has_gpu: bool = True
@@ -67,6 +69,7 @@ def names(kind: Kind) -> dict[str, Any]:
     """What the module holds."""
     typed = {"STRONGLY_TYPED": 1} if kind.has_typed_flag else {"EXPLICIT_BATCH": 0}
     flags = {"REFIT": 1} | ({"WEIGHT_STREAMING": 2} if kind.has_streaming else {})
+    flags |= {"FP16": 3} if kind.has_fp16 else {}
     builder = type("Builder", (_StreamBuilder if kind.has_stream else _Builder,), {"kind": kind})
     return {
         "__version__": kind.version,

@@ -94,20 +94,40 @@ def engine(bundle: Path, graph: str, target: str = TARGET) -> dict[str, Any]:
     return json.loads(engine_path(bundle, target, graph).read_text())
 
 
-@pytest.mark.parametrize("has_typed_flag", [True, False])
-@pytest.mark.parametrize("has_stream", [True, False])
+@pytest.mark.parametrize(
+    ("version", "has_typed_flag", "has_fp16", "has_stream"),
+    [
+        ("10.3.0", True, True, False),
+        ("10.16.1", True, True, True),
+        ("11.0.0", True, False, True),
+        ("11.4.1", False, False, True),
+    ],
+)
 def test_every_version_builds_typed_engines(
-    bundle: Path, tensorrt: Any, has_typed_flag: bool, has_stream: bool
+    bundle: Path,
+    tensorrt: Any,
+    version: str,
+    has_typed_flag: bool,
+    has_fp16: bool,
+    has_stream: bool,
 ) -> None:
-    tensorrt(version="11.0.0", has_typed_flag=has_typed_flag, has_stream=has_stream)
+    tensorrt(
+        version=version, has_typed_flag=has_typed_flag, has_fp16=has_fp16, has_stream=has_stream
+    )
     done = built(bundle)
     assert set(done) == set(manifest.read(bundle).targets[TARGET])
     made = engine(bundle, "stage_1")
     assert made["is_typed"] is True
     shapes = profiles(manifest.read(bundle), "stage_1", TARGET)
     assert made["profiles"] == json.loads(json.dumps(shapes))
-    assert done["stage_1"].engine.library.version == "11.0.0"
+    assert done["stage_1"].engine.library.version == version
     assert done["stage_1"].engine.gpu == ORIN.gpu
+
+
+def test_a_tensorrt_that_knows_no_typed_networks_is_refused(bundle: Path, tensorrt: Any) -> None:
+    tensorrt(version="8.5.2", has_typed_flag=False)
+    with pytest.raises(BackendMissingError, match="found: tensorrt 8.5.2 .*10.3.*upgrade"):
+        built(bundle)
 
 
 def test_a_past_that_grows_has_room_for_every_slot(bundle: Path) -> None:
