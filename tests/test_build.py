@@ -20,7 +20,8 @@ from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.reuse import reuse
 from patchsieve.manifest import Limits
 from patchsieve.plan import Plan, SitePlan
-from patchsieve.runtime.build import Built, Request, build
+from patchsieve.runtime.build import Built, build
+from patchsieve.runtime.build_request import Request
 from patchsieve.runtime.engines import FILE_NAME, Gpu, Library, open_engines, read_record
 from patchsieve.runtime.profiles import profiles
 from tests.models import save_checkpoint
@@ -170,7 +171,8 @@ def test_a_killed_build_goes_on_where_it_was(bundle, engines, tmp_path) -> None:
     script = f"""
 import os, signal
 from pathlib import Path
-from patchsieve.runtime.build import Request, build
+from patchsieve.runtime.build import build
+from patchsieve.runtime.build_request import Request
 for number, one in enumerate(build(Path({str(own)!r}), Request({TARGET!r}))):
     if number == 1:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -18,9 +18,11 @@ import pytest
 from patchsieve import manifest
 from patchsieve.errors import BackendMissingError, BundleError, PatchsieveError
 from patchsieve.runtime import build as build_module
-from patchsieve.runtime.build import Built, Request, build
+from patchsieve.runtime.build import Built, build
+from patchsieve.runtime.build_config import TIMING_CACHE
+from patchsieve.runtime.build_request import Request
 from patchsieve.runtime.builder_process import Job, build_in_process
-from patchsieve.runtime.compile import TIMING_CACHE, build_engine
+from patchsieve.runtime.compile import build_engine
 from patchsieve.runtime.cuda_device import Device, find_device
 from patchsieve.runtime.engines import Gpu, Options, engine_path, folder_of, read_record
 from patchsieve.runtime.ladder import LADDER, OutOfMemoryError, climb
