@@ -71,9 +71,13 @@ def floors(facts: Manifest, text_tokens: int) -> dict[str, Floor]:
             counts = [site.budget or shape.num_visual for site in plan.sites]
             schedule = costs.in_decoder(shape, counts, plan.layers)
         whole = costs.cost(
-            shape, schedule, text_tokens, precision=facts.precision, convention=costs.RUNTIME
+            shape,
+            schedule,
+            text_tokens,
+            precision=facts.precision.decoder,
+            convention=costs.RUNTIME,
         )
-        visual = costs.cost(shape, schedule, 0, precision=facts.precision)
+        visual = costs.cost(shape, schedule, 0, precision=facts.precision.decoder)
         found[name] = Floor(
             vision_flops=whole.flops.vision,
             prefill_flops=whole.flops.llm,
