@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 
+from patchsieve.errors import PatchsieveError
+from patchsieve.export import operators
 from patchsieve.export.lowering import lower, lowering
 from patchsieve.export.lowering.base import dtype_of, shape_of
 from patchsieve.manifest import Tensors
@@ -24,6 +27,7 @@ class GraphWriter:
     Attributes:
         tensors: Inputs and outputs of each graph written, as the manifest lists them.
         target_tensors: The same for the targets and graphs whose own are others.
+        seconds: Time spent on each target's graphs, the tracing that all share apart.
         written: Every file that stands, so that a failure can take it back.
     """
 
@@ -32,6 +36,7 @@ class GraphWriter:
         self.lowerings = [lowering(target) for target in targets]
         self.tensors: Tensors = {}
         self.target_tensors: dict[str, Tensors] = {}
+        self.seconds = dict.fromkeys(targets, 0.0)
         self.written: list[Path] = []
 
     def save(
@@ -51,6 +56,7 @@ class GraphWriter:
         self.tensors[name] = _describe(traced.graph)
         paths = {}
         for target in self.lowerings:
+            start = time.perf_counter()
             path = self.folder / f"{target.name}.{name}.onnx"
             generation = 1
             while fresh and path.exists():
@@ -65,12 +71,30 @@ class GraphWriter:
             try:
                 temporary.write_bytes(model.SerializeToString())
                 onnx.checker.check_model(str(temporary))
+                _check_operators(name, model, target.operators)
                 self.written.append(path)  # first: an interrupt may come right behind the rename
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
             paths[target.name] = f"{self.folder.name}/{path.name}"
+            self.seconds[target.name] += time.perf_counter() - start
         return paths
+
+
+def _check_operators(name: str, model: onnx.ModelProto, table: str | None) -> None:
+    """Refuse here what a board's parser would refuse later."""
+    if table is None:
+        return
+    taken = operators.load(table)
+    found = operators.problems(model, taken)
+    if found:
+        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        raise PatchsieveError(
+            f"the graph {name} holds what {taken.library} does not take",
+            found=found[0] + more,
+            expected=f"operators of patchsieve/export/operators/{table}.json",
+            do="leave this target or this method out, and report it",
+        )
 
 
 def _describe(graph: ir.Graph) -> dict[str, list[dict[str, Any]]]:

@@ -23,12 +23,17 @@ Progress = Callable[[str, float], None]
 
 
 def reuse(
-    bundle: Path, plan: Plan, plan_name: str, progress: Progress = lambda *_: None
+    bundle: Path,
+    plan: Plan,
+    plan_name: str,
+    progress: Progress = lambda *_: None,
+    seconds: dict[str, float] | None = None,
 ) -> manifest.Manifest:
     """Give a bundle another plan on the same cuts. Stage graphs and weights stay as they are.
 
     The new plan becomes the default; requests may still name the older ones. Interrupted at any
-    moment, the bundle holds either its old plans or the new one too.
+    moment, the bundle holds either its old plans or the new one too. `seconds` takes the time spent
+    on each target's graphs.
     """
     check_plan_name(plan_name)
     old = manifest.read(bundle)
@@ -44,7 +49,7 @@ def reuse(
         raise PatchsieveError("the plan named none prunes nothing", do="choose another --plan-name")
     manifest.check_files(bundle, old, hashes=False)
     heads = HeadShape(old.text.num_heads, old.text.num_kv_heads, old.text.head_dim)
-    dtype = DTYPES[old.precision][0]
+    dtype = DTYPES[old.precision.decoder][0]
     writer = GraphWriter(bundle / "graphs", tuple(old.targets))
     written: dict[str, dict[str, str]] = {}
     new = old
@@ -61,6 +66,8 @@ def reuse(
             progress("writing the manifest", 0.95)
             new = _with_plan(old, bundle, plan, plan_name, written, writer)
             manifest.write(bundle, new)
+            if seconds is not None:
+                seconds.update(writer.seconds)
     finally:
         # The manifest that stands decides what stays, whenever an interrupt came.
         stands = manifest.read(bundle).files

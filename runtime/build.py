@@ -7,25 +7,31 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from patchsieve import manifest, names
+from patchsieve import manifest
 from patchsieve.errors import BackendMissingError, BundleError, PatchsieveError
 from patchsieve.manifest import Manifest
 from patchsieve.runtime import engines as record_module
+from patchsieve.runtime.build_config import TIMING_CACHE
+from patchsieve.runtime.build_request import Request, graphs_of, options_of, should_stream
 from patchsieve.runtime.builder_process import Done, Job, build_in_process
-from patchsieve.runtime.compile import TIMING_CACHE
-from patchsieve.runtime.cuda_device import Device, find_device
-from patchsieve.runtime.engines import Engine, Library, Options, Record, engine_path, misfit
+from patchsieve.runtime.cuda_device import find_device
+from patchsieve.runtime.engines import (
+    Engine,
+    Gpu,
+    Library,
+    Options,
+    Record,
+    engine_path,
+    misfit,
+)
 from patchsieve.runtime.ladder import LADDER, ONE_RUNG, climb
 from patchsieve.runtime.profiles import profiles
 from patchsieve.runtime.tensorrt import load_tensorrt
 from patchsieve.writing import one_line
 
-TARGETS = ("tensorrt-rtx", "tensorrt", "tensorrt10", "jetpack6")
-STREAMING = ("auto", "on", "off")
 _SECONDS = 5.0  # between two words on one engine: its phases change many times a second
 Progress = Callable[[str, float], None]
 Told = Callable[[str], None]
@@ -47,45 +53,6 @@ class Built:
     engine: Engine | None
     was_there: bool = False
     note: str = ""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asks of a build.
-
-    Attributes:
-        target: One of TARGETS.
-        options: What the engines are to be; `weight_streaming` follows from the two below.
-        streaming: "on", "off", or "auto": where the weights are larger than the GPU's memory.
-        device_bytes: Memory of the GPU that will run the engines; the one here by default.
-        force: Build again what stands there.
-    """
-
-    target: str
-    options: Options = Options()
-    streaming: str = "auto"
-    device_bytes: int | None = None
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise PatchsieveError(
-                "this target has no engines to build",
-                found=self.target[:60],
-                expected=", ".join(TARGETS),
-            )
-        if self.streaming not in STREAMING:
-            raise PatchsieveError(
-                "bad --weight-streaming", found=self.streaming, expected=", ".join(STREAMING)
-            )
-        level = self.options.optimization_level
-        if level is not None and not 0 <= level <= 5:
-            raise PatchsieveError("bad --optimization-level", found=level, expected="0 to 5")
-
-    @property
-    def is_ahead_of_time(self) -> bool:
-        """Engines are compiled for a list of GPUs, none of which need be here."""
-        return self.target == "tensorrt-rtx" and "current" not in self.options.compute_capabilities
 
 
 def build(
@@ -126,7 +93,11 @@ def build(
     others = {path for g in facts.targets.values() for path in g.values()} - set(graphs.values())
     progress("checking the bundle", 0.0)
     manifest.check_files(bundle, facts, paths=[path for path in facts.files if path not in others])
-    job = _Job(bundle, facts, request, library, device, told, builder)
+    streams, note = should_stream(facts, request, device)
+    if note:
+        told(note)
+    gpu = None if request.is_ahead_of_time or device is None else device.gpu
+    job = _Job(bundle, facts, request, library, gpu, streams, told, builder)
     folder = record_module.folder_of(bundle, request.target)
     with one_line(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -134,51 +105,6 @@ def build(
             job.read()
             for done, graph in enumerate(graphs):
                 yield job.build(graph, _steps(graph, done / len(graphs), progress))
-
-
-def graphs_of(facts: Manifest, target: str) -> dict[str, str]:
-    """The graphs of a target, or why there are none to build."""
-    if target not in facts.targets:
-        raise BundleError(
-            f"the bundle holds no graphs for {target}",
-            found=", ".join(sorted(facts.targets)),
-            do=f"export it again with --targets cpu,{target}",
-        )
-    return facts.targets[target]
-
-
-def weight_bytes(facts: Manifest) -> int:
-    """Bytes of the weights that engines hold: the table of embeddings stays with the host."""
-    return sum(
-        file.size
-        for path, file in facts.files.items()
-        if path.startswith(manifest.WEIGHTS) and path != facts.embeddings.file
-    )
-
-
-def options_of(
-    facts: Manifest,
-    request: Request,
-    graph: str,
-    device: Device | None,
-    told: Told = lambda _: None,
-) -> Options:
-    """The options of a graph's engine: weight streaming is settled here."""
-    has_weights = graph == names.VISION or graph.startswith("stage_")
-    if not has_weights or request.streaming == "off":
-        return request.options
-    if request.streaming == "on":
-        return replace(request.options, weight_streaming=True)
-    memory = request.device_bytes or (None if device is None else device.memory_bytes)
-    is_larger = memory is not None and weight_bytes(facts) > memory
-    if is_larger and device is not None and device.is_integrated:
-        told(
-            f"the weights ({weight_bytes(facts) / 1e9:.1f} GB) are larger than the memory, which "
-            "this GPU shares with the host: streaming cannot help | what to do: export with a "
-            "smaller --precision"
-        )
-        is_larger = False
-    return replace(request.options, weight_streaming=is_larger)
 
 
 class _Job:
@@ -190,13 +116,13 @@ class _Job:
         facts: Manifest,
         request: Request,
         library: Library,
-        device: Device | None,
+        gpu: Gpu | None,
+        streams: bool,
         told: Told,
         builder: Builder,
     ) -> None:
         self.bundle, self.facts, self.request, self.library = bundle, facts, request, library
-        self.device, self.told, self.builder = device, told, builder
-        self.gpu = None if request.is_ahead_of_time or device is None else device.gpu
+        self.gpu, self.streams, self.told, self.builder = gpu, streams, told, builder
         self.weights = record_module.weights_hash(facts)
         self.record = Record(bundle, request.target)
 
@@ -217,20 +143,23 @@ class _Job:
         path = engine_path(self.bundle, self.request.target, graph)
         if note := misfit(self.facts, graph):
             return Built(graph, path, None, note=note)
-        asked = options_of(self.facts, self.request, graph, self.device, self.told)
+        asked = options_of(self.request, graph, self.streams)
         there = self.record.engines.get(graph)
-        if not self.request.force and there is not None and self._is_current(path, there, asked):
+        if (
+            not self.request.force
+            and there is not None
+            and self._is_current(graph, path, there, asked)
+        ):
             return Built(graph, path, there, was_there=True)
         engine = self._compile(graph, path, asked, step)
         self.record.engines[graph] = engine
         record_module.write_record(self.record)
         return Built(graph, path, engine)
 
-    def _is_current(self, path: Path, there: Engine, asked: Options) -> bool:
+    def _is_current(self, graph: str, path: Path, there: Engine, asked: Options) -> bool:
         """Whether an engine was built from this graph, for this GPU, as asked, and is whole."""
-        graph = self._source(path.name.removesuffix(".engine"))
         same = (there.graph_sha256, there.weights_sha256, there.library, there.asked) == (
-            self.facts.files[graph].sha256,
+            self.facts.files[self._source(graph)].sha256,
             self.weights,
             self.library,
             asked,
@@ -285,7 +214,7 @@ class _Job:
         )
 
 
-def _same_gpu(there: Engine, gpu: Any) -> bool:
+def _same_gpu(there: Engine, gpu: Gpu | None) -> bool:
     if there.gpu is None or gpu is None:
         return there.gpu is gpu
     return (there.gpu.name, there.gpu.compute_capability) == (gpu.name, gpu.compute_capability)

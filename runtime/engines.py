@@ -107,10 +107,10 @@ class Engine:
         rung: The rung of the fallback ladder that succeeded.
         failed: The rungs tried before.
         profiles: (min, opt, max) shape of each changing input, one dict per profile.
-        base_bytes: Resident in the process of the build before the graph was parsed; None where the
-            system does not tell.
-        peak_bytes: The most that was resident, pages of the mapped weights included.
+        peak_bytes: The most that the process of the build had resident, pages of the mapped weights
+            included; None where the system does not tell.
         size: Bytes of the engine file.
+        base_bytes: Resident there before the graph was parsed.
     """
 
     graph_sha256: str
@@ -122,10 +122,10 @@ class Engine:
     rung: str
     profiles: tuple[dict[str, tuple[Shape, Shape, Shape]], ...]
     seconds: float
-    base_bytes: int | None
     peak_bytes: int | None
     size: int
     sha256: str
+    base_bytes: int | None = None
     failed: tuple[Attempt, ...] = ()
     warnings: tuple[str, ...] = ()
 

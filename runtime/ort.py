@@ -22,6 +22,8 @@ except ImportError as error:
 
 from patchsieve.runtime.ort_caches import Buffers, InPlace, NewRows, View
 
+# Whose graphs ONNX Runtime runs on any machine, if only to check them.
+TARGETS = ("cpu", "cuda", "jetpack6", "reference")
 _QUIET = 3  # errors only
 # Both packages own the module `onnxruntime`, so that one overwrites the other.
 INSTALL_GPU = "pip uninstall -y onnxruntime; pip install onnxruntime-gpu"
@@ -95,7 +97,7 @@ class OrtBackend:
                 self._session(graph),
                 facts,
                 self.facts.text,
-                self.facts.precision,
+                self.facts.precision.decoder,
                 self.device,
             )
 

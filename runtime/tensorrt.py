@@ -141,8 +141,15 @@ def parse(trt: ModuleType, path: Path, messages: Messages) -> tuple[Any, Any, An
             found=messages.errors[0] if messages.errors else str(error),
             do="build on that machine; patchsieve doctor tells what is missing",
         ) from error
-    # 10.x reads types from the graph only when asked to; 11.x and RTX always do.
+    # 10.x reads types from the graph only when asked to; 11.x and RTX always do, and have no FP16.
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    if typed is None and hasattr(trt.BuilderFlag, "FP16"):
+        raise BackendMissingError(
+            "this TensorRT cannot take the types of a graph as they are written",
+            found=f"{trt.__name__} {trt.__version__}",
+            expected="10.3 (JetPack 6) or newer",
+            do="upgrade TensorRT or JetPack",
+        )
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, shared_logger(trt))
     if not parser.parse_from_file(str(path)):

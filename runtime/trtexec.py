@@ -10,7 +10,7 @@ import shlex
 from pathlib import Path
 
 from patchsieve.manifest import Manifest
-from patchsieve.runtime.compile import TIMING_CACHE
+from patchsieve.runtime.build_config import TIMING_CACHE
 from patchsieve.runtime.engines import Options, engine_path
 from patchsieve.runtime.profiles import Profile, profiles
 

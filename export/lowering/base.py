@@ -13,6 +13,7 @@ from onnx_ir.passes import common as passes
 
 from patchsieve import names
 from patchsieve.export import ops
+from patchsieve.export.lowering.constants import fold_constants
 from patchsieve.manifest import Needs
 
 
@@ -28,6 +29,8 @@ class Lowering(ABC):
     versions: str  # which of its versions
     where: str  # on which machines
     static_slots = False  # the target wants the length of the caches as a number
+    operators: str | None = None  # table of patchsieve.export.operators that the graphs keep to
+    precisions: ClassVar[tuple[str, ...]] = ("float32", "float16", "bfloat16")
     domains: ClassVar[dict[str, int]] = {}
 
     def __init__(self, graph: ir.Graph) -> None:
@@ -87,6 +90,15 @@ class Lowering(ABC):
         """[B, H, L, D] -> [B, L, H * D]."""
         rows = self.op("Transpose", heads, perm=[0, 2, 1, 3])
         return self.op("Reshape", rows, self.constant([0, 0, -1]))
+
+    def spell_rows(self, bias: ir.Value, query: ir.Value) -> ir.Value:
+        """A bias [B, 1, 1, N] or [B, H, L, N] with its L rows spelt out.
+
+        ONNX Runtime 1.31 broadcasts the axes of images and heads only, in `Attention` too.
+        """
+        rows = self.op("Shape", query, start=1, end=2)  # [1], holding L
+        one = self.constant([1])
+        return self.op("Expand", bias, self.op("Concat", one, one, rows, one, axis=0))
 
     def cast(self, value: ir.Value, old: ir.DataType, new: ir.DataType) -> ir.Value:
         """The value in another type."""
@@ -199,6 +211,7 @@ def lower(traced: ir.Model, lowering: type[Lowering], slots: int | None = None) 
                 [slots if str(axis) == names.AXIS_SLOTS else axis for axis in shape_of(value)]
             )
     lowering(model.graph).run()
+    fold_constants(model.graph)
     for node in model.graph:
         node.version = None
     model.opset_imports.clear()

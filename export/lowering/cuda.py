@@ -1,17 +1,17 @@
-"""ONNX Runtime's CUDA provider: contrib operators where it has a kernel for them, rows as caches.
+"""ONNX Runtime's CUDA provider: contrib operators where it has kernels for them, rows as caches.
 
-What attends must take an additive mask, because a row may see itself and not what lies before it.
-That decides the operator:
+Attention must take an additive mask here, because a row may see itself and not what lies just
+before it. That decides the operator:
 
 - `GroupQueryAttention`, which writes into a shared buffer, refuses `attention_bias` on CUDA up to
-  ONNX Runtime 1.27 and has no float32 kernel.
-- `Attention` and `TensorScatter` of opset 24 came to CUDA with 1.25; before, they fall to the CPU.
+  ONNX Runtime 1.27, and has no float32 kernel.
+- `Attention` and `TensorScatter` of opset 24 got CUDA kernels in 2026; before, they run on the CPU.
 - `MultiHeadAttention` has taken the mask since 1.20, in float32 and float16. It is used.
 
-It has no cache to write to, so caches are past rows in and new rows out. That is in place all the
-same: ONNX Runtime takes any device address for an input or output, so the past is a view of the
-buffer and the new rows are written straight behind it. Besides, it takes keys and values as rows
-with their heads side by side, as this form holds them: past and new rows are joined, never turned.
+It has no cache to write to, so caches are past rows in and new rows out. They grow in place all the
+same: ONNX Runtime takes any device address for an input or output, so that the past is a view of
+the buffer and the new rows are written straight behind it. Besides, it takes keys and values with
+the heads of a row side by side, as they lie in this form: nothing is turned.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ class Cuda(NewRows, Cpu):
     name = "cuda"
     library = "onnxruntime-gpu"
     versions = ">=1.23"
-    where = "CUDAExecutionProvider"
+    where = "NVIDIA cards, by CUDAExecutionProvider"
+    operators = "onnxruntime-cuda"
+    # Of the operators that 21 changed, releases up to 1.24 have no CUDA kernel: they, and a copy to
+    # the host and back for each, would go to the CPU without a word.
+    opset = 18
 
     def CachedAttention(self, node: ir.Node) -> Sequence[ir.Value]:
         """The operator knows one count of heads: those that share a KV head become rows of it."""
@@ -55,6 +59,7 @@ class Cuda(NewRows, Cpu):
             num_heads=heads.num_kv_heads,
             scale=heads.scale,
         )
+        mixed.dtype = heads.dtype  # which ONNX cannot infer behind another domain's operator
         return [self._unstack(mixed, *sizes), key, value]
 
     def _stack(self, query: ir.Value, kv_heads: int, group: int, head_dim: int) -> ir.Value:

@@ -1,4 +1,4 @@
-"""TensorRT 10.3, which JetPack 6.1 and 6.2 bring to Orin; the versions up to 10.14 read it too.
+"""TensorRT 10.3, on Orin with JetPack 6.1 and 6.2; later versions of 10 read these graphs too.
 
 None of `Attention`, `RMSNormalization`, `RotaryEmbedding` and `TensorScatter` is there, so all is
 spelt in parts, in the order in which TensorRT's compiler knows them as one attention: queries
@@ -24,7 +24,8 @@ class JetPack6(NewRows):
     name = "jetpack6"
     library = "tensorrt"
     versions = ">=10.3,<11"
-    where = "JetPack 6.1 and 6.2"
+    where = "JetPack 6.1 and 6.2 with 10.3, 7.0 and 7.1 with 10.13"
+    operators = "tensorrt-10.3"
     # 21 would be needed for one operator only, DequantizeLinear over blocks of a weight, which no
     # graph holds: TensorRT 10.3 reads opsets up to 20 and that operator besides.
     opset = 18

@@ -15,7 +15,8 @@ from patchsieve.cli.output import Progress, print_json, size, table
 from patchsieve.errors import PatchsieveError
 
 if TYPE_CHECKING:
-    from patchsieve.runtime.build import Built, Request
+    from patchsieve.runtime.build import Built
+    from patchsieve.runtime.build_request import Request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compile, and report what each engine cost."""
-    from patchsieve.runtime.build import Request, build
+    from patchsieve.runtime.build import build
+    from patchsieve.runtime.build_request import Request
     from patchsieve.runtime.engines import Options
 
     request = Request(
@@ -92,21 +94,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _dry_run(args: argparse.Namespace, request: Request) -> int:
-    from patchsieve.runtime.build import graphs_of, options_of
+    from patchsieve.runtime.build_request import graphs_of, options_of, should_stream
     from patchsieve.runtime.cuda_device import find_device
     from patchsieve.runtime.engines import misfit
     from patchsieve.runtime.trtexec import command_line
 
-    facts, device = manifest.read(args.bundle), find_device()
+    facts, target = manifest.read(args.bundle), request.target
+    streams, _ = should_stream(facts, request, find_device())
     lines = {
-        graph: command_line(
-            args.bundle, facts, request.target, graph, options_of(facts, request, graph, device)
-        )
-        for graph in graphs_of(facts, request.target)
+        graph: command_line(args.bundle, facts, target, graph, options_of(request, graph, streams))
+        for graph in graphs_of(facts, target)
         if not misfit(facts, graph)
     }
     if args.json:
-        print_json({"bundle": str(args.bundle), "target": request.target, "commands": lines})
+        print_json({"bundle": str(args.bundle), "target": target, "commands": lines})
     else:
         print(*lines.values(), sep="\n")
     return 0
