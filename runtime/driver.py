@@ -89,6 +89,7 @@ class Driver:
         cuda: The module with the runtime's functions.
 
     Attributes:
+        gpu: Its name and abilities.
         waits: How often the host waited for the GPU, by reason.
         stream: Handle of the stream.
 
@@ -105,6 +106,7 @@ class Driver:
         self._is_capturing = False
         self._to_free: list[tuple[str, int]] = []
         self._first_contact()
+        self.gpu = self._gpu()
         self.stream = self.call("cudaStreamCreateWithFlags", cuda.cudaStreamNonBlocking)
 
     def call(self, name: str, *arguments: Any) -> Any:
@@ -234,8 +236,7 @@ class Driver:
         """Give a launchable graph back."""
         self.call("cudaGraphExecDestroy", graph)
 
-    def gpu(self) -> Gpu:
-        """The GPU's name and abilities."""
+    def _gpu(self) -> Gpu:
         facts = self.call("cudaGetDeviceProperties", 0)
         name = facts.name.decode() if isinstance(facts.name, bytes) else str(facts.name)
         version = int(self.call("cudaDriverGetVersion"))

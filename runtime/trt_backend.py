@@ -136,11 +136,10 @@ class TensorRTBackend:
 
     def describe(self) -> dict[str, Any]:
         """Library, device, memory, and how decoding runs."""
-        gpu = self.driver.gpu()
         obstacle = self._decoder.obstacle if self._decoder else "closed"
         return {
             "library": str(Library.of(self.trt)),
-            "device": f"{gpu}, CUDA {gpu.driver}",
+            "device": f"{self.driver.gpu}, CUDA {self.driver.gpu.driver}",
             "decode": f"stage by stage: {obstacle}" if obstacle else "one CUDA graph",
             "device_bytes": self.memory.device.bytes(),
             "pinned_bytes": self.memory.pinned.bytes(),
@@ -176,7 +175,7 @@ class TensorRTBackend:
             self.bundle.path,
             self.facts,
             self.bundle.target,
-            gpu=self.driver.gpu(),
+            gpu=self.driver.gpu,
             library=Library.of(self.trt),
             hashes=self.bundle.check == "hash",
         )

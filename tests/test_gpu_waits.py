@@ -172,6 +172,17 @@ def test_a_capture_that_fails_is_told_and_the_answer_comes_all_the_same(
     assert not any(gpu.gpu.live.values()), gpu.gpu.live
 
 
+def test_a_library_that_refuses_within_a_capture_is_told_too(tiny, machine) -> None:
+    bundle, gpu = tiny(ROW), machine()
+    model = gpu.load(bundle)
+    gpu.trt.refuses = "capture"
+    expected = bundle.model().generate(pictures(1), QUESTION, max_new_tokens=COUNT)
+    assert ask(model).token_ids == expected.token_ids
+    assert gpu.gpu.calls["cudaStreamBeginCapture"] == gpu.gpu.calls["cudaStreamEndCapture"] == 1
+    assert "fails at the engine stage_0" in model.backend.describe()["decode"]
+    model.close()
+
+
 def test_gpu_times_stand_beside_those_of_the_host(tiny, machine) -> None:
     model = machine().load(tiny(ROW), FASTV)
     plan = model.facts.default_plan
