@@ -41,8 +41,14 @@ INSTALL = {
     "tensorrt_rtx": 'pip install "tensorrt-rtx>=1.7"',
 }
 # Which library builds the engines of a target.
-ENGINES = {"tensorrt": "tensorrt", "tensorrt10": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+ENGINES = {
+    "jetpack6": "tensorrt",
+    "tensorrt": "tensorrt",
+    "tensorrt10": "tensorrt",
+    "tensorrt-rtx": "tensorrt_rtx",
+}
 ONE_ONNXRUNTIME = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install --no-cache-dir {}"
+CUDA_PROVIDER = "CUDAExecutionProvider"
 OPSET_24 = (1, 24)  # ONNX Runtime that loads the reference graphs
 _SPARE = 300e6  # bytes of Python, ONNX Runtime and the activations of one request
 _TIGHT_SWAP = 8 << 30  # boards with less memory than 16 GB need this much swap to build
@@ -128,6 +134,7 @@ def abilities_of(probes: Probes, libraries: dict[str, str | None]) -> dict[str, 
     return {
         "cpu": {"export": export, "build": none, "run": run_cpu},
         "reference": {"export": export, "build": none, "run": run_reference},
+        "cuda": {"export": export, "build": none, "run": _run_cuda(probes, run_cpu)},
         **{
             target: {
                 "export": export,
@@ -137,6 +144,16 @@ def abilities_of(probes: Probes, libraries: dict[str, str | None]) -> dict[str, 
             for target, library in ENGINES.items()
         },
     }
+
+
+def _run_cuda(probes: Probes, run_cpu: Ability) -> Ability:
+    """Whether ONNX Runtime was built for CUDA; what else it needs shows when a session starts."""
+    if not run_cpu.can:
+        return run_cpu
+    if CUDA_PROVIDER in (found := probes.providers()):
+        return Ability(True)
+    line = ONE_ONNXRUNTIME.format("onnxruntime-gpu")
+    return Ability(False, f"no {CUDA_PROVIDER} among {', '.join(found)}", line)
 
 
 def warnings(probes: Probes, facts: dict[str, Any], libraries: dict[str, str | None]) -> list[str]:

@@ -58,6 +58,9 @@ def probes(
     return Probes(**(given | options))
 
 
+NO_CPU = dict.fromkeys(("cpu", "cuda", "reference"), "n-n")
+
+
 def can(report: dict[str, Any]) -> dict[str, str]:
     """Steps of each target in three letters: y, n or - for export, build, run."""
     letters = {True: "y", False: "n", None: "-"}
@@ -69,7 +72,7 @@ def can(report: dict[str, Any]) -> dict[str, str]:
 
 def test_with_nothing_installed_each_step_names_its_line(tmp_path: Path) -> None:
     report = diagnose(probes(tmp_path, {}))
-    assert can(report) == {"cpu": "n-n", "reference": "n-n", **dict.fromkeys(ENGINES, "nnn")}
+    assert can(report) == {**NO_CPU, **dict.fromkeys(ENGINES, "nnn")}
     cpu = report["targets"]["cpu"]
     assert cpu["export"]["why"] == "no torch, transformers, onnx, onnxscript, safetensors"
     assert cpu["export"]["do"] == INSTALL["export"]
@@ -81,7 +84,12 @@ def test_with_nothing_installed_each_step_names_its_line(tmp_path: Path) -> None
 
 def test_a_board_with_onnxruntime_alone_runs_and_does_not_export(tmp_path: Path) -> None:
     report = diagnose(probes(tmp_path, CPU_ONLY))
-    assert can(report) == {"cpu": "n-y", "reference": "n-y", **dict.fromkeys(ENGINES, "nnn")}
+    assert can(report) == {
+        **NO_CPU,
+        "cpu": "n-y",
+        "reference": "n-y",
+        **dict.fromkeys(ENGINES, "nnn"),
+    }
     assert report["onnxruntime_providers"] == ["CPUExecutionProvider"]
     assert report["machine"]["memory_bytes"] == {
         "total": 32 << 30,
@@ -108,8 +116,9 @@ def test_an_onnxruntime_without_opset_24_runs_cpu_graphs_only(tmp_path: Path) ->
 def test_an_rtx_desktop_builds_engines_and_shows_its_gpu(tmp_path: Path) -> None:
     installed = CPU_ONLY | EXPORTER | {"tensorrt-rtx": "1.7.1"}
     report = diagnose(probes(tmp_path, installed, smi=RTX))
-    engines = {"tensorrt": "ynn", "tensorrt10": "ynn", "tensorrt-rtx": "yyn"}
-    assert can(report) == {"cpu": "y-y", "reference": "y-y", **engines}
+    engines = {**dict.fromkeys(ENGINES, "ynn"), "tensorrt-rtx": "yyn"}
+    assert can(report) == {"cpu": "y-y", "reference": "y-y", "cuda": "y-n", **engines}
+    assert "no CUDAExecutionProvider among CPU" in report["targets"]["cuda"]["run"]["why"]
     assert report["machine"]["gpus"] == [
         {
             "name": "NVIDIA GeForce RTX 4090",
