@@ -41,7 +41,8 @@ INSTALL = {
     "tensorrt_rtx": 'pip install "tensorrt-rtx>=1.7"',
 }
 # Which library builds the engines of a target.
-ENGINES = {"tensorrt": "tensorrt", "tensorrt10": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+ENGINES = {name: "tensorrt" for name in ("tensorrt", "tensorrt10", "jetpack6")}
+ENGINES["tensorrt-rtx"] = "tensorrt_rtx"
 ONE_ONNXRUNTIME = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install --no-cache-dir {}"
 OPSET_24 = (1, 24)  # ONNX Runtime that loads the reference graphs
 _SPARE = 300e6  # bytes of Python, ONNX Runtime and the activations of one request
@@ -127,6 +128,7 @@ def abilities_of(probes: Probes, libraries: dict[str, str | None]) -> dict[str, 
         )
     return {
         "cpu": {"export": export, "build": none, "run": run_cpu},
+        "cuda": {"export": export, "build": none, "run": run_cpu},
         "reference": {"export": export, "build": none, "run": run_reference},
         **{
             target: {

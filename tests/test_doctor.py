@@ -27,6 +27,7 @@ ORIN_RELEASE = (
 ORIN_MODEL = "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0"
 RTX = "NVIDIA GeForce RTX 4090, 570.86.15, 24564, 8.9\n"
 MEMINFO = "MemTotal: {} kB\nMemFree: 1000 kB\nMemAvailable: {} kB\nSwapTotal: {} kB\n"
+ON_ORT = ("cpu", "cuda", "reference")
 GIB = 1 << 20  # in kB
 
 
@@ -69,7 +70,12 @@ def can(report: dict[str, Any]) -> dict[str, str]:
 
 def test_with_nothing_installed_each_step_names_its_line(tmp_path: Path) -> None:
     report = diagnose(probes(tmp_path, {}))
-    assert can(report) == {"cpu": "n-n", "reference": "n-n", **dict.fromkeys(ENGINES, "nnn")}
+    assert can(report) == {
+        "cpu": "n-n",
+        "cuda": "n-n",
+        "reference": "n-n",
+        **dict.fromkeys(ENGINES, "nnn"),
+    }
     cpu = report["targets"]["cpu"]
     assert cpu["export"]["why"] == "no torch, transformers, onnx, onnxscript, safetensors"
     assert cpu["export"]["do"] == INSTALL["export"]
@@ -81,7 +87,12 @@ def test_with_nothing_installed_each_step_names_its_line(tmp_path: Path) -> None
 
 def test_a_board_with_onnxruntime_alone_runs_and_does_not_export(tmp_path: Path) -> None:
     report = diagnose(probes(tmp_path, CPU_ONLY))
-    assert can(report) == {"cpu": "n-y", "reference": "n-y", **dict.fromkeys(ENGINES, "nnn")}
+    assert can(report) == {
+        "cpu": "n-y",
+        "cuda": "n-y",
+        "reference": "n-y",
+        **dict.fromkeys(ENGINES, "nnn"),
+    }
     assert report["onnxruntime_providers"] == ["CPUExecutionProvider"]
     assert report["machine"]["memory_bytes"] == {
         "total": 32 << 30,
@@ -108,8 +119,8 @@ def test_an_onnxruntime_without_opset_24_runs_cpu_graphs_only(tmp_path: Path) ->
 def test_an_rtx_desktop_builds_engines_and_shows_its_gpu(tmp_path: Path) -> None:
     installed = CPU_ONLY | EXPORTER | {"tensorrt-rtx": "1.7.1"}
     report = diagnose(probes(tmp_path, installed, smi=RTX))
-    engines = {"tensorrt": "ynn", "tensorrt10": "ynn", "tensorrt-rtx": "yyn"}
-    assert can(report) == {"cpu": "y-y", "reference": "y-y", **engines}
+    engines = dict.fromkeys(ENGINES, "ynn") | {"tensorrt-rtx": "yyn"}
+    assert can(report) == dict.fromkeys(ON_ORT, "y-y") | engines
     assert report["machine"]["gpus"] == [
         {
             "name": "NVIDIA GeForce RTX 4090",
