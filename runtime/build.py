@@ -161,12 +161,10 @@ class _Job:
 
     def _is_current(self, graph: str, path: Path, there: Engine, asked: Options) -> bool:
         """Whether an engine was built from this graph, for this GPU, as asked, and is whole."""
-        same = (there.graph_sha256, there.weights_sha256, there.library, there.asked) == (
-            self.facts.files[self._source(graph)].sha256,
-            self.weights,
-            self.library,
-            asked,
-        )
+        shapes = tuple(profiles(self.facts, graph, self.request.target))
+        found = (there.graph_sha256, there.weights_sha256, there.profiles)
+        wanted = (self.facts.files[self._source(graph)].sha256, self.weights, shapes)
+        same = found == wanted and (there.library, there.asked) == (self.library, asked)
         return same and _same_gpu(there, self.gpu) and record_module.is_whole(path, there)
 
     def _source(self, graph: str) -> str:

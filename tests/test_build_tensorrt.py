@@ -290,6 +290,10 @@ def test_another_library_gpu_or_option_builds_again(
     monkeypatch.setattr(build_module, "find_device", lambda: newer)
     assert again(Request(TARGET, Options(GIB))) == {False}
     assert again(Request(TARGET, Options(GIB), force=True)) == {True}
+    facts = manifest.read(bundle)  # the same graphs and slots, otherwise shared out
+    limits = replace(facts.limits, max_text_tokens=60, max_new_tokens=36)
+    manifest.write(bundle, replace(facts, limits=limits))
+    assert True in again(Request(TARGET, Options(GIB)))
 
 
 def test_a_full_disk_leaves_the_engines_before_it(
