@@ -12,7 +12,6 @@ from patchsieve.plan import NO_PRUNING, check_plan_name
 if TYPE_CHECKING:
     from patchsieve.manifest import Manifest
 
-PRECISIONS = ("float32", "float16")
 _MOST = 1 << 31  # no size reaches it
 _MOST_LAYERS = 4096
 _Shape = list[int | None]
@@ -79,10 +78,6 @@ def _check_sizes(facts: Manifest) -> None:
             found=f"text.num_layers = {text.num_layers}",
             expected=f"at most {_MOST_LAYERS}",
         )
-    if facts.precision not in PRECISIONS:
-        raise BundleError(
-            "unknown precision", found=facts.precision[:60], expected=" or ".join(PRECISIONS)
-        )
     patches = vision.grid[0] * vision.grid[1]
     if vision.num_visual > patches + 1:  # the patches and a class token
         raise BundleError(
@@ -147,7 +142,7 @@ def _check_files(facts: Manifest) -> None:
             raise BundleError(f"{what} is not among the bundle's hashed files", found=path)
     table = facts.embeddings
     found = (table.dtype, *table.shape)
-    expected = (facts.precision, facts.text.vocab_size, facts.text.hidden_size)
+    expected = (facts.precision.decoder, facts.text.vocab_size, facts.text.hidden_size)
     if found != expected:
         raise BundleError(
             "the embedding table does not fit the decoder", found=found, expected=expected

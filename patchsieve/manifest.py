@@ -14,6 +14,7 @@ from patchsieve import names
 from patchsieve.consistency import check
 from patchsieve.errors import BundleError, PatchsieveError
 from patchsieve.plan import Plan
+from patchsieve.precision import BYTES, Precision
 from patchsieve.reading import read_as
 
 SCHEMA_VERSION = 2  # 2 added `needs` and `target_tensors`; 1 is still read
@@ -110,7 +111,7 @@ class Needs:
     """What builds or runs the graphs of a target.
 
     Attributes:
-        library: The Python package, as it is imported.
+        library: The Python package, as pip calls it.
         versions: Which of its versions, as pip spells a range.
         where: The machines, for the eye.
         opset: Of standard ONNX in the target's graphs.
@@ -140,7 +141,7 @@ class Manifest:
 
     Attributes:
         checkpoint: Name of the checkpoint it was made from.
-        precision: dtype of weights, hidden rows and caches.
+        precision: Type of each part; hidden rows and caches have the decoder's.
         cuts: Layers at which the decoder is divided.
         plans: Each plan by name; "none" prunes nothing.
         default_plan: The plan of a request that names none.
@@ -152,7 +153,7 @@ class Manifest:
 
     patchsieve_version: str
     checkpoint: str
-    precision: str
+    precision: Precision
     text: TextModel
     vision: VisionModel
     tokens: Tokens
@@ -199,13 +200,14 @@ class Manifest:
 
     def row_bytes(self, stage: Stage) -> int:
         """KV bytes of one row in a stage: layers x 2 x KV heads x head dim x bytes."""
-        width = {"float32": 4, "float16": 2}[self.precision]
-        return stage.num_layers * 2 * self.text.num_kv_heads * self.text.head_dim * width
+        numbers = stage.num_layers * 2 * self.text.num_kv_heads * self.text.head_dim
+        return numbers * BYTES[self.precision.decoder]
 
     def to_json(self) -> str:
         """The manifest as it is stored."""
         data = asdict(self)
         data["plans"] = {name: plan.to_dict() for name, plan in self.plans.items()}
+        data["precision"] = str(self.precision)
         data["cuts"] = self.cuts
         data["schema_version"] = SCHEMA_VERSION  # of what is written, whatever was read
         return json.dumps(data, indent=1) + "\n"
@@ -231,10 +233,13 @@ class Manifest:
                 do="upgrade patchsieve, or export the bundle again with this version",
             )
         data.pop("cuts", None)
-        plans = data.pop("plans", None)
+        plans, precision = data.pop("plans", None), data.get("precision")
         if not isinstance(plans, dict):
             raise BundleError("the manifest's plans are not an object", found=repr(plans)[:60])
+        if not isinstance(precision, str):
+            raise BundleError("the manifest's precision is no text", found=repr(precision)[:60])
         try:
+            data["precision"] = asdict(Precision.parse(precision))
             read = {name: Plan.from_dict(plan) for name, plan in plans.items()}
             manifest = replace(
                 read_as(cls, data | {"plans": {}}, "the manifest's content"), plans=read
@@ -242,8 +247,8 @@ class Manifest:
             check(manifest)
         except BundleError:
             raise
-        except PatchsieveError as error:  # a plan's own complaints
-            raise BundleError(f"the manifest's plans cannot be used: {error}") from error
+        except PatchsieveError as error:  # a plan's or a precision's own complaints
+            raise BundleError(f"the manifest's content cannot be used: {error}") from error
         return manifest
 
 

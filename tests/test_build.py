@@ -107,7 +107,7 @@ def test_a_stage_updates_its_caches_in_place_and_attends_through_the_mask(bundle
         }
         slots = {t.shape[2] for t in network.inputs if "cache" in t.name}
         assert slots == {stage.slots}
-        if facts.precision == "float16":
+        if facts.precision.decoder == "float16":
             masks = [attention.mask for attention in network.attentions]
             assert len(masks) == stage.num_layers
         else:  # spelt out: what softmax reads is the masked sum

@@ -39,7 +39,8 @@ COMMAND = "patchsieve build .* --target tensorrt"
 def bundle(own_bundle: Path) -> Path:
     """A bundle whose graphs stand for the target, with an engine file and record for each."""
     facts = manifest.read(own_bundle)
-    manifest.write(own_bundle, replace(facts, targets={TARGET: facts.targets["cpu"]}))
+    other = {TARGET: facts.targets["cpu"]}
+    manifest.write(own_bundle, replace(facts, targets=other, needs={TARGET: facts.needs["cpu"]}))
     folder_of(own_bundle, TARGET).mkdir(parents=True)
     facts, engines = manifest.read(own_bundle), {}
     for number, (graph, path) in enumerate(facts.targets[TARGET].items()):

@@ -28,8 +28,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from benchmarks import settle_numpy
-from benchmarks.settle_graphs import (
+from benchmarks.settle import reference
+from benchmarks.settle.graphs import (
     TINY,
     AttentionSize,
     Form,
@@ -74,20 +74,20 @@ def test_the_stage_graph_means_what_numpy_says(dtype: str) -> None:
     session = runtime.InferenceSession(
         model.SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    weights, caches = stage_weights(size), settle_numpy.empty_caches(size)
+    weights, caches = stage_weights(size), reference.empty_caches(size)
     last_key = np.arange(18, dtype=np.int64)
     last_key[-1] = 9  # a side row: sees slots 0..9 and itself
     calls = [dict(rows=18, entering=24, slot=0, last_key=last_key)]
     calls += [dict(rows=1, entering=1, slot=slot) for slot in (17, 18, 19)]
     for seed, call in enumerate(calls):
-        feed = settle_numpy.make_feed(size, seed=seed, **call)
-        expected, after = settle_numpy.stage(size, weights, feed, caches)
+        feed = reference.make_feed(size, seed=seed, **call)
+        expected, after = reference.stage(size, weights, feed, caches)
         names = ["hidden_out", *size.cache_names("new_")]
         found = session.run(names, {**feed.inputs(), **caches})
         caches = dict(zip(size.cache_names(), found[1:], strict=True))
-        assert settle_numpy.relative_error(found[0], expected) < TOLERANCE[dtype]
+        assert reference.relative_error(found[0], expected) < TOLERANCE[dtype]
         for name, cache in caches.items():
-            assert settle_numpy.relative_error(cache, after[name]) < TOLERANCE[dtype]
+            assert reference.relative_error(cache, after[name]) < TOLERANCE[dtype]
 
 
 @needs_rtx
