@@ -3,8 +3,9 @@
     python benchmarks/build_memory.py WORKDIR [--shape 1gb|7b] [--graphs vision,...] [--limit GB]
 
 Makes a checkpoint of that shape with random weights (1gb: the true CLIP-L tower and a decoder 1024
-wide with 16 layers; 7b: LLaVA-1.5-7B), exports it cut at three or two sites, and builds each engine
-in a process of its own, as `patchsieve build` does.
+wide with 16 layers; 7b: LLaVA-1.5-7B), exports it cut at two or three sites, and builds each engine
+in a process of its own, as `patchsieve build` does. With --layers 12, 7b has that model's tower and
+its first and last stage (4 layers; 8 layers and the head) in less than half of the time.
 
 Extra memory is what that process has resident above what it had before it parsed the graph. It is
 told in two parts: memory of its own, and pages of the weights' files, which TensorRT maps. The
@@ -40,8 +41,7 @@ from patchsieve.runtime.profiles import profiles  # noqa: E402
 TARGET = "tensorrt-rtx"
 PROMISE = 1.5e9  # bytes of extra memory for a model of 1 GB
 _EVERY = 0.005  # seconds between two looks at the process
-SITES = {"1gb": "4,10", "7b": "4,14,24"}
-KEEP = {"1gb": "0.5,0.25", "7b": "0.25,0.17,0.04"}
+SITES = {"1gb": (4, 10), "7b": (4, 14, 24)}
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,12 @@ def weights_of(graph: Path) -> int:
     return sum(length for _, _, length in pieces)
 
 
-def make_bundle(work: Path, shape: str) -> Path:
+def make_bundle(work: Path, shape: str, layers: int) -> Path:
     """A float16 bundle of a shape, with random weights."""
     checkpoint, bundle = work / "checkpoint", work / "bundle"
     if not checkpoint.exists():
         if shape == "7b":
-            export_7b.write_checkpoint(checkpoint, 32)
+            export_7b.write_checkpoint(checkpoint, layers)
         else:
             script = "import sys, torch; torch.set_default_dtype(torch.float16)\n"
             script += "from tests.models import save_checkpoint\n"
@@ -106,7 +106,8 @@ def make_bundle(work: Path, shape: str) -> Path:
             script += "vocab_size=32064, std=0.02)"
             subprocess.run([sys.executable, "-c", script, str(checkpoint)], check=True, cwd=ROOT)
     if not bundle.exists():
-        options = f"--method fastv --sites {SITES[shape]} --keep-ratio {KEEP[shape]}"
+        sites = [site for site in SITES[shape] if shape == "1gb" or site < layers]
+        options = f"--method fastv --sites {','.join(map(str, sites))} --keep-ratio 0.25"
         options += f" --precision float16 --targets cpu,{TARGET} --quiet"
         command = ["export", str(checkpoint), "-o", str(bundle), *options.split()]
         subprocess.run([sys.executable, "-m", "patchsieve", *command], check=True, cwd=ROOT)
@@ -152,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--shape", choices=sorted(SITES), default="1gb")
+    parser.add_argument("--layers", type=int, default=32, help="decoder layers of the 7b shape")
     parser.add_argument("--graphs", help="which graphs to build, all by default")
     parser.add_argument("--limit", type=float, metavar="GB", help="private memory allowed")
     parser.add_argument("--keep", action="store_true", help="leave the bundle there")
@@ -159,7 +161,7 @@ def main() -> None:
     args.workdir.mkdir(parents=True, exist_ok=True)
     bundle = args.workdir / "bundle"
     if not bundle.exists():
-        make_bundle(args.workdir, args.shape)
+        make_bundle(args.workdir, args.shape, args.layers)
     facts = manifest.read(bundle)
     graphs = [graph for graph in facts.targets[TARGET] if not misfit(facts, graph)]
     if args.graphs:
