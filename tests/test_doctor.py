@@ -344,6 +344,16 @@ def test_jetpack_5_is_told_to_be_too_old_and_its_gpu_is_known(tmp_path: Path) ->
     assert (build["can"], build["do"]) == (False, "install JetPack 6 or newer")
 
 
+@pytest.mark.parametrize(("swap", "is_little"), [("/dev/zram0", True), ("/swapfile", False)])
+def test_swap_that_lies_in_memory_does_not_count(
+    tmp_path: Path, swap: str, is_little: bool
+) -> None:
+    files = {"proc/swaps": f"Filename Type Size Used Priority\n{swap} x {9 * GIB} 0 5\n"}
+    memory = (7_800_000, 6_000_000, 9 * GIB)
+    report = board(tmp_path, "6", ORIN_MODEL, "tegra234", {}, files=files, memory=memory)
+    assert any("large bundles" in text for text in report["warnings"]) == is_little
+
+
 def test_a_board_that_is_throttled_now_says_so(tmp_path: Path) -> None:
     alert = "sys/class/thermal/cooling_device3"
     files = {f"{alert}/type": "gpu-throttle-alert\n", f"{alert}/cur_state": "1\n"}
