@@ -110,7 +110,7 @@ def check_bundle(facts: Manifest, bundle: Path, found: dict[str, Any]) -> dict[s
         "path": str(bundle),
         "targets": sorted(facts.targets),
         "has_engines": bool({"tensorrt-rtx", *TENSORRT} & set(facts.targets)),
-        "precision": facts.precision,
+        "precision": str(facts.precision),
         "weight_bytes": weights,
         "build_bytes": build,
         "build_fits": None if available is None else build <= available + on_disk,
