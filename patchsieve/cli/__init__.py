@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from patchsieve import __version__
 from patchsieve.errors import PatchsieveError
+from patchsieve.runtime.abilities import install_line
 
 COMMANDS = {
     "export": "turn a LLaVA checkpoint into a bundle",
@@ -61,6 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code or 0
         except PatchsieveError as error:
             return _fail(args.json, str(error))
+        except ModuleNotFoundError as error:
+            if (line := install_line(error.name)) is None:
+                raise
+            library = (error.name or "").partition(".")[0]
+            return _fail(args.json, f"{library} is not installed | what to do: {line}")
         except BrokenPipeError:  # the reader went away (`| head`)
             sys.stderr.close()
             return 0
