@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "turn a LLaVA checkpoint into a bundle",
     "build": "compile a bundle's engines",
     "run": "answer a question about an image",
+    "show": "draw which patches survive, as a page or a picture",
     "profile": "measure latency and memory, pruned beside unpruned",
     "cost": "count FLOPs and KV bytes of a plan, with no weights",
     "inspect": "show what a bundle holds and what it costs",
