@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from importlib.resources import files
+from itertools import groupby
 from typing import Any
 
 import jinja2
@@ -35,8 +36,8 @@ def render(shown: Shown) -> str:
         style_hash=_hash(style),
         script_hash=_hash(script),
         stops=[colours.css(colours.scale(step / 9)) for step in range(10)],
-        stages=["all tokens", *(place.name for place in shown.places)],
-        ticks=["all", *("tower" if p.layer is None else str(p.layer) for p in shown.places)],
+        route=_route(shown.places),
+        ticks=["all", *("tower" if p.layer is None else p.layer for p in shown.places)],
         prompts=[_prompt(shown, asked, number) for number, asked in enumerate(shown.asked)],
         data=_data(shown),
     )
@@ -49,6 +50,17 @@ def _file(name: str) -> str:
 def _hash(text: str) -> str:
     digest = hashlib.sha256(text.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode('ascii')}"
+
+
+def _route(places: tuple[Place, ...]) -> str:
+    """Methods and layers in words: "tome in the vision tower, fastv before layers 2 and 8"."""
+    parts = []
+    for (method, is_tower), same in groupby(places, lambda p: (p.method, p.layer is None)):
+        layers = [str(place.layer) for place in same]
+        joined = " and ".join(filter(None, (", ".join(layers[:-1]), layers[-1])))
+        where = f"before layer{'s' if len(layers) > 1 else ''} {joined}"
+        parts.append(f"{method} {'in the vision tower' if is_tower else where}")
+    return ", ".join(parts)
 
 
 def _prompt(shown: Shown, asked: Asked, number: int) -> dict[str, Any]:
@@ -88,7 +100,7 @@ def _facts(answer: Answer, full: Answer | None = None) -> list[tuple[str, str, s
     """Name, value and the share of the unpruned model's value, if there is one to compare with."""
 
     def share(mine: float, other: float | None) -> str:
-        return f"{mine / other:.0%} of unpruned" if other else ""
+        return f"{mine / other * 100:.0f}\xa0% of unpruned" if other else ""
 
     return [
         ("KV cache", size(answer.kv_used), share(answer.kv_used, full and full.kv_used)),
@@ -125,6 +137,7 @@ def _place(place: Place, picture: Picture, num_visual: int) -> dict[str, Any]:
         "share": place.num_after / num_visual,
         "num_visual": num_visual,
         "wanted": place.num_wanted if place.is_capped else None,
+        "unscored": shapes.squares(_unscored(place), columns),
         "dropped": shapes.squares((p for p in everything if p not in kept), columns),
         "border": _border([patch in kept for patch in everything], columns),
         "heat": [(colours.css(c), shapes.squares(p, columns)) for c, p in _levels(place)],
@@ -133,6 +146,10 @@ def _place(place: Place, picture: Picture, num_visual: int) -> dict[str, Any]:
         "group_border": "" if groups is None else _border(groups, columns),
         "num_groups": None if groups is None else len(set(groups) - {-1}),
     }
+
+
+def _unscored(place: Place) -> list[int]:
+    return [patch for patch, rank in enumerate(colours.ranks(place.scores or ())) if rank is None]
 
 
 def _border(labels: Any, columns: int) -> str:
