@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
+from patchsieve.page import colours
 from patchsieve.page.shown import Answer, Asked, Picture, Place, Shown, View, Word
 
 # What must be text on the page, whatever it says.
@@ -41,12 +42,13 @@ def view(picture: Picture, seed: int = 0, words: Sequence[Word] = ()) -> View:
     tower = Place(None, "tome", len(groups), len(set(groups[alive])), len(set(groups[alive])),
                   tuple(alive.tolist()), groups=tuple(groups.tolist()))  # fmt: skip
     half = np.sort(rng.permutation(alive)[: len(alive) // 2])
-    first = Place(2, "random", tower.num_after, 24, 24, tuple(half.tolist()))
+    count = len(set(groups[half]))
+    first = Place(2, "random", tower.num_after, count, count, tuple(half.tolist()))
     scores: list[float | None] = [None] * len(groups)
     for patch in half.tolist():
         scores[patch] = float(rng.standard_exponential() ** 3 / 50)
     kept = sorted(half.tolist(), key=lambda patch: -(scores[patch] or 0))[:8]
-    last = Place(14, "atp", 24, 8, 11, tuple(sorted(kept)), tuple(scores))
+    last = Place(14, "atp", count, 6, 9, tuple(sorted(kept)), tuple(scores))
     return View((tower, first, last), tuple(words))
 
 
@@ -90,3 +92,12 @@ def unpruned() -> Shown:
     asked = Asked("What is it?", answer("A cup.", "none"), None, (View(()),))
     base = shown()
     return replace(base, plan="none", pictures=(one,), asked=(asked,), notes=("nothing pruned",))
+
+
+def ranks(place: Place) -> list[np.ndarray | None]:
+    """Colour of each patch's score as a page draws it, [3]; None where it has no score."""
+    out: list[np.ndarray | None] = [None] * len(place.scores or ())
+    for colour, patches in colours.levels(place.scores or ()).items():
+        for patch in patches:
+            out[patch] = np.array(colour)
+    return out

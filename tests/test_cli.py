@@ -21,6 +21,7 @@ MISTAKES = {
     "export": ("no-such-checkpoint", "-o", "{tmp}/out"),
     "build": ("{tmp}", "--target", "tensorrt-rtx"),
     "run": ("{tmp}", "--prompt", "x"),
+    "show": ("{tmp}", "--image", "x", "--prompt", "x", "-o", "{tmp}/p.html"),
     "profile": ("{tmp}",),
     "inspect": ("{tmp}",),
     "verify": ("{tmp}", "--against", "{tmp}"),

@@ -99,9 +99,11 @@ def _table(summary: dict[str, Any]) -> str:
             place["num_after"],
             "capped by the budget" if place["capped"] else "",
         )
-        for number, asked in enumerate(summary["prompts"])
-        for index, view in enumerate(asked["images"])
+        for number, asked in enumerate(summary["prompts"], 1)
+        for index, view in enumerate(asked["images"], 1)
         for place in view["places"]
     ]
     notes = summary["notes"]
-    return "\n".join([*([table(("tokens at", "before", "kept", ""), rows)] if rows else []), *notes])
+    return "\n".join(
+        [*([table(("tokens at", "before", "kept", ""), rows)] if rows else []), *notes]
+    )

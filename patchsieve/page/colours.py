@@ -8,8 +8,8 @@ import numpy as np
 
 from patchsieve.page.shown import Place
 
-# Ten points of viridis (van der Walt and Smith, CC0): its lightness rises evenly, also for eyes that
-# do not tell red from green, and in grey.
+# Ten points of viridis (van der Walt and Smith, CC0): its lightness rises evenly, for eyes that do
+# not tell red from green too, and in grey.
 _SCALE = (
     *((68, 1, 84), (72, 40, 120), (62, 74, 137), (49, 104, 142), (38, 130, 142)),
     *((31, 158, 137), (53, 183, 121), (110, 206, 88), (181, 222, 43), (253, 231, 37)),
@@ -28,7 +28,9 @@ Colour = tuple[int, int, int]
 def scale(fraction: float) -> Colour:
     """Colour of a fraction, 0 the least and 1 the most."""
     points = np.linspace(0, 1, len(_SCALE))
-    red, green, blue = (int(round(np.interp(fraction, points, part))) for part in zip(*_SCALE, strict=True))
+    red, green, blue = (
+        int(round(np.interp(fraction, points, part))) for part in zip(*_SCALE, strict=True)
+    )
     return red, green, blue
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Callable
 from importlib.resources import files
 from itertools import groupby
 from typing import Any
@@ -68,7 +69,9 @@ def _prompt(shown: Shown, asked: Asked, number: int) -> dict[str, Any]:
     return {
         "id": number,
         "text": asked.prompt,
+        "marked": asked.views[0].words if len(asked.views) == 1 else (),
         "answers": _answers(asked),
+        "facts": _facts(asked),
         "views": [
             {
                 "id": f"{number}-{index}",
@@ -84,33 +87,31 @@ def _prompt(shown: Shown, asked: Asked, number: int) -> dict[str, Any]:
     }
 
 
-def _answers(asked: Asked) -> list[dict[str, Any]]:
-    """Both answers; beside the numbers of the pruned one, how they compare with the other's."""
-    pruned, full = asked.answer, asked.unpruned
-    if full is None:
-        return [{"title": f"plan {pruned.plan}", "text": pruned.text, "facts": _facts(pruned)}]
-    facts = _facts(pruned, full)
+def _answers(asked: Asked) -> list[tuple[str, str]]:
+    """Title and text of each answer."""
+    mine = (f"Plan {asked.answer.plan}", asked.answer.text)
+    return [mine] if asked.unpruned is None else [mine, ("Unpruned", asked.unpruned.text)]
+
+
+def _facts(asked: Asked) -> list[tuple[str, list[str]]]:
+    """Name of each number, and the number with the plan, without pruning, and their ratio."""
+    answers = [asked.answer, *([asked.unpruned] if asked.unpruned else [])]
+
+    def row(name: str, text: Callable[[float], str], value: Callable[[Answer], float]) -> Any:
+        values = [value(answer) for answer in answers]
+        ratio = [f"{values[0] / values[1] * 100:.0f}\xa0%"] if len(values) > 1 else []
+        return name, [text(number) for number in values] + ratio
+
     return [
-        {"title": f"pruned, plan {pruned.plan}", "text": pruned.text, "facts": facts},
-        {"title": "unpruned", "text": full.text, "facts": _facts(full)},
+        row("KV cache", size, lambda answer: answer.kv_used),
+        row("time to first token", _milliseconds, lambda answer: answer.ttft_ms),
+        row("whole answer", _milliseconds, lambda answer: answer.total_ms),
+        ("new tokens", [str(answer.num_tokens) for answer in answers]),
     ]
 
 
-def _facts(answer: Answer, full: Answer | None = None) -> list[tuple[str, str, str]]:
-    """Name, value and the share of the unpruned model's value, if there is one to compare with."""
-
-    def share(mine: float, other: float | None) -> str:
-        return f"{mine / other * 100:.0f}\xa0% of unpruned" if other else ""
-
-    return [
-        ("KV cache", size(answer.kv_used), share(answer.kv_used, full and full.kv_used)),
-        (
-            "time to first token",
-            f"{answer.ttft_ms:.0f} ms",
-            share(answer.ttft_ms, full and full.ttft_ms),
-        ),
-        ("new tokens", str(answer.num_tokens), ""),
-    ]
+def _milliseconds(value: float) -> str:
+    return f"{value:.0f}\xa0ms"
 
 
 def _overview(picture: Picture, places: tuple[Place, ...]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ function showPatch() {
     const readout = view.querySelector(".readout");
     readout.textContent = isHere
       ? tell(data.views[prompt][picture], pointed.patch, columns)
-      : "Point at a patch, or use the arrow keys in a figure.";
+      : view === views[0] ? "Point at a patch, or use the arrow keys in a figure." : "";
   }
 }
 
