@@ -150,7 +150,8 @@ def test_a_class_token_counts_but_is_no_patch(tiny: Any) -> None:
 def test_a_page_is_one_file_that_reaches_for_nothing() -> None:
     page = render(pages.shown(PROMPTS, 3))
     parsed = Parsed(page)
-    assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", page)
+    without_pixels = re.sub(r"base64,[\w+/=]*", "", page)
+    assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", without_pixels)
     for _, attributes in parsed.elements:
         for name, value in attributes.items():
             assert not name.startswith("on") and name not in ("src", "srcset", "style", "action")
@@ -171,7 +172,7 @@ def test_the_policy_allows_this_style_and_this_script_alone() -> None:
 
 def test_hostile_texts_stay_text() -> None:
     page = render(pages.shown(pages.HOSTILE[:2], 2, pages.HOSTILE[1:]))
-    plain = Parsed(render(pages.shown(("a", "b"), 2, ("c", "d"))))
+    plain = Parsed(render(pages.shown(("plain words", "too"), 2, ("c", "d"))))
     parsed = Parsed(page)
     kinds = {tag for tag, _ in parsed.elements}
     assert kinds == {tag for tag, _ in plain.elements}

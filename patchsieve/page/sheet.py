@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -37,7 +37,7 @@ def draw(shown: Shown) -> bytes:
     for asked in shown.asked:
         _prompt(sheet, shown, asked)
     file = io.BytesIO()
-    sheet.cut().save(file, "PNG", optimize=True)
+    sheet.cut().save(file, "PNG")
     return file.getvalue()
 
 
@@ -67,7 +67,7 @@ class _Sheet:
 
     def text(self, text: str | Sequence[Piece], pixels: int, colour: Colour = INK) -> None:
         """Write a text, or pieces of it that may be marked, in as many lines as it takes."""
-        font = ImageFont.load_default(pixels)
+        font = _font(pixels)
         leading = round(pixels * _LEADING)
         pieces = [(text, False)] if isinstance(text, str) else text
         for line in _wrap(pieces, font.getlength, self.width):
@@ -103,6 +103,11 @@ class _Sheet:
             write()
             lowest = max(lowest, self.y)
         self.x, self.y, self.width = x, lowest, full
+
+
+@cache
+def _font(pixels: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(pixels)
 
 
 def _prompt(sheet: _Sheet, shown: Shown, asked: Asked) -> None:
