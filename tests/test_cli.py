@@ -23,6 +23,7 @@ MISTAKES = {
     "run": ("{tmp}", "--prompt", "x"),
     "show": ("{tmp}", "--image", "x", "--prompt", "x", "-o", "{tmp}/p.html"),
     "profile": ("{tmp}",),
+    "compare": ("{tmp}/a.json", "{tmp}/b.json"),
     "inspect": ("{tmp}",),
     "verify": ("{tmp}", "--against", "{tmp}"),
     "doctor": ("{tmp}",),

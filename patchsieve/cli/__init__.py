@@ -22,6 +22,7 @@ COMMANDS = {
     "run": "answer a question about an image",
     "show": "draw which patches survive, as a page or a picture",
     "profile": "measure latency and memory, pruned beside unpruned",
+    "compare": "put two profiles side by side",
     "cost": "count FLOPs and KV bytes of a plan, with no weights",
     "inspect": "show what a bundle holds and what it costs",
     "verify": "compare a bundle with its checkpoint, graph by graph and layer by layer",
