@@ -241,7 +241,9 @@ class Manifest:
         try:
             data["precision"] = asdict(Precision.parse(precision))
             read = {name: Plan.from_dict(plan) for name, plan in plans.items()}
-            manifest = replace(read_as(cls, data | {"plans": {}}, "content"), plans=read)
+            manifest = replace(
+                read_as(cls, data | {"plans": {}}, "the manifest's content"), plans=read
+            )
             check(manifest)
         except BundleError:
             raise

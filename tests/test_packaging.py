@@ -21,7 +21,7 @@ STDLIB = set(sys.stdlib_module_names)
 # Folder -> the parts of patchsieve that it may import, besides itself.
 INSIDE = {
     "pruning": {"errors"},
-    "runtime": {"errors", "manifest", "names", "plan", "precision", "writing"},
+    "runtime": {"errors", "manifest", "names", "plan", "precision", "reading", "writing"},
     "calibration": {"errors", "heads", "pruning"},
 }
 # Folder -> the parts that it may not import.
