@@ -19,7 +19,7 @@ HEADS, DIM, NEW = 4, 8, 5
 
 
 class Attend(nn.Module):
-    """One cached attention and nothing else."""
+    """One cached attention over rows that are computed, as a layer's are."""
 
     def __init__(self, kv_heads: int) -> None:
         super().__init__()
@@ -35,9 +35,9 @@ class Attend(nn.Module):
         slot: Tensor,
         last_key: Tensor,
     ) -> tuple[Tensor, ...]:
+        rows = (query, key * 2, value * 2)
         caches = (key_cache, value_cache, slot, last_key)
-        scale = DIM**-0.5
-        return ops.cached_attention(query, key, value, *caches, HEADS, self.kv_heads, scale)
+        return ops.cached_attention(*rows, *caches, HEADS, self.kv_heads, DIM**-0.5)
 
 
 def traced(kv_heads: int) -> ir.Model:
@@ -90,6 +90,6 @@ def test_rows_give_what_a_cache_gives(graph: tuple[int, ir.Model], target: str, 
     assert set(found) == {"mixed", "key_cache.0.new", "value_cache.0.new"}
     np.testing.assert_allclose(found["mixed"], expected["mixed"], atol=LOWERED_FLOAT32)
     for name, new in (("key_cache.0", "new_keys"), ("value_cache.0", "new_values")):
-        assert np.array_equal(found[name + names.NEW], inputs[new])
+        assert np.array_equal(found[name + names.NEW], 2 * inputs[new])
         written = expected[name + names.OUT][:, :, past : past + NEW]
-        assert np.array_equal(written.transpose(0, 2, 1, 3).reshape(1, NEW, -1), inputs[new])
+        assert np.array_equal(written.transpose(0, 2, 1, 3).reshape(1, NEW, -1), 2 * inputs[new])
