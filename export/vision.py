@@ -100,13 +100,19 @@ class VisionTower(nn.Module):
 class Vision(nn.Module):
     """Tower and projector.
 
+    Args:
+        spec: The tower.
+        config: A LLaVA config.
+        out_dtype: Of the features, that of the decoder; by default the tower's own.
+
     Attributes:
         num_visual: Visual tokens of one image.
     """
 
-    def __init__(self, spec: TowerSpec, config: Any) -> None:
-        """Build from the tower's spec and a LLaVA config."""
+    def __init__(self, spec: TowerSpec, config: Any, out_dtype: torch.dtype | None = None) -> None:
+        """Build the modules."""
         super().__init__()
+        self.out_dtype = out_dtype or torch.get_default_dtype()
         chosen = config.vision_feature_layer
         chosen = [chosen] if isinstance(chosen, int) else list(chosen)
         layers = [index if index >= 0 else spec.num_layers + 1 + index for index in chosen]
@@ -140,4 +146,4 @@ class Vision(nn.Module):
         pixel_values = pixel_values.to(cast(Linear, projector["linear_1"]).weight.dtype)
         features = self.vision_tower(pixel_values)[:, self.dropped :]  # [B, N, F * C]
         features = projector["linear_2"](self.activation(projector["linear_1"](features)))
-        return features, self.ids.expand(pixel_values.shape[0], -1)
+        return features.to(self.out_dtype), self.ids.expand(pixel_values.shape[0], -1)

@@ -41,7 +41,7 @@ def inspect(bundle: Path, plan: str | None = None) -> dict[str, Any]:
         "bundle_schema": facts.schema_version,
         "patchsieve_version": facts.patchsieve_version,
         "checkpoint": facts.checkpoint,
-        "precision": facts.precision,
+        "precision": str(facts.precision),
         "text": asdict(facts.text),
         "vision": asdict(facts.vision),
         "limits": asdict(facts.limits),
@@ -96,7 +96,7 @@ def plan_costs(facts: Manifest, name: str) -> dict[str, Any]:
 
 
 def targets(facts: Manifest) -> dict[str, dict[str, Any]]:
-    """Graphs of each target with their files' sizes."""
+    """Graphs of each target with their files' sizes, and what builds or runs them."""
     return {
         target: {
             "graphs": {
@@ -104,6 +104,8 @@ def targets(facts: Manifest) -> dict[str, dict[str, Any]]:
                 for name, path in graphs.items()
             },
             "bytes": sum(facts.files[path].size for path in graphs.values()),
+            "caches": facts.caches(target),
+            "needs": asdict(facts.needs[target]) if target in facts.needs else None,
         }
         for target, graphs in facts.targets.items()
     }
@@ -143,9 +145,10 @@ def engines(bundle: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def tensors(bundle: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Inputs and outputs of each graph: names, dtypes, shapes."""
-    return manifest.read(bundle).tensors
+def tensors(bundle: Path) -> dict[str, Any]:
+    """Inputs and outputs of each graph: names, dtypes, shapes; where targets depart, theirs too."""
+    facts = manifest.read(bundle)
+    return {"tensors": facts.tensors, "target_tensors": facts.target_tensors}
 
 
 def check(bundle: Path, progress: Callable[[str, float], None]) -> int:

@@ -16,12 +16,12 @@ def read_as(kind: Any, value: Any, where: str) -> Any:
     """Turn a JSON value into `kind`, refusing what does not fit.
 
     Args:
-        kind: A dataclass, int, str, Any, a tuple, list, dict or union of them.
+        kind: A dataclass, int, float, bool, str, Any, a tuple, list, dict or union of them.
         value: What json.loads gave.
         where: What the value is called in an error.
 
     Raises:
-        BundleError: The value has another type, or a whole number lies outside 0 to 2^53.
+        BundleError: The value has another type, or a number lies outside 0 to 2^53.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -45,6 +45,10 @@ def read_as(kind: Any, value: Any, where: str) -> Any:
         return value
     if kind is int and type(value) is int and 0 <= value < _LARGEST:
         return value
+    if kind is float and type(value) in (int, float) and 0 <= value < _LARGEST:  # nor NaN
+        return float(value)
+    if kind is bool and type(value) is bool:
+        return value
     raise _misfit(where, value, _spelt(kind))
 
 
@@ -56,7 +60,7 @@ def _record(kind: Any, value: Any, where: str) -> Any:
     missing, unknown = sorted(wanted - set(value)), sorted(set(value) - set(hints))
     if missing or unknown:
         raise BundleError(
-            f"the manifest's {where} is not well formed",
+            f"{where} is not well formed",
             found="; ".join(
                 f"{word} {', '.join(names)[:_SHOWN]}"
                 for word, names in (("no", missing), ("unknown", unknown))
@@ -79,11 +83,15 @@ def _is_unicode(text: str) -> bool:
 def _misfit(where: str, value: Any, expected: str) -> BundleError:
     # A number of thousands of digits has no decimal form.
     found = "a huge number" if isinstance(value, int) and abs(value) > _LARGEST else repr(value)
-    return BundleError(
-        f"the manifest's {where[:200]} is not well formed", found=found[:_SHOWN], expected=expected
-    )
+    return BundleError(f"{where[:200]} is not well formed", found=found[:_SHOWN], expected=expected)
 
 
 def _spelt(kind: Any) -> str:
-    names = {int: "a whole number of at least 0", str: "a text", dict: "an object"}
+    names = {
+        int: "a whole number of at least 0",
+        float: "a number of at least 0",
+        bool: "true or false",
+        str: "a text",
+        dict: "an object",
+    }
     return names.get(kind) or names.get(get_origin(kind)) or "a list of the right length"

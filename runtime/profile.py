@@ -196,7 +196,7 @@ def profile(
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine.facts() | {"backend": model.backend.describe()},
         "checkpoint": model.facts.checkpoint,
-        "precision": model.facts.precision,
+        "precision": str(model.facts.precision),
         "target": model.bundle.target,
         "warmup": warmup,
         "runs": runs,

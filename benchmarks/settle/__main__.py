@@ -28,7 +28,9 @@ from benchmarks.settle import onnxruntime_cuda, questions
 from benchmarks.settle.cuda import Cuda
 from benchmarks.settle.questions import BUILDS, NO, NOT_RUN, PORTABLE, YES, Answer, Setup
 from patchsieve.errors import BackendMissingError, PatchsieveError
-from patchsieve.runtime.tensorrt import build_engine, load_tensorrt
+from patchsieve.runtime.compile import build_engine
+from patchsieve.runtime.engines import Options
+from patchsieve.runtime.tensorrt import load_tensorrt
 
 SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,7 +213,7 @@ def build_all(target: str, folder: Path) -> dict[str, Answer]:
                 folder / f"{name}.engine",
                 build.profiles,
                 target=target,
-                compute_capabilities=capabilities,
+                options=Options(compute_capabilities=capabilities),
             )
             text = f"{report.engine_bytes / 1e6:.1f} MB in {report.seconds:.1f} s"
             answer = Answer(YES, text, {"engine_bytes": report.engine_bytes})
