@@ -18,7 +18,14 @@ FACTS = ("checkpoint", "precision", "target", "stages", "warmup", "runs")
 COUNTS = ("prompt_tokens", "visual_tokens", "new_tokens")
 # Of a machine what differs from minute to minute and says nothing of it.
 PASSING = ("memory_bytes.available",)
-_TIMES = {"ttft": "time to first token", "per_token": "time per token"}
+_NAMES = {
+    "ttft": "time to first token",
+    "per_token": "time per token",
+    "kv_used": "KV used",
+    "kv_reserved": "KV reserved",
+    "joules": "energy of an answer",
+}
+_NUMBERED = {"prefill": "prefill, stage", "decide": "decision before layer"}
 
 
 @dataclass(frozen=True)
@@ -193,11 +200,7 @@ def _table(name: str, rows: dict[str, dict[str, float | None]]) -> str:
 
 def _label(part: str) -> str:
     kind, _, number = part.partition(".")
-    words = {"prefill": "prefill, stage", "decide": "decision before layer", "kv_used": "KV used"}
-    words |= {"kv_reserved": "KV reserved", "joules": "energy of an answer"}
-    if number:
-        return f"{words.get(kind, kind)} {number}"
-    return _TIMES.get(part) or (part if part in ("prefill", "decide") else words.get(part, part))
+    return f"{_NUMBERED.get(kind, kind)} {number}" if number else _NAMES.get(part, part)
 
 
 def _number(part: str, value: float) -> str:
