@@ -64,6 +64,22 @@ def test_ratios_are_those_of_the_second_over_the_first(two: Any, measured: dict[
     assert said["plans"]["none"]["ttft"]["ratio"] == 1.0
 
 
+def test_energy_is_compared_where_both_measured_it(two: Any, measured: dict[str, Any]) -> None:
+    def powered(joules: float) -> Any:
+        return lambda p: p["plans"][PLAN].update(power={"joules_per_answer": {"p50": joules}})
+
+    a, b = two(powered(6.0))
+    code, said = command_json("compare", a, b)
+    assert code == 0 and "joules" not in said["plans"][PLAN]
+    other = copy.deepcopy(measured)
+    powered(4.0)(other)
+    a.write_text(json.dumps(other))
+    code, said = command_json("compare", a, b)
+    assert said["plans"][PLAN]["joules"] == {"a": 4.0, "b": 6.0, "ratio": 1.5}
+    code, out, _ = command("compare", a, b)
+    assert "energy of an answer" in out and "4.000 J" in out
+
+
 def test_what_is_not_the_same_is_said_first(two: Any) -> None:
     def elsewhere(profile: dict[str, Any]) -> None:
         profile["machine"]["cpu"]["model"] = "another processor"

@@ -18,7 +18,14 @@ FACTS = ("checkpoint", "precision", "target", "stages", "warmup", "runs")
 COUNTS = ("prompt_tokens", "visual_tokens", "new_tokens")
 # Of a machine what differs from minute to minute and says nothing of it.
 PASSING = ("memory_bytes.available",)
-_TIMES = {"ttft": "time to first token", "per_token": "time per token"}
+_NAMES = {
+    "ttft": "time to first token",
+    "per_token": "time per token",
+    "kv_used": "KV used",
+    "kv_reserved": "KV reserved",
+    "joules": "energy of an answer",
+}
+_NUMBERED = {"prefill": "prefill, stage", "decide": "decision before layer"}
 
 
 @dataclass(frozen=True)
@@ -29,11 +36,13 @@ class Measured:
         counts: Tokens of the request and of the answer.
         times_ms: Percentiles of each part.
         kv_bytes: Used and reserved.
+        joules: Of an answer, the median; None where nothing measured power.
     """
 
     counts: dict[str, int]
     times_ms: dict[str, dict[str, float]]
     kv_bytes: dict[str, int]
+    joules: float | None
 
 
 @dataclass(frozen=True)
@@ -124,10 +133,12 @@ def plans(a: Profile, b: Profile) -> list[tuple[str, str]]:
 
 
 def compare(a: Measured, b: Measured) -> dict[str, dict[str, float | None]]:
-    """Medians of every part that both have, KV bytes, and B over A; below 1, B is less."""
+    """Medians of what both measured, KV bytes, and B over A; below 1, B is less."""
     numbers = {name: (a.times_ms[name]["p50"], b.times_ms[name]["p50"]) for name in a.times_ms
                if name in b.times_ms}  # fmt: skip
     numbers |= {f"kv_{kind}": (a.kv_bytes[kind], b.kv_bytes[kind]) for kind in a.kv_bytes}
+    if a.joules is not None and b.joules is not None:
+        numbers["joules"] = (a.joules, b.joules)
     return {
         name: {"a": x, "b": y, "ratio": round(y / x, 4) if x else None}
         for name, (x, y) in numbers.items()
@@ -149,10 +160,12 @@ def _measured(data: Any) -> Measured:
     }
     if not all("p50" in values for values in times.values()):
         raise ValueError("a time without its median")
+    power = data.get("power")  # profiles of earlier versions have none
     return Measured(
         counts={name: int(data[name]) for name in COUNTS},
         times_ms=times,
         kv_bytes={kind: int(data["kv_bytes"][kind]) for kind in ("used", "reserved")},
+        joules=power and float(power["joules_per_answer"]["p50"]),
     )
 
 
@@ -176,27 +189,24 @@ def _line(one: Profile) -> str:
 
 
 def _table(name: str, rows: dict[str, dict[str, float | None]]) -> str:
-    """One pair of plans; times in milliseconds."""
+    """One pair of plans."""
     cells = []
     for part, values in rows.items():
-        label, unit = _label(part), size if part.startswith("kv_") else _milliseconds
         ratio = values["ratio"]
-        numbers = [unit(values[side] or 0.0) for side in ("a", "b")]
-        cells.append((label, *numbers, "-" if ratio is None else f"{ratio:.3f}"))
+        numbers = [_number(part, values[side] or 0.0) for side in ("a", "b")]
+        cells.append((_label(part), *numbers, "-" if ratio is None else f"{ratio:.3f}"))
     return table((f"plan {name}", "A p50", "B p50", "B / A"), cells)
 
 
 def _label(part: str) -> str:
     kind, _, number = part.partition(".")
-    words = {"prefill": "prefill, stage", "decide": "decision before layer", "kv_used": "KV used"}
-    words |= {"kv_reserved": "KV reserved"}
-    if number:
-        return f"{words.get(kind, kind)} {number}"
-    return _TIMES.get(part) or (words[part] if part.startswith("kv_") else part)
+    return f"{_NUMBERED.get(kind, kind)} {number}" if number else _NAMES.get(part, part)
 
 
-def _milliseconds(value: float) -> str:
-    return f"{value:.2f} ms"
+def _number(part: str, value: float) -> str:
+    if part.startswith("kv_"):
+        return size(value)
+    return f"{value:.3f} J" if part == "joules" else f"{value:.2f} ms"
 
 
 def _short(value: Any) -> str:
