@@ -50,8 +50,16 @@ class Images:
 class Answer:
     """Prefill and decode of one turn; `state` is what the cache holds at the end."""
 
-    def __init__(self, chat: Chat, options: SamplingOptions, result: Result, start: float) -> None:
+    def __init__(
+        self,
+        chat: Chat,
+        options: SamplingOptions,
+        result: Result,
+        start: float,
+        scores: bool = False,
+    ) -> None:
         self.chat, self.options, self.result, self.start = chat, options, result, start
+        self.scores = scores
         self.model, self.cache = chat.model, chat._open_cache()
         self.tokens = chat.model.facts.tokens
         self.rng = np.random.default_rng(options.seed)
@@ -101,7 +109,9 @@ class Answer:
         num_visual = facts.vision.num_visual
         rows, hidden = self._rows(prompt, num_visual)
         visual = int((rows.image != TEXT).sum())
-        done = self.model.pipeline.prefill(hidden, rows, self.cache, chat.plan, self.rng)
+        done = self.model.pipeline.prefill(
+            hidden, rows, self.cache, chat.plan, self.rng, self.scores
+        )
         sites = (*self.state.sites, *done.sites)
         if sites and result.selection == "none":
             result.selection = "picked" if done.sites else "kept"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,7 @@ class Pipeline:
         cache: Cache,
         plan: str,
         rng: np.random.Generator,
+        scores: bool = False,
     ) -> Prefill:
         """Feed rows through all stages, dropping visual rows where the plan says.
 
@@ -76,19 +78,26 @@ class Pipeline:
             cache: Rows are added to it; after an error it stands as before.
             plan: Name of the plan.
             rng: Noise for methods that draw.
+            scores: Bring every decision's scores to the host too.
 
         Raises:
             PatchsieveError: The logits are not finite.
         """
         mark = cache.mark()
         try:
-            return self._prefill(hidden, rows, cache, plan, rng)
+            return self._prefill(hidden, rows, cache, plan, rng, scores)
         except BaseException:
             self._undo(cache, mark)
             raise
 
     def _prefill(
-        self, hidden: Any, rows: Rows, cache: Cache, plan: str, rng: np.random.Generator
+        self,
+        hidden: Any,
+        rows: Rows,
+        cache: Cache,
+        plan: str,
+        rng: np.random.Generator,
+        scores: bool,
     ) -> Prefill:
         sites = {site.layer: site for site in self.facts.plans[plan].sites}
         result = Prefill(np.zeros(0, np.float32))
@@ -109,7 +118,16 @@ class Pipeline:
                 query = out[names.query(site.layer - 1)]
                 budget = site.budget or self.facts.vision.num_visual
                 keep_indices = self._decide(
-                    plan, site.layer, budget, query, slot, rows, stage_cache, rng, result.sites
+                    plan,
+                    site.layer,
+                    budget,
+                    query,
+                    slot,
+                    rows,
+                    stage_cache,
+                    rng,
+                    result.sites,
+                    scores,
                 )
                 rows = rows.take(keep_indices)
                 result.decide_ms.append(since(start))
@@ -175,10 +193,11 @@ class Pipeline:
         cache: StageCache,
         rng: np.random.Generator,
         sites: list[SiteResult],
+        scores: bool,
     ) -> np.ndarray:
         """Run a site's decision once per image and return the rows that go on."""
         keep: Any = np.ones(len(rows), bool)
-        wanted = {}
+        told: list[Any] = []  # of each image: tokens wanted and, where asked for, their scores
         for image in rows.images():
             visual_rows = rows.of_image(image)
             out = self.backend.run(
@@ -196,21 +215,25 @@ class Pipeline:
                 },
             )
             keep = out[names.KEEP_OUT]
-            wanted[image] = out[names.NUM_WANTED]
+            told.append(out[names.NUM_WANTED])
+            if scores:
+                told.append(out[names.SCORES])
         out = self.backend.run(names.COMPACT, {names.KEEP: keep})
-        num_keep, keep_indices, *counts = self.backend.fetch(
-            "survivors of a site", out[names.NUM_KEEP], out[names.KEEP_INDICES], *wanted.values()
+        num_keep, keep_indices, *told = self.backend.fetch(
+            "survivors of a site", out[names.NUM_KEEP], out[names.KEEP_INDICES], *told
         )
         keep_indices = keep_indices[: int(num_keep[0])]
         kept = rows.take(keep_indices)
-        for image, count in zip(wanted, counts, strict=True):
+        values = iter(told)
+        for image in rows.images():
             sites.append(
                 SiteResult(
                     layer=layer,
                     image=image,
                     num_visual_before=len(rows.of_image(image)),
                     kept=np.sort(kept.patch_ids[kept.of_image(image)]).tolist(),
-                    num_wanted=int(count[0]),
+                    num_wanted=int(next(values)[0]),
+                    scores=_by_patch(rows, image, next(values)) if scores else None,
                 )
             )
         return keep_indices
@@ -220,6 +243,12 @@ class Pipeline:
         cache.rewind(mark)
         for stage_cache in cache.stages:
             self.backend.clear(stage_cache)
+
+
+def _by_patch(rows: Rows, image: int, scores: np.ndarray) -> list[tuple[int, float]]:
+    """Raster id and score of an image's tokens that were alive, by id. scores: [N]."""
+    ids = rows.patch_ids[rows.of_image(image)].tolist()
+    return sorted(zip(ids, scores.tolist(), strict=True), key=itemgetter(0))
 
 
 def _finite(logits: np.ndarray) -> np.ndarray:

@@ -24,6 +24,8 @@ class SiteResult:
         num_visual_before: Its tokens that were alive.
         kept: Raster ids of the survivors, ascending.
         num_wanted: Survivors without a budget.
+        scores: Raster id and score of each token that was alive, ascending by id; None unless the
+            request asked for them.
     """
 
     layer: int
@@ -31,6 +33,7 @@ class SiteResult:
     num_visual_before: int
     kept: list[int]
     num_wanted: int
+    scores: list[tuple[int, float]] | None = None
 
     @property
     def is_capped(self) -> bool:
@@ -38,8 +41,8 @@ class SiteResult:
         return self.num_wanted > len(self.kept)
 
     def to_dict(self) -> dict[str, Any]:
-        """The site as `run --json` prints it."""
-        return {
+        """The site as `run --json` prints it; scores only where they were asked for."""
+        told = {
             "layer": self.layer,
             "image": self.image,
             "num_visual_before": self.num_visual_before,
@@ -48,6 +51,7 @@ class SiteResult:
             "num_wanted": self.num_wanted,
             "capped": self.is_capped,
         }
+        return told if self.scores is None else told | {"scores": self.scores}
 
 
 @dataclass
