@@ -29,12 +29,14 @@ class Layer(NamedTuple):
         scale: Factor on the products, 1 / sqrt(D).
         mask: Which key (axis 1) a row (axis 0) sees, bool [n, n]; None: all. Rows that are left
             out are simply not among the n: then a softmax over the rest renormalises each row.
+        value: Values of the same rows, [B, G, n, D], where scores weigh by their length.
     """
 
     query: Tensor
     key: Tensor
     scale: float
     mask: Tensor | None = None
+    value: Tensor | None = None
 
 
 def column_sums(
