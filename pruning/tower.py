@@ -72,7 +72,7 @@ class TowerSite:
         return rows[:, int(self.has_cls) : rows.shape[1] - self.num_fused]
 
     def whole(self, keep: Tensor, *, is_fused_kept: bool) -> Tensor:
-        """A choice of all rows, [B, n], from that of the candidates [B, N]: the class token stays."""
+        """A choice of all rows [B, n], the class token in it, from that of the candidates."""
         always = torch.ones_like(keep[:, :1])
         parts = [always] if self.has_cls else []
         parts += [keep] + [always if is_fused_kept else ~always] * self.num_fused
@@ -198,7 +198,7 @@ class Walk:
         self._last: tuple[Layer, ...] = ()  # the layer of the last pruning, pruned too
 
     def bias(self) -> Tensor | None:
-        """Bias of the next attention, [B, 1, 1, n]: ToMe's proportional attention adds log(size)."""
+        """Bias of the next attention, log(size) where that is proportional, [B, 1, 1, n]."""
         if self._sizes is None or not any(method.is_proportional for method in self.methods):
             return None
         return self._sizes.log()[:, None, None]
