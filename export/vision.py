@@ -276,7 +276,7 @@ def tokens_left(
     return left + facts.has_cls - facts.num_dropped
 
 
-def vision_graph(vision: Vision, mode: FakeTensorMode) -> ir.Model:
+def vision_graph(vision: Vision, mode: FakeTensorMode | None = None) -> ir.Model:
     """Trace a vision graph whose weights are not yet bound."""
     facts = vision.facts
     side = facts.image_size
