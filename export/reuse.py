@@ -32,12 +32,17 @@ Progress = Callable[[str, float], None]
 
 
 def reuse(
-    bundle: Path, plan: Plan, plan_name: str, progress: Progress = lambda *_: None
+    bundle: Path,
+    plan: Plan,
+    plan_name: str,
+    progress: Progress = lambda *_: None,
+    seconds: dict[str, float] | None = None,
 ) -> manifest.Manifest:
     """Give a bundle another plan on the same cuts. Stage graphs and weights stay as they are.
 
     The new plan becomes the default; requests may still name the older ones. Interrupted at any
-    moment, the bundle holds either its old plans or the new one too.
+    moment, the bundle holds either its old plans or the new one too. `seconds` takes the time spent
+    on each target's graphs.
     """
     check_plan_name(plan_name)
     old = manifest.read(bundle)
@@ -53,9 +58,9 @@ def reuse(
         raise PatchsieveError("the plan named none prunes nothing", do="choose another --plan-name")
     manifest.check_files(bundle, old, hashes=False)
     heads = HeadShape(old.text.num_heads, old.text.num_kv_heads, old.text.head_dim)
-    dtype = DTYPES[old.precision][0]
-    with fake_weights() as mode, default_dtype(dtype):
-        vision = plan_vision(plan, old.vision, old.text.hidden_size)
+    dtype = DTYPES[old.precision.decoder][0]
+    with fake_weights() as mode, default_dtype(DTYPES[old.precision.tower][0]):
+        vision = plan_vision(plan, old.vision, old.text.hidden_size, dtype)
     stored = stored_weights(bundle / manifest.WEIGHTS / "vision.safetensors")
     writer = GraphWriter(bundle / "graphs", tuple(old.targets))
     written: dict[str, dict[str, str]] = {}
@@ -78,8 +83,10 @@ def reuse(
                     written.setdefault(target, {})[name] = path
             plan = store_heads(bundle, plan, writer.written)
             progress("writing the manifest", 0.95)
-            new = _with_plan(old, bundle, plan, plan_name, written, writer.tensors)
+            new = _with_plan(old, bundle, plan, plan_name, written, writer)
             manifest.write(bundle, new)
+            if seconds is not None:
+                seconds.update(writer.seconds)
     finally:
         # The manifest that stands decides what stays, whenever an interrupt came.
         stands = manifest.read(bundle).files
@@ -111,19 +118,26 @@ def decide_graphs(
     return plan, graphs
 
 
-def plan_vision(plan: Plan, facts: manifest.VisionModel, size: int) -> Vision:
+def plan_vision(
+    plan: Plan,
+    facts: manifest.VisionModel,
+    size: int,
+    out_dtype: torch.dtype | None = None,
+) -> Vision:
     """The module of a plan's vision graph.
 
     Args:
         plan: The plan.
         facts: The tower's measures.
         size: Width of the decoder.
+        out_dtype: Type of the decoder's rows; by default the tower's.
 
     Raises:
         PatchsieveError: A method is unknown, or does not fit the tower.
     """
     encoder = build_encoder(plan.encoder)
-    return Vision(facts, size, encoder, build_projector(plan.projector, facts.num_layers_run))
+    projector = build_projector(plan.projector, facts.num_layers_run)
+    return Vision(facts, size, encoder, projector, out_dtype)
 
 
 def _with_plan(
@@ -132,13 +146,16 @@ def _with_plan(
     plan: Plan,
     plan_name: str,
     written: dict[str, dict[str, str]],
-    tensors: dict[str, dict[str, list[dict[str, object]]]],
+    writer: GraphWriter,
 ) -> manifest.Manifest:
     """The manifest with a plan added or replaced."""
     prefix = names.decide(plan_name, 0).rsplit(".", 1)[0] + "."
 
     def is_old(graph: str) -> bool:
         return graph.startswith(prefix) or graph == names.vision(plan_name)
+
+    def without(tensors: manifest.Tensors) -> manifest.Tensors:
+        return {graph: both for graph, both in tensors.items() if not is_old(graph)}
 
     targets, files = {}, dict(old.files)
     for target, graphs in old.targets.items():
@@ -159,6 +176,11 @@ def _with_plan(
         plans=plans,
         default_plan=plan_name,
         targets=targets,
-        tensors={k: v for k, v in old.tensors.items() if not is_old(k)} | tensors,
+        tensors=without(old.tensors) | writer.tensors,
+        target_tensors={
+            target: without(old.target_tensors.get(target, {}))
+            | writer.target_tensors.get(target, {})
+            for target in {**old.target_tensors, **writer.target_tensors}
+        },
         files=files,
     )

@@ -79,9 +79,9 @@ class DecoderLayer(nn.Module):
 class Head(nn.Module):
     """From hidden rows to logits. [V, C] as the embedding table, which may be the same tensor."""
 
-    def __init__(self, spec: DecoderSpec) -> None:
+    def __init__(self, spec: DecoderSpec, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(spec.vocab_size, spec.hidden_size))
+        self.weight = nn.Parameter(torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """[1, 1, C] -> [1, 1, V]."""
@@ -89,17 +89,26 @@ class Head(nn.Module):
 
 
 class Stage(nn.Module):
-    """Decoder layers `first` to `last - 1`; the last stage also ends in the logits of one row."""
+    """Decoder layers `first` to `last - 1`; the last stage also ends in the logits of one row.
 
-    def __init__(self, spec: DecoderSpec, first: int, last: int) -> None:
+    Args:
+        spec: The decoder.
+        first: First layer.
+        last: Behind the last layer.
+        head_dtype: Of the last norm and the output matrix; by default that of the layers.
+    """
+
+    def __init__(
+        self, spec: DecoderSpec, first: int, last: int, head_dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.spec, self.first, self.last = spec, first, last
         self.is_last = last == spec.num_layers
         # Keyed by the layer's number in the whole decoder, which weights and tensors go by.
         self.layers = nn.ModuleDict({str(i): DecoderLayer(spec) for i in range(first, last)})
         if self.is_last:
-            self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
-            self.lm_head = Head(spec)
+            self.norm = RMSNorm(spec.hidden_size, spec.norm_eps, head_dtype)
+            self.lm_head = Head(spec, head_dtype)
         self.inv_freq = nn.Buffer(torch.tensor(spec.inv_freq, dtype=torch.float32))
 
     def forward(
@@ -139,7 +148,8 @@ class Stage(nn.Module):
         if not self.is_last:
             return (x, query, *updated)
         assert logits_row is not None  # the last stage has it
-        row = self.norm(x.index_select(1, logits_row))  # [1, 1, C]
+        row = x.index_select(1, logits_row).to(self.lm_head.weight.dtype)  # [1, 1, C]
+        row = self.norm(row)
         return (self.lm_head(row).float(), *updated)
 
     def inputs(self, dtype: torch.dtype) -> tuple[Any, ...]:

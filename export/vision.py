@@ -120,6 +120,7 @@ class Vision(nn.Module):
         size: Width of the decoder, C.
         encoder: What prunes inside the tower.
         projector: What prunes or pools between the tower and the decoder.
+        out_dtype: Of the features, that of the decoder; by default the tower's own.
 
     Attributes:
         num_visual: Visual tokens of one image that enter the decoder.
@@ -132,10 +133,13 @@ class Vision(nn.Module):
         size: int,
         encoder: TowerMethod | None = None,
         projector: TowerMethod | Pooling | None = None,
+        out_dtype: torch.dtype | None = None,
     ) -> None:
+        """Build the modules."""
         super().__init__()
         spec = TowerSpec.of_facts(facts)
         self.facts = facts
+        self.out_dtype = out_dtype or torch.get_default_dtype()
         self.vision_tower = VisionTower(spec, list(facts.feature_layers))
         width = spec.hidden_size * len(facts.feature_layers)
         self.multi_modal_projector = nn.ModuleDict(
@@ -198,7 +202,8 @@ class Vision(nn.Module):
     def _project(self, features: Tensor) -> Tensor:
         """[B, N, F * C] -> [B, N, C]."""
         projector = self.multi_modal_projector
-        return projector["linear_2"](self.activation(projector["linear_1"](features)))
+        features = projector["linear_2"](self.activation(projector["linear_1"](features)))
+        return features.to(self.out_dtype)
 
 
 def vision_model(config: Any) -> VisionModel:

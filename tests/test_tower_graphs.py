@@ -219,7 +219,7 @@ def test_a_tower_without_a_class_token_prunes_by_received_attention(tmp_path: Pa
 @pytest.mark.tensorrt
 def test_every_vision_graph_builds_in_tensorrt_rtx(towers: Towers, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    from patchsieve.runtime.build import profiles
+    from patchsieve.runtime.profiles import profiles
     from patchsieve.runtime.tensorrt import build_engine, parse_network
 
     facts = towers.model.facts
@@ -233,7 +233,9 @@ def test_every_vision_graph_builds_in_tensorrt_rtx(towers: Towers, tmp_path: Pat
         assert {tensor.name for tensor in network.inputs} == {names.PIXEL_VALUES} | (
             {names.NOISE} if plan == "draw" else set()
         )
-        report = build_engine(path, tmp_path / plan, profiles(facts, graph), target="tensorrt-rtx")
+        report = build_engine(
+            path, tmp_path / plan, profiles(facts, graph, "tensorrt-rtx"), target="tensorrt-rtx"
+        )
         assert report.engine_bytes and not report.warnings
 
 
