@@ -62,8 +62,10 @@ class Answer:
         result: Result,
         start: float,
         rng: np.random.Generator,
+        scores: bool = False,
     ) -> None:
         self.chat, self.options, self.result, self.start = chat, options, result, start
+        self.scores = scores
         self.model, self.cache = chat.model, chat._open_cache()
         self.tokens = chat.model.facts.tokens
         self.rng = rng
@@ -108,7 +110,9 @@ class Answer:
         chat, result = self.chat, self.result
         rows, hidden = self._rows(prompt)
         visual = int((rows.image != TEXT).sum())
-        done = self.model.pipeline.prefill(hidden, rows, self.cache, chat.plan, self.rng)
+        done = self.model.pipeline.prefill(
+            hidden, rows, self.cache, chat.plan, self.rng, self.scores
+        )
         sites = (*self.state.sites, *done.sites)
         if sites and result.selection == "none":
             result.selection = "picked" if done.sites else "kept"

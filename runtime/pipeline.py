@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,7 @@ class Pipeline:
         cache: Cache,
         plan: str,
         rng: np.random.Generator,
+        scores: bool = False,
     ) -> Prefill:
         """Feed rows through all stages, dropping visual rows where the plan says.
 
@@ -93,19 +95,26 @@ class Pipeline:
             cache: Rows are added to it; after an error it stands as before.
             plan: Name of the plan.
             rng: Noise for methods that draw.
+            scores: Bring every decision's scores to the host too.
 
         Raises:
             PatchsieveError: The logits are not finite.
         """
         mark = cache.mark()
         try:
-            return self._prefill(hidden, rows, cache, plan, rng)
+            return self._prefill(hidden, rows, cache, plan, rng, scores)
         except BaseException:
             self._undo(cache, mark)
             raise
 
     def _prefill(
-        self, hidden: Any, rows: Rows, cache: Cache, plan: str, rng: np.random.Generator
+        self,
+        hidden: Any,
+        rows: Rows,
+        cache: Cache,
+        plan: str,
+        rng: np.random.Generator,
+        scores: bool,
     ) -> Prefill:
         sites = {site.layer: site for site in self.facts.plans[plan].sites}
         result = Prefill(np.zeros(0, np.float32))
@@ -124,7 +133,16 @@ class Pipeline:
                 query = out[names.query(site.layer - 1)]
                 budget = site.budget or self.facts.num_visual(plan)
                 keep_indices = self._decide(
-                    plan, site.layer, budget, query, slot, rows, stage_cache, rng, result.sites
+                    plan,
+                    site.layer,
+                    budget,
+                    query,
+                    slot,
+                    rows,
+                    stage_cache,
+                    rng,
+                    result.sites,
+                    scores,
                 )
                 rows = rows.take(keep_indices)
                 result.decide_ms.append(since(start))
@@ -180,10 +198,11 @@ class Pipeline:
         cache: StageCache,
         rng: np.random.Generator,
         sites: list[SiteResult],
+        scores: bool,
     ) -> np.ndarray:
         """Run a site's decision once per image and return the rows that go on."""
         keep: Any = np.ones(len(rows), bool)
-        wanted = {}
+        wanted, scored = {}, {}
         for image in rows.images():
             visual_rows = rows.of_image(image)
             out = self.backend.run(
@@ -202,6 +221,10 @@ class Pipeline:
             )
             keep = out[names.KEEP_OUT]
             wanted[image] = out[names.NUM_WANTED]
+            if scores:
+                values = self.backend.to_numpy(out[names.SCORES])  # [N]
+                pairs = zip(rows.patch_ids[visual_rows].tolist(), values.tolist(), strict=True)
+                scored[image] = sorted(pairs, key=itemgetter(0))
         out = self.backend.run(names.COMPACT, {names.KEEP: keep})
         num_keep = int(self.backend.to_numpy(out[names.NUM_KEEP])[0])
         keep_indices = self.backend.to_numpy(out[names.KEEP_INDICES])[:num_keep]
@@ -215,6 +238,7 @@ class Pipeline:
                     kept=np.sort(kept.patch_ids[kept.of_image(image)]).tolist(),
                     num_wanted=int(self.backend.to_numpy(count)[0]),
                     places=kept.places[kept.of_image(image)].tolist(),
+                    scores=scored.get(image),
                 )
             )
         return keep_indices
