@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,17 @@ from patchsieve.errors import PatchsieveError, UnsupportedModelError
 from patchsieve.export import weights as weights_module
 from patchsieve.export.checkpoint import Checkpoint, locate, read_config
 from patchsieve.export.decision import compact_graph
-from patchsieve.export.families import decoder_spec, tower_spec
+from patchsieve.export.families import decoder_spec
 from patchsieve.export.graphs import GraphWriter
 from patchsieve.export.lowering import lowering
 from patchsieve.export.methods import store_heads
 from patchsieve.export.processor import preprocessor_from_checkpoint
-from patchsieve.export.reuse import decide_graphs
+from patchsieve.export.reuse import decide_graphs, plan_vision
 from patchsieve.export.stage import Stage
 from patchsieve.export.tokenizer import write_tokenizer
-from patchsieve.export.trace import Input, bind, fake_weights, trace
-from patchsieve.export.vision import Vision
-from patchsieve.export.weights import DTYPES, Weight, weights_of
+from patchsieve.export.trace import bind, fake_weights, trace
+from patchsieve.export.vision import Vision, vision_graph, vision_model
+from patchsieve.export.weights import DTYPES, Weight, default_dtype, weights_of
 from patchsieve.plan import NO_PRUNING, Plan, check_plan_name
 from patchsieve.precision import BYTES, Precision
 from patchsieve.writing import whole_or_nothing
@@ -70,7 +69,7 @@ class ExportOptions:
                 expected="at least 1 each",
                 do="raise --max-text-tokens, --max-new-tokens or --max-images",
             )
-        if self.plan_name == NO_PRUNING and self.plan.sites:
+        if self.plan_name == NO_PRUNING and self.plan.prunes:
             raise PatchsieveError(
                 "the plan named none prunes nothing", do="choose another --plan-name"
             )
@@ -136,7 +135,7 @@ class _Job:
         self.precision = Precision.parse(options.precision)
         tower_dtype, self.dtype, head_dtype = (DTYPES[kind][0] for kind in self.precision.kinds)
         self.spec = decoder_spec(config.text_config)  # type: ignore[attr-defined]
-        self.tower = tower_spec(config.vision_config)  # type: ignore[attr-defined]
+        self.vision_facts = vision_model(config)
         self.preprocessor = preprocessor_from_checkpoint(directory)
         self._check_image_size()
         cuts = sorted({*options.plan.layers, *options.cuts})
@@ -149,15 +148,16 @@ class _Job:
                 do="change --sites or --cuts",
             )
         edges = [0, *cuts, self.spec.num_layers]
+        size = self.spec.hidden_size
         with fake_weights() as self.mode:
-            with _default_dtype(tower_dtype):
-                self.vision = Vision(self.tower, config, self.dtype)
-            with _default_dtype(self.dtype):
+            with default_dtype(tower_dtype):
+                self.vision = Vision(self.vision_facts, size, out_dtype=self.dtype)
+                self.plan_vision = plan_vision(options.plan, self.vision_facts, size, self.dtype)
+            with default_dtype(self.dtype):
                 self.stages = [
                     Stage(self.spec, a, b, head_dtype)
                     for a, b in zip(edges, edges[1:], strict=False)
                 ]
-        self.vision_facts = self._vision_facts()
         most = options.limits.slots(self.vision.num_visual)
         if most > self.spec.max_rows:
             raise UnsupportedModelError(
@@ -180,7 +180,12 @@ class _Job:
         self.checkpoint.require({weight.source: weight.source_shape for weight in wanted})
         # Last, because tracing takes seconds and all else is refused at once.
         self.plan, self.graphs = decide_graphs(
-            options.plan, options.plan_name, self.spec.heads, self.vision_facts, self.dtype
+            options.plan,
+            options.plan_name,
+            self.spec.heads,
+            self.vision_facts,
+            self.plan_vision.num_visual,
+            self.dtype,
         )
 
     def write(self, partial: Path, progress: Progress) -> None:
@@ -203,7 +208,7 @@ class _Job:
             )
         self.writer = GraphWriter(graphs, self.options.targets)
         self.paths: dict[str, dict[str, str]] = {}
-        total = len(self.stages) + 2 + len(self.graphs)
+        total = len(self.stages) + 2 + self.plan.has_vision + len(self.graphs)
         for done, (name, slots, graph) in enumerate(self._graphs(stored)):
             progress(f"writing {name}", 0.6 + 0.35 * done / total)
             for target, path in self.writer.save(name, graph, slots=slots).items():
@@ -255,28 +260,13 @@ class _Job:
         side = made["shortest_edge"]
         crop = made["crop_size"] if made["do_center_crop"] else None
         found = list(crop or made["resize_to"] or (side, side))
-        expected = [self.tower.image_size] * 2
+        expected = [self.vision_facts.image_size] * 2
         if found != expected:
             raise UnsupportedModelError(
                 "the image processor does not yield the size that the tower takes",
                 found=found,
                 expected=expected,
             )
-
-    def _vision_facts(self) -> manifest.VisionModel:
-        config = self.config.vision_config  # type: ignore[attr-defined]
-        return manifest.VisionModel(
-            model_type=config.model_type,
-            hidden_size=self.tower.hidden_size,
-            intermediate_size=self.tower.intermediate_size,
-            num_layers=self.tower.num_layers,
-            num_layers_run=max(self.vision.vision_tower.feature_layers),
-            num_heads=self.tower.num_heads,
-            image_size=self.tower.image_size,
-            patch_size=self.tower.patch_size,
-            grid=self.tower.grid,
-            num_visual=self.vision.num_visual,
-        )
 
     def _tokens(self) -> manifest.Tokens:
         made = self.tokenizer
@@ -291,7 +281,7 @@ class _Job:
 
     def _stage_facts(self) -> Iterator[manifest.Stage]:
         at = {site.layer: site.budget for site in self.plan.sites}
-        budget = self.vision.num_visual
+        budget = self.plan_vision.num_visual
         for stage in self.stages:
             budget = min(budget, at.get(stage.first) or budget)
             yield manifest.Stage(stage.first, stage.last, self.options.limits.slots(budget))
@@ -361,12 +351,11 @@ class _Job:
         self, stored: dict[str, ir.ExternalTensor]
     ) -> Iterator[tuple[str, int | None, ir.Model]]:
         """Each graph, bound to its weights, as (name, slots of its caches, graph)."""
-        side = self.tower.image_size
-        pixels = Input(torch.float32, (names.AXIS_IMAGES, 3, side, side))
-        outputs = [names.IMAGE_FEATURES, names.IMAGE_IDS]
-        graph = trace(self.vision, (pixels,), [names.PIXEL_VALUES], outputs, self.mode)
-        bind(graph, stored | {"ids": ir.tensor(self.vision.patch_ids, name="ids")})
-        yield names.VISION, None, graph
+        own = [(names.vision(self.options.plan_name), self.plan_vision)]
+        for name, vision in [(names.VISION, self.vision), *(own if self.plan.has_vision else ())]:
+            graph = vision_graph(vision, self.mode)
+            bind(graph, stored)
+            yield name, None, graph
         inv_freq = ir.tensor(torch.tensor(self.spec.inv_freq).numpy(), name="inv_freq")
         for index, (stage, facts) in enumerate(zip(self.stages, self._stage_facts(), strict=True)):
             inputs = stage.inputs(self.dtype)
@@ -387,13 +376,3 @@ def _hashes(bundle: Path) -> dict[str, manifest.File]:
 
 def _dump(path: Path, data: object) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

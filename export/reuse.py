@@ -1,4 +1,4 @@
-"""Another plan for a bundle on its cuts: decision graphs change, stages and weights do not."""
+"""Another plan for a bundle on its cuts: small graphs change, stages and weights do not."""
 
 from __future__ import annotations
 
@@ -14,8 +14,17 @@ from patchsieve.errors import PatchsieveError
 from patchsieve.export.decision import decide_graph
 from patchsieve.export.families.specs import HeadShape
 from patchsieve.export.graphs import GraphWriter
-from patchsieve.export.methods import HEADS, build_method, resolve_budgets, store_heads
-from patchsieve.export.weights import DTYPES
+from patchsieve.export.methods import (
+    HEADS,
+    build_encoder,
+    build_method,
+    build_projector,
+    resolve_budgets,
+    store_heads,
+)
+from patchsieve.export.trace import bind, fake_weights
+from patchsieve.export.vision import Vision, vision_graph
+from patchsieve.export.weights import DTYPES, default_dtype, stored_weights
 from patchsieve.plan import NO_PRUNING, Plan, check_plan_name
 from patchsieve.writing import one_line
 
@@ -45,21 +54,31 @@ def reuse(
             expected=f"some of {old.cuts}",
             do="export a new bundle; --cuts divides it at further layers",
         )
-    if plan_name == NO_PRUNING and plan.sites:
+    if plan_name == NO_PRUNING and plan.prunes:
         raise PatchsieveError("the plan named none prunes nothing", do="choose another --plan-name")
     manifest.check_files(bundle, old, hashes=False)
     heads = HeadShape(old.text.num_heads, old.text.num_kv_heads, old.text.head_dim)
     dtype = DTYPES[old.precision.decoder][0]
+    with fake_weights() as mode, default_dtype(DTYPES[old.precision.tower][0]):
+        vision = plan_vision(plan, old.vision, old.text.hidden_size, dtype)
+    stored = stored_weights(bundle / manifest.WEIGHTS / "vision.safetensors")
     writer = GraphWriter(bundle / "graphs", tuple(old.targets))
     written: dict[str, dict[str, str]] = {}
     new = old
     try:
         with one_line(bundle):
-            plan, graphs = decide_graphs(plan, plan_name, heads, old.vision, dtype, progress)
+            plan, graphs = decide_graphs(
+                plan, plan_name, heads, old.vision, vision.num_visual, dtype, progress
+            )
+            if plan.has_vision:
+                progress("tracing the vision tower", 0.8)
+                graphs[names.vision(plan_name)] = vision_graph(vision, mode)
+                bind(graphs[names.vision(plan_name)], stored)
             # A new generation of names, so that a reader of the old manifest finds its files whole.
-            for site, (name, graph) in zip(plan.sites, graphs.items(), strict=True):
+            for name, graph in graphs.items():
                 progress(f"writing {name}", 0.9)
-                slots = next(stage.slots for stage in old.stages if stage.last == site.layer)
+                _, layer = names.decided(name) or ("", None)
+                slots = next((s.slots for s in old.stages if s.last == layer), None)
                 for target, path in writer.save(name, graph, slots=slots, fresh=True).items():
                     written.setdefault(target, {})[name] = path
             plan = store_heads(bundle, plan, writer.written)
@@ -83,19 +102,42 @@ def decide_graphs(
     plan_name: str,
     heads: HeadShape,
     vision: manifest.VisionModel,
+    num_visual: int,
     dtype: torch.dtype,
     progress: Progress = lambda *_: None,
 ) -> tuple[Plan, dict[str, ir.Model]]:
-    """Resolve a plan's budgets and trace its decisions."""
+    """Resolve a plan's budgets and trace its decisions on images of `num_visual` tokens."""
     methods = [build_method(site) for site in plan.sites]
-    plan = resolve_budgets(plan, methods, vision.num_visual)
+    plan = resolve_budgets(plan, methods, num_visual)
     graphs = {}
     for done, (site, method) in enumerate(zip(plan.sites, methods, strict=True)):
         progress(f"tracing {site.method} at layer {site.layer}", done / len(methods))
         graphs[names.decide(plan_name, site.layer)] = decide_graph(
-            method, heads, vision.grid, vision.num_visual, dtype
+            method, heads, vision.grid, num_visual, dtype
         )
     return plan, graphs
+
+
+def plan_vision(
+    plan: Plan,
+    facts: manifest.VisionModel,
+    size: int,
+    out_dtype: torch.dtype | None = None,
+) -> Vision:
+    """The module of a plan's vision graph.
+
+    Args:
+        plan: The plan.
+        facts: The tower's measures.
+        size: Width of the decoder.
+        out_dtype: Type of the decoder's rows; by default the tower's.
+
+    Raises:
+        PatchsieveError: A method is unknown, or does not fit the tower.
+    """
+    encoder = build_encoder(plan.encoder)
+    projector = build_projector(plan.projector, facts.num_layers_run)
+    return Vision(facts, size, encoder, projector, out_dtype)
 
 
 def _with_plan(
@@ -109,12 +151,15 @@ def _with_plan(
     """The manifest with a plan added or replaced."""
     prefix = names.decide(plan_name, 0).rsplit(".", 1)[0] + "."
 
+    def is_old(graph: str) -> bool:
+        return graph.startswith(prefix) or graph == names.vision(plan_name)
+
     def without(tensors: manifest.Tensors) -> manifest.Tensors:
-        return {graph: both for graph, both in tensors.items() if not graph.startswith(prefix)}
+        return {graph: both for graph, both in tensors.items() if not is_old(graph)}
 
     targets, files = {}, dict(old.files)
     for target, graphs in old.targets.items():
-        stale = {name: path for name, path in graphs.items() if name.startswith(prefix)}
+        stale = {name: path for name, path in graphs.items() if is_old(name)}
         for path in stale.values():
             files.pop(path, None)
         new = written.get(target, {})

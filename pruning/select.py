@@ -8,12 +8,11 @@ running count over the ties takes the lower raster index first. Counts run in fl
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from patchsieve.errors import PatchsieveError
+from patchsieve.pruning.schedules import num_to_keep
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -33,11 +32,6 @@ def check_keep_ratio(keep_ratio: float) -> None:
         )
 
 
-def num_to_keep(keep_ratio: float, num_visual: int) -> int:
-    """Tokens that a fraction of the original count stands for: rounded half up, at least 1."""
-    return max(1, math.floor(keep_ratio * num_visual + 0.5))
-
-
 def keep_top(scores: Tensor, num_keep: Tensor | int) -> Tensor:
     """Mark the highest scores; ties go to the lower index.
 
@@ -50,15 +44,17 @@ def keep_top(scores: Tensor, num_keep: Tensor | int) -> Tensor:
     """
     batch, num_tokens = scores.shape
     ordered = torch.sort(scores, dim=-1, descending=True).values  # [B, N]
-    if isinstance(num_keep, Tensor):
-        num_keep = num_keep.reshape(-1, 1).expand(batch, 1)
+    if isinstance(num_keep, int):
+        num_keep = min(max(num_keep, 1), num_tokens)
+        last_kept = ordered[:, num_keep - 1 : num_keep]  # [B, 1]
+        wanted = torch.full_like(last_kept, num_keep, dtype=torch.float32)
     else:
-        num_keep = torch.full((batch, 1), num_keep, dtype=torch.int64, device=scores.device)
-    num_keep = num_keep.clamp(min=1).clamp(max=num_tokens)  # [B, 1]
-    last_kept = ordered.gather(1, num_keep - 1)  # [B, 1]
+        num_keep = num_keep.reshape(-1, 1).expand(batch, 1)
+        num_keep = num_keep.clamp(min=1).clamp(max=num_tokens)  # [B, 1]
+        last_kept, wanted = ordered.gather(1, num_keep - 1), num_keep.float()  # [B, 1]
     above = scores > last_kept  # [B, N]
     tied = scores == last_kept  # [B, N]
-    places = num_keep.float() - above.float().sum(-1, keepdim=True)  # [B, 1]
+    places = wanted - above.float().sum(-1, keepdim=True)  # [B, 1]
     return above | (tied & (tied.float().cumsum(-1) <= places))
 
 
@@ -66,6 +62,23 @@ def first_best(scores: Tensor) -> Tensor:
     """Mark the highest score of each row, the lowest index of several; bool [B, N]."""
     best = scores == scores.amax(-1, keepdim=True)  # [B, N]
     return best & (best.float().cumsum(-1) <= 1)
+
+
+def ascending(keep: Tensor, count: int) -> Tensor:
+    """Indices of what is kept, ascending, from masks that all hold the same number.
+
+    Args:
+        keep: Masks with `count` true in each row, bool [B, N].
+        count: How many.
+
+    Returns:
+        int64 [B, count].
+    """
+    num_tokens = keep.shape[1]
+    places = torch.arange(num_tokens, device=keep.device).float()  # [N]
+    # The values that are kept differ, so a sort of values has one order.
+    placed = torch.where(keep, places, float(num_tokens))  # [B, N]
+    return torch.sort(placed, dim=-1).values[:, :count].to(torch.int64)
 
 
 def apply_budget(keep: Tensor, priority: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +106,7 @@ def keep_fraction(
     Args:
         scores: Higher is kept, ties to the lower index, [B, N].
         keep_ratio: Fraction kept of `num_visual`; all N where fewer are alive.
-        num_visual: Tokens of the image before any pruning.
+        num_visual: Tokens of the image that entered the decoder.
         budget: Most tokens that may stay, int64 0-d or [1]; below 1 counts as 1.
 
     Returns:

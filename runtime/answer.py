@@ -12,8 +12,8 @@ import numpy as np
 from patchsieve.runtime.chat_template import Message
 from patchsieve.runtime.detokenize import TextStream
 from patchsieve.runtime.prompt import Prompt, expand
-from patchsieve.runtime.result import Result, SiteResult, since
-from patchsieve.runtime.rows import TEXT, Rows
+from patchsieve.runtime.result import ImageResult, Result, SiteResult, since
+from patchsieve.runtime.rows import TEXT, Rows, number_rows
 from patchsieve.runtime.sampling import Sampler, SamplingOptions
 
 if TYPE_CHECKING:
@@ -45,6 +45,11 @@ class Images:
 
     features: list[np.ndarray] = field(default_factory=list)  # [N, C] each
     patch_ids: list[np.ndarray] = field(default_factory=list)  # [N] each
+    reduced: list[ImageResult] = field(default_factory=list)  # where the plan prunes before
+
+    def forget(self, count: int) -> None:
+        """Keep the first `count` images only."""
+        del self.features[count:], self.patch_ids[count:], self.reduced[count:]
 
 
 class Answer:
@@ -56,13 +61,14 @@ class Answer:
         options: SamplingOptions,
         result: Result,
         start: float,
+        rng: np.random.Generator,
         scores: bool = False,
     ) -> None:
         self.chat, self.options, self.result, self.start = chat, options, result, start
         self.scores = scores
         self.model, self.cache = chat.model, chat._open_cache()
         self.tokens = chat.model.facts.tokens
-        self.rng = np.random.default_rng(options.seed)
+        self.rng = rng
         self.state = chat._state
 
     def run(self, prompt: Prompt, asked: tuple[Message, ...]) -> Iterator[str]:
@@ -105,9 +111,8 @@ class Answer:
         self._settle(asked, history, prompt_mark)
 
     def _prefill(self, prompt: Prompt) -> np.ndarray:
-        chat, result, facts = self.chat, self.result, self.model.facts
-        num_visual = facts.vision.num_visual
-        rows, hidden = self._rows(prompt, num_visual)
+        chat, result = self.chat, self.result
+        rows, hidden = self._rows(prompt)
         visual = int((rows.image != TEXT).sum())
         done = self.model.pipeline.prefill(
             hidden, rows, self.cache, chat.plan, self.rng, self.scores
@@ -126,13 +131,13 @@ class Answer:
         }
         return done.logits
 
-    def _rows(self, prompt: Prompt, num_visual: int) -> tuple[Rows, np.ndarray]:
+    def _rows(self, prompt: Prompt) -> tuple[Rows, np.ndarray]:
         """Rows to feed and their embeddings, [1, L0, C]: pending tokens, then the prompt."""
-        chat, pending = self.chat, self.state.pending
-        whole = expand(prompt, num_visual)
+        chat, pending, facts = self.chat, self.state.pending, self.model.facts
+        whole = expand(prompt, facts.num_visual(chat.plan))
         ahead = len(pending)
         count = ahead + len(whole.token_ids)
-        image, patch_ids = np.full(count, TEXT), np.full(count, -1)
+        image, patch_ids, places = np.full(count, TEXT), np.full(count, -1), np.full(count, -1)
         is_instruction = np.zeros(count, bool)
         is_instruction[ahead + whole.instruction_rows] = True
         token_ids = np.concatenate((np.array(pending, np.int64), whole.token_ids))
@@ -140,12 +145,17 @@ class Answer:
         is_visual = np.concatenate((np.zeros(ahead, bool), whole.image_index >= 0))
         hidden = chat.model.bundle.embed(np.where(is_visual, 0, token_ids))  # [L0, C]
         first = len(chat._images.features) - len(whole.image_spans)
-        for number, (begin, end) in enumerate(whole.image_spans, first):
-            span = slice(ahead + begin, ahead + end)
+        spans = [slice(ahead + begin, ahead + end) for begin, end in whole.image_spans]
+        for number, span in enumerate(spans, first):
             hidden[span] = chat._images.features[number]
             image[span], patch_ids[span] = number, chat._images.patch_ids[number]
-        positions = self.cache.position + np.arange(count)
-        return Rows(positions, image, patch_ids, is_instruction), hidden[None]
+            places[span] = np.arange(span.stop - span.start)
+        rule = facts.plans[chat.plan].position_rule
+        images = [(span, patch_ids[span]) for span in spans]
+        positions = self.cache.position + number_rows(count, images, facts.vision, rule)
+        following = int(positions[-1])
+        rows = Rows(positions[:-1], image, patch_ids, places, is_instruction, following)
+        return rows, hidden[None]
 
     def _settle(
         self,

@@ -15,7 +15,7 @@ from patchsieve.runtime.answer import Answer, Images, State
 from patchsieve.runtime.cache import Cache
 from patchsieve.runtime.chat_template import Message
 from patchsieve.runtime.prompt import Prompt
-from patchsieve.runtime.result import Result, since
+from patchsieve.runtime.result import ImageResult, Result, since
 from patchsieve.runtime.sampling import SamplingOptions
 
 if TYPE_CHECKING:
@@ -122,17 +122,18 @@ class Chat:
         self._check_room(tokens, len(sources), options.max_new_tokens, continues)
 
         seen = len(self._images.features)
+        rng = np.random.default_rng(options.seed)
         mark: tuple[int, ...] | None = cache.mark()
         try:
-            self._see(pixels, result)
+            self._see(pixels, result, rng)
             if not continues:
                 mark = None
                 self._is_choice_lost |= bool(self._state.sites)
                 self._restart(cache)
-            answer = Answer(self, options, result, start, scores)
+            answer = Answer(self, options, result, start, rng, scores)
             yield from answer.run(tokens, tuple(messages))
         except BaseException:
-            del self._images.features[seen:], self._images.patch_ids[seen:]
+            self._images.forget(seen)
             if mark is None:
                 self._restart(cache)  # the next turn prefills what `messages` holds
             else:
@@ -142,7 +143,7 @@ class Chat:
         if not raw:
             said = [{"type": "text", "text": result.text}]
             self.messages = [*messages, {"role": "assistant", "content": said}]
-        result.sites = list(self._state.sites)
+        result.images, result.sites = list(self._images.reduced), list(self._state.sites)
         result.notes += [
             f"the budget of layer {site.layer} capped image {site.image}: "
             f"{site.num_wanted} tokens wanted, {len(site.kept)} kept"
@@ -242,12 +243,17 @@ class Chat:
                     "--max-text-tokens",
                 )
 
-    def _see(self, pixels: np.ndarray | None, result: Result) -> None:
-        start = time.perf_counter()
+    def _see(self, pixels: np.ndarray | None, result: Result, rng: np.random.Generator) -> None:
+        start, images = time.perf_counter(), self._images
         if pixels is not None:
-            features, ids = self.model.pipeline.see(pixels)
-            self._images.features += list(features)
-            self._images.patch_ids += list(ids)
+            first = len(images.features)
+            features, ids, sources = self.model.pipeline.see(pixels, self.plan, rng)
+            images.features += list(features)
+            images.patch_ids += list(ids)
+            images.reduced += [
+                ImageResult(number, each.tolist(), went.tolist())
+                for number, (each, went) in enumerate(zip(ids, sources, strict=False), first)
+            ]
         result.timings_ms["vision"] = since(start)
 
     def _restart(self, cache: Cache) -> None:

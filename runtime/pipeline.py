@@ -54,12 +54,32 @@ class Pipeline:
             slots = [stage.slots for stage in self.facts.stages]
         return empty_cache(self.facts, slots, self.backend.allocate)
 
-    def see(self, pixel_values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Image features [B, N, C] and raster ids [B, N] of pixels [B, 3, h, w]."""
-        out = self.backend.run(names.VISION, {names.PIXEL_VALUES: pixel_values})
+    def see(
+        self, pixel_values: np.ndarray, plan: str, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Turn pixels [B, 3, h, w] into the visual tokens of a plan.
+
+        Args:
+            pixel_values: The images.
+            plan: Name of the plan.
+            rng: Noise for methods that draw, a number for each patch.
+
+        Returns:
+            Image features [B, N, C], raster ids [B, N], and the token that each patch went to
+            [B, patches], or [0, patches] where nothing prunes before the decoder.
+        """
+        graph, num_patches = self.facts.vision_graph(plan), self.facts.vision.num_patches
+        inputs = {names.PIXEL_VALUES: pixel_values}
+        if any(t["name"] == names.NOISE for t in self.facts.tensors[graph]["inputs"]):
+            inputs[names.NOISE] = rng.random((len(pixel_values), num_patches), np.float32)
+        out = self.backend.run(graph, inputs)
         features, ids = out[names.IMAGE_FEATURES], out[names.IMAGE_IDS]
-        features, ids = self.backend.fetch("image features", features, ids)
-        return features, ids
+        if names.IMAGE_SOURCES not in out:
+            features, ids = self.backend.fetch("image features", features, ids)
+            return features, ids, np.empty((0, num_patches), np.int64)
+        sources = out[names.IMAGE_SOURCES]
+        features, ids, sources = self.backend.fetch("image features", features, ids, sources)
+        return features, ids, sources
 
     def prefill(
         self,
@@ -102,7 +122,7 @@ class Pipeline:
         sites = {site.layer: site for site in self.facts.plans[plan].sites}
         result = Prefill(np.zeros(0, np.float32))
         keep_indices = np.arange(len(rows))
-        position = cache.position + len(rows)
+        position = rows.next_position
         for index, stage_cache in enumerate(cache.stages):
             start = time.perf_counter()
             slot = stage_cache.length
@@ -116,7 +136,7 @@ class Pipeline:
             if site is not None and rows.images():
                 start = time.perf_counter()
                 query = out[names.query(site.layer - 1)]
-                budget = site.budget or self.facts.vision.num_visual
+                budget = site.budget or self.facts.num_visual(plan)
                 keep_indices = self._decide(
                     plan,
                     site.layer,
@@ -233,6 +253,7 @@ class Pipeline:
                     num_visual_before=len(rows.of_image(image)),
                     kept=np.sort(kept.patch_ids[kept.of_image(image)]).tolist(),
                     num_wanted=int(next(values)[0]),
+                    places=kept.places[kept.of_image(image)].tolist(),
                     scores=_by_patch(rows, image, next(values)) if scores else None,
                 )
             )

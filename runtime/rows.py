@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+
+from patchsieve.manifest import VisionModel
 
 TEXT = -1  # image number of a row that belongs to no image
 
@@ -17,13 +20,17 @@ class Rows:
         position_ids: Rotary position, int64 [L].
         image: Number of the row's image in the conversation, TEXT for text, int64 [L].
         patch_ids: Raster index on the image's patch grid, -1 for none, int64 [L].
+        places: Place among the image's tokens that entered the decoder, -1 for text, int64 [L].
         is_instruction: The row holds a token of the last question, bool [L].
+        next_position: Of the row behind them all, dropped or not.
     """
 
     position_ids: np.ndarray
     image: np.ndarray
     patch_ids: np.ndarray
+    places: np.ndarray
     is_instruction: np.ndarray
+    next_position: int
 
     def __len__(self) -> int:
         return len(self.position_ids)
@@ -34,7 +41,9 @@ class Rows:
             self.position_ids[indices],
             self.image[indices],
             self.patch_ids[indices],
+            self.places[indices],
             self.is_instruction[indices],
+            self.next_position,
         )
 
     def images(self) -> list[int]:
@@ -57,3 +66,47 @@ class Rows:
             if chosen.any():
                 return np.flatnonzero(chosen)
         return np.array([len(self) - 1])
+
+
+def number_tokens(ids: np.ndarray, vision: VisionModel, rule: str) -> tuple[np.ndarray, int]:
+    """Positions of an image's tokens, counted from its first, and how many the image takes.
+
+    Args:
+        ids: Raster ids of its tokens as the vision graph gives them, int64 [N].
+        vision: The tower.
+        rule: The plan's position rule: "original" leaves the gaps of what was dropped, and numbers
+            tokens that are no patches as if the image had that many, or that many more;
+            "contiguous" leaves no gaps.
+    """
+    is_patch = ids >= 0
+    if rule == "contiguous" or not is_patch.any():
+        return np.arange(len(ids)), len(ids)
+    shift = vision.num_visual - vision.num_patches  # 1 where the class token stands in front
+    is_further = ~is_patch
+    is_further[0] &= shift != 1
+    num_further = int(is_further.sum())
+    positions = ids + shift
+    positions[is_further] = vision.num_visual + np.arange(num_further)
+    return positions, vision.num_visual + num_further
+
+
+def number_rows(
+    count: int,
+    images: Iterable[tuple[slice, np.ndarray]],
+    vision: VisionModel,
+    rule: str,
+) -> np.ndarray:
+    """Positions of `count` rows and of the row behind them, counted from the first, [count + 1].
+
+    Args:
+        count: Rows of text and images.
+        images: Rows of each image, in order, and the raster ids of its tokens.
+        vision: The tower.
+        rule: The plan's position rule.
+    """
+    positions = np.arange(count + 1)
+    for rows, ids in images:
+        offsets, taken = number_tokens(ids, vision, rule)
+        positions[rows] = positions[rows.start] + offsets
+        positions[rows.stop :] += taken - len(ids)
+    return positions
