@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # Graphs.
 VISION = "vision"
+SCORER = "scorer"
 COMPACT = "compact"
 
 
@@ -27,6 +28,13 @@ def decided(graph: str) -> tuple[str, int] | None:
 PIXEL_VALUES = "pixel_values"  # [B, 3, h, w]
 IMAGE_FEATURES = "image_features"  # [B, N, C]
 IMAGE_IDS = "image_ids"  # [B, N] raster index of each token on the patch grid, -1 for CLS
+
+CLS_JOINT = "cls_joint"  # [B, E] class token in the space that the scorer's text lies in
+CLS_FEATURES = "cls_features"  # [B, C] class token through the projector
+
+# Tensors of `scorer`: CLIP's text tower.
+TEXT_IDS = "text_ids"  # [W, P] windows of tokens, P with the marks of beginning and end
+TEXT_FEATURES = "text_features"  # [W, P, E] every position in the joint space
 
 # Tensors of `stage_i`. L0 rows come in, L rows are kept and fed.
 HIDDEN = "hidden"  # [1, L0, C]
@@ -54,6 +62,11 @@ def query(layer: int) -> str:
     return f"query.{layer}"
 
 
+def key(layer: int) -> str:
+    """Keys of a layer below the one before the site, as a decision reads them, [1, G, S, D]."""
+    return f"key.{layer}"
+
+
 def layer_output(layer: int) -> str:
     """Inner value of a stage graph: the hidden rows behind a layer, [1, L, C]."""
     return f"layers.{layer}.output"
@@ -61,9 +74,13 @@ def layer_output(layer: int) -> str:
 
 OUT = ".out"  # suffix of a cache that a stage returns in place
 
-# Tensors of `decide`. It runs once per image over the L rows of the stage before the site.
-KEY = "key"  # [1, G, S, D] the cache of the layer that is read
+# Tensors of `decide`. It runs once per image over the L rows of the stage before the site. Of the
+# layer before the site it reads QUERY, KEY and VALUE; of layers below that, `query` and `key`.
 QUERY = "query"  # [1, L, H * D]
+KEY = "key"  # [1, G, S, D] the cache of the layer that is read
+VALUE = "value"  # [1, G, S, D]
+SIDE_ROW = "side_row"  # [1] row of the image's pseudo-CLS
+LAST_ROW = "last_row"  # [1] the last ordinary row
 VISUAL_ROWS = "visual_rows"  # [N] rows of the image's tokens that are alive
 TEXT_ROWS = "text_rows"  # [T] rows of the instruction behind the image
 PATCH_IDS = "patch_ids"  # [N] raster index of each of `visual_rows`
@@ -84,3 +101,4 @@ AXIS_ROWS = "rows"
 AXIS_SLOTS = "slots"
 AXIS_VISUAL = "visual"
 AXIS_TEXT = "text"
+AXIS_WINDOWS = "windows"

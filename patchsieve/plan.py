@@ -3,7 +3,7 @@
 A plan is a small JSON object:
 
     {"position_rule": "original",
-     "encoder": null, "projector": null,
+     "encoder": null, "projector": null, "pseudo_cls": null,
      "sites": [{"layer": 2, "method": "fastv", "params": {"keep_ratio": 0.5}, "budget": 288}]}
 """
 
@@ -18,6 +18,8 @@ from typing import Any
 from patchsieve.errors import PatchsieveError
 
 POSITION_RULES = ("original",)
+TEXTS = ("clip", "similarity", "all", "none")
+CLS_SOURCES = ("last", "penultimate")
 NO_PRUNING = "none"  # the plan that every bundle holds
 
 
@@ -60,6 +62,44 @@ class SitePlan:
 
 
 @dataclass(frozen=True)
+class PseudoCls:
+    """The row that stands for the question where decoder sites judge an image (IVTP, eqs. 5-8).
+
+    Attributes:
+        text: Which of the question's tokens it is the mean of. "clip": those that CLIP's text tower
+            finds like the image (eqs. 5-7); "similarity": those whose own embedding is like the
+            projected visual CLS; "all"; or "none": it is the projected visual CLS itself.
+        tau: Least cosine of a token that counts, for "clip" and "similarity".
+        cls: Where the visual CLS of eq. 6 leaves the tower. "last": behind its last layer, which
+            CLIP was trained with; "penultimate": behind the layer that the projector reads.
+    """
+
+    text: str = "clip"
+    tau: float = 0.2
+    cls: str = "last"
+
+    def __post_init__(self) -> None:
+        for name, known in (("text", TEXTS), ("cls", CLS_SOURCES)):
+            if getattr(self, name) not in known:
+                raise PatchsieveError(
+                    f"a plan's pseudo_cls has an unknown {name}",
+                    found=repr(getattr(self, name))[:80],
+                    expected=", ".join(known),
+                )
+        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)):
+            raise PatchsieveError(
+                "a plan's pseudo_cls has no threshold",
+                found=f"tau {self.tau!r}"[:80],
+                expected="a number; the paper's is 0.2",
+            )
+
+    @property
+    def needs_scorer(self) -> bool:
+        """Whether CLIP's text tower judges the question's tokens."""
+        return self.text == "clip"
+
+
+@dataclass(frozen=True)
 class Plan:
     """What prunes where.
 
@@ -68,12 +108,14 @@ class Plan:
         encoder: Method inside the vision tower; no such method exists yet.
         projector: Method between the tower and the decoder; no such method exists yet.
         position_rule: How survivors and new tokens are numbered; "original" renumbers nothing.
+        pseudo_cls: The side row that some sites judge by; None where none does.
     """
 
     sites: tuple[SitePlan, ...] = ()
     encoder: None = None
     projector: None = None
     position_rule: str = "original"
+    pseudo_cls: PseudoCls | None = None
 
     def __post_init__(self) -> None:
         layers = [site.layer for site in self.sites]
@@ -111,7 +153,7 @@ class Plan:
         """Read a plan from its JSON object, refusing what it does not know."""
         if not isinstance(data, dict):
             raise PatchsieveError("a plan is a JSON object", found=type(data).__name__)
-        known = {"sites", "encoder", "projector", "position_rule"}
+        known = {"sites", "encoder", "projector", "position_rule", "pseudo_cls"}
         _refuse_unknown("plan", data, known)
         sites = data.get("sites", [])
         if not isinstance(sites, list) or not all(isinstance(site, dict) for site in sites):
@@ -122,11 +164,19 @@ class Plan:
                 raise PatchsieveError(
                     "a site needs a layer and a method", found=", ".join(site) or "nothing"
                 )
+        pseudo_cls = data.get("pseudo_cls")
+        if pseudo_cls is not None:
+            if not isinstance(pseudo_cls, dict):
+                raise PatchsieveError(
+                    "a plan's pseudo_cls is not an object", found=repr(pseudo_cls)[:80]
+                )
+            _refuse_unknown("plan's pseudo_cls", pseudo_cls, {"text", "tau", "cls"})
         return cls(
             sites=tuple(SitePlan(**site) for site in sites),
             encoder=data.get("encoder"),
             projector=data.get("projector"),
             position_rule=data.get("position_rule", "original"),
+            pseudo_cls=None if pseudo_cls is None else PseudoCls(**pseudo_cls),
         )
 
     @classmethod

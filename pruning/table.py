@@ -6,10 +6,12 @@ from torch import nn
 
 from patchsieve.pruning.atp import ATP
 from patchsieve.pruning.fastv import FastV
+from patchsieve.pruning.ivtp import IVTP
 from patchsieve.pruning.random import Random
 from patchsieve.pruning.site import Method
+from patchsieve.pruning.topk_decoder import DecoderTopK
 
-METHODS: dict[str, type] = {method.name: method for method in (Random, FastV, ATP)}
+METHODS: dict[str, type] = {m.name: m for m in (Random, FastV, ATP, IVTP, DecoderTopK)}
 
 
 def settings(method: Method) -> dict[str, object]:
