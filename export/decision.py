@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from patchsieve import names
-from patchsieve.errors import PatchsieveError
 from patchsieve.export.families.specs import HeadShape
+from patchsieve.export.methods import layers_read
 from patchsieve.export.trace import Input, trace
 from patchsieve.pruning.site import Site
 from patchsieve.pruning.table import modules
@@ -143,24 +143,6 @@ def decide_graph(
         if not value.uses():
             model.graph.inputs.remove(value)
     return model
-
-
-def layers_read(method: Method, layer: int) -> list[int]:
-    """Layers whose queries the decision of a site takes, the one before the site first.
-
-    Raises:
-        PatchsieveError: The method looks back further than the decoder reaches.
-    """
-    words = (word.partition(".") for word in method.reads)
-    back = sorted({int(k or 0) for what, _, k in words if what == "query"})
-    if back and back[-1] >= layer:
-        raise PatchsieveError(
-            f"{method.name} at layer {layer} looks back on layers that are not there",
-            found=f"a group of {back[-1] + 1} layers",
-            expected=f"at most {layer}",
-            do="lower group, or prune at a later layer",
-        )
-    return [layer - 1 - k for k in back]
 
 
 def compact_graph() -> ir.Model:

@@ -22,7 +22,13 @@ from patchsieve.export.decision import compact_graph
 from patchsieve.export.families import decoder_spec, tower_spec
 from patchsieve.export.graphs import GraphWriter
 from patchsieve.export.lowering import lowering
-from patchsieve.export.methods import store_heads
+from patchsieve.export.methods import (
+    build_method,
+    check_sites,
+    layers_read,
+    side_layer,
+    store_heads,
+)
 from patchsieve.export.processor import preprocessor_from_checkpoint
 from patchsieve.export.reuse import decide_graphs
 from patchsieve.export.stage import Stage
@@ -134,12 +140,19 @@ class _Job:
                 expected=f"layers 1 to {self.spec.num_layers - 1}",
                 do="change --sites or --cuts",
             )
+        methods = [build_method(site) for site in options.plan.sites]
+        check_sites(options.plan, methods)
+        self.side_layer = side_layer(options.plan, methods)
+        pairs = zip(options.plan.sites, methods, strict=True)
+        queries = {layer for site, m in pairs for layer in layers_read(m, site.layer)}
         edges = [0, *cuts, self.spec.num_layers]
         with fake_weights() as self.mode, _default_dtype(self.dtype):
             self.vision = Vision(self.tower, config)
-            self.stages = [Stage(self.spec, a, b) for a, b in zip(edges, edges[1:], strict=False)]
+            self.stages = [
+                Stage(self.spec, a, b, queries) for a, b in zip(edges, edges[1:], strict=False)
+            ]
         self.vision_facts = self._vision_facts()
-        most = options.limits.slots(self.vision.num_visual)
+        most = options.limits.slots(self.vision.num_visual, self.side_layer > 0)
         if most > self.spec.max_rows:
             raise UnsupportedModelError(
                 "the reserved rows exceed what the decoder was made for",
@@ -266,7 +279,8 @@ class _Job:
         budget = self.vision.num_visual
         for stage in self.stages:
             budget = min(budget, at.get(stage.first) or budget)
-            yield manifest.Stage(stage.first, stage.last, self.options.limits.slots(budget))
+            slots = self.options.limits.slots(budget, stage.last <= self.side_layer)
+            yield manifest.Stage(stage.first, stage.last, slots)
 
     def _is_tied(self) -> bool:
         """Tell whether the table of embeddings is the output matrix too, as transformers decides.

@@ -14,7 +14,14 @@ from patchsieve.errors import PatchsieveError
 from patchsieve.export.decision import decide_graph
 from patchsieve.export.families.specs import HeadShape
 from patchsieve.export.graphs import GraphWriter
-from patchsieve.export.methods import HEADS, build_method, resolve_budgets, store_heads
+from patchsieve.export.methods import (
+    HEADS,
+    build_method,
+    check_sites,
+    layers_read,
+    resolve_budgets,
+    store_heads,
+)
 from patchsieve.export.weights import DTYPES
 from patchsieve.plan import NO_PRUNING, Plan, check_plan_name
 from patchsieve.writing import one_line
@@ -42,6 +49,7 @@ def reuse(
         )
     if plan_name == NO_PRUNING and plan.sites:
         raise PatchsieveError("the plan named none prunes nothing", do="choose another --plan-name")
+    _check_queries(old, plan)
     manifest.check_files(bundle, old, hashes=False)
     heads = HeadShape(old.text.num_heads, old.text.num_kv_heads, old.text.head_dim)
     dtype = DTYPES[old.precision][0]
@@ -71,6 +79,25 @@ def reuse(
     return new
 
 
+def _check_queries(old: manifest.Manifest, plan: Plan) -> None:
+    """Refuse a plan that reads queries which the bundle's stages do not give."""
+    given = {
+        tensor["name"]
+        for index in range(len(old.stages))
+        for tensor in old.tensors[names.stage(index)]["outputs"]
+    }
+    for site in plan.sites:
+        read = layers_read(build_method(site), site.layer)
+        absent = [layer for layer in read if names.query(layer) not in given]
+        if absent:
+            raise PatchsieveError(
+                f"the bundle's stages do not give what {site.method} at layer {site.layer} reads",
+                found=f"no queries of layers {sorted(absent)}",
+                expected=f"those of layers {sorted(read)}",
+                do="export a new bundle with this plan; stages give what its plan reads",
+            )
+
+
 def decide_graphs(
     plan: Plan,
     plan_name: str,
@@ -81,12 +108,13 @@ def decide_graphs(
 ) -> tuple[Plan, dict[str, ir.Model]]:
     """Resolve a plan's budgets and trace its decisions."""
     methods = [build_method(site) for site in plan.sites]
+    check_sites(plan, methods)
     plan = resolve_budgets(plan, methods, vision.num_visual)
     graphs = {}
     for done, (site, method) in enumerate(zip(plan.sites, methods, strict=True)):
         progress(f"tracing {site.method} at layer {site.layer}", done / len(methods))
         graphs[names.decide(plan_name, site.layer)] = decide_graph(
-            method, heads, vision.grid, vision.num_visual, dtype
+            method, site.layer, heads, vision.grid, vision.num_visual, dtype
         )
     return plan, graphs
 

@@ -66,6 +66,9 @@ def _check_sizes(facts: Manifest) -> None:
         "limits.max_images": limits.max_images,
         **{f"stages[{i}].slots": stage.slots for i, stage in enumerate(facts.stages)},
     }
+    if facts.scorer is not None:
+        # A window holds both marks and at least one token.
+        sizes |= {"scorer.window - 2": facts.scorer.window - 2, "scorer.width": facts.scorer.width}
     for name, size in sizes.items():
         if not 0 < size < _MOST:
             raise BundleError(
@@ -129,6 +132,8 @@ def _check_plans(facts: Manifest) -> None:
             raise BundleError(
                 f"the plan {name} holds a budget that cannot be", expected=f"below {_MOST}"
             )
+        if plan.pseudo_cls is not None and plan.pseudo_cls.needs_scorer and facts.scorer is None:
+            raise BundleError(f"the plan {name} compares words with an image, but has no scorer")
     if facts.plans[NO_PRUNING].sites:
         raise BundleError("the plan named none prunes")
 
@@ -139,6 +144,8 @@ def _check_files(facts: Manifest) -> None:
         "the preprocessor": facts.preprocessor,
         "the embedding table": facts.embeddings.file,
     }
+    if facts.scorer is not None:
+        own["the scorer's tokenizer"] = facts.scorer.tokenizer
     graphs = [path for graphs in facts.targets.values() for path in graphs.values()]
     for path in (*facts.files, *own.values(), *graphs):
         check_inside(path)
@@ -195,6 +202,11 @@ def _tensors(facts: Manifest) -> dict[str, dict[str, _Shape]]:
             names.IMAGE_IDS: [None, vision.num_visual],
         }
     }
+    if facts.scorer is not None:
+        tensors[names.SCORER] = {
+            names.TEXT_IDS: [None, facts.scorer.window],
+            names.TEXT_FEATURES: [None, facts.scorer.window, facts.scorer.width],
+        }
     for index, stage in enumerate(facts.stages):
         shapes: dict[str, _Shape] = {names.HIDDEN: [1, None, text.hidden_size]}
         for layer in range(stage.first, stage.last):

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from patchsieve import names
 from patchsieve.consistency import check
 from patchsieve.errors import BundleError, PatchsieveError
 from patchsieve.plan import Plan
@@ -60,9 +61,13 @@ class Limits:
     max_new_tokens: int
     max_images: int
 
-    def slots(self, budget: int) -> int:
-        """Slots of a stage's cache: text, new tokens, and `budget` visual tokens per image."""
-        return self.max_text_tokens + self.max_new_tokens + self.max_images * budget
+    def slots(self, budget: int, has_side_rows: bool = False) -> int:
+        """Slots of a stage's cache: text, new tokens, and per image `budget` visual tokens.
+
+        A side row of each image joins them in the stages that feed such rows.
+        """
+        per_image = budget + has_side_rows
+        return self.max_text_tokens + self.max_new_tokens + self.max_images * per_image
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,27 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Scorer:
+    """The text tower that compares the question's words with an image.
+
+    Attributes:
+        source: Where it came from.
+        tokenizer: Its tokenizer's file.
+        bos_id: Begins each window of text.
+        eos_id: Ends it, and fills the rest.
+        window: Tokens of a window, both marks included.
+        width: Of the space that text and image share, E.
+    """
+
+    source: str
+    tokenizer: str
+    bos_id: int
+    eos_id: int
+    window: int
+    width: int
+
+
+@dataclass(frozen=True)
 class File:
     """Size and hash of a file, by which damage is found."""
 
@@ -120,6 +146,7 @@ class Manifest:
         plans: Each plan by name; "none" prunes nothing.
         default_plan: The plan of a request that names none.
         targets: For each target the file of each graph, and the inputs and outputs of each.
+        scorer: The text tower of plans that compare the question with an image; None without.
     """
 
     patchsieve_version: str
@@ -137,6 +164,7 @@ class Manifest:
     targets: dict[str, dict[str, str]]
     tensors: dict[str, dict[str, list[dict[str, Any]]]]
     files: dict[str, File] = field(default_factory=dict)
+    scorer: Scorer | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -155,7 +183,20 @@ class Manifest:
 
     def slots(self, plan: str) -> list[int]:
         """Slots that each stage's cache reserves under a plan."""
-        return [self.limits.slots(budget) for budget in self.budgets(plan)]
+        last = self.side_layer(plan)
+        return [
+            self.limits.slots(budget, stage.last <= last)
+            for stage, budget in zip(self.stages, self.budgets(plan), strict=True)
+        ]
+
+    def side_layer(self, plan: str) -> int:
+        """The last site whose decision reads side rows: they are fed up to there. 0 for none."""
+        inputs = {
+            site.layer: self.tensors.get(names.decide(plan, site.layer), {}).get("inputs", [])
+            for site in self.plans[plan].sites
+        }
+        reading = (k for k, given in inputs.items() if any(t["name"] == names.SIDE_ROW for t in given))
+        return max(reading, default=0)
 
     def row_bytes(self, stage: Stage) -> int:
         """KV bytes of one row in a stage: layers x 2 x KV heads x head dim x bytes."""

@@ -7,6 +7,7 @@ Here its attention, rolled out over a group of layers, says which tokens go on. 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from patchsieve.errors import PatchsieveError, ShapeError
-from patchsieve.pruning.rows import HIDDEN_LOGIT, mean_over
+from patchsieve.pruning.rollout import Layer, importance, rollout_row, start_row, value_norms
 from patchsieve.pruning.select import check_num_keep, keep_count
 from patchsieve.pruning.site import Decision, Site
 
@@ -29,8 +30,6 @@ class IVTP:
     A group is the `group` layers that end at the site. S_i = R[cls, i] ||V_i|| / sum_j (eq. 4),
     where R is the rollout of eq. 3 over the group and V the values of its top layer.
 
-    Differs from the paper: eq. 3's product of maps is a chain of vectors times maps, which gives
-    the same numbers, because only the CLS row is wanted.
     The paper leaves open: which rows the maps hold (`block`), whether the group's first layer gets
     an identity too (eq. 3 gives it none, Abnar and Zuidema do), heads (their mean is taken) and
     the norm of V (over all heads side by side).
@@ -91,110 +90,78 @@ class IVTP:
             ShapeError: The site lacks values, a side row or the group's lower layers.
         """
         layers = self._layers(site)
-        rollout = self._roll_out(site, layers)[:, :-1]  # [B, N], without the CLS itself
-        scores = rollout * value_norms(site)  # [B, N]
-        total = scores.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        scores = scores / total  # [B, N]
+        if self.fusion == "rollout":
+            cls = site.visual_rows.shape[0] + torch.zeros_like(site.visual_rows[:1])  # [1]
+            row = rollout_row(layers, cls, identity_first=self.identity_first)
+        else:
+            row = fuse([cls_row(site, layer) for layer in reversed(layers)], self.fusion)
+        visual = site.visual_rows + site.first_key
+        assert site.value is not None  # `_layers` has looked
+        norms = value_norms(site.value.index_select(2, visual))  # [B, N]
+        scores = importance(row[:, :-1], norms)  # [B, N], the pseudo-CLS itself left out
         keep, num_wanted = keep_count(scores, self.num_keep, budget)
         return Decision(keep, scores, num_wanted)
 
-    def _layers(self, site: Site) -> list[tuple[Tensor, Tensor]]:
-        """Queries and keys of the group's layers, the top one first."""
+    def _layers(self, site: Site) -> list[Layer]:
+        """The group over the block's rows, the lowest layer first."""
         depth = 1 if self.fusion == "single" else self.group
         if site.value is None or site.side_row is None or len(site.lower) < depth - 1:
             raise ShapeError(
                 "ivtp does not find what it reads",
                 found=f"{1 + len(site.lower)} layers, "
-                f"{'no ' if site.side_row is None else ''}side row, "
-                f"{'no ' if site.value is None else ''}values",
+                f"{'no' if site.side_row is None else 'a'} side row, "
+                f"{'no' if site.value is None else 'with'} values",
                 expected=f"{depth} layers, a side row and the top layer's values",
                 do="feed what `reads` names",
             )
-        return [(site.query, site.key), *site.lower[: depth - 1]]
-
-    def _roll_out(self, site: Site, layers: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """What the pseudo-CLS gives to each row of [visual; pseudo-CLS], float32 [B, N + 1]."""
-        if self.fusion != "rollout":
-            return self._fuse([cls_row(site, *layer, self.block) for layer in layers])
-        top, *lower = layers
-        vector = cls_row(site, *top, self.block)  # [B, N + 1]
-        if lower or self.identity_first:
-            vector = (vector + _is_cls(vector)) / 2
-        for place, layer in enumerate(lower, 1):
-            moved = (vector[:, None] @ attention_block(site, *layer, self.block))[:, 0]
-            has_identity = place < len(lower) or self.identity_first
-            vector = (moved + vector) / 2 if has_identity else moved  # [B, N + 1]
-        return vector
-
-    def _fuse(self, rows: list[Tensor]) -> Tensor:
-        """Join the CLS rows of the layers, [B, N + 1]."""
-        fused = rows[0]
-        for row in rows[1:]:
-            if self.fusion == "mean":
-                fused = fused + row  # the sum: eq. 4 divides by a common factor anyway
-            elif self.fusion == "max":
-                fused = torch.maximum(fused, row)
-            else:  # the length keeps a product over many layers from vanishing; eq. 4 cancels it
-                fused = fused * row * row.shape[-1]
-        return fused
+        group = [(site.query, site.key), *site.lower[: depth - 1]]
+        return [block_layer(site, *layer, self.block) for layer in reversed(group)]
 
 
-def attention_block(site: Site, query: Tensor, key: Tensor, block: str) -> Tensor:
-    """Attention among [visual; pseudo-CLS], mean over heads (eq. 2), float32 [B, N + 1, N + 1].
+def block_layer(site: Site, query: Tensor, key: Tensor, block: str = "prefix") -> Layer:
+    """One layer over the n = N + 1 rows [visual; pseudo-CLS] of an image (eq. 2).
 
     Args:
-        site: The image at the site.
+        site: The image at the site; its side row is there.
         query: Queries of a layer, [B, H, L, D].
         key: Keys of the same layer, [B, G, S, D].
-        block: "visual" divides each row by what it gives to the block; "prefix" leaves it.
+        block: "visual" keeps the keys of these rows only; "prefix" all, what stands before the
+            image included.
     """
-    assert site.side_row is not None  # `IVTP._layers` has looked
-    rows = torch.cat((site.visual_rows, site.side_row))  # [N + 1]
-    return _attention(site, query, key, rows, block)
-
-
-def cls_row(site: Site, query: Tensor, key: Tensor, block: str) -> Tensor:
-    """The pseudo-CLS's own row of `attention_block`, without the others, float32 [B, N + 1]."""
-    assert site.side_row is not None  # `IVTP._layers` has looked
-    return _attention(site, query, key, site.side_row, block)[:, 0]
-
-
-def value_norms(site: Site) -> Tensor:
-    """||V_i|| of each visual token, all heads side by side, float32 [B, N].
-
-    With grouped heads each value counts once; repeating it would scale all norms alike.
-    """
-    assert site.value is not None  # `IVTP._layers` has looked
-    values = site.value.index_select(2, site.visual_rows + site.first_key).float()  # [B, G, N, D]
-    return (values * values).sum(dim=(1, 3)).sqrt()
-
-
-def _attention(site: Site, query: Tensor, key: Tensor, rows: Tensor, block: str) -> Tensor:
-    """Rows [R] of the block's map, [B, R, N + 1]; `rows` are ascending, the side row last."""
     assert site.side_row is not None
-    visual, side = site.visual_rows + site.first_key, site.side_row + site.first_key
-    columns = torch.cat((visual, side))  # [N + 1]
-    slots = rows + site.first_key  # [R]
-    seen_by_side = visual[-1:]
-    # What a row sees besides itself: all before it, and no more than the image's end.
-    limit = torch.minimum(slots, seen_by_side)  # [R]
-    if block == "visual":
-        keys, key_slots = key.index_select(2, columns), columns
+    rows = torch.cat((site.visual_rows, site.side_row))  # [n]
+    slots = rows + site.first_key
+    # A row sees all up to itself, but no further than the image's end; and itself.
+    limit = torch.minimum(slots, slots[-2])  # [n]
+    columns = None if block == "visual" else slots
+    if columns is None:
+        key, key_slots = key.index_select(2, slots), slots
     else:
-        keys, key_slots = key, torch.arange(key.shape[2], device=key.device)
-    seen = (key_slots[None] <= limit[:, None]) | (key_slots[None] == slots[:, None])  # [R, S']
-    batch, heads, _, head_dim = query.shape
-    kv_heads, num_rows = key.shape[1], rows.shape[0]
-    scaled = query.index_select(2, rows).float() * head_dim**-0.5  # [B, H, R, D]
-    # The heads that share a KV head become more rows of it, so that K is never repeated.
-    grouped = scaled.reshape(batch, kv_heads, heads // kv_heads * num_rows, head_dim)
-    logits = grouped @ keys.float().transpose(-1, -2)  # [B, G, H/G*R, S']
-    logits = logits.reshape(batch, heads, num_rows, key_slots.shape[0])  # [B, H, R, S']
-    attention = torch.softmax(torch.where(seen, logits, HIDDEN_LOGIT), dim=-1)
-    attention = mean_over(attention, 1)  # [B, R, S']
-    return attention if block == "visual" else attention.index_select(2, columns)  # [B, R, N + 1]
+        key_slots = torch.arange(key.shape[2], device=key.device)
+    mask = (key_slots[None] <= limit[:, None]) | (key_slots[None] == slots[:, None])  # [n, S]
+    scale = query.shape[-1] ** -0.5
+    return Layer(query.index_select(2, rows), key, scale, mask, columns)
 
 
-def _is_cls(row: Tensor) -> Tensor:
-    """One at the pseudo-CLS, which is last, and zero elsewhere; like `row`, [B, N + 1]."""
-    return torch.cat((torch.zeros_like(row[:, 1:]), torch.ones_like(row[:, :1])), dim=1)
+def cls_row(site: Site, layer: Layer) -> Tensor:
+    """The pseudo-CLS's own attention over the block's rows, float32 [B, N + 1]."""
+    cls = site.visual_rows.shape[0] + torch.zeros_like(site.visual_rows[:1])  # [1]
+    return start_row(layer, cls)
+
+
+def fuse(rows: Sequence[Tensor], fusion: str) -> Tensor:
+    """Join the CLS rows of several layers entry by entry (table 5), up to a common factor.
+
+    Args:
+        rows: One of each layer, the top one first, [B, n] each.
+        fusion: "single" (the top one's), "mean", "max" or "multiply".
+    """
+    fused = rows[0]
+    for row in rows[1:] if fusion != "single" else ():
+        if fusion == "mean":
+            fused = fused + row  # eq. 4 divides by the sum, so the number of layers cancels
+        elif fusion == "max":
+            fused = torch.maximum(fused, row)
+        else:  # the factor n keeps a product over many layers from vanishing, and cancels too
+            fused = fused * row * row.shape[-1]
+    return fused

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from patchsieve.errors import PatchsieveError, ShapeError
 from patchsieve.pruning.fastv import last_row_score
-from patchsieve.pruning.ivtp import cls_row
+from patchsieve.pruning.ivtp import block_layer, cls_row
 from patchsieve.pruning.select import check_num_keep, keep_count
 from patchsieve.pruning.site import Decision, Site
 
@@ -68,6 +68,6 @@ class DecoderTopK:
                 do='give the plan a pseudo_cls, or choose row "last"',
             )
         else:
-            scores = cls_row(site, site.query, site.key, "prefix")[:, :-1]  # [B, N]
+            scores = cls_row(site, block_layer(site, site.query, site.key))[:, :-1]  # [B, N]
         keep, num_wanted = keep_count(scores, self.num_keep, budget)
         return Decision(keep, scores, num_wanted)
