@@ -55,6 +55,8 @@ class ExportOptions:
         targets: For which to write graphs.
         precision: dtype of weights, rows and caches: a key of DTYPES.
         limits: What requests may ask for.
+        scorer: Where the CLIP comes from that compares the question with an image, for a plan whose
+            pseudo_cls wants one (see `clip_source.open_source`).
     """
 
     plan: Plan = field(default_factory=Plan)
@@ -63,6 +65,7 @@ class ExportOptions:
     targets: tuple[str, ...] = ("cpu",)
     precision: str = "float32"
     limits: manifest.Limits = field(default_factory=lambda: manifest.Limits(512, 256, 1))
+    scorer: str | None = None
 
     def __post_init__(self) -> None:
         check_plan_name(self.plan_name)

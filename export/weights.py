@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import onnx_ir as ir
 import torch
 from torch import nn
 
-from patchsieve.export.checkpoint import Checkpoint
 from patchsieve.export.layers import Linear
 
 DIRECTORY = "weights"  # inside the graphs' folder: external data must lie in or below it
@@ -20,6 +20,13 @@ DTYPES = {
     "float32": (torch.float32, ir.DataType.FLOAT, "F32"),
     "float16": (torch.float16, ir.DataType.FLOAT16, "F16"),
 }
+
+
+class Source(Protocol):
+    """Where tensors come from."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ def weights_of(module: nn.Module, prefix: str = "", source_prefix: str = "") -> 
 def write(
     path: Path,
     weights: list[Weight],
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     precision: str,
     progress: Callable[[int], None],
 ) -> dict[str, ir.ExternalTensor]:

@@ -130,7 +130,7 @@ class Answer:
             hidden[span] = chat._images.features[number]
             image[span], patch_ids[span] = number, chat._images.patch_ids[number]
         positions = self.cache.position + np.arange(count)
-        return Rows(positions, image, patch_ids, is_instruction), hidden[None]
+        return Rows(positions, image, patch_ids, is_instruction, np.full(count, TEXT)), hidden[None]
 
     def _settle(
         self,

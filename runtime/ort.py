@@ -124,6 +124,10 @@ class OrtBackend:
         """The cache itself, not a copy."""
         return cache.buffers.values[names.key_cache(layer)]
 
+    def value_cache(self, cache: StageCache, layer: int) -> Any:
+        """The cache itself, not a copy."""
+        return cache.buffers.values[names.value_cache(layer)]
+
     def to_numpy(self, tensor: Any) -> np.ndarray:
         """Copy a tensor out."""
         return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()

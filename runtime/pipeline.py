@@ -10,11 +10,12 @@ import numpy as np
 
 from patchsieve import names
 from patchsieve.errors import PatchsieveError
+from patchsieve.plan import SitePlan
 from patchsieve.runtime.backend import Backend
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.cache import Cache, StageCache, empty_cache
 from patchsieve.runtime.result import SiteResult, since
-from patchsieve.runtime.rows import Rows
+from patchsieve.runtime.rows import TEXT, Rows
 
 
 @dataclass
@@ -89,23 +90,31 @@ class Pipeline:
         sites = {site.layer: site for site in self.facts.plans[plan].sites}
         result = Prefill(np.zeros(0, np.float32))
         keep_indices = np.arange(len(rows))
-        position = cache.position + len(rows)
+        position = cache.position + len(rows) - rows.num_side
+        queries: dict[str, Any] = {}  # of the rows as they are now
         for index, stage_cache in enumerate(cache.stages):
             start = time.perf_counter()
             slot = stage_cache.length
-            out = self._stage(index, hidden, keep_indices, rows.position_ids, stage_cache)
+            out = self._stage(
+                index,
+                hidden,
+                keep_indices,
+                rows.position_ids,
+                stage_cache,
+                rows.last_seen(),
+                rows.num_side,
+            )
             result.stage_ms.append(since(start))
             hidden = out.get(names.HIDDEN_OUT)
+            queries |= out
             keep_indices = np.arange(len(rows))
             site = sites.get(stage_cache.stage.last)
             if site is not None and rows.images():
                 start = time.perf_counter()
-                query = out[names.query(site.layer - 1)]
-                budget = site.budget or self.facts.vision.num_visual
                 keep_indices = self._decide(
-                    plan, site.layer, budget, query, slot, rows, stage_cache, rng, result.sites
+                    plan, site, queries, slot, rows, cache, rng, result.sites
                 )
-                rows = rows.take(keep_indices)
+                rows, queries = rows.take(keep_indices), {}
                 result.decide_ms.append(since(start))
         cache.position = position
         result.logits = self._finite(out[names.LOGITS])
@@ -133,47 +142,56 @@ class Pipeline:
         keep_indices: np.ndarray,
         position_ids: np.ndarray,
         cache: StageCache,
+        last_seen: np.ndarray | None = None,
+        num_side: int = 0,
     ) -> dict[str, Any]:
+        """Run a stage; of the rows fed, the last `num_side` do not count as cached."""
         count = len(keep_indices)
+        last_seen = np.arange(count) if last_seen is None else last_seen
         inputs = {
             names.HIDDEN: hidden,
             names.KEEP_INDICES: keep_indices,
             names.POSITION_IDS: position_ids,
             names.SLOT: np.array([cache.length]),
-            names.LAST_KEY: cache.length + np.arange(count),
+            names.LAST_KEY: cache.length + last_seen,
         }
         if index == len(self.facts.stages) - 1:
-            inputs[names.LOGITS_ROW] = np.array([count - 1])
+            inputs[names.LOGITS_ROW] = np.array([count - num_side - 1])
         out = self.backend.run_stage(index, inputs, cache)
-        cache.length += count
+        cache.length += count - num_side
         return out
 
     def _decide(
         self,
         plan: str,
-        layer: int,
-        budget: int,
-        query: Any,
+        site: SitePlan,
+        queries: dict[str, Any],
         slot: int,
         rows: Rows,
-        cache: StageCache,
+        cache: Cache,
         rng: np.random.Generator,
         sites: list[SiteResult],
     ) -> np.ndarray:
         """Run a site's decision once per image and return the rows that go on."""
+        graph, layer = names.decide(plan, site.layer), site.layer
+        budget = site.budget or self.facts.vision.num_visual
+        read = self._read(graph, layer, queries, cache)
         keep: Any = np.ones(len(rows), bool)
+        if layer == self.facts.side_layer(plan):
+            keep = rows.side_of == TEXT  # side rows have done their work
         wanted = {}
         for image in rows.images():
             visual_rows = rows.of_image(image)
             out = self.backend.run(
-                names.decide(plan, layer),
-                {
-                    names.QUERY: query,
-                    names.KEY: self.backend.key_cache(cache, layer - 1),
+                graph,
+                read
+                | {
                     names.SLOT: np.array([slot]),
                     names.VISUAL_ROWS: visual_rows,
                     names.TEXT_ROWS: rows.text_for(image),
                     names.PATCH_IDS: rows.patch_ids[visual_rows],
+                    names.SIDE_ROW: rows.side_row(image),
+                    names.LAST_ROW: rows.last_row(),
                     names.KEEP: keep,
                     names.BUDGET: np.array([budget]),
                     names.NOISE: rng.random((1, len(visual_rows)), np.float32),
@@ -196,6 +214,23 @@ class Pipeline:
                 )
             )
         return keep_indices
+
+    def _read(
+        self, graph: str, layer: int, queries: dict[str, Any], cache: Cache
+    ) -> dict[str, Any]:
+        """Queries, keys and values that a decision takes, by its names for them."""
+        top, read = layer - 1, {}
+        for tensor in self.facts.tensors[graph]["inputs"]:
+            name = tensor["name"]
+            what, _, number = name.partition(".")
+            of = int(number) if number else top
+            if what == names.QUERY:
+                read[name] = queries[names.query(of)]
+            elif what in (names.KEY, names.VALUE):
+                stage = next(c for c in cache.stages if c.stage.first <= of < c.stage.last)
+                give = self.backend.key_cache if what == names.KEY else self.backend.value_cache
+                read[name] = give(stage, of)
+        return read
 
     def _undo(self, cache: Cache, mark: tuple[int, ...]) -> None:
         """Forget rows and zero their slots: a mask does not stop a NaN in an unused slot."""

@@ -18,12 +18,15 @@ class Rows:
         image: Number of the row's image in the conversation, TEXT for text, int64 [L].
         patch_ids: Raster index on the image's patch grid, -1 for none, int64 [L].
         is_instruction: The row holds a token of the last question, bool [L].
+        side_of: For a side row the image that it judges, TEXT for all others, int64 [L]. Side rows
+            stand behind all others; their `image` is TEXT.
     """
 
     position_ids: np.ndarray
     image: np.ndarray
     patch_ids: np.ndarray
     is_instruction: np.ndarray
+    side_of: np.ndarray
 
     def __len__(self) -> int:
         return len(self.position_ids)
@@ -35,7 +38,44 @@ class Rows:
             self.image[indices],
             self.patch_ids[indices],
             self.is_instruction[indices],
+            self.side_of[indices],
         )
+
+    def with_side_rows(self, next_position: int) -> Rows:
+        """The rows, and behind them a side row for each image that is fed.
+
+        Its position is that of the row behind the image, which it does not shift.
+
+        Args:
+            next_position: That of the row behind all these.
+        """
+        images = self.images()
+        none = np.full(len(images), TEXT)
+        behind = np.array([self.of_image(image)[-1] + 1 for image in images], np.int64)
+        positions = np.append(self.position_ids, next_position)
+        return Rows(
+            np.concatenate((self.position_ids, positions[behind])),
+            np.concatenate((self.image, none)),
+            np.concatenate((self.patch_ids, none)),
+            np.concatenate((self.is_instruction, none > TEXT)),
+            np.concatenate((self.side_of, np.array(images, np.int64))),
+        )
+
+    @property
+    def num_side(self) -> int:
+        """Side rows among them."""
+        return int((self.side_of != TEXT).sum())
+
+    def side_row(self, image: int) -> np.ndarray:
+        """Index of an image's side row, [1]; none where there is no such row, [0]."""
+        return np.flatnonzero(self.side_of == image)
+
+    def last_seen(self) -> np.ndarray:
+        """The last row that each row sees besides itself, [L]: a side row, its image's last."""
+        seen = np.arange(len(self))
+        for row in np.flatnonzero(self.side_of != TEXT):
+            seen[row] = self.of_image(self.side_of[row])[-1]
+        return seen
 
     def images(self) -> list[int]:
         """Numbers of the images among the rows, ascending."""
@@ -52,8 +92,12 @@ class Rows:
         the answer, at least); where no text follows, the last row does.
         """
         last = self.of_image(image)[-1]
-        behind = (np.arange(len(self)) > last) & (self.image == TEXT)
+        behind = (np.arange(len(self)) > last) & (self.image == TEXT) & (self.side_of == TEXT)
         for chosen in (behind & self.is_instruction, behind):
             if chosen.any():
                 return np.flatnonzero(chosen)
-        return np.array([len(self) - 1])
+        return self.last_row()
+
+    def last_row(self) -> np.ndarray:
+        """Index of the last row that is no side row, [1]."""
+        return np.array([len(self) - self.num_side - 1])
