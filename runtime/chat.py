@@ -127,7 +127,7 @@ class Chat:
             answer = Answer(self, options, result, start)
             yield from answer.run(tokens, tuple(messages))
         except BaseException:
-            del self._images.features[seen:], self._images.patch_ids[seen:]
+            self._images.forget_from(seen)
             if mark is None:
                 self._restart(cache)  # the next turn prefills what `messages` holds
             else:
@@ -223,10 +223,12 @@ class Chat:
                     do=f"shorten it, or export with a larger {option}",
                 )
         budgets = self.model.facts.budgets(self.plan)
+        side_layer = self.model.facts.side_layer(self.plan)
         for stage, budget in zip(cache.stages, budgets, strict=True):
             used = stage.length if continues else 0
-            # The last new token is answered but never fed.
-            needed = used + text + images * budget + max_new_tokens - 1
+            # The last new token is answered but never fed; new ones take the place of side rows.
+            side = images if stage.stage.last <= side_layer else 0
+            needed = used + text + images * budget + max(max_new_tokens - 1, side)
             if needed > stage.slots:
                 raise CapacityError(
                     "the conversation is full",
@@ -240,9 +242,10 @@ class Chat:
     def _see(self, pixels: np.ndarray | None, result: Result) -> None:
         start = time.perf_counter()
         if pixels is not None:
-            features, ids = self.model.pipeline.see(pixels)
+            features, ids, cls = self.model.pipeline.see(pixels, self.plan)
             self._images.features += list(features)
             self._images.patch_ids += list(ids)
+            self._images.cls += cls
         result.timings_ms["vision"] = since(start)
 
     def _restart(self, cache: Cache) -> None:

@@ -14,8 +14,10 @@ from patchsieve.plan import SitePlan
 from patchsieve.runtime.backend import Backend
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.cache import Cache, StageCache, empty_cache
+from patchsieve.runtime.pseudo_cls import VisualCls
 from patchsieve.runtime.result import SiteResult, since
 from patchsieve.runtime.rows import TEXT, Rows
+from patchsieve.runtime.scorer import TextScorer
 
 
 @dataclass
@@ -46,16 +48,46 @@ class Pipeline:
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle, self.backend, self.facts = bundle, backend, bundle.manifest
         self._only_row = np.zeros(1, np.int64)
+        self._scorer: TextScorer | None = None
 
     def new_cache(self, plan: str) -> Cache:
         """An empty cache with the reservation of a plan."""
         return empty_cache(self.facts, plan, self.backend.allocate)
 
-    def see(self, pixel_values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Image features [B, N, C] and raster ids [B, N] of pixels [B, 3, h, w]."""
-        out = self.backend.run(names.VISION, {names.PIXEL_VALUES: pixel_values})
-        features, ids = out[names.IMAGE_FEATURES], out[names.IMAGE_IDS]
-        return self.backend.to_numpy(features), self.backend.to_numpy(ids)
+    def see(
+        self, pixel_values: np.ndarray, plan: str
+    ) -> tuple[np.ndarray, np.ndarray, list[VisualCls]]:
+        """Look at images as a plan does.
+
+        Args:
+            pixel_values: [B, 3, h, w].
+            plan: Name of the plan.
+
+        Returns:
+            Image features [B, N, C], raster ids [B, N], and each image's class token where the plan
+            asks for it.
+        """
+        graph = self.bundle.vision(plan)
+        out = self.backend.run(graph, {names.PIXEL_VALUES: pixel_values})
+        found = {name: self.backend.to_numpy(value) for name, value in out.items()}
+        joint = found.get(names.CLS_JOINT, [None] * len(pixel_values))
+        cls = [
+            VisualCls(features, own)
+            for features, own in zip(found.get(names.CLS_FEATURES, ()), joint, strict=False)
+        ]
+        return found[names.IMAGE_FEATURES], found[names.IMAGE_IDS], cls
+
+    def score(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """A text's tokens in the space of the image [K, E], and their characters [K, 2]."""
+        if self._scorer is None:
+            facts = self.facts.scorer
+            assert facts is not None  # the manifest was checked: the plan that asks has one
+            self._scorer = TextScorer(facts, self.bundle.path / facts.tokenizer, self._text_features)
+        return self._scorer(text)
+
+    def _text_features(self, text_ids: np.ndarray) -> np.ndarray:
+        out = self.backend.run(names.SCORER, {names.TEXT_IDS: text_ids})
+        return self.backend.to_numpy(out[names.TEXT_FEATURES])
 
     def prefill(
         self,

@@ -16,6 +16,19 @@ NO_OVERLAP = -np.inf  # relevance of a token that shares no character with any o
 
 
 @dataclass(frozen=True)
+class VisualCls:
+    """What the tower says of one image as a whole.
+
+    Attributes:
+        features: Class token through the projector, [C].
+        joint: Class token in the space of the text tower, [E]; None where no plan compares.
+    """
+
+    features: np.ndarray
+    joint: np.ndarray | None
+
+
+@dataclass(frozen=True)
 class Words:
     """Which of the question's tokens stand for it where an image is judged.
 

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from patchsieve.runtime.pseudo_cls import Words
+
 SCHEMA_VERSION = 1
 
 
@@ -64,6 +66,7 @@ class Result:
         selection: "picked" in this turn, "kept" from an earlier one, "repicked" by a new prefill,
             or "none" where nothing was pruned.
         sites: Survivors per site and image, of the whole conversation.
+        words: The question's words that judged each image of this turn, for plans with a pseudo_cls.
         kv_bytes: Reserved and used, in all and per stage.
         timings_ms: Milliseconds of each part; `ttft` is the time to the first token, `decode_steps`
             lists each token behind it.
@@ -78,6 +81,7 @@ class Result:
     plan: str = ""
     selection: str = "none"
     sites: list[SiteResult] = field(default_factory=list)
+    words: list[Words] = field(default_factory=list)
     kv_bytes: dict[str, Any] = field(default_factory=dict)
     timings_ms: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -90,5 +94,6 @@ class Result:
             "schema_version": SCHEMA_VERSION,
             **vars(self),
             "sites": sites,
+            "words": [one.to_dict() for one in self.words],
             "timings_ms": times,
         }
