@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from patchsieve.errors import PatchsieveError
 from patchsieve.heads import CONFIG, TENSORS, HeadsConfig, load_heads
-from patchsieve.plan import Plan, SitePlan
+from patchsieve.plan import MethodPlan, Plan, SitePlan
 from patchsieve.pruning.atp import ATP
-from patchsieve.pruning.select import num_to_keep
-from patchsieve.pruning.table import METHODS
+from patchsieve.pruning.pooling import Pooling
+from patchsieve.pruning.schedules import SCHEDULE_OPTIONS, TowerSchedule, num_to_keep
+from patchsieve.pruning.table import ENCODERS, METHODS, PROJECTORS
 from patchsieve.pruning.thresholds import ConstantThresholds, Thresholds
 from patchsieve.writing import write_whole
 
 if TYPE_CHECKING:
     from patchsieve.pruning.site import Method
+    from patchsieve.pruning.tower import TowerMethod
 
 HEADS = "heads"  # folder of a bundle
 
@@ -47,6 +49,60 @@ def build_method(site: SitePlan, folder: Path = Path()) -> Method:
         raise PatchsieveError(
             f"the parameters of {site.method} at layer {site.layer} do not fit", found=error
         ) from error
+
+
+def build_encoder(plan: MethodPlan | None) -> TowerMethod | None:
+    """Build the method inside the vision tower.
+
+    Raises:
+        PatchsieveError: The method or one of its parameters is unknown.
+    """
+    if plan is None:
+        return None
+    kind = _known(plan, ENCODERS, "inside the vision tower")
+    given = dict(plan.params)
+    options = {name: given.pop(name) for name in SCHEDULE_OPTIONS if name in given}
+    return _made(kind, plan, given | {"schedule": TowerSchedule(**options)})
+
+
+def build_projector(plan: MethodPlan | None, num_layers: int) -> TowerMethod | Pooling | None:
+    """Build the method between a tower that runs `num_layers` layers and the decoder.
+
+    Raises:
+        PatchsieveError: The method or one of its parameters is unknown.
+    """
+    if plan is None:
+        return None
+    kind = _known(plan, PROJECTORS, "between tower and decoder")
+    given = dict(plan.params)
+    if kind is not Pooling:  # once, behind the last layer
+        schedule = TowerSchedule(keep=given.pop("keep", None), layers=(num_layers - 1,))
+        given["schedule"] = schedule
+    return _made(kind, plan, given)
+
+
+def _known(plan: MethodPlan, table: dict[str, type], where: str) -> type:
+    if plan.method not in table:
+        raise PatchsieveError(
+            f"unknown method {where}", found=plan.method[:80], expected=", ".join(table)
+        )
+    return table[plan.method]
+
+
+def _made(kind: type, plan: MethodPlan, options: dict[str, Any]) -> Any:
+    flags = {f.name for f in fields(kind) if f.type == "bool"}
+    wrong = [name for name in flags & set(options) if not isinstance(options[name], bool)]
+    if "schedule" in plan.params or wrong:
+        name = "schedule" if "schedule" in plan.params else wrong[0]
+        raise PatchsieveError(
+            f"the parameter {name} of {plan.method} cannot be used",
+            found=repr(plan.params[name])[:80],
+            expected="true or false" if wrong else ", ".join(SCHEDULE_OPTIONS),
+        )
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise PatchsieveError(f"the parameters of {plan.method} do not fit", found=error) from error
 
 
 _NUMBER = (int, float)
@@ -151,6 +207,7 @@ def _plain(value: object) -> object:
 def resolve_budgets(plan: Plan, methods: list[Method], num_visual: int) -> Plan:
     """Give each site the number of tokens per image that the layers behind it reserve.
 
+    `num_visual` tokens of an image enter the decoder, of which a site's ratio keeps its fraction.
     A given budget holds; it may not exceed what enters the site. Otherwise a fixed ratio or number
     needs what it keeps, heads propose theirs, and a method whose count adapts without a proposal
     reserves what the site before it does.

@@ -86,12 +86,12 @@ def _check_sizes(facts: Manifest) -> None:
         raise BundleError(
             "unknown precision", found=facts.precision[:60], expected=" or ".join(PRECISIONS)
         )
-    patches = vision.grid[0] * vision.grid[1]
-    if vision.num_visual > patches + 1:  # the patches and a class token
+    if vision.num_visual != vision.num_patches + vision.has_cls - vision.num_dropped:
         raise BundleError(
-            "an image has more visual tokens than patches",
+            "the visual tokens of an image are not those of its tower",
             found=vision.num_visual,
-            expected=f"at most {patches + 1}",
+            expected=f"{vision.num_patches} patches + {int(vision.has_cls)} class token - "
+            f"{vision.num_dropped} dropped",
         )
 
 
@@ -134,7 +134,7 @@ def _check_plans(facts: Manifest) -> None:
             )
         if plan.pseudo_cls is not None and plan.pseudo_cls.needs_scorer and facts.scorer is None:
             raise BundleError(f"the plan {name} compares words with an image, but has no scorer")
-    if facts.plans[NO_PRUNING].sites:
+    if facts.plans[NO_PRUNING].prunes:
         raise BundleError("the plan named none prunes")
 
 
@@ -196,11 +196,12 @@ def _tensors(facts: Manifest) -> dict[str, dict[str, _Shape]]:
     text, vision = facts.text, facts.vision
     side = vision.image_size
     tensors: dict[str, dict[str, _Shape]] = {
-        names.VISION: {
+        graph: {
             names.PIXEL_VALUES: [None, 3, side, side],
-            names.IMAGE_FEATURES: [None, vision.num_visual, text.hidden_size],
-            names.IMAGE_IDS: [None, vision.num_visual],
+            names.IMAGE_FEATURES: [None, count, text.hidden_size],
+            names.IMAGE_IDS: [None, count],
         }
+        for graph, count in _visual_counts(facts).items()
     }
     if facts.scorer is not None:
         tensors[names.SCORER] = {
@@ -220,6 +221,24 @@ def _tensors(facts: Manifest) -> dict[str, dict[str, _Shape]]:
             shapes[names.query(stage.last - 1)] = [1, None, text.num_heads * text.head_dim]
         tensors[names.stage(index)] = shapes
     return tensors
+
+
+def _visual_counts(facts: Manifest) -> dict[str, int]:
+    """Tokens that each vision graph gives; those of a plan stand in its own list of tensors."""
+    counts = {names.VISION: facts.vision.num_visual}
+    for name in (name for name, plan in facts.plans.items() if plan.has_vision):
+        graph = names.vision(name)
+        outputs = facts.tensors.get(graph, {}).get("outputs", [])
+        shapes = [t.get("shape") for t in outputs if t.get("name") == names.IMAGE_FEATURES]
+        found = shapes[0][1] if shapes and is_shape(shapes[0]) and len(shapes[0]) == 3 else None
+        if type(found) is not int or not 0 < found <= facts.vision.num_visual:
+            raise BundleError(
+                f"the manifest does not say how many tokens {graph} gives",
+                found=repr(found)[:60],
+                expected=f"1 to {facts.vision.num_visual}",
+            )
+        counts[graph] = found
+    return counts
 
 
 def is_shape(shape: Any) -> bool:

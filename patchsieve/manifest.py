@@ -39,7 +39,18 @@ class TextModel:
 
 @dataclass(frozen=True)
 class VisionModel:
-    """The tower's measures. `num_visual` tokens enter the decoder for each image."""
+    """The tower and the projector: all that their graphs depend on besides weights.
+
+    Attributes:
+        num_layers_run: Layers up to the last whose rows the projector reads.
+        num_visual: Tokens that enter the decoder for each image where nothing prunes before it.
+        num_dropped: Rows that the model drops from the front of the tower's, before the projector:
+            the class token, usually.
+        has_cls: A class token stands before the patches.
+        has_pre_norm: A layer norm follows the embeddings.
+        patch_bias: The patch embedding has a bias.
+        feature_layers: Layers whose rows the projector reads side by side, 0 for the embeddings.
+    """
 
     model_type: str
     hidden_size: int
@@ -51,6 +62,20 @@ class VisionModel:
     patch_size: int
     grid: tuple[int, int]
     num_visual: int
+    num_dropped: int
+    has_cls: bool
+    has_pre_norm: bool
+    patch_bias: bool
+    norm_eps: float
+    activation: str
+    feature_layers: tuple[int, ...]
+    projector_activation: str
+    projector_bias: bool
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return self.grid[0] * self.grid[1]
 
 
 @dataclass(frozen=True)
@@ -172,10 +197,19 @@ class Manifest:
         """Layers at which the decoder is divided."""
         return [stage.first for stage in self.stages[1:]]
 
+    def vision_graph(self, plan: str) -> str:
+        """The graph that makes a plan's visual tokens."""
+        return names.vision(plan) if self.plans[plan].has_vision else names.VISION
+
+    def num_visual(self, plan: str) -> int:
+        """Visual tokens that enter the decoder for each image under a plan."""
+        outputs = self.tensors[self.vision_graph(plan)]["outputs"]
+        return next(t["shape"][1] for t in outputs if t["name"] == names.IMAGE_FEATURES)
+
     def budgets(self, plan: str) -> list[int]:
         """Visual tokens per image that each stage reserves slots for under a plan."""
         at = {site.layer: site.budget for site in self.plans[plan].sites}
-        budget, budgets = self.vision.num_visual, []
+        budget, budgets = self.num_visual(plan), []
         for stage in self.stages:
             budget = min(budget, at.get(stage.first) or budget)
             budgets.append(budget)

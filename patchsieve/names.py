@@ -8,6 +8,16 @@ SCORER = "scorer"
 COMPACT = "compact"
 
 
+def vision(plan: str) -> str:
+    """Name of the vision graph of a plan that prunes before the decoder."""
+    return f"{VISION}.{plan}"
+
+
+def is_vision(graph: str) -> bool:
+    """Whether a graph turns pixels into visual tokens, pruned or not."""
+    return graph.split(".")[0] == VISION
+
+
 def stage(index: int) -> str:
     """Name of the graph of one stage of the decoder."""
     return f"stage_{index}"
@@ -24,10 +34,13 @@ def decided(graph: str) -> tuple[str, int] | None:
     return (parts[1], int(parts[2])) if parts[0] == "decide" else None
 
 
-# Tensors of `vision`.
+# Tensors of `vision` and `vision.{plan}`; NOISE too where a plan draws, [B, patches].
 PIXEL_VALUES = "pixel_values"  # [B, 3, h, w]
 IMAGE_FEATURES = "image_features"  # [B, N, C]
-IMAGE_IDS = "image_ids"  # [B, N] raster index of each token on the patch grid, -1 for CLS
+# [B, N] raster index of each token on the patch grid; -1 for CLS (the first) and for tokens that
+# are fused (the last), merged or pooled (all of them).
+IMAGE_IDS = "image_ids"
+IMAGE_SOURCES = "image_sources"  # [B, patches] token that each patch went to, -1: dropped
 
 CLS_JOINT = "cls_joint"  # [B, E] class token in the space that the scorer's text lies in
 CLS_FEATURES = "cls_features"  # [B, C] class token through the projector
@@ -84,7 +97,7 @@ LAST_ROW = "last_row"  # [1] the last ordinary row
 VISUAL_ROWS = "visual_rows"  # [N] rows of the image's tokens that are alive
 TEXT_ROWS = "text_rows"  # [T] rows of the instruction behind the image
 PATCH_IDS = "patch_ids"  # [N] raster index of each of `visual_rows`
-NOISE = "noise"  # [1, N] uniform numbers in [0, 1)
+NOISE = "noise"  # [1, N] uniform numbers in [0, 1), one for each token
 BUDGET = "budget"  # [1] most tokens that may be kept
 KEEP = "keep"  # [L] rows that survive so far; in and out
 KEEP_OUT = "keep_out"

@@ -3,8 +3,9 @@
 A plan is a small JSON object:
 
     {"position_rule": "original",
-     "encoder": null, "projector": null, "pseudo_cls": null,
-     "sites": [{"layer": 2, "method": "fastv", "params": {"keep_ratio": 0.5}, "budget": 288}]}
+     "encoder": {"method": "gtp", "params": {"keep": 120}}, "projector": null,
+     "sites": [{"layer": 2, "method": "fastv", "params": {"keep_ratio": 0.5}, "budget": 60}],
+     "pseudo_cls": null}
 """
 
 from __future__ import annotations
@@ -17,10 +18,44 @@ from typing import Any
 
 from patchsieve.errors import PatchsieveError
 
-POSITION_RULES = ("original",)
+POSITION_RULES = ("original", "contiguous")
+PLACES = ("encoder", "projector")  # inside the vision tower, and between it and the decoder
 TEXTS = ("clip", "similarity", "all", "none")
 CLS_SOURCES = ("last", "penultimate")
 NO_PRUNING = "none"  # the plan that every bundle holds
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """What prunes inside the vision tower, or between it and the decoder.
+
+    Attributes:
+        method: Name in the table of such methods.
+        params: The method's own parameters.
+    """
+
+    method: str
+    params: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, str) or not isinstance(self.params, dict):
+            raise PatchsieveError(
+                "a method of a plan is not well formed",
+                found=f"method {self.method!r}, params {self.params!r}"[:120],
+                expected="a method's name and an object of its parameters",
+            )
+
+    @classmethod
+    def from_dict(cls, data: Any, place: str) -> MethodPlan | None:
+        """Read a method from its JSON object; null is none."""
+        if data is None:
+            return None
+        if not isinstance(data, dict) or "method" not in data:
+            raise PatchsieveError(
+                f"a plan's {place} is null or an object with a method", found=repr(data)[:80]
+            )
+        _refuse_unknown(place, data, {"method", "params"})
+        return cls(**data)
 
 
 @dataclass(frozen=True)
@@ -105,15 +140,17 @@ class Plan:
 
     Attributes:
         sites: Decoder sites, ascending by layer.
-        encoder: Method inside the vision tower; no such method exists yet.
-        projector: Method between the tower and the decoder; no such method exists yet.
-        position_rule: How survivors and new tokens are numbered; "original" renumbers nothing.
+        encoder: Method inside the vision tower.
+        projector: Method between the tower and the decoder.
+        position_rule: How the tokens that enter the decoder are numbered. "original": a patch by
+            its raster index, with gaps; tokens that are no patches as if the image had that many.
+            "contiguous": every token by its place. What the decoder drops renumbers nothing.
         pseudo_cls: The side row that some sites judge by; None where none does.
     """
 
     sites: tuple[SitePlan, ...] = ()
-    encoder: None = None
-    projector: None = None
+    encoder: MethodPlan | None = None
+    projector: MethodPlan | None = None
     position_rule: str = "original"
     pseudo_cls: PseudoCls | None = None
 
@@ -131,18 +168,26 @@ class Plan:
                 found=repr(self.position_rule)[:80],
                 expected=" or ".join(POSITION_RULES),
             )
-        for place in ("encoder", "projector"):
-            if getattr(self, place) is not None:
-                raise PatchsieveError(
-                    f"this version has no {place} methods",
-                    found=repr(getattr(self, place))[:80],
-                    expected="null",
-                )
 
     @property
     def layers(self) -> list[int]:
         """The layers at whose input tokens are dropped."""
         return [site.layer for site in self.sites]
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether the plan has a vision graph of its own."""
+        return self.prunes_before or self.pseudo_cls is not None
+
+    @property
+    def prunes_before(self) -> bool:
+        """Whether the plan drops anything before the decoder."""
+        return self.encoder is not None or self.projector is not None
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the plan drops anything anywhere."""
+        return self.prunes_before or bool(self.sites)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON holds it."""
@@ -153,7 +198,7 @@ class Plan:
         """Read a plan from its JSON object, refusing what it does not know."""
         if not isinstance(data, dict):
             raise PatchsieveError("a plan is a JSON object", found=type(data).__name__)
-        known = {"sites", "encoder", "projector", "position_rule", "pseudo_cls"}
+        known = {"sites", *PLACES, "position_rule", "pseudo_cls"}
         _refuse_unknown("plan", data, known)
         sites = data.get("sites", [])
         if not isinstance(sites, list) or not all(isinstance(site, dict) for site in sites):
@@ -173,8 +218,7 @@ class Plan:
             _refuse_unknown("plan's pseudo_cls", pseudo_cls, {"text", "tau", "cls"})
         return cls(
             sites=tuple(SitePlan(**site) for site in sites),
-            encoder=data.get("encoder"),
-            projector=data.get("projector"),
+            **{place: MethodPlan.from_dict(data.get(place), place) for place in PLACES},
             position_rule=data.get("position_rule", "original"),
             pseudo_cls=None if pseudo_cls is None else PseudoCls(**pseudo_cls),
         )

@@ -29,6 +29,7 @@ class Layer(NamedTuple):
         scale: Factor on the products, 1 / sqrt(D).
         mask: Which key (axis 1) a row (axis 0) sees, bool [n, n]; None: all. Rows that are left
             out are simply not among the n: then a softmax over the rest renormalises each row.
+        value: Values of the same rows, [B, G, n, D], where scores weigh by their length.
         columns: Where `key` holds more than the n rows (and `mask` as many columns), which of its
             keys they are, int64 [n]; the others keep their share of a row's attention.
     """
@@ -37,6 +38,7 @@ class Layer(NamedTuple):
     key: Tensor
     scale: float
     mask: Tensor | None = None
+    value: Tensor | None = None
     columns: Tensor | None = None
 
 

@@ -8,12 +8,11 @@ running count over the ties takes the lower raster index first. Counts run in fl
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from patchsieve.errors import PatchsieveError
+from patchsieve.pruning.schedules import num_to_keep
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -31,11 +30,6 @@ def check_keep_ratio(keep_ratio: float) -> None:
             expected="a number in (0, 1]",
             do="give the fraction of visual tokens that is kept (a paper's R prunes: keep 1 - R)",
         )
-
-
-def num_to_keep(keep_ratio: float, num_visual: int) -> int:
-    """Tokens that a fraction of the original count stands for: rounded half up, at least 1."""
-    return max(1, math.floor(keep_ratio * num_visual + 0.5))
 
 
 def keep_top(scores: Tensor, num_keep: Tensor | int) -> Tensor:
@@ -66,6 +60,23 @@ def first_best(scores: Tensor) -> Tensor:
     """Mark the highest score of each row, the lowest index of several; bool [B, N]."""
     best = scores == scores.amax(-1, keepdim=True)  # [B, N]
     return best & (best.float().cumsum(-1) <= 1)
+
+
+def ascending(keep: Tensor, count: int) -> Tensor:
+    """Indices of what is kept, ascending, from masks that all hold the same number.
+
+    Args:
+        keep: Masks with `count` true in each row, bool [B, N].
+        count: How many.
+
+    Returns:
+        int64 [B, count].
+    """
+    num_tokens = keep.shape[1]
+    places = torch.arange(num_tokens, device=keep.device).float()  # [N]
+    # The values that are kept differ, so a sort of values has one order.
+    placed = torch.where(keep, places, float(num_tokens))  # [B, N]
+    return torch.sort(placed, dim=-1).values[:, :count].to(torch.int64)
 
 
 def apply_budget(keep: Tensor, priority: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from patchsieve.runtime.answer import Answer, Images, State
 from patchsieve.runtime.cache import Cache
 from patchsieve.runtime.chat_template import Message
 from patchsieve.runtime.prompt import Prompt
-from patchsieve.runtime.result import Result, since
+from patchsieve.runtime.result import ImageResult, Result, since
 from patchsieve.runtime.sampling import SamplingOptions
 
 if TYPE_CHECKING:
@@ -117,17 +117,18 @@ class Chat:
         self._check_room(tokens, len(sources), options.max_new_tokens, continues)
 
         seen = len(self._images.features)
+        rng = np.random.default_rng(options.seed)
         mark: tuple[int, ...] | None = cache.mark()
         try:
-            self._see(pixels, result)
+            self._see(pixels, result, rng)
             if not continues:
                 mark = None
                 self._is_choice_lost |= bool(self._state.sites)
                 self._restart(cache)
-            answer = Answer(self, options, result, start)
+            answer = Answer(self, options, result, start, rng)
             yield from answer.run(tokens, tuple(messages))
         except BaseException:
-            self._images.forget_from(seen)
+            self._images.forget(seen)
             if mark is None:
                 self._restart(cache)  # the next turn prefills what `messages` holds
             else:
@@ -137,7 +138,7 @@ class Chat:
         if not raw:
             said = [{"type": "text", "text": result.text}]
             self.messages = [*messages, {"role": "assistant", "content": said}]
-        result.sites = list(self._state.sites)
+        result.images, result.sites = list(self._images.reduced), list(self._state.sites)
         result.notes += [
             f"the budget of layer {site.layer} capped image {site.image}: "
             f"{site.num_wanted} tokens wanted, {len(site.kept)} kept"
@@ -239,13 +240,20 @@ class Chat:
                     "--max-text-tokens",
                 )
 
-    def _see(self, pixels: np.ndarray | None, result: Result) -> None:
-        start = time.perf_counter()
+    def _see(self, pixels: np.ndarray | None, result: Result, rng: np.random.Generator) -> None:
+        start, images = time.perf_counter(), self._images
         if pixels is not None:
-            features, ids, cls = self.model.pipeline.see(pixels, self.plan)
-            self._images.features += list(features)
-            self._images.patch_ids += list(ids)
-            self._images.cls += cls
+            first = len(images.features)
+            seen = self.model.pipeline.see(pixels, self.plan, rng)
+            images.features += list(seen.features)
+            images.patch_ids += list(seen.ids)
+            images.cls += seen.cls
+            images.reduced += [
+                ImageResult(number, each.tolist(), went.tolist())
+                for number, (each, went) in enumerate(
+                    zip(seen.ids, seen.sources, strict=False), first
+                )
+            ]
         result.timings_ms["vision"] = since(start)
 
     def _restart(self, cache: Cache) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,23 @@ class Prefill:
     decide_ms: list[float] = field(default_factory=list)
 
 
+class Seen(NamedTuple):
+    """What the tower gives of B images.
+
+    Attributes:
+        features: Visual tokens, [B, N, C].
+        ids: Their raster ids, [B, N].
+        sources: Token that each patch went to [B, patches], or [0, patches] where nothing prunes
+            before the decoder.
+        cls: Each image as a whole, where the plan asks for it.
+    """
+
+    features: np.ndarray
+    ids: np.ndarray
+    sources: np.ndarray
+    cls: list[VisualCls]
+
+
 class Pipeline:
     """The graphs of a bundle in their order.
 
@@ -55,34 +72,37 @@ class Pipeline:
         return empty_cache(self.facts, plan, self.backend.allocate)
 
     def see(
-        self, pixel_values: np.ndarray, plan: str
-    ) -> tuple[np.ndarray, np.ndarray, list[VisualCls]]:
-        """Look at images as a plan does.
+        self, pixel_values: np.ndarray, plan: str, rng: np.random.Generator
+    ) -> Seen:
+        """Turn pixels [B, 3, h, w] into the visual tokens of a plan.
 
         Args:
-            pixel_values: [B, 3, h, w].
+            pixel_values: The images.
             plan: Name of the plan.
-
-        Returns:
-            Image features [B, N, C], raster ids [B, N], and each image's class token where the plan
-            asks for it.
+            rng: Noise for methods that draw, a number for each patch.
         """
-        graph = self.bundle.vision(plan)
-        out = self.backend.run(graph, {names.PIXEL_VALUES: pixel_values})
+        graph, num_patches = self.facts.vision_graph(plan), self.facts.vision.num_patches
+        inputs = {names.PIXEL_VALUES: pixel_values}
+        if any(t["name"] == names.NOISE for t in self.facts.tensors[graph]["inputs"]):
+            inputs[names.NOISE] = rng.random((len(pixel_values), num_patches), np.float32)
+        out = self.backend.run(graph, inputs)
         found = {name: self.backend.to_numpy(value) for name, value in out.items()}
         joint = found.get(names.CLS_JOINT, [None] * len(pixel_values))
-        cls = [
-            VisualCls(features, own)
-            for features, own in zip(found.get(names.CLS_FEATURES, ()), joint, strict=False)
-        ]
-        return found[names.IMAGE_FEATURES], found[names.IMAGE_IDS], cls
+        cls = zip(found.get(names.CLS_FEATURES, ()), joint, strict=False)
+        return Seen(
+            found[names.IMAGE_FEATURES],
+            found[names.IMAGE_IDS],
+            found.get(names.IMAGE_SOURCES, np.empty((0, num_patches), np.int64)),
+            [VisualCls(features, own) for features, own in cls],
+        )
 
     def score(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """A text's tokens in the space of the image [K, E], and their characters [K, 2]."""
         if self._scorer is None:
             facts = self.facts.scorer
             assert facts is not None  # the manifest was checked: the plan that asks has one
-            self._scorer = TextScorer(facts, self.bundle.path / facts.tokenizer, self._text_features)
+            path = self.bundle.path / facts.tokenizer
+            self._scorer = TextScorer(facts, path, self._text_features)
         return self._scorer(text)
 
     def _text_features(self, text_ids: np.ndarray) -> np.ndarray:
@@ -122,7 +142,7 @@ class Pipeline:
         sites = {site.layer: site for site in self.facts.plans[plan].sites}
         result = Prefill(np.zeros(0, np.float32))
         keep_indices = np.arange(len(rows))
-        position = cache.position + len(rows) - rows.num_side
+        position = rows.next_position
         queries: dict[str, Any] = {}  # of the rows as they are now
         for index, stage_cache in enumerate(cache.stages):
             start = time.perf_counter()
@@ -206,7 +226,7 @@ class Pipeline:
     ) -> np.ndarray:
         """Run a site's decision once per image and return the rows that go on."""
         graph, layer = names.decide(plan, site.layer), site.layer
-        budget = site.budget or self.facts.vision.num_visual
+        budget = site.budget or self.facts.num_visual(plan)
         read = self._read(graph, layer, queries, cache)
         keep: Any = np.ones(len(rows), bool)
         if layer == self.facts.side_layer(plan):
@@ -243,6 +263,7 @@ class Pipeline:
                     num_visual_before=len(rows.of_image(image)),
                     kept=np.sort(kept.patch_ids[kept.of_image(image)]).tolist(),
                     num_wanted=int(self.backend.to_numpy(count)[0]),
+                    places=kept.places[kept.of_image(image)].tolist(),
                 )
             )
         return keep_indices

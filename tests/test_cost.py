@@ -36,9 +36,9 @@ from patchsieve.cost import (
 )
 from patchsieve.cost.flops import decoder_layer, tower_layer
 from patchsieve.cost.methods import DEFAULT_KEEP_RATIO, FIXED_RATIO, layerwise
-from patchsieve.cost.schedules import num_to_keep
 from patchsieve.errors import PatchsieveError, ShapeError, UnsupportedModelError
 from patchsieve.plan import Plan, SitePlan
+from patchsieve.pruning.schedules import num_to_keep
 
 LLAVA = papers.LLAVA_7B
 TOY = ModelShape(
@@ -276,14 +276,6 @@ def test_placement_in_a_tower_layer_orders_the_cost() -> None:
     assert flops == sorted(flops) and len(set(flops)) == 3
     assert flops[0] / 1e12 == pytest.approx(0.19114, abs=1e-5)
     assert flops[1] / 1e12 == pytest.approx(0.1968, abs=2e-4)
-
-
-def test_keep_ratio_counts_as_the_pruning_methods_do() -> None:
-    from patchsieve.pruning import select
-
-    for ratio in (0.001, 0.1, 0.25, 0.5, 0.0009, 1.0, 64 / 576):
-        for num_visual in (1, 5, 144, 576, 577):
-            assert num_to_keep(ratio, num_visual) == select.num_to_keep(ratio, num_visual)
 
 
 def test_help_says_which_methods_exist() -> None:

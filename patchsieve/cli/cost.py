@@ -12,10 +12,10 @@ from patchsieve import cost as costs
 from patchsieve.cli.output import print_json, size, table
 from patchsieve.cost.flops import PRECISIONS
 from patchsieve.cost.methods import DEFAULT_KEEP_RATIO, FIXED_RATIO, NUM_KEPT, PLACEMENTS
-from patchsieve.cost.schedules import num_to_keep
 from patchsieve.errors import PatchsieveError
 from patchsieve.manifest import Manifest, read
 from patchsieve.plan import NO_PRUNING, Plan
+from patchsieve.pruning.schedules import num_to_keep
 
 # Method -> the places where its cost is known, the usual one first.
 METHODS: dict[str, tuple[str, ...]] = {

@@ -7,18 +7,21 @@ from dataclasses import replace
 from itertools import pairwise
 
 from patchsieve.cost.flops import Schedule
-from patchsieve.cost.schedules import geometric, linear, num_to_keep
 from patchsieve.cost.shapes import ModelShape, ScorerShape
 from patchsieve.errors import PatchsieveError, ShapeError
 from patchsieve.plan import Plan
+from patchsieve.pruning.schedules import (
+    IVTP_TOWER_SHARE,
+    geometric,
+    group_ends,
+    linear,
+    num_to_keep,
+)
 
 PLACEMENTS = ("start", "mid", "end")
 NUM_KEPT = 64  # what the papers' tables keep of 576
 DEFAULT_KEEP_RATIO = 0.5  # of the decoder methods that keep a fixed fraction
 FIXED_RATIO = ("random", "fastv")
-# IVTP does not print its schedule. On a log scale the tower takes this share of the way from all
-# tokens to the last count: 576 -> 120 -> 64, which its FLOPs fit.
-IVTP_TOWER_SHARE = 5 / 7
 
 
 def no_pruning(shape: ModelShape) -> Schedule:
@@ -139,7 +142,7 @@ def ivtp(
             do="group fewer decoder layers",
         )
     run = shape.vision.num_layers_run
-    ends = [min(end, run) - 1 for end in range(group_layers, run + group_layers, group_layers)]
+    ends = group_ends(run, group_layers)
     sites = list(range(group_layers, decoder_layers, group_layers)) + [decoder_layers]
     if counts is None:
         n = shape.vision.num_patches
