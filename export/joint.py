@@ -1,4 +1,4 @@
-"""An image as a whole, in the space that CLIP's text tower shares: what IVTP compares words with."""
+"""An image as a whole in the space of CLIP's text tower: what IVTP compares words with."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ def check_sites(plan: Plan, methods: list[Method]) -> None:
     if is_read != (plan.pseudo_cls is not None):
         raise PatchsieveError(
             "the plan's sites and its pseudo_cls do not belong together",
-            found="sites that judge by a pseudo_cls, and none" if is_read else "one that no site reads",
+            found="sites that judge by one, and none" if is_read else "one that no site reads",
             expected='"pseudo_cls": {"text": "clip"} beside sites of ivtp or topk',
             do="correct the plan",
         )

@@ -225,11 +225,12 @@ class Manifest:
 
     def side_layer(self, plan: str) -> int:
         """The last site whose decision reads side rows: they are fed up to there. 0 for none."""
-        inputs = {
-            site.layer: self.tensors.get(names.decide(plan, site.layer), {}).get("inputs", [])
+        reading = [
+            site.layer
             for site in self.plans[plan].sites
-        }
-        reading = (k for k, given in inputs.items() if any(t["name"] == names.SIDE_ROW for t in given))
+            for tensor in self.tensors[names.decide(plan, site.layer)]["inputs"]
+            if tensor["name"] == names.SIDE_ROW
+        ]
         return max(reading, default=0)
 
     def row_bytes(self, stage: Stage) -> int:

@@ -71,9 +71,7 @@ class Pipeline:
         """An empty cache with the reservation of a plan."""
         return empty_cache(self.facts, plan, self.backend.allocate)
 
-    def see(
-        self, pixel_values: np.ndarray, plan: str, rng: np.random.Generator
-    ) -> Seen:
+    def see(self, pixel_values: np.ndarray, plan: str, rng: np.random.Generator) -> Seen:
         """Turn pixels [B, 3, h, w] into the visual tokens of a plan.
 
         Args:

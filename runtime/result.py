@@ -94,7 +94,7 @@ class Result:
             one, "repicked" by a new prefill, or "none" where they pruned nothing.
         images: What the vision graph left of each image, where the plan prunes there.
         sites: Survivors per site and image, of the whole conversation.
-        words: The question's words that judged each image of this turn, for plans with a pseudo_cls.
+        words: The question's words that judged each image of this turn, where a plan has them.
         kv_bytes: Reserved and used, in all and per stage.
         timings_ms: Milliseconds of each part; `ttft` is the time to the first token, `decode_steps`
             lists each token behind it.

@@ -12,13 +12,14 @@ from patchsieve.cli.output import Progress, print_json, require, size
 from patchsieve.errors import PatchsieveError
 from patchsieve.heads import load_heads
 from patchsieve.manifest import Limits, Manifest, read
-from patchsieve.plan import NO_PRUNING, Plan, SitePlan
+from patchsieve.plan import NO_PRUNING, TEXTS, Plan, PseudoCls, SitePlan
 
 _LIMITS = (512, 256, 1)  # text tokens, new tokens, images
 _OF_A_NEW_BUNDLE = (
     "checkpoint",
     "output",
     "cuts",
+    "scorer",
     "targets",
     "precision",
     "max_text_tokens",
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan = parser.add_argument_group("what prunes where")
     add = plan.add_argument
     add("--plan", type=Path, metavar="JSON", help="a plan file; instead of the shortcuts below")
-    add("--method", default=None, help="none (default), random, fastv or atp")
+    add("--method", default=None, help="none (default), random, fastv, atp, topk or ivtp")
     add("--sites", type=_integers, metavar="LAYERS", help="layers at whose input to prune: 4,14,24")
     add("--keep-ratio", type=_numbers, metavar="R", help="fraction KEPT, one or one per site")
     add(
@@ -55,10 +56,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="visual tokens per image to reserve, one per site",
     )
+    add("--num-keep", type=int, metavar="N", help="ivtp, topk: tokens kept of an image (64)")
+    add("--group-layers", type=int, metavar="N", help="ivtp: layers of a group (3)")
+    add("--fusion", help="ivtp: rollout (default), single, mean, max or multiply")
+    add("--block", choices=("visual", "prefix"), help="ivtp: rows of its maps in the decoder")
+    add("--text", choices=TEXTS, help="ivtp: words of the question that judge (clip)")
+    add("--tau", type=float, help="ivtp: least cosine of a word that judges (0.2)")
     add("--plan-name", metavar="NAME", help="what requests call the plan")
     bundle = parser.add_argument_group("the bundle")
     add = bundle.add_argument
     add("--cuts", type=_integers, metavar="LAYERS", help="further layers to divide at")
+    add(
+        "--scorer",
+        metavar="SOURCE",
+        help="ivtp: the CLIP that the tower was taken from: open_clip, open_clip:MODEL:TAG_OR_FILE, "
+        "a Hugging Face directory or hub id",
+    )
     add("--targets", help="comma-separated: cpu (default), reference, tensorrt-rtx")
     add("--precision", choices=("float32", "float16"), help="default: float32")
     add("--max-text-tokens", type=int, metavar="N", help="default: 512")
@@ -108,6 +121,7 @@ def _export(args: argparse.Namespace, plan: Plan, name: str, progress: Progress)
         limits=Limits(
             *(usual if n is None else n for n, usual in zip(limits, _LIMITS, strict=True))
         ),
+        scorer=args.scorer,
     )
     return export(args.checkpoint, args.output, options, progress)
 
@@ -125,6 +139,12 @@ def _plan(args: argparse.Namespace) -> Plan:
         "--normalisation": args.normalisation,
         "--causal": args.causal,
         "--budget": args.budget,
+        "--num-keep": args.num_keep,
+        "--group-layers": args.group_layers,
+        "--fusion": args.fusion,
+        "--block": args.block,
+        "--text": args.text,
+        "--tau": args.tau,
     }
     used = [option for option, value in given.items() if value is not None]
     if args.plan is not None:
@@ -137,15 +157,18 @@ def _plan(args: argparse.Namespace) -> Plan:
             raise PatchsieveError(
                 "options of a pruning method, but no method",
                 found=", ".join(rest),
-                do="add --method random, fastv or atp",
+                do="add --method random, fastv, atp, topk or ivtp",
             )
         return Plan()
+    if args.method == "ivtp":
+        return _ivtp(args, used)
     sites = args.sites
     if sites is None and args.heads is not None:
         sites = load_heads(args.heads)[0].sites
     if sites is None:
         raise PatchsieveError(f"--method {args.method} needs --sites", expected="e.g. --sites 2")
     params: dict[str, Any] = {
+        "num_keep": args.num_keep,
         "rows": args.rows,
         "heads": None if args.heads is None else str(args.heads),
         "theta_r": args.theta_r,
@@ -166,6 +189,39 @@ def _plan(args: argparse.Namespace) -> Plan:
             )
             for layer, ratio, budget in zip(sites, ratios, budgets, strict=True)
         )
+    )
+
+
+def _ivtp(args: argparse.Namespace, used: list[str]) -> Plan:
+    """The whole method, fitted to the model."""
+    from patchsieve.export.recipes import Size, ivtp
+
+    own = {"--method", "--num-keep", "--group-layers", "--fusion", "--block", "--text", "--tau"}
+    if others := [option for option in used if option not in own]:
+        raise PatchsieveError(
+            "ivtp chooses its sites and counts by the model",
+            found=", ".join(others),
+            expected=", ".join(sorted(own)),
+            do="leave them away, or write the plan into a file for --plan",
+        )
+    if args.reuse is not None:
+        facts = read(args.reuse)
+        size = Size(facts.vision.num_patches, facts.text.num_layers)
+    elif args.checkpoint is not None:
+        from patchsieve.export.checkpoint import locate, read_config
+
+        config = read_config(locate(args.checkpoint))
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        size = Size(side * side, config.text_config.num_hidden_layers)
+    else:
+        raise PatchsieveError("export needs a checkpoint and -o BUNDLE, or --reuse BUNDLE")
+    given = {"text": args.text, "tau": args.tau}
+    options = {"num_keep": args.num_keep, "group": args.group_layers}
+    options |= {"fusion": args.fusion, "block": args.block}
+    return ivtp(
+        size,
+        pseudo_cls=PseudoCls(**{k: v for k, v in given.items() if v is not None}),
+        **{k: v for k, v in options.items() if v is not None},
     )
 
 
