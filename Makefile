@@ -14,7 +14,7 @@ endif
 
 FOLDERS := pruning export runtime calibration
 PATCHSIEVE := $(PY) -m patchsieve
-NEEDS := torch transformers onnx onnxruntime tokenizers pytest ruff mypy psutil
+NEEDS := torch transformers accelerate onnx onnxruntime tokenizers pytest ruff mypy psutil
 PHOTO := examples/photo.jpg
 QUESTION := What is on the table?
 SOURCES := $(shell find patchsieve pruning export -name '*.py')

@@ -17,6 +17,8 @@ EXPORT = [
     "safetensors>=0.5",
 ]
 
+CALIBRATION = ["accelerate>=1.1", "torch>=2.8", "transformers>=5.0", "safetensors>=0.5"]
+
 EXTRAS = {
     # What runs a bundle. Never cpu and gpu together: the two packages overwrite each other.
     "cpu": CPU,
@@ -27,7 +29,7 @@ EXTRAS = {
     # What makes one.
     "export": EXPORT,
     "clip": ["open_clip_torch>=3.0"],
-    "calibration": ["torch>=2.8", "transformers>=5.0", "safetensors>=0.5"],
+    "calibration": CALIBRATION,
     "eval": ["lmms-eval>=0.7"],
     "optimum": ["optimum>=2.0"],
     # All that `make lint`, `make test` and `make bench` need, on any machine.
@@ -35,6 +37,7 @@ EXTRAS = {
         *CPU,
         *RTX,
         *EXPORT,
+        *CALIBRATION,
         "coverage>=7",
         "mypy>=1.15",
         "pre-commit>=4",

@@ -1,1 +1,1 @@
-"""Learn thresholds, choose budgets, collect statistics. Nothing here yet but its place."""
+"""Learn what a bundle's plan leaves open: thresholds that fit the instance, and what to reserve."""

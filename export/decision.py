@@ -27,7 +27,7 @@ class Decide(nn.Module):
         method: Decides for one image.
         heads: How the decoder's attention divides a row.
         grid: Patch rows and columns of an image.
-        num_visual: Visual tokens of an image before any pruning.
+        num_visual: Visual tokens of an image that enter the decoder.
         below: Layers that it reads besides the one before the site, the nearest first.
     """
 

@@ -29,16 +29,12 @@ class Fused:
     weights: Tensor
     moved: Tensor
     num_fused: int = 1
+    sizes: None = None
 
-    def rows(self, rows: Tensor, sizes: Tensor) -> Tensor:
+    def rows(self, rows: Tensor) -> Tensor:
         """[B, n, C] -> [B, K, C]."""
         fused = self.weights[:, None] @ rows.float()  # [B, 1, C]
         return torch.cat((gather_rows(rows, self.indices), fused.to(rows.dtype)), dim=1)
-
-    def sizes(self, sizes: Tensor) -> Tensor:
-        """[B, n] -> [B, K]."""
-        fused = (sizes * (self.weights != 0).float()).sum(-1, keepdim=True)  # [B, 1]
-        return torch.cat((sizes.gather(1, self.indices), fused), dim=1)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class FastV:
     rows behind the image.
 
     Attributes:
-        keep_ratio: Fraction kept of the image's tokens before any pruning, in (0, 1].
+        keep_ratio: Fraction kept of the image's tokens as they enter the decoder, in (0, 1].
         rows: "last" or "mean".
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from patchsieve.errors import PatchsieveError
-from patchsieve.pruning.schedules import default_keep
+from patchsieve.pruning.schedules import pooled_side
 
 PLACES = ("before", "after")
 
@@ -50,22 +49,8 @@ class Pooling:
             )
 
     def side(self, grid: tuple[int, int]) -> int:
-        """Cells of a row and of a column, k.
-
-        Raises:
-            PatchsieveError: `keep` is no square, or more than the grid holds.
-        """
-        if self.keep is None:
-            return max(1, math.isqrt(default_keep(self.name, grid[0] * grid[1])))
-        side = math.isqrt(self.keep)
-        if side * side != self.keep or side > min(grid):
-            raise PatchsieveError(
-                "pooling leaves a square grid of tokens",
-                found=self.keep,
-                expected=f"a square number up to {min(grid) ** 2}",
-                do=f"keep {max(1, min(side, *grid)) ** 2}, for instance",
-            )
-        return side
+        """Cells of a row and of a column, k (see `pooled_side`)."""
+        return pooled_side(self.keep, grid)
 
     def pool(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """Features of all patches in raster order, [B, h * w, C] -> [B, k * k, C]."""

@@ -21,7 +21,7 @@ class Random:
     The caller draws the noise, so a seed gives the same tokens on every backend.
 
     Attributes:
-        keep_ratio: Fraction kept of the image's tokens before any pruning, in (0, 1].
+        keep_ratio: Fraction kept of the image's tokens as they enter the decoder, in (0, 1].
 
     Raises:
         PatchsieveError: `keep_ratio` is out of range.

@@ -173,6 +173,25 @@ def default_keep(method: str, num_patches: int) -> int:
     return max(1, _half_up(num_patches * _FINAL**share))
 
 
+def pooled_side(keep: int | None, grid: tuple[int, int]) -> int:
+    """Cells of a row and of a column, where a grid of patches is pooled to `keep` tokens.
+
+    Raises:
+        PatchsieveError: `keep` is no square, or more than the grid holds.
+    """
+    if keep is None:
+        return max(1, math.isqrt(default_keep("pooling", grid[0] * grid[1])))
+    side = math.isqrt(keep)
+    if side * side != keep or side > min(grid):
+        raise PatchsieveError(
+            "pooling leaves a square grid of tokens",
+            found=keep,
+            expected=f"a square number up to {min(grid) ** 2}",
+            do=f"keep {max(1, min(side, *grid)) ** 2}, for instance",
+        )
+    return side
+
+
 def _refuse(name: str, found: Any, expected: str) -> None:
     raise PatchsieveError(
         f"the option {name} of a tower method cannot be used",

@@ -104,7 +104,7 @@ def keep_fraction(
     Args:
         scores: Higher is kept, ties to the lower index, [B, N].
         keep_ratio: Fraction kept of `num_visual`; all N where fewer are alive.
-        num_visual: Tokens of the image before any pruning.
+        num_visual: Tokens of the image that entered the decoder.
         budget: Most tokens that may stay, int64 0-d or [1]; below 1 counts as 1.
 
     Returns:

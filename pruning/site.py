@@ -27,7 +27,7 @@ class Site:
         patch_ids: Raster index of each token on the original grid, -1 for a row that is no patch
             (a CLS row, say); no other id occurs twice; int64 [N].
         grid: Height and width of the original grid, in patches.
-        num_visual: Tokens of the image before any pruning, 576 in LLaVA-1.5.
+        num_visual: Tokens of the image that entered the decoder, 576 in LLaVA-1.5.
         noise: Uniform numbers in [0, 1), for methods that draw, [B, N].
         slot: Key index P of row 0, int64 [1], where `key` is a cache with room behind the rows
             present; None where it ends with them. No row sees what lies behind its own key.

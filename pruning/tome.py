@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -26,23 +27,26 @@ class Merged:
         stays: Rows of A that stay, int64 [B, a - r].
         goes: Rows of A that merge, int64 [B, r].
         onto: 1 where a row of B takes one of `goes`, float32 [B, b, r].
+        old_sizes: Patches that each row stands for, [B, n].
         moved: See `Reduction`.
     """
 
     stays: Tensor
     goes: Tensor
     onto: Tensor
+    old_sizes: Tensor
     moved: Tensor
     num_fused: int = 0
 
-    def rows(self, rows: Tensor, sizes: Tensor) -> Tensor:
+    def rows(self, rows: Tensor) -> Tensor:
         """Means weighted by size, [B, n, C] -> [B, K, C]."""
-        summed = self._sum(rows.float() * sizes[:, :, None])
-        return (summed / self.sizes(sizes)[:, :, None]).to(rows.dtype)
+        summed = self._sum(rows.float() * self.old_sizes[:, :, None])
+        return (summed / self.sizes[:, :, None]).to(rows.dtype)
 
-    def sizes(self, sizes: Tensor) -> Tensor:
-        """[B, n] -> [B, K]."""
-        return self._sum(sizes[:, :, None])[:, :, 0]
+    @cached_property
+    def sizes(self) -> Tensor:
+        """[B, K]."""
+        return self._sum(self.old_sizes[:, :, None])[:, :, 0]
 
     def _sum(self, rows: Tensor) -> Tensor:
         even, odd = rows[:, ::2], rows[:, 1::2]  # [B, a, C], [B, b, C]
@@ -119,7 +123,9 @@ class ToMe:
         onto = (columns == chosen[:, None]).float()  # [B, b, r]
         even_moved = torch.where(stays, places_of(stays), target + num_stay)  # [B, a]
         moved = interleave(even_moved, num_stay)[:, :num_rows]
-        return Merged(ascending(stays, num_stay), goes_to, onto, moved)
+        sizes = torch.ones_like(site.rows[:, :, 0], dtype=torch.float32)  # [B, n]
+        sizes = sizes if site.sizes is None else site.sizes
+        return Merged(ascending(stays, num_stay), goes_to, onto, sizes, moved)
 
 
 def first_best_of_rows(scores: Tensor) -> Tensor:

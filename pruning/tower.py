@@ -10,6 +10,7 @@ one, then the tokens, last a fused row where a method made one), H heads, D head
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -51,7 +52,7 @@ class TowerSite:
         group: Layers since the last pruning, lowest first, with their values; of the same n rows.
         has_cls: Row 0 is the class token, which always stays.
         num_fused: Rows at the end that are no candidates (EViT's fused row): 0 or 1.
-        sizes: Patches that each row stands for, float32 [B, n].
+        sizes: Patches that each row stands for, float32 [B, n]; None while it is one.
         noise: Uniform numbers, one for each row, for methods that draw, [B, n].
     """
 
@@ -59,7 +60,7 @@ class TowerSite:
     group: tuple[Layer, ...]
     has_cls: bool
     num_fused: int
-    sizes: Tensor
+    sizes: Tensor | None = None
     noise: Tensor | None = None
 
     @property
@@ -92,12 +93,13 @@ class Reduction(Protocol):
         """Rows at the end that are no candidates from here on."""
         ...
 
-    def rows(self, rows: Tensor, sizes: Tensor) -> Tensor:
-        """Apply it to rows [B, n, C], which stand for `sizes` [B, n] patches each."""
+    @property
+    def sizes(self) -> Tensor | None:
+        """Patches that each new row stands for, float32 [B, K]; None where nothing merges."""
         ...
 
-    def sizes(self, sizes: Tensor) -> Tensor:
-        """Patches that each new row stands for, from those of the old ones."""
+    def rows(self, rows: Tensor) -> Tensor:
+        """Apply it to rows, [B, n, C] -> [B, K, C]."""
         ...
 
 
@@ -142,6 +144,7 @@ class Kept:
     indices: Tensor
     moved: Tensor
     num_fused: int = 0
+    sizes: None = None
 
     @classmethod
     def of(cls, site: TowerSite, keep: Tensor, count: int) -> Kept:
@@ -150,13 +153,9 @@ class Kept:
         indices = ascending(mask, count + site.has_cls + site.num_fused)
         return cls(indices, places_of(mask), site.num_fused)
 
-    def rows(self, rows: Tensor, sizes: Tensor) -> Tensor:
+    def rows(self, rows: Tensor) -> Tensor:
         """[B, n, C] -> [B, K, C]."""
         return gather_rows(rows, self.indices)
-
-    def sizes(self, sizes: Tensor) -> Tensor:
-        """[B, n] -> [B, K]."""
-        return sizes.gather(1, self.indices)
 
 
 class Tokens(NamedTuple):
@@ -195,7 +194,8 @@ class Walk:
         self.sources: Tensor | None = None  # [B, N], None while nothing has moved
         self._group: tuple[Layer, ...] = ()
         self._sizes: Tensor | None = None  # [B, n], None while each row is one patch
-        self._last: tuple[Layer, ...] = ()  # the layer of the last pruning, pruned too
+        # The layer of the last pruning at the rows that are left, made only where it is asked for.
+        self._last: Callable[[], tuple[Layer, ...]] = tuple
 
     def bias(self) -> Tensor | None:
         """Bias of the next attention, log(size) where that is proportional, [B, 1, 1, n]."""
@@ -235,19 +235,17 @@ class Walk:
         return Tokens(gather_rows(rows, order), ids, follow(sources, rank))
 
     def _apply(self, method: TowerMethod, rows: Tensor, count: int) -> Tensor:
-        sizes = self._sizes
-        if sizes is None:
-            sizes = torch.ones(rows.shape[:2], device=rows.device)  # [B, n]
-        group = self._group or self._last
-        site = TowerSite(rows, group, self.tower.has_cls, self.num_fused, sizes, self.noise)
+        group = self._group or self._last()
+        fused, has_cls = self.num_fused, self.tower.has_cls
+        site = TowerSite(rows, group, has_cls, fused, self._sizes, self.noise)
         chosen = method.reduce(site, count)
-        self.carried = {k: chosen.rows(each, sizes) for k, each in self.carried.items()}
+        self.carried = {k: chosen.rows(each) for k, each in self.carried.items()}
         if self.noise is not None:
-            self.noise = chosen.rows(self.noise[:, :, None], sizes)[:, :, 0]
-        self._group, self._last = (), (_pruned(group[-1], chosen, sizes),)
+            self.noise = chosen.rows(self.noise[:, :, None])[:, :, 0]
+        self._group, self._last = (), lambda: (_pruned(group[-1], chosen),)
         self.sources = follow(self._sources(rows), chosen.moved)
-        self.num_fused, self._sizes = chosen.num_fused, chosen.sizes(sizes)
-        return chosen.rows(rows, sizes)
+        self.num_fused, self._sizes = chosen.num_fused, chosen.sizes
+        return chosen.rows(rows)
 
     def _sources(self, rows: Tensor) -> Tensor:
         """Row of each patch, [B, N]."""
@@ -278,13 +276,13 @@ def follow(sources: Tensor, moved: Tensor) -> Tensor:
     return torch.where(sources >= 0, there, NOWHERE)
 
 
-def _pruned(layer: Layer, chosen: Reduction, sizes: Tensor) -> Layer:
+def _pruned(layer: Layer, chosen: Reduction) -> Layer:
     """A layer's states at the rows that are left, for a second pruning at the same place."""
 
     def of(states: Tensor) -> Tensor:
         batch, heads, rows, head_dim = states.shape
         side_by_side = states.transpose(1, 2).reshape(batch, rows, heads * head_dim)
-        fewer = chosen.rows(side_by_side, sizes)
+        fewer = chosen.rows(side_by_side)
         return fewer.reshape(batch, fewer.shape[1], heads, head_dim).transpose(1, 2)
 
     value = None if layer.value is None else of(layer.value)

@@ -15,7 +15,7 @@ from patchsieve.runtime.detokenize import TextStream
 from patchsieve.runtime.prompt import Prompt, expand
 from patchsieve.runtime.pseudo_cls import VisualCls, Words, cosines, pool, to_other_tokens
 from patchsieve.runtime.result import ImageResult, Result, SiteResult, since
-from patchsieve.runtime.rows import TEXT, Rows, number_tokens
+from patchsieve.runtime.rows import TEXT, Rows, number_rows
 from patchsieve.runtime.sampling import Sampler, SamplingOptions
 
 if TYPE_CHECKING:
@@ -144,7 +144,6 @@ class Answer:
         """Rows to feed and their embeddings, [1, L0, C]: pending tokens, then the prompt."""
         chat, pending, facts = self.chat, self.state.pending, self.model.facts
         whole = expand(prompt, facts.num_visual(chat.plan))
-        rule = facts.plans[chat.plan].position_rule
         ahead = len(pending)
         count = ahead + len(whole.token_ids)
         image, patch_ids, places = np.full(count, TEXT), np.full(count, -1), np.full(count, -1)
@@ -155,15 +154,14 @@ class Answer:
         is_visual = np.concatenate((np.zeros(ahead, bool), whole.image_index >= 0))
         hidden = chat.model.bundle.embed(np.where(is_visual, 0, token_ids))  # [L0, C]
         first = len(chat._images.features) - len(whole.image_spans)
-        positions = self.cache.position + np.arange(count + 1)  # of the row behind them too
-        for number, (begin, end) in enumerate(whole.image_spans, first):
-            span = slice(ahead + begin, ahead + end)
+        spans = [slice(ahead + begin, ahead + end) for begin, end in whole.image_spans]
+        for number, span in enumerate(spans, first):
             hidden[span] = chat._images.features[number]
             image[span], patch_ids[span] = number, chat._images.patch_ids[number]
-            places[span] = np.arange(end - begin)
-            offsets, taken = number_tokens(patch_ids[span], facts.vision, rule)
-            positions[span] = positions[span.start] + offsets
-            positions[span.stop :] += taken - (end - begin)
+            places[span] = np.arange(span.stop - span.start)
+        rule = facts.plans[chat.plan].position_rule
+        images = [(span, patch_ids[span]) for span in spans]
+        positions = self.cache.position + number_rows(count, images, facts.vision, rule)
         following, side_of = int(positions[-1]), np.full(count, TEXT)
         rows = Rows(positions[:-1], image, patch_ids, places, is_instruction, side_of, following)
         return rows, hidden[None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,3 +135,25 @@ def number_tokens(ids: np.ndarray, vision: VisionModel, rule: str) -> tuple[np.n
     positions = ids + shift
     positions[is_further] = vision.num_visual + np.arange(num_further)
     return positions, vision.num_visual + num_further
+
+
+def number_rows(
+    count: int,
+    images: Iterable[tuple[slice, np.ndarray]],
+    vision: VisionModel,
+    rule: str,
+) -> np.ndarray:
+    """Positions of `count` rows and of the row behind them, counted from the first, [count + 1].
+
+    Args:
+        count: Rows of text and images.
+        images: Rows of each image, in order, and the raster ids of its tokens.
+        vision: The tower.
+        rule: The plan's position rule.
+    """
+    positions = np.arange(count + 1)
+    for rows, ids in images:
+        offsets, taken = number_tokens(ids, vision, rule)
+        positions[rows] = positions[rows.start] + offsets
+        positions[rows.stop :] += taken - len(ids)
+    return positions

@@ -279,11 +279,13 @@ def test_placement_in_a_tower_layer_orders_the_cost() -> None:
 
 
 def test_help_says_which_methods_exist() -> None:
-    from patchsieve.pruning.table import METHODS as methods
+    from patchsieve.pruning import table
 
-    assert set(command.METHODS) & {"none", *methods} == set(command.EXPORTED)
+    made = {"decoder": table.METHODS, "tower": table.ENCODERS, "output": table.PROJECTORS}
+    for place, methods in made.items():
+        assert set(command.EXPORTED[place]) == set(methods)
     for name in FIXED_RATIO:
-        assert methods[name]().keep_ratio == DEFAULT_KEEP_RATIO
+        assert table.METHODS[name]().keep_ratio == DEFAULT_KEEP_RATIO
 
 
 def test_plan_costs_its_ratio_its_budget_or_its_survivors() -> None:
@@ -408,7 +410,7 @@ def test_command_counts_every_method_at_every_place(
         assert main([*words, "--json"]) == 0
         told = json.loads(capsys.readouterr().out)
         assert told["ratio"] < 1 or method == "none"
-        is_exported = method in command.EXPORTED and place in ("decoder", "nowhere")
+        is_exported = method in command.EXPORTED[place]
         assert told["is_costs_only"] is not is_exported
         assert told["tokens_per_layer"]["llm"][-1] == (576 if method == "none" else 64)
         assert main(words) == 0

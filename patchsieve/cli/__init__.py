@@ -24,6 +24,7 @@ COMMANDS = {
     "cost": "count FLOPs and KV bytes of a plan, with no weights",
     "inspect": "show what a bundle holds and what it costs",
     "verify": "compare a bundle with its checkpoint, graph by graph and layer by layer",
+    "calibrate": "learn the thresholds of a checkpoint, or fix them, and what to reserve",
     "doctor": "say what this machine can run, and what to install for the rest",
 }
 USER_ERROR = 2

@@ -1,0 +1,169 @@
+"""A Hugging Face LLaVA whose visual tokens ATP masks on their way through the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patchsieve.calibration.attention import PASS, install
+from patchsieve.calibration.passes import ImageRows, PruningPass
+from patchsieve.errors import PatchsieveError
+from patchsieve.pruning.atp import ATP
+from patchsieve.pruning.training import atp_loss, average_tokens, target_loss
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Weights of the budget losses beside the language model's own (eqs. 12-14).
+
+    Attributes:
+        target_tokens: N_target, mean visual tokens over all layers; None leaves eq. 13 out.
+        lambda_atp: Weight of eq. 12; the paper's lies in [0.01, 0.1].
+        lambda_target: Weight of eq. 13, which counts tokens; the paper's is 0.2.
+        temperature: T of eqs. 9 and 10.
+    """
+
+    target_tokens: float | None = None
+    lambda_atp: float = 0.05
+    lambda_target: float = 0.2
+    temperature: float = 50.0
+
+    def __post_init__(self) -> None:
+        numbers = (self.lambda_atp, self.lambda_target, self.temperature)
+        if not (min(numbers) >= 0 and self.temperature > 0):
+            raise PatchsieveError(
+                "the weights of the losses cannot be used",
+                found=numbers,
+                expected="no negative number, and a temperature above 0",
+            )
+
+
+class PrunedLlava(nn.Module):
+    """A frozen LLaVA and the threshold modules that learn when to drop its visual tokens.
+
+    Args:
+        llava: `LlavaForConditionalGeneration`.
+        methods: ATP of each site, by layer; their thresholds are what is trained.
+        patch_ids: Raster index of each of an image's N tokens, -1 for a class token.
+        grid: Patch rows and columns.
+        losses: Weights of the budget losses.
+    """
+
+    accepts_loss_kwargs = False  # the budget losses are means of a batch: so is the language loss
+
+    def __init__(
+        self,
+        llava: Any,
+        methods: Mapping[int, ATP],
+        patch_ids: Sequence[int],
+        grid: tuple[int, int],
+        losses: Losses | None = None,
+    ) -> None:
+        super().__init__()
+        self.llava: Any = llava.requires_grad_(False)
+        self.config = llava.config  # the Trainer looks for it
+        install(self.llava.model.language_model)
+        self.methods, self.grid = dict(sorted(methods.items())), grid
+        self.thresholds = nn.ModuleDict({str(k): m.thresholds for k, m in self.methods.items()})
+        self.patch_ids = nn.Buffer(torch.tensor(list(patch_ids)), persistent=False)
+        self.losses = losses or Losses()
+        self.num_layers: int = llava.config.text_config.num_hidden_layers
+        self.is_hard = False
+        self.budgets: dict[int, int] = {}
+        self.last: PruningPass | None = None  # the pass of the last forward, for who reports on it
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Recompute the decoder's layers in the backward pass (the Trainer calls this)."""
+        self.llava.gradient_checkpointing_enable(*args, **kwargs)
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The same, as transformers 5.23 calls it."""
+        self.llava.activation_checkpointing_enable(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        pixel_values: Tensor | None = None,
+        image_sample: Tensor | None = None,
+        visual_rows: Tensor | None = None,
+        text_rows: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Run a batch, padded on the right, through the masked model.
+
+        Args:
+            input_ids: Each visual token an image token, int64 [B, L].
+            attention_mask: 1 for a row that is no padding, int64 [B, L].
+            labels: Answer tokens, -100 elsewhere, int64 [B, L].
+            pixel_values: Every image of the batch, float32 [M, 3, h, w].
+            image_sample: The sample of each image, int64 [M].
+            visual_rows: Rows of each image's tokens, int64 [M, N].
+            text_rows: Rows of the instruction that judges it, -1 for padding, int64 [M, T].
+
+        Returns:
+            `loss` 0-d: language loss + lambda_atp L_ATP + lambda_target L_target (eq. 14);
+            `logits` [B, L, V].
+        """
+        images = []
+        if image_sample is not None and visual_rows is not None and text_rows is not None:
+            for sample, visual, text in zip(image_sample, visual_rows, text_rows, strict=True):
+                images.append(ImageRows(int(sample), visual, text[text >= 0]))
+        self.last = pruning = PruningPass(
+            self.methods,
+            images,
+            attention_mask.bool(),
+            self.patch_ids,
+            self.grid,
+            hard=self.is_hard,
+            temperature=self.losses.temperature,
+            budgets=self.budgets,
+        )
+        out = self.llava(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            pixel_values=pixel_values,
+            use_cache=False,
+            **{PASS: pruning},
+        )
+        return {"loss": out.loss + self._budget_loss(pruning), "logits": out.logits}
+
+    def _budget_loss(self, pruning: PruningPass) -> Tensor:
+        """Lambda_atp L_ATP + lambda_target L_target (eqs. 12 and 13), 0-d; 0 without images."""
+        if not pruning.sites:  # heads that took no part still need a gradient, on every device
+            return sum(p.sum() for p in self.thresholds.parameters()) * torch.zeros(())
+        sites, num_visual = list(pruning.sites), len(self.patch_ids)
+        masks = [record.mask for record in pruning.sites.values()]
+        loss = self.losses.lambda_atp * atp_loss(masks, sites, num_visual)
+        if self.losses.target_tokens is not None:
+            # Differs from the paper: the value counts survivors by the rule, only the gradient is
+            # that of the soft masks. Else half masks, of spatial scores above all, which are few
+            # numbers, meet the target on paper and another one in a bundle.
+            counted = [
+                record.mask + (record.alive.float() - record.mask).detach()
+                for record in pruning.sites.values()
+            ]
+            target = self.losses.target_tokens
+            away = target_loss(counted, sites, target, self.num_layers, num_visual)
+            loss = loss + self.losses.lambda_target * away
+        return loss
+
+    @torch.no_grad()
+    def facts(self) -> dict[str, float]:
+        """Tokens and mean thresholds of each site in the last pass; empty without images."""
+        if self.last is None or not self.last.sites:
+            return {}
+        facts, counts = {}, []
+        for site, record in self.last.sites.items():
+            counts.append(record.alive.float().sum(-1))  # [M]
+            facts[f"tokens_{site}"] = float(counts[-1].mean())
+            facts[f"theta_r_{site}"] = float(record.theta_r.mean())
+            facts[f"theta_s_{site}"] = float(record.theta_s.mean())
+        sites, num_visual = list(self.last.sites), len(self.patch_ids)
+        average = average_tokens(counts, sites, self.num_layers, num_visual)  # [M]
+        return facts | {"average_tokens": float(average.mean())}

@@ -1,0 +1,156 @@
+"""What the thresholds do on data: survivors of every image, budgets, constant thresholds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from patchsieve.calibration.model import PrunedLlava
+from patchsieve.calibration.passes import PruningPass
+from patchsieve.calibration.samples import Samples, collate
+from patchsieve.errors import PatchsieveError
+from patchsieve.pruning.thresholds import Thresholds
+from patchsieve.pruning.training import average_tokens
+
+Progress = Callable[[str, float], None]
+_OFF = 0.9999  # a theta_s that no spatial score passes: the highest is below 1 - 3 / 576
+
+
+def hard_passes(
+    model: PrunedLlava, samples: Samples, batch_size: int, progress: Callable[[float], None]
+) -> Iterator[PruningPass]:
+    """Run samples through the model as a bundle would prune them, batch by batch."""
+    was_hard, model.is_hard = model.is_hard, True
+    model.eval()
+    device = model.patch_ids.device
+    loader = DataLoader(samples, batch_size, collate_fn=collate)
+    try:
+        with torch.no_grad():
+            for number, batch in enumerate(loader):
+                progress(number / len(loader))
+                model(**{name: tensor.to(device) for name, tensor in batch.items()})
+                if model.last is not None and model.last.sites:
+                    yield model.last
+    finally:
+        model.is_hard = was_hard
+
+
+def count_survivors(
+    model: PrunedLlava, samples: Samples, batch_size: int, progress: Progress
+) -> dict[int, list[int]]:
+    """Tokens that each image keeps behind each site, by site."""
+    counts: dict[int, list[int]] = {site: [] for site in model.methods}
+    for seen in hard_passes(
+        model, samples, batch_size, lambda part: progress("counting survivors", part)
+    ):
+        for site, record in seen.sites.items():
+            counts[site] += record.alive.sum(-1).tolist()
+    if not any(counts.values()):
+        raise PatchsieveError("no record of the data holds an image", do="give data with images")
+    return counts
+
+
+def budgets(counts: dict[int, list[int]], percentile: float) -> tuple[int, ...]:
+    """Tokens per image to reserve behind each site: a percentile of what images keep there.
+
+    Args:
+        counts: Survivors by site, ascending sites.
+        percentile: 100 reserves for the image that keeps most.
+    """
+    reserved = []
+    for site in sorted(counts):
+        ordered = sorted(counts[site])
+        place = math.ceil(percentile / 100 * len(ordered)) - 1
+        reserved.append(ordered[max(0, place)])
+    return tuple(reserved)
+
+
+def geometric_counts(
+    num_visual: int, sites: Sequence[int], num_layers: int, target: float
+) -> list[float]:
+    """Mean counts n r, n r^2, ... behind the sites, whose average over all layers is the target.
+
+    Raises:
+        PatchsieveError: Even a single token behind the first site averages more than the target, or
+            the target is all tokens.
+    """
+    first = sites[0] * num_visual / num_layers
+    if not first + 1 <= target < num_visual:
+        raise PatchsieveError(
+            "the sites cannot reach this target",
+            found=f"{target:g} tokens",
+            expected=f"from {first + 1:.0f} to {num_visual - 1}: all layers before the first site "
+            "hold every token",
+            do="move --sites to earlier layers, or change --target-tokens",
+        )
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        ratio = (low + high) / 2
+        counts = [num_visual * ratio ** (k + 1) for k in range(len(sites))]
+        is_low = average_tokens(counts, sites, num_layers, num_visual) < target
+        low, high = (ratio, high) if is_low else (low, ratio)
+    return [max(1.0, count) for count in counts]
+
+
+def fix_thresholds(
+    model: PrunedLlava,
+    samples: Samples,
+    target: float,
+    batch_size: int,
+    progress: Progress,
+) -> None:
+    """Set constant thresholds that keep a target average of tokens, site after site.
+
+    Still adaptive: an image with more tokens above the quantile keeps more. Spatial sampling is
+    switched off. Needs heads whose trunks are zero (`constant_heads`).
+
+    Raises:
+        PatchsieveError: The target cannot be reached.
+    """
+    sites, num_visual = list(model.methods), len(model.patch_ids)
+    wanted = geometric_counts(num_visual, sites, model.num_layers, target)
+    for done, (site, count) in enumerate(zip(sites, wanted, strict=True)):
+
+        def step(part: float, done: int = done, site: int = site) -> None:
+            progress(f"scores at layer {site}", (done + part) / len(sites))
+
+        scores, images = [], 0
+        for seen in hard_passes(model, samples, batch_size, step):
+            scores += seen.sites[site].s_red
+            images += len(seen.images)
+        if not images:
+            raise PatchsieveError(
+                "no record of the data holds an image", do="give data with images"
+            )
+        theta = _between(torch.cat(scores), round(count * images))
+        _set_constant(model.methods[site].thresholds, theta, _OFF)
+
+
+def constant_heads(grid: tuple[int, int]) -> Thresholds:
+    """Heads that ignore their input and at first keep everything."""
+    heads = Thresholds(hidden=1, grid=grid)
+    for parameter in heads.parameters():
+        torch.nn.init.zeros_(parameter)
+    _set_constant(heads, 1e-4, _OFF)
+    return heads
+
+
+def _between(scores: Tensor, count: int) -> float:
+    """A threshold that `count` scores exceed, or as many more as tie with the last of them."""
+    ordered = scores.sort(descending=True).values
+    if count >= len(ordered):
+        return 1e-4
+    last, following = float(ordered[count - 1]), float(ordered[count])
+    middle = (last + following) / 2
+    return middle if following < middle < last else following
+
+
+def _set_constant(heads: object, theta_r: float, theta_s: float) -> None:
+    assert isinstance(heads, Thresholds)
+    with torch.no_grad():
+        for head, theta in ((heads.head_r, theta_r), (heads.head_s, theta_s)):
+            head.bias.fill_(math.log(theta) - math.log1p(-theta))

@@ -1,0 +1,108 @@
+"""Train the thresholds on the Hugging Face Trainer; the language model stands still."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from patchsieve.calibration.model import PrunedLlava
+from patchsieve.calibration.samples import Samples, collate
+from patchsieve.heads import TENSORS
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How the heads are trained; see `transformers.TrainingArguments` for what they become.
+
+    Attributes:
+        steps: Optimiser steps; None takes the epochs.
+        epochs: Passes over the data.
+        batch_size: Samples of one device at a time.
+        accumulate: Batches that one step sums.
+        learning_rate: Of the heads; the paper's is 1e-4.
+        bf16: Compute in bfloat16; thresholds and losses stay float32.
+        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        workers: Processes that load data.
+        save_steps: Steps between checkpoints from which training can resume.
+        seed: Of the data's order and of the heads' first weights.
+    """
+
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 4
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    workers: int = 0
+    save_steps: int = 500
+    seed: int = 0
+
+    def arguments(self, folder: Path, *, quiet: bool) -> TrainingArguments:
+        """The Trainer's own arguments; checkpoints go to `folder`."""
+        arguments: dict[str, Any] = {}
+        if self.gradient_checkpointing:  # transformers 5.23 warns of the name, so only where wanted
+            arguments["gradient_checkpointing"] = True
+        return TrainingArguments(
+            output_dir=str(folder),
+            max_steps=-1 if self.steps is None else self.steps,
+            num_train_epochs=self.epochs,
+            per_device_train_batch_size=self.batch_size,
+            gradient_accumulation_steps=self.accumulate,
+            learning_rate=self.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.03,
+            bf16=self.bf16,
+            dataloader_num_workers=self.workers,
+            save_steps=self.save_steps,
+            save_total_limit=2,
+            logging_steps=10,
+            seed=self.seed,
+            report_to=[],
+            disable_tqdm=quiet,
+            remove_unused_columns=False,
+            use_cpu=not torch.cuda.is_available(),
+            **arguments,
+        )
+
+
+class HeadsTrainer(Trainer):
+    """A Trainer that steps, saves and loads the threshold modules alone."""
+
+    def __init__(self, model: PrunedLlava, samples: Samples, arguments: TrainingArguments) -> None:
+        super().__init__(model=model, args=arguments, train_dataset=samples, data_collator=collate)
+        self.pruned = model
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add tokens and thresholds of the last batch to a training line."""
+        if "loss" in logs:
+            logs = logs | {name: round(value, 4) for name, value in self.pruned.facts().items()}
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(head_tensors(self.pruned), folder / TENSORS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_heads_into(self.pruned, load_file(Path(resume_from_checkpoint) / TENSORS))
+
+
+def head_tensors(model: PrunedLlava) -> dict[str, Tensor]:
+    """The heads by the names that `patchsieve.heads` gives them: layer.{site}.trunk.weight, ..."""
+    return {
+        f"layer.{name}": tensor.detach().float().cpu().contiguous()
+        for name, tensor in model.thresholds.state_dict().items()
+    }
+
+
+def load_heads_into(model: PrunedLlava, tensors: dict[str, Tensor]) -> None:
+    """Put stored heads into a model."""
+    state = {name.removeprefix("layer."): tensor for name, tensor in tensors.items()}
+    model.thresholds.load_state_dict(state)

@@ -1,0 +1,24 @@
+"""Types of arguments that several commands take."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+
+def integers(text: str) -> list[int]:
+    """Read whole numbers with commas between them: 4,14,24."""
+    return [int(part) for part in parts(text, r"\d{1,9}", "whole numbers such as 4,14,24")]
+
+
+def numbers(text: str) -> list[float]:
+    """Read numbers with commas between them: 0.5,0.25."""
+    return [float(part) for part in parts(text, r"\d*\.?\d+", "numbers such as 0.5,0.25")]
+
+
+def parts(text: str, pattern: str, expected: str) -> list[str]:
+    """Split at commas; each part must match."""
+    found = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(pattern, part) for part in found):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected {expected}")
+    return found

@@ -1,0 +1,254 @@
+"""`patchsieve calibrate CHECKPOINT --data DATA -o HEADS`: thresholds that fit a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from patchsieve.cli.arguments import integers
+from patchsieve.cli.output import Progress, print_json, require, table
+
+if TYPE_CHECKING:
+    from patchsieve.calibration.model import PrunedLlava
+    from patchsieve.calibration.samples import Samples
+    from patchsieve.heads import HeadsConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("checkpoint", help="Hugging Face directory or hub id")
+    add("--data", type=Path, required=True, help="LLaVA's JSON or JSONL, or chat messages")
+    add("--image-folder", type=Path, help="what image paths are relative to (the data's folder)")
+    add("--skip-missing", action="store_true", help="leave out records whose image is not there")
+    add(
+        "--method", default="atp", choices=("atp", "quantile"), help="learn heads, or fix constants"
+    )
+    add("-o", "--out", type=Path, required=True, metavar="HEADS", help="directory to make")
+    add(
+        "--sites",
+        type=integers,
+        required=True,
+        metavar="LAYERS",
+        help="layers at whose input to prune; the paper's are 4,14,24 of 32",
+    )
+    add(
+        "--target-tokens",
+        type=float,
+        required=True,
+        metavar="N",
+        help="mean visual tokens over all layers (the paper's: 144 and 88 of 576)",
+    )
+    add("--held-out", type=Path, metavar="DATA", help="data to count survivors on (--data)")
+    add(
+        "--percentile", type=float, default=99.0, help="of survivors, to reserve behind a site (99)"
+    )
+    scores = parser.add_argument_group("scores (recorded in HEADS)")
+    scores.add_argument("--normalisation", default="minmax", help="minmax, rank, softmax or none")
+    scores.add_argument("--causal", action="store_true", help="eq. 3 over causal pairs only")
+    scores.add_argument("--hidden", type=int, default=64, help="width of a threshold module (64)")
+    train = parser.add_argument_group("training (atp)")
+    add = train.add_argument
+    add("--steps", type=int, help="optimiser steps, instead of --epochs")
+    add("--epochs", type=float, default=1.0, help="passes over the data (1)")
+    add("--batch-size", type=int, default=4, help="samples of one device at a time (4)")
+    add("--accumulate", type=int, default=1, help="batches that one step sums (1)")
+    add("--learning-rate", type=float, default=1e-4, help="of the heads (1e-4)")
+    add("--lambda-atp", type=float, default=0.05, help="weight of eq. 12 (0.05)")
+    add("--lambda-target", type=float, default=0.2, help="weight of eq. 13 (0.2)")
+    add("--temperature", type=float, default=50.0, help="T of eqs. 9 and 10 (50)")
+    add("--bf16", action="store_true")
+    add("--gradient-checkpointing", action="store_true")
+    add("--workers", type=int, default=0, help="processes that load data (0)")
+    add("--save-steps", type=int, default=500, help="steps between checkpoints (500)")
+    add("--resume", action="store_true", help="go on from HEADS.partial")
+    add("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Calibrate, save the heads, print what survives."""
+    libraries = ("torch", "transformers", "accelerate", "safetensors")
+    require(libraries, "cpu,export,calibration", "calibrate")
+    from patchsieve.errors import PatchsieveError
+    from patchsieve.heads import CONFIG
+
+    if os.path.lexists(args.out):
+        raise PatchsieveError(
+            f"{args.out} exists already", do="remove it, or choose another name with -o"
+        )
+    partial = args.out.with_name(args.out.name + ".partial")
+    if args.resume and not partial.is_dir():
+        raise PatchsieveError(
+            "there is nothing to resume", found=f"no {partial}", do="start without --resume"
+        )
+    progress, started = Progress(args.json), time.monotonic()
+    progress("loading the checkpoint", 0.0)
+    model, samples, held_out = _load(args)
+    if args.method == "atp":
+        history = _train(args, model, samples, partial, progress)
+    else:
+        history = _fix(args, model, samples, progress)
+    config, report = _measure(args, model, held_out, progress)
+    progress.done()
+    if not _is_main_process():
+        return 0
+    _save(args.out, partial, config, model, history)
+    report |= {
+        "heads": str(args.out),
+        "records": len(samples),
+        "records_without_image": samples.missing,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    if args.json:
+        print_json(report)
+        return 0
+    print(f"{args.out}: {args.method} heads from {len(samples)} records, {report['seconds']:.1f} s")
+    if samples.missing:
+        print(f"  {samples.missing} records left out: their images are not there")
+    columns = ("layer", "mean tokens", "fewest", "most", "reserved")
+    rows = [tuple(site[key] for key in columns) for site in report["sites"]]
+    print(table(columns, rows))
+    print(
+        f"average over all layers {report['average_tokens']:.1f} tokens, target "
+        f"{args.target_tokens:g}\n"
+        f"export with: --method atp --heads {args.out}  ({CONFIG} holds the sites)"
+    )
+    return 0
+
+
+def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples]:
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    from patchsieve.calibrate import Encoder
+    from patchsieve.calibration.model import Losses, PrunedLlava
+    from patchsieve.calibration.records import Records
+    from patchsieve.calibration.samples import Samples
+    from patchsieve.calibration.survivors import constant_heads
+    from patchsieve.errors import PatchsieveError
+    from patchsieve.pruning.atp import ATP
+    from patchsieve.pruning.thresholds import Thresholds
+
+    encoder = Encoder(args.checkpoint)
+
+    def read(path: Path) -> Samples:
+        return Samples(Records(path, args.image_folder), encoder, skip_missing=args.skip_missing)
+
+    samples = read(args.data)
+    held_out = samples if args.held_out is None else read(args.held_out)
+    llava: Any = LlavaForConditionalGeneration.from_pretrained(
+        encoder.directory, dtype=torch.bfloat16 if args.bf16 else torch.float32
+    )
+    layers = llava.config.text_config.num_hidden_layers
+    sites = args.sites
+    if sites != sorted(set(sites)) or not 0 < sites[0] <= sites[-1] < layers:
+        raise PatchsieveError(
+            "the sites cannot be used",
+            found=sites,
+            expected=f"ascending layers from 1 to {layers - 1}",
+        )
+    torch.manual_seed(args.seed)
+    methods = {
+        site: ATP(
+            thresholds=Thresholds(args.hidden, encoder.grid)
+            if args.method == "atp"
+            else constant_heads(encoder.grid),
+            normalisation=args.normalisation,
+            causal=args.causal,
+        )
+        for site in sites
+    }
+    losses = Losses(args.target_tokens, args.lambda_atp, args.lambda_target, args.temperature)
+    model = PrunedLlava(llava, methods, encoder.patch_ids.tolist(), encoder.grid, losses)
+    return model, samples, held_out
+
+
+def _train(
+    args: argparse.Namespace,
+    model: PrunedLlava,
+    samples: Samples,
+    partial: Path,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    from patchsieve.calibration.train import HeadsTrainer, TrainingOptions
+
+    options = TrainingOptions(
+        **{name: getattr(args, name) for name in TrainingOptions.__dataclass_fields__}
+    )
+    progress("training", 0.1)
+    trainer = HeadsTrainer(model, samples, options.arguments(partial, quiet=args.json))
+    trainer.train(resume_from_checkpoint=True if args.resume else None)
+    return trainer.state.log_history
+
+
+def _fix(
+    args: argparse.Namespace, model: PrunedLlava, samples: Samples, progress: Progress
+) -> list[dict[str, Any]]:
+    from patchsieve.calibration.survivors import fix_thresholds
+
+    fix_thresholds(model, samples, args.target_tokens, args.batch_size, progress)
+    return []
+
+
+def _measure(
+    args: argparse.Namespace, model: PrunedLlava, samples: Samples, progress: Progress
+) -> tuple[HeadsConfig, dict[str, Any]]:
+    """Count survivors on held-out data: the budgets, and the report."""
+    from patchsieve.calibration.survivors import budgets, count_survivors
+    from patchsieve.heads import HeadsConfig
+    from patchsieve.pruning.training import average_tokens
+
+    counts = count_survivors(model, samples, args.batch_size, progress)
+    sites, num_visual = list(counts), len(model.patch_ids)
+    means = [sum(numbers) / len(numbers) for numbers in counts.values()]
+    reserved = budgets(counts, args.percentile)
+    method = next(iter(model.methods.values()))
+    config = HeadsConfig(
+        sites=tuple(sites),
+        grid=model.grid,
+        hidden=args.hidden if args.method == "atp" else 1,
+        scores={
+            "normalisation": method.normalisation,
+            "causal": method.causal,
+            "granularities": list(method.granularities),
+            "spatial_lambda": method.spatial_lambda,
+        },
+        budgets=reserved,
+    )
+    average = average_tokens(means, sites, model.num_layers, num_visual)
+    per_site = [
+        {
+            "layer": site,
+            "mean tokens": round(mean, 2),
+            "fewest": min(counts[site]),
+            "most": max(counts[site]),
+            "reserved": room,
+        }
+        for site, mean, room in zip(sites, means, reserved, strict=True)
+    ]
+    return config, {"sites": per_site, "average_tokens": average, "target": args.target_tokens}
+
+
+def _save(
+    out: Path, partial: Path, config: HeadsConfig, model: PrunedLlava, history: list[dict[str, Any]]
+) -> None:
+    """Put the heads in place, whole; the Trainer's checkpoints have served."""
+    import shutil
+
+    from patchsieve.calibration.train import head_tensors
+    from patchsieve.heads import save_heads
+    from patchsieve.writing import whole_or_nothing
+
+    with whole_or_nothing(out) as folder:
+        save_heads(folder, config, head_tensors(model))
+        lines = "".join(json.dumps(entry) + "\n" for entry in history)
+        (folder / "log.jsonl").write_text(lines, encoding="utf-8")
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0

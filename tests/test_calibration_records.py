@@ -1,0 +1,94 @@
+"""Conversations on disk: both formats, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from patchsieve.calibration.records import Records
+from patchsieve.errors import PatchsieveError
+
+TRICKY = 'say "}" or \\ or {[ twice'
+
+
+def llava(value: str = "<image>\nWhat?", **more: object) -> dict[str, object]:
+    turns = [{"from": "human", "value": value}, {"from": "gpt", "value": TRICKY}]
+    return {"id": "1", "conversations": turns} | more
+
+
+def write(folder: Path, records: list[object], form: str = "json") -> Path:
+    path = folder / f"data.{form}"
+    lines = [json.dumps(record) for record in records]
+    path.write_text("\n".join(lines) if form == "jsonl" else f"[{', '.join(lines)}]\n")
+    return path
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl"])
+def test_an_array_and_lines_hold_the_same_records(tmp_path: Path, form: str) -> None:
+    path = write(tmp_path, [llava(image="a.jpg"), llava("No image: ünïcode }"), llava()], form)
+    records = Records(path)
+    assert len(records) == 3
+    first = records[0]
+    assert first.images == [tmp_path / "a.jpg"]
+    assert first.messages == [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": TRICKY}]},
+    ]
+    assert records[1].images == []
+    assert records[1].messages[0]["content"] == [{"type": "text", "text": "No image: ünïcode }"}]
+
+
+def test_chat_messages_name_their_images_in_the_parts_or_beside_them(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "A cup."}
+    question = {"type": "text", "text": "What?"}
+    parts = [{"type": "image", "path": "b.png"}, question]
+    apart = [{"type": "image"}, question]
+    path = write(
+        tmp_path,
+        [
+            {"messages": [{"role": "user", "content": parts}, answer]},
+            {"messages": [{"role": "user", "content": apart}, answer], "images": ["b.png"]},
+            {"messages": [{"role": "user", "content": "What?"}, answer], "image": "b.png"},
+        ],
+        "jsonl",
+    )
+    records = Records(path, Path("elsewhere"))
+    for record in (records[0], records[1], records[2]):
+        assert record.images == [Path("elsewhere/b.png")]
+        assert record.messages[0]["content"] == [{"type": "image"}, question]
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        (llava(), "0 images, 1 placeholders"),
+        (llava(image=["a", "b"]), "2 images, 1 placeholders"),
+        (llava(image=[3]), "other images than placeholders"),
+        ({"id": 1}, "no conversation"),
+        ({"messages": [{"role": "nobody", "content": "x"}]}, "nobody"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "does not end in an answer"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "neither text nor an"),
+        ({"messages": [{"role": "user", "content": 7}]}, "without content"),
+    ],
+)
+def test_a_record_that_cannot_be_used_is_refused_by_its_number(
+    tmp_path: Path, record: dict[str, object], says: str
+) -> None:
+    records = Records(write(tmp_path, [llava(image="a.jpg"), record]))
+    with pytest.raises(PatchsieveError, match=rf"data\.json record 1 .*{says}"):
+        records[1]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "12"])
+def test_a_file_without_records_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "data.json").write_text(content)
+    with pytest.raises(PatchsieveError, match=r"data\.json"):
+        Records(tmp_path / "data.json")
+
+
+def test_a_truncated_file_loses_its_last_record_only(tmp_path: Path) -> None:
+    path = write(tmp_path, [llava(image="a.jpg"), llava(image="b.jpg")])
+    path.write_bytes(path.read_bytes()[:-30])
+    assert len(Records(path)) == 1
