@@ -99,7 +99,7 @@ def _from_hugging_face(source: str) -> ClipSource:
             do="give the CLIP that the vision tower was trained with, such as "
             "openai/clip-vit-large-patch14-336",
         )
-    config = CLIPConfig.from_dict(raw)
+    config: Any = CLIPConfig.from_dict(raw)
     text = config.text_config
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)

@@ -61,9 +61,9 @@ def reuse(
     with fake_weights() as mode, default_dtype(dtype):
         joint_width = None if old.scorer is None else old.scorer.width
         vision = plan_vision(plan, old.vision, old.text.hidden_size, joint_width)
-    stored = {}
-    for file in ("vision", "joint") if old.scorer is not None else ("vision",):
-        stored |= stored_weights(bundle / manifest.WEIGHTS / f"{file}.safetensors")
+    stored: dict[str, ir.ExternalTensor] = {}
+    for part in ("vision", "joint") if old.scorer is not None else ("vision",):
+        stored |= stored_weights(bundle / manifest.WEIGHTS / f"{part}.safetensors")
     writer = GraphWriter(bundle / "graphs", tuple(old.targets))
     written: dict[str, dict[str, str]] = {}
     new = old

@@ -61,8 +61,8 @@ class TextLayer(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """[W, P, C] under an additive mask [1, 1, P, P] -> the same shape."""
         rows, attn = self.layer_norm1(x), self.self_attn
-        projected = (attn[name](rows) for name in ("q_proj", "k_proj", "v_proj"))
-        mixed = ops.attention(*projected, self.num_heads, self.scale, mask)
+        query, key, value = (attn[name](rows) for name in ("q_proj", "k_proj", "v_proj"))
+        mixed = ops.attention(query, key, value, self.num_heads, self.scale, mask)
         x = x + attn["out_proj"](mixed)
         return x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x))))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -182,6 +183,8 @@ def _check_graphs(facts: Manifest) -> None:
                         expected="name, dtype and shape",
                     )
                 found[tensor["name"]] = tensor["shape"]
+        if graph in decisions:
+            _check_layers_read(facts, graph, found)
         for name, shape in expected.get(graph, {}).items():
             if name not in found or not _fits(found[name], shape):
                 raise BundleError(
@@ -189,6 +192,24 @@ def _check_graphs(facts: Manifest) -> None:
                     found=found.get(name, "no such tensor"),
                     expected=["any" if size is None else size for size in shape],
                 )
+
+
+def _check_layers_read(facts: Manifest, graph: str, tensors: Iterable[str]) -> None:
+    """Refuse a decision that reads layers whose queries no stage gives."""
+    given = {
+        tensor.get("name")
+        for index in range(len(facts.stages))
+        for tensor in facts.tensors.get(names.stage(index), {}).get("outputs", [])
+    }
+    for name in tensors:
+        what, dot, layer = name.partition(".")
+        known = what in (names.QUERY, names.KEY) and f"{names.QUERY}.{layer}" in given
+        if dot and not known:
+            raise BundleError(
+                f"{graph} reads what no stage gives",
+                found=name[:60],
+                expected=", ".join(sorted(str(n) for n in given if n and "query." in str(n))),
+            )
 
 
 def _tensors(facts: Manifest) -> dict[str, dict[str, _Shape]]:
@@ -203,6 +224,12 @@ def _tensors(facts: Manifest) -> dict[str, dict[str, _Shape]]:
         }
         for graph, count in _visual_counts(facts).items()
     }
+    for name, plan in facts.plans.items():
+        if plan.pseudo_cls is not None:
+            shapes = tensors[names.vision(name)]
+            shapes[names.CLS_FEATURES] = [None, text.hidden_size]
+            if plan.pseudo_cls.needs_scorer and facts.scorer is not None:
+                shapes[names.CLS_JOINT] = [None, facts.scorer.width]
     if facts.scorer is not None:
         tensors[names.SCORER] = {
             names.TEXT_IDS: [None, facts.scorer.window],

@@ -228,8 +228,8 @@ class Manifest:
         reading = [
             site.layer
             for site in self.plans[plan].sites
-            for tensor in self.tensors[names.decide(plan, site.layer)]["inputs"]
-            if tensor["name"] == names.SIDE_ROW
+            for tensor in self.tensors.get(names.decide(plan, site.layer), {}).get("inputs", [])
+            if tensor.get("name") == names.SIDE_ROW
         ]
         return max(reading, default=0)
 
