@@ -226,10 +226,10 @@ def _tensors(facts: Manifest) -> dict[str, dict[str, _Shape]]:
     }
     for name, plan in facts.plans.items():
         if plan.pseudo_cls is not None:
-            shapes = tensors[names.vision(name)]
-            shapes[names.CLS_FEATURES] = [None, text.hidden_size]
+            made = tensors[names.vision(name)]
+            made[names.CLS_FEATURES] = [None, text.hidden_size]
             if plan.pseudo_cls.needs_scorer and facts.scorer is not None:
-                shapes[names.CLS_JOINT] = [None, facts.scorer.width]
+                made[names.CLS_JOINT] = [None, facts.scorer.width]
     if facts.scorer is not None:
         tensors[names.SCORER] = {
             names.TEXT_IDS: [None, facts.scorer.window],
