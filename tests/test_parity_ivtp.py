@@ -28,16 +28,17 @@ from tests.tolerances import LOGITS_FLOAT32
 
 COUNT = 64
 QUESTION = "What is on the table, and is there a cat or a dog next to the cup?"
+TAU = -0.15  # random towers agree on nothing: some words of each image lie above it
 SIZE = Size(num_patches=36, num_layers=7)
 PLANS = {
-    "ivtp": ivtp(SIZE, 6),
+    "ivtp": ivtp(SIZE, 6, pseudo_cls=PseudoCls(tau=TAU)),
     "ablation": ivtp(
         SIZE,
         7,
         group=6,  # in the tower, and in the decoder, one group of all
         fusion="max",
         block="prefix",
-        pseudo_cls=PseudoCls(tau=0.1, cls="penultimate"),
+        pseudo_cls=PseudoCls(tau=TAU, cls="penultimate"),
     ),
 }
 

@@ -71,7 +71,7 @@ class MaskedIvtp(MaskedLlava):
             x = layer(x, self._columns(alive))
             if encoder and index in ends:
                 who = np.flatnonzero(alive)
-                row = rollout.rollout(maps)[:, 0, 1:]
+                row = ivtp.cls_row(maps, encoder["params"]["fusion"], 0)[:, 1:]
                 scores = rollout.scores(row, value[:, :, 1:])[0]
                 kept = top(scores, left[ends.index(index)])
                 alive[who[1:][~kept]] = False
