@@ -37,11 +37,15 @@ class Record:
         where: File and number, for messages.
         messages: `{"role", "content"}` each, content a list of parts, as chat templates take them.
         images: Files of the images in the order of their parts.
+        answers: What several people answered, where the record says so.
+        category: Kind of the question, where the record says so.
     """
 
     where: str
     messages: list[dict[str, Any]]
     images: list[Path]
+    answers: tuple[str, ...] = ()
+    category: str = ""
 
 
 class Records:
@@ -141,7 +145,15 @@ def _record(data: Any, where: str, folder: Path) -> Record:
         )
     if [m["role"] for m in messages][-1] != "assistant":
         raise PatchsieveError(f"{where} does not end in an answer", expected="an assistant's turn")
-    return Record(where, messages, [folder / file for file in files])
+    answers, category = data.get("answers", []), data.get("category", "")
+    if not (isinstance(answers, list) and all(isinstance(a, str) for a in [*answers, category])):
+        raise PatchsieveError(
+            f"{where} has answers or a category of another kind",
+            found=repr((answers, category))[:80],
+            expected="answers: a list of strings; category: a string",
+        )
+    paths = [folder / file for file in files]
+    return Record(where, messages, paths, tuple(answers), category)
 
 
 def _parts(content: Any, where: str) -> tuple[list[dict[str, Any]], list[str | None]]:

@@ -26,6 +26,11 @@ MISTAKES = {
     "verify": ("{tmp}", "--against", "{tmp}"),
     "doctor": ("{tmp}",),
     "cost": ("{tmp}",),
+    "calibrate": (
+        *("no-such-checkpoint", "--data", "{tmp}/data.json", "-o", "{tmp}/heads"),
+        *("--sites", "2", "--target-tokens", "9"),
+    ),
+    "eval": ("{tmp}", "--data", "{tmp}/data.json"),
 }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from patchsieve.cli import COMMANDS, main
+from tests.conversations import make_conversations
 from tests.models import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +37,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with the files that the README speaks of."""
     save_checkpoint(tmp_path / "checkpoint", "llama")
     shutil.copy(ROOT / "examples" / "photo.jpg", tmp_path / "photo.jpg")
+    make_conversations(tmp_path, 3).rename(tmp_path / "conversations.json")
     (tmp_path / "config.json").write_text(json.dumps(MODEL_7B))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -46,7 +48,11 @@ def test_every_command_of_the_readme_works_in_its_order(workplace: Path, capsys)
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
     told = commands()
     assert {words[0] for words in told} == set(COMMANDS)
-    short = {"profile": ["--runs", "2", "--warmup", "1", "--max-new-tokens", "4"]}
+    short = {
+        "profile": ["--runs", "2", "--warmup", "1", "--max-new-tokens", "4"],
+        "calibrate": ["--steps", "2"],
+        "eval": ["--max-new-tokens", "4"],
+    }
     for words in told:
         words = ["checkpoint" if word == HUB_ID else word for word in words]
         assert main([*words, *short.get(words[0], [])]) == 0, words

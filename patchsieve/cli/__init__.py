@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": "show what a bundle holds and what it costs",
     "verify": "compare a bundle with its checkpoint, graph by graph and layer by layer",
     "calibrate": "learn the thresholds of a checkpoint, or fix them, and what to reserve",
+    "eval": "mark a bundle's answers, pruned beside unpruned",
     "doctor": "say what this machine can run, and what to install for the rest",
 }
 USER_ERROR = 2

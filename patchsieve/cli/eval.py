@@ -1,0 +1,125 @@
+"""`patchsieve eval BUNDLE --data FILE`: what each plan answers, and how often rightly."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from patchsieve.cli.output import Progress, print_json, size, table
+from patchsieve.cli.run import add_run_options, load
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("bundle", type=Path)
+    add("--data", type=Path, required=True, help="LLaVA's JSON or JSONL, or chat messages")
+    add("--image-folder", type=Path, help="what image paths are relative to (the data's folder)")
+    add("--plan", action="append", help='a plan beside "none"; repeatable (the default plan)')
+    add("--limit", type=int, metavar="N", help="the first N questions only")
+    add("--max-new-tokens", type=int, default=32, metavar="N", help="of an answer (32)")
+    add(
+        "-o",
+        "--answers",
+        type=Path,
+        metavar="FILE",
+        help="keep every answer here, as JSON lines; what it holds already is not asked again",
+    )
+    add_run_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask, mark, print."""
+    from patchsieve.calibration.records import Records
+    from patchsieve.errors import RequestError
+    from patchsieve.evaluation.answers import AnswerFile, ask
+    from patchsieve.evaluation.questions import questions_of
+    from patchsieve.evaluation.report import report
+    from patchsieve.manifest import FILE_NAME, hash_file
+    from patchsieve.plan import NO_PRUNING
+
+    records = Records(args.data, args.image_folder)
+    model = load(args)
+    plans = list(dict.fromkeys([NO_PRUNING, *(args.plan or [model.facts.default_plan])]))
+    unknown = [plan for plan in plans if plan not in model.facts.plans]
+    if unknown:
+        raise RequestError(
+            "the bundle holds no such plan",
+            found=", ".join(unknown),
+            expected=", ".join(model.facts.plans),
+        )
+    model.spare_caches = len(plans)  # each plan's own, since they take turns
+    questions = questions_of(records, model.facts.tokens.image_token, args.limit)
+    about = {
+        "bundle": hash_file(args.bundle / FILE_NAME).sha256,
+        "data": hash_file(args.data).sha256,
+        "target": args.target,
+        "max_new_tokens": args.max_new_tokens,
+    }
+    progress = Progress(args.quiet or args.json)
+    answers = ask(
+        model,
+        questions,
+        plans,
+        AnswerFile(args.answers, about),
+        max_new_tokens=args.max_new_tokens,
+        progress=progress,
+    )
+    progress.done()
+    model.close()
+    found = report(questions, answers)
+    if args.json:
+        print_json({"bundle": str(args.bundle), "data": str(args.data), "plans": found})
+        return 0
+    print(_table(found))
+    kinds = next(iter(found.values())).get("categories")
+    if kinds:
+        print(f"\n{_categories(found, list(kinds))}")
+    return 0
+
+
+def _table(found: dict[str, Any]) -> str:
+    columns = ["plan", "exact match", "difference", "same answer", "visual tokens", "KV", "TTFT ms"]
+    extra = [name for name in ("vqa_accuracy", "yes_no") if any(name in p for p in found.values())]
+    columns += [{"vqa_accuracy": "VQA accuracy", "yes_no": "yes/no F1"}[name] for name in extra]
+    rows = []
+    for name, plan in found.items():
+        row = [
+            name,
+            _percent(plan["exact_match"]),
+            _percent(plan["difference"], sign="+", unit="") if "difference" in plan else None,
+            f"{plan['agreement']['text']:.1%}" if "agreement" in plan else None,
+            f"{plan['visual_tokens']:.1f}",
+            size(plan["kv_bytes"]),
+            f"{plan['ttft_ms']:.0f}",
+        ]
+        if "vqa_accuracy" in extra:
+            row.append(_percent(plan["vqa_accuracy"]))
+        if "yes_no" in extra:
+            row.append(f"{plan['yes_no']['f1']:.3f}")
+        rows.append(row)
+    questions = next(iter(found.values()))["questions"]
+    note = f"{questions} questions; intervals of 95 %, bootstrapped; differences in points, paired"
+    return f"{table(columns, rows)}\n{note}"
+
+
+def _categories(found: dict[str, Any], kinds: list[str]) -> str:
+    rows = [
+        [
+            kind,
+            next(iter(found.values()))["categories"][kind]["questions"],
+            *(
+                f"{plan['categories'][kind]['exact_match']['mean']:.1%} of "
+                f"{plan['categories'][kind]['visual_tokens']:.0f}"
+                for plan in found.values()
+            ),
+        ]
+        for kind in kinds
+    ]
+    return table(["exact match, tokens", "questions", *found], rows)
+
+
+def _percent(found: dict[str, float], sign: str = "", unit: str = " %") -> str:
+    mean, low, high = (f"{100 * found[key]:{sign}.1f}" for key in ("mean", "low", "high"))
+    return f"{mean}{unit} [{low}, {high}]"

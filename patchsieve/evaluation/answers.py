@@ -1,0 +1,147 @@
+"""Ask every question under every plan, and keep each answer as soon as it is given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from patchsieve.errors import PatchsieveError
+from patchsieve.evaluation.questions import Question
+from patchsieve.runtime.model import Model
+from patchsieve.runtime.result import Result
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one plan answered to one question, and what that took.
+
+    Attributes:
+        key: The question's.
+        plan: The plan.
+        text: The answer.
+        token_ids: Its tokens.
+        visual_tokens: Mean visual tokens over all layers, of all images together; 0 without images.
+        kv_bytes: Used at the end of the answer.
+        ttft_ms: Time to the first token.
+        total_ms: Time to the last.
+    """
+
+    key: str
+    plan: str
+    text: str
+    token_ids: tuple[int, ...]
+    visual_tokens: float
+    kv_bytes: int
+    ttft_ms: float
+    total_ms: float
+
+
+class AnswerFile:
+    """Answers as JSON lines, behind a first line that says what they belong to.
+
+    Args:
+        path: The file; None keeps nothing. What it holds already is not asked again.
+        about: What must be the same for answers to be used again: bundle, data, options.
+
+    Raises:
+        PatchsieveError: The file belongs to another evaluation or is none.
+    """
+
+    def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
+        self.path = path
+        self.known: dict[tuple[str, str], Answer] = {}
+        if path is None:
+            return
+        if not path.exists():
+            path.write_text(json.dumps(about) + "\n", encoding="utf-8")
+            return
+        text = path.read_text(encoding="utf-8")
+        if not text.endswith("\n"):  # a line that was cut by an interruption
+            text = text[: text.rfind("\n") + 1]
+            path.write_text(text, encoding="utf-8")
+        try:
+            first, *lines = [json.loads(line) for line in text.splitlines()]
+            answers = [Answer(**line | {"token_ids": tuple(line["token_ids"])}) for line in lines]
+        except (ValueError, TypeError, KeyError) as error:
+            raise PatchsieveError(
+                f"{path} holds no answers of an evaluation", found=error, do="choose another file"
+            ) from error
+        if first != about:
+            different = sorted(key for key in {*first, *about} if first.get(key) != about.get(key))
+            raise PatchsieveError(
+                f"{path} holds the answers of another evaluation",
+                found=f"another {', '.join(different)}",
+                do="choose another file, or remove it",
+            )
+        self.known = {(answer.key, answer.plan): answer for answer in answers}
+
+    def add(self, answer: Answer) -> None:
+        """Keep an answer."""
+        self.known[answer.key, answer.plan] = answer
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
+
+
+def ask(
+    model: Model,
+    questions: Sequence[Question],
+    plans: Sequence[str],
+    file: AnswerFile,
+    *,
+    max_new_tokens: int,
+    progress: Progress = lambda *_: None,
+) -> dict[str, list[Answer]]:
+    """Ask greedily, plan beside plan on each question, so that a slow minute falls on all alike.
+
+    Returns:
+        The answers to all questions, in their order, by plan.
+    """
+    answers: dict[str, list[Answer]] = {plan: [] for plan in plans}
+    for done, question in enumerate(questions):
+        progress(f"question {done + 1} of {len(questions)}", done / len(questions))
+        for plan in plans:
+            if (question.key, plan) not in file.known:
+                result = model.generate(
+                    [str(path) for path in question.images] or None,
+                    question.prompt,
+                    plan=plan,
+                    max_new_tokens=max_new_tokens,
+                )
+                file.add(_answer(model, question, plan, result))
+            answers[plan].append(file.known[question.key, plan])
+    return answers
+
+
+def _answer(model: Model, question: Question, plan: str, result: Result) -> Answer:
+    layers = sum(
+        stage.num_layers * tokens
+        for stage, tokens in zip(model.facts.stages, _visual_per_stage(model, result), strict=True)
+    )
+    return Answer(
+        key=question.key,
+        plan=plan,
+        text=result.text,
+        token_ids=tuple(result.token_ids),
+        visual_tokens=layers / model.facts.text.num_layers,
+        kv_bytes=result.kv_bytes["used"],
+        ttft_ms=result.timings_ms["ttft"],
+        total_ms=result.timings_ms["total"],
+    )
+
+
+def _visual_per_stage(model: Model, result: Result) -> list[int]:
+    """Visual rows of all images in each stage."""
+    kept: dict[int, int] = {}
+    for site in result.sites:
+        kept[site.layer] = kept.get(site.layer, 0) + len(site.kept)
+    tokens, out = result.visual_tokens, []
+    for stage in model.facts.stages:
+        tokens = kept.get(stage.first, tokens)
+        out.append(tokens)
+    return out

@@ -1,0 +1,155 @@
+"""Marks against known values, and a bundle's evaluation from data to report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from patchsieve.cli import main
+from patchsieve.evaluation.answers import Answer
+from patchsieve.evaluation.metrics import (
+    exact_match,
+    interval,
+    normalise,
+    vqa_accuracy,
+    yes_no_scores,
+    yes_or_no,
+)
+from patchsieve.evaluation.questions import Question
+from patchsieve.evaluation.report import report
+from tests.bundles import PHOTO
+from tests.conversations import make_conversations
+
+pytest_plugins = ["tests.bundles"]
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
+        ("A cup.", "cup"),
+        (" The  red,\nGreen-blue Cup!", "red green-blue cup"),
+        ("three", "3"),
+        ("none", "0"),
+        ("It's 3.5, not 1,000", "its 3.5 not 1,000"),
+        ("Don't", "dont"),
+        ("", ""),
+        ("the", ""),
+    ],
+)
+def test_answers_are_compared_without_articles_case_and_punctuation(text: str, plain: str) -> None:
+    assert normalise(text) == plain
+
+
+def test_exact_match_takes_any_of_the_references() -> None:
+    assert exact_match("Two cups", ["a cup", "2 cups."]) == 1
+    assert exact_match("cups", ["a cup", "2 cups."]) == 0
+
+
+def test_vqa_accuracy_leaves_each_person_out_in_turn() -> None:
+    """Three of ten said so: the three see two others, 2/3 each; the seven see three, 1 each."""
+    people = ["red"] * 3 + ["blue"] * 7
+    assert vqa_accuracy("red", people) == pytest.approx((3 * 2 / 3 + 7) / 10)
+    assert vqa_accuracy("blue", people) == 1
+    assert vqa_accuracy("green", people) == 0
+
+
+def test_yes_and_no_are_scored_as_pope_does() -> None:
+    said = [yes_or_no(text) for text in ("Yes, it is.", "no", "yes", "a cup", "No.")]
+    assert said == [True, False, True, None, False]
+    scores = yes_no_scores(said, [True, True, False, True, False])
+    assert scores["accuracy"] == 2 / 5
+    assert (scores["precision"], scores["recall"]) == (1 / 2, 1 / 3)
+    assert scores["f1"] == pytest.approx(2 / 5)
+    assert scores["yes_share"] == 2 / 5
+
+
+def test_an_interval_holds_the_mean_and_narrows_with_more_questions() -> None:
+    few, many = interval([0.0, 1.0] * 10), interval([0.0, 1.0] * 1000)
+    assert few.low < few.mean == many.mean == 0.5 < few.high
+    assert many.high - many.low < (few.high - few.low) / 5
+    assert interval([1.0, 1.0]) == interval([1.0, 1.0]) and interval([1.0, 1.0]).low == 1
+
+
+def answer(key: str, plan: str, text: str, tokens: float) -> Answer:
+    return Answer(key, plan, text, (1, 2), tokens, 100, 5.0, 9.0)
+
+
+def test_a_report_sets_plans_side_by_side_and_divides_by_category() -> None:
+    def question(key: str, reference: str, category: str) -> Question:
+        return Question(key, "?", [], (reference,), False, category)
+
+    questions = [question("0", "yes", "presence"), question("1", "no", "colour")]
+    found = report(
+        questions,
+        {
+            "none": [answer("0", "none", "Yes", 36), answer("1", "none", "no", 36)],
+            "p": [answer("0", "p", "yes.", 9), answer("1", "p", "red", 18)],
+        },
+    )
+    assert found["none"]["exact_match"]["mean"] == 1 and "difference" not in found["none"]
+    pruned = found["p"]
+    assert pruned["exact_match"]["mean"] == 0.5 and pruned["difference"]["mean"] == -0.5
+    assert pruned["agreement"] == {"text": 0.5, "tokens": 1.0}
+    assert pruned["visual_tokens"] == 13.5
+    assert pruned["categories"]["colour"]["exact_match"]["mean"] == 0
+    assert pruned["categories"]["presence"]["visual_tokens"] == 9
+    assert pruned["yes_no"]["accuracy"] == 0.5
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str]) -> Callable[[], dict[str, Any]]:
+    return lambda: json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_bundle_is_evaluated_and_an_interruption_loses_no_answer(
+    tiny_bundle: Path, tmp_path: Path, printed
+) -> None:
+    data, kept = make_conversations(tmp_path / "data", 3), tmp_path / "answers.jsonl"
+    argv = ["eval", str(tiny_bundle), "--data", str(data), "--answers", str(kept), "--json"]
+    assert main([*argv, "--max-new-tokens", "4"]) == 0
+    first = printed()["plans"]
+    none, pruned = first.values()
+    assert none["questions"] == 4  # one of three records asks twice
+    assert pruned["visual_tokens"] < none["visual_tokens"]
+    assert pruned["kv_bytes"] < none["kv_bytes"]
+    lines = kept.read_text().splitlines()
+    assert len(lines) == 1 + 2 * 4
+    changed = json.loads(lines[1]) | {"text": "kept, not asked again"}
+    kept.write_text("\n".join([lines[0], json.dumps(changed), *lines[2:-1], lines[-1][:30]]))
+    assert main([*argv, "--max-new-tokens", "4"]) == 0
+    assert printed()["plans"].keys() == first.keys()
+    again = kept.read_text().splitlines()
+    assert len(again) == len(lines) and json.loads(again[1]) == changed
+    assert main([*argv, "--max-new-tokens", "5"]) == 2  # other answers would come
+    assert "another max_new_tokens" in printed()["error"]
+
+
+def test_the_right_answer_is_marked_right(tiny_bundle: Path, tmp_path: Path, printed) -> None:
+    """The model's own answers as references: the unpruned plan is always right."""
+    from patchsieve.runtime.model import Model
+
+    model = Model(tiny_bundle, threads=1, check="size")
+    said = model.generate(str(PHOTO), "What?", plan="none", max_new_tokens=4).text
+    model.close()
+    turns = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": said}]
+    record = {"messages": turns, "images": [str(PHOTO)], "category": "self"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record))
+    argv = ["eval", str(tiny_bundle), "--data", str(tmp_path / "data.jsonl"), "--json"]
+    assert main([*argv, "--max-new-tokens", "4"]) == 0
+    assert printed()["plans"]["none"]["categories"]["self"]["exact_match"]["mean"] == 1
+
+
+def test_an_unknown_plan_or_a_missing_image_is_one_line(
+    tiny_bundle: Path, tmp_path: Path, printed
+) -> None:
+    data = make_conversations(tmp_path / "data", 2)
+    argv = ["eval", str(tiny_bundle), "--data", str(data), "--json"]
+    assert main([*argv, "--plan", "nope"]) == 2
+    assert "no such plan" in printed()["error"]
+    (tmp_path / "data" / "1.png").unlink()
+    assert main(argv) == 2
+    assert "image that is not there" in printed()["error"]
