@@ -48,7 +48,9 @@ class TowerLayer(nn.Module):
         """[B, n, C] -> [B, n', C], pruned on the way where `walk` says so for layer `index`."""
         rows, attn = self.layer_norm1(x), self.self_attn
         query, key, value = (attn[name](rows) for name in ("q_proj", "k_proj", "v_proj"))
-        mixed = ops.attention(query, key, value, self.num_heads, self.scale, walk.bias())
+        bias = walk.bias()
+        bias = None if bias is None else bias.to(query.dtype)
+        mixed = ops.attention(query, key, value, self.num_heads, self.scale, bias)
         if walk.methods:
             heads = [self._split(states) for states in (query, key, value)]
             walk.remember(Layer(heads[0], heads[1], self.scale, value=heads[2]))

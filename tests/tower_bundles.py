@@ -37,7 +37,7 @@ def method(name: str, layers: list[int], counts: list[int], **options: Any) -> d
 PLANS: dict[str, dict[str, Any]] = {
     "gtp": {"encoder": method("gtp", [1, 3], [20, 9])},
     "topk": {
-        "encoder": method("topk", [0, 2, 3], [30, 20, 9], score="cosine"),
+        "encoder": method("topk", [0, 3], [22, 9], score="cosine"),
         "sites": [FASTV],
         "position_rule": "contiguous",
     },
@@ -47,7 +47,7 @@ PLANS: dict[str, dict[str, Any]] = {
         "position_rule": "contiguous",
     },
     "evit": {"encoder": method("evit", [1, 2], [16, 9])},
-    "tome": {"encoder": method("tome", [0, 1, 2, 3], [26, 19, 13, 9]), "sites": [ATP]},
+    "tome": {"encoder": method("tome", [0, 2], [18, 9]), "sites": [ATP]},
     "pooling": {"projector": {"method": "pooling", "params": {"keep": 9}}},
 }
 LEFT = 9  # tokens that every plan lets into the decoder
