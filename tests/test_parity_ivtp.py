@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from patchsieve import names
+from patchsieve.errors import PatchsieveError
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.recipes import Size, ivtp
 from patchsieve.export.reuse import reuse
@@ -55,6 +56,7 @@ class Bundle:
             plan=PLANS["ivtp"],
             plan_name="ivtp",
             limits=Limits(400, 80, 3),
+            targets=("cpu", "tensorrt-rtx"),
             scorer=str(folder / "clip"),
             cuts=(2,),  # within a group: queries of several stages are read
         )
@@ -204,3 +206,64 @@ def test_a_mistake_in_a_pseudo_cls_keeps_other_tokens(bundle, monkeypatch, mista
             ),
         )
     assert scores(broken, images) != right
+
+
+@pytest.mark.tensorrt
+def test_the_graphs_of_ivtp_build_in_tensorrt_rtx(bundle: Bundle, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    from patchsieve.runtime.build import profiles
+    from patchsieve.runtime.tensorrt import build_engine, parse_network
+
+    facts = bundle.model().facts
+    graphs = {
+        "scorer": {names.TEXT_FEATURES},
+        "vision.ivtp": {names.IMAGE_FEATURES, names.CLS_JOINT, names.CLS_FEATURES},
+        "stage_0": {names.query(0), names.query(1)},
+        "stage_1": {names.query(2)},
+        "decide.ivtp.3": {names.KEEP_OUT, names.SCORES},
+    }
+    for graph, outputs in graphs.items():
+        path = bundle.path / facts.targets["tensorrt-rtx"][graph]
+        network = parse_network(path)
+        assert outputs <= {tensor.name for tensor in network.outputs}, graph
+        if graph.startswith("decide"):
+            read = {names.SIDE_ROW, names.VALUE, names.query(0), names.key(0), names.key(1)}
+            assert read <= {tensor.name for tensor in network.inputs}
+        report = build_engine(path, tmp_path / graph, profiles(facts, graph), target="tensorrt-rtx")
+        assert report.engine_bytes and not report.warnings, graph
+
+
+def test_stages_reserve_a_slot_for_each_side_row_up_to_the_last_site(bundle: Bundle) -> None:
+    facts = bundle.model().facts
+    rows = [facts.limits.slots(budget) for budget in facts.budgets("ivtp")]
+    assert [a - b for a, b in zip(facts.slots("ivtp"), rows, strict=True)] == [3, 3, 3, 0]
+    assert [stage.slots for stage in facts.stages] == facts.slots("ivtp")
+    assert facts.slots("none") == [facts.limits.slots(36)] * 4
+
+
+def test_a_prompt_that_asks_nothing_is_judged_by_the_visual_cls(bundle: Bundle) -> None:
+    result = bundle.model().generate(pictures(1), "", max_new_tokens=4)
+    assert [one.tokens for one in result.words] == [()]
+    assert result.to_dict()["words"] == [{"image": 0, "is_visual_cls": True, "tokens": []}]
+    assert len(result.sites) == 2
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (ivtp(SIZE, 6, group=2), "do not give what ivtp at layer"),
+        (Plan((SitePlan(6, "ivtp", {"group": 7}),), pseudo_cls=PseudoCls()), "not there"),
+        (Plan((SitePlan(3, "ivtp", {}),)), "pseudo_cls do not belong"),
+        (Plan((SitePlan(3, "fastv", {}),), pseudo_cls=PseudoCls()), "pseudo_cls do not belong"),
+        (
+            Plan((SitePlan(2, "fastv", {}), SitePlan(3, "ivtp", {})), pseudo_cls=PseudoCls("all")),
+            "reaches over another site",
+        ),
+    ],
+)
+def test_plans_that_do_not_fit_are_refused(bundle: Bundle, plan: Plan, message: str) -> None:
+    before = (bundle.path / "manifest.json").read_bytes()
+    with pytest.raises(PatchsieveError, match=message) as error:
+        reuse(bundle.path, plan, "wrong")
+    assert "\n" not in str(error.value)
+    assert (bundle.path / "manifest.json").read_bytes() == before
