@@ -161,7 +161,7 @@ def test_a_model_that_is_no_clip_is_refused(tmp_path: Path) -> None:
 def test_the_command_line_says_what_mends_it(tmp_path: Path, words: str, message: str) -> None:
     checkpoint = save_checkpoint(tmp_path / "llava", "llama", layers=4)
     code, _, error = command("export", checkpoint, "-o", tmp_path / "b", *words.split())
-    assert code == 2 and message in error and error.count("\n") == 1
+    assert code == 2 and message in error.splitlines()[-1]
     assert not (tmp_path / "b").exists()
 
 

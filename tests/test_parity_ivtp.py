@@ -36,7 +36,6 @@ PLANS = {
     "ablation": ivtp(
         SIZE,
         7,
-        group=6,  # in the tower, and in the decoder, one group of all
         fusion="max",
         block="prefix",
         pseudo_cls=PseudoCls(tau=TAU, cls="penultimate"),
