@@ -19,13 +19,14 @@ PHOTO := examples/photo.jpg
 QUESTION := What is on the table?
 SOURCES := $(shell find patchsieve pruning export -name '*.py')
 
-.PHONY: help check-environment demo test lint lint-ruff format types bench clean
+.PHONY: help check-environment demo test lint lint-ruff format types bench gpu clean
 
 help:
 	@echo "make demo    make a checkpoint, export it pruned, ask it about a photograph"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy;  make format: let ruff rewrite;  make types: mypy alone"
 	@echo "make bench   run the benchmarks;  make clean: remove what these targets made"
+	@echo "make gpu     on a GPU: settle what is unproven, compare with the CPU, measure (GPU='--only bench')"
 
 check-environment:
 	@$(PY) -c "import importlib.util as u, sys; \
@@ -78,6 +79,9 @@ types: $(ENVIRONMENT)
 
 bench: $(ENVIRONMENT)
 	@for file in benchmarks/bench_*.py; do test ! -e $$file || $(PY) $$file || exit 1; done
+
+gpu: $(ENVIRONMENT)
+	@$(PY) -m benchmarks.gpu $(GPU)
 
 clean:
 	@rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

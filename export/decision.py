@@ -95,7 +95,8 @@ class Compact(nn.Module):
     def forward(self, keep: Tensor) -> tuple[Tensor, Tensor]:
         """Keep [L] -> keep_indices [L], of which the first num_keep [1] count; the rest are 0."""
         kept = keep.to(torch.int64)
-        place = torch.cumsum(kept, dim=0) - 1
+        # In float32, exact up to 2**24 rows: TensorRT 10 documents CumSum for floats only.
+        place = torch.cumsum(keep.float(), dim=0).to(torch.int64) - 1
         # Dropped rows write into a place behind all others, which is cut off.
         place = torch.where(keep, place, kept.shape[0])
         padded = torch.zeros_like(torch.cat((kept, kept[:1])))  # [L + 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ from patchsieve.export.trace import bind, fake_weights, trace
 from patchsieve.export.vision import Vision, vision_graph, vision_model
 from patchsieve.export.weights import DTYPES, Weight, default_dtype, weights_of
 from patchsieve.plan import NO_PRUNING, Plan, check_plan_name
+from patchsieve.precision import BYTES, Precision
 from patchsieve.writing import whole_or_nothing
 
 Progress = Callable[[str, float], None]
@@ -56,7 +58,7 @@ class ExportOptions:
         plan_name: The plan's name in the bundle.
         cuts: Further layers at which to divide the decoder, for plans to come.
         targets: For which to write graphs.
-        precision: dtype of weights, rows and caches: a key of DTYPES.
+        precision: Type of each part, as `Precision.parse` reads it.
         limits: What requests may ask for.
         scorer: Where the CLIP comes from that compares the question with an image, for a plan whose
             pseudo_cls wants one (see `clip_source.open_source`).
@@ -72,10 +74,6 @@ class ExportOptions:
 
     def __post_init__(self) -> None:
         check_plan_name(self.plan_name)
-        if self.precision not in DTYPES:
-            raise PatchsieveError(
-                "unknown precision", found=self.precision, expected=", ".join(DTYPES)
-            )
         limits = self.limits
         if min(limits.max_text_tokens, limits.max_new_tokens, limits.max_images) < 1:
             raise PatchsieveError(
@@ -90,12 +88,24 @@ class ExportOptions:
             )
         if not self.targets:
             raise PatchsieveError("a bundle needs a target", expected="cpu, reference, ...")
+        precision = Precision.parse(self.precision)
         for target in self.targets:
-            lowering(target)
+            taken = lowering(target).precisions
+            if not set(precision.kinds) <= set(taken):
+                raise PatchsieveError(
+                    f"the target {target} does not compute in this precision",
+                    found=precision,
+                    expected=", ".join(taken),
+                    do=f"leave {target} out of --targets, or choose another --precision",
+                )
 
 
 def export(
-    checkpoint: str, out: Path, options: ExportOptions, progress: Progress = lambda *_: None
+    checkpoint: str,
+    out: Path,
+    options: ExportOptions,
+    progress: Progress = lambda *_: None,
+    seconds: dict[str, float] | None = None,
 ) -> manifest.Manifest:
     """Export a checkpoint into a new bundle.
 
@@ -104,6 +114,7 @@ def export(
         out: The bundle's directory, which must not exist.
         options: Plan, targets, limits.
         progress: Told what is being done and the fraction done.
+        seconds: Takes the time spent on each target's graphs.
 
     Returns:
         The bundle's manifest.
@@ -124,6 +135,8 @@ def export(
     job = _Job(directory, config, options)
     with whole_or_nothing(out) as partial:
         job.write(partial, progress)
+        if seconds is not None:
+            seconds.update(job.writer.seconds)
         return job.finish(partial, Path(checkpoint).name or checkpoint)
 
 
@@ -132,7 +145,8 @@ class _Job:
 
     def __init__(self, directory: Path, config: object, options: ExportOptions) -> None:
         self.directory, self.config, self.options = directory, config, options
-        self.dtype = DTYPES[options.precision][0]
+        self.precision = Precision.parse(options.precision)
+        tower_dtype, self.dtype, head_dtype = (DTYPES[kind][0] for kind in self.precision.kinds)
         self.spec = decoder_spec(config.text_config)  # type: ignore[attr-defined]
         self.vision_facts = vision_model(config)
         self.preprocessor = preprocessor_from_checkpoint(directory)
@@ -153,18 +167,20 @@ class _Job:
         pairs = zip(options.plan.sites, methods, strict=True)
         queries = {layer for site, m in pairs for layer in layers_read(m, site.layer)}
         edges = [0, *cuts, self.spec.num_layers]
-        with fake_weights() as self.mode, default_dtype(self.dtype):
-            self.vision = Vision(self.vision_facts, self.spec.hidden_size)
-            width = None if self.clip is None else self.clip.text.width
-            self.plan_vision = plan_vision(
-                options.plan, self.vision_facts, self.spec.hidden_size, width
-            )
-            if self.clip is not None:
-                self.scorer = TextScorer(self.clip.text)
-                self.joint = JointCls(self.vision_facts, self.clip.text.width)
-            self.stages = [
-                Stage(self.spec, a, b, queries) for a, b in zip(edges, edges[1:], strict=False)
-            ]
+        with fake_weights() as self.mode:
+            with default_dtype(tower_dtype):
+                width = None if self.clip is None else self.clip.text.width
+                sizes = self.vision_facts, self.spec.hidden_size
+                self.vision = Vision(*sizes, out_dtype=self.dtype)
+                self.plan_vision = plan_vision(options.plan, *sizes, width, self.dtype)
+                if self.clip is not None:
+                    self.scorer = TextScorer(self.clip.text)
+                    self.joint = JointCls(self.vision_facts, self.clip.text.width)
+            with default_dtype(self.dtype):
+                self.stages = [
+                    Stage(self.spec, a, b, head_dtype, queries)
+                    for a, b in zip(edges, edges[1:], strict=False)
+                ]
         most = options.limits.slots(self.vision.num_visual, self.side_layer > 0)
         if most > self.spec.max_rows:
             raise UnsupportedModelError(
@@ -175,6 +191,13 @@ class _Job:
             )
         self.checkpoint = Checkpoint(directory)
         self.is_tied = self._is_tied()
+        if self.is_tied and self.precision.head != self.precision.decoder:
+            raise PatchsieveError(
+                "the output matrix is the embedding table, so both have one precision",
+                found=self.precision,
+                expected=f"head={self.precision.decoder}",
+                do="give the head the decoder's precision, or leave it out of --precision",
+            )
         self.files = self._weight_files()
         wanted = [weight for weights in self.files.values() for weight in weights]
         self.checkpoint.require({weight.source: weight.source_shape for weight in wanted})
@@ -228,7 +251,7 @@ class _Job:
         facts = manifest.Manifest(
             patchsieve_version=__version__,
             checkpoint=checkpoint,
-            precision=options.precision,
+            precision=self.precision,
             text=manifest.TextModel(
                 model_type=text.model_type,
                 vocab_size=self.spec.vocab_size,
@@ -244,7 +267,7 @@ class _Job:
             embeddings=manifest.Embeddings(
                 file=f"graphs/{self.embeddings.location}",
                 offset=self.embeddings.offset or 0,
-                dtype=options.precision,
+                dtype=self.precision.decoder,
                 shape=(self.spec.vocab_size, self.spec.hidden_size),
             ),
             limits=options.limits,
@@ -254,6 +277,8 @@ class _Job:
             preprocessor="preprocessor.json",
             targets=self.paths,
             tensors=self.writer.tensors,
+            target_tensors=self.writer.target_tensors,
+            needs={target: lowering(target).needs() for target in options.targets},
             files=_hashes(partial),
             scorer=self._scorer_facts(),
         )
@@ -340,14 +365,18 @@ class _Job:
             width=clip.text.width,
         )
 
+    def _precision_of(self, file: str) -> str:
+        """Type of the tensors of a weights file."""
+        tower, head = self.precision.tower, self.precision.head
+        own = {"vision": tower, "joint": tower, "scorer": tower, "head": head}
+        return own.get(file, self.precision.decoder)
+
     def _write_weights(self, folder: Path, progress: Progress) -> dict[str, ir.ExternalTensor]:
         folder.mkdir(parents=True)
-        width = self.dtype.itemsize
-        counts = {
-            file: sum(torch.Size(weight.shape).numel() for weight in weights)
+        total = sum(
+            sum(math.prod(weight.shape) for weight in weights) * BYTES[self._precision_of(file)]
             for file, weights in self.files.items()
-        }
-        total = sum(counts.values()) * width
+        )
         free = shutil.disk_usage(folder).free
         if free < total:
             raise PatchsieveError(
@@ -368,7 +397,7 @@ class _Job:
                 folder / f"{file}.safetensors",
                 weights,
                 self.sources.get(file, self.checkpoint),
-                self.options.precision,
+                self._precision_of(file),
                 step,
             )
         return stored

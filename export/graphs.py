@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 
+from patchsieve.errors import PatchsieveError
+from patchsieve.export import operators
 from patchsieve.export.lowering import lower, lowering
 from patchsieve.export.lowering.base import dtype_of, shape_of
+from patchsieve.manifest import Tensors
 
 
 class GraphWriter:
@@ -22,13 +26,17 @@ class GraphWriter:
 
     Attributes:
         tensors: Inputs and outputs of each graph written, as the manifest lists them.
+        target_tensors: The same for the targets and graphs whose own are others.
+        seconds: Time spent on each target's graphs, the tracing that all share apart.
         written: Every file that stands, so that a failure can take it back.
     """
 
     def __init__(self, folder: Path, targets: tuple[str, ...]) -> None:
         self.folder = folder
         self.lowerings = [lowering(target) for target in targets]
-        self.tensors: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        self.tensors: Tensors = {}
+        self.target_tensors: dict[str, Tensors] = {}
+        self.seconds = dict.fromkeys(targets, 0.0)
         self.written: list[Path] = []
 
     def save(
@@ -45,31 +53,58 @@ class GraphWriter:
         Returns:
             For each target the file, relative to the bundle.
         """
-        self.tensors[name] = {
-            "inputs": [_describe(value) for value in traced.graph.inputs],
-            "outputs": [_describe(value) for value in traced.graph.outputs],
-        }
+        self.tensors[name] = _describe(traced.graph)
         paths = {}
         for target in self.lowerings:
+            start = time.perf_counter()
             path = self.folder / f"{target.name}.{name}.onnx"
             generation = 1
             while fresh and path.exists():
                 generation += 1
                 path = self.folder / f"{target.name}.{name}.{generation}.onnx"
-            model = ir.to_proto(lower(traced, target, slots))
+            lowered = lower(traced, target, slots)
+            own = _describe(lowered.graph)
+            if own != self.tensors[name]:
+                self.target_tensors.setdefault(target.name, {})[name] = own
+            model = ir.to_proto(lowered)
             temporary = path.with_name(f".{path.name}.{os.getpid()}")
             try:
                 temporary.write_bytes(model.SerializeToString())
                 onnx.checker.check_model(str(temporary))
+                _check_operators(name, model, target.operators)
                 self.written.append(path)  # first: an interrupt may come right behind the rename
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
             paths[target.name] = f"{self.folder.name}/{path.name}"
+            self.seconds[target.name] += time.perf_counter() - start
         return paths
 
 
-def _describe(value: ir.Value) -> dict[str, Any]:
+def _check_operators(name: str, model: onnx.ModelProto, table: str | None) -> None:
+    """Refuse here what a board's parser would refuse later."""
+    if table is None:
+        return
+    taken = operators.load(table)
+    found = operators.problems(model, taken)
+    if found:
+        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        raise PatchsieveError(
+            f"the graph {name} holds what {taken.library} does not take",
+            found=found[0] + more,
+            expected=f"operators of patchsieve/export/operators/{table}.json",
+            do="leave this target or this method out, and report it",
+        )
+
+
+def _describe(graph: ir.Graph) -> dict[str, list[dict[str, Any]]]:
+    return {
+        "inputs": [_tensor(value) for value in graph.inputs],
+        "outputs": [_tensor(value) for value in graph.outputs],
+    }
+
+
+def _tensor(value: ir.Value) -> dict[str, Any]:
     return {
         "name": value.name,
         "dtype": dtype_of(value).name.lower(),

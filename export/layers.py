@@ -45,9 +45,9 @@ class Linear(nn.Module):
 class RMSNorm(nn.Module):
     """Root-mean-square norm; the target chooses how it is spelt."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:

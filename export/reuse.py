@@ -36,12 +36,17 @@ Progress = Callable[[str, float], None]
 
 
 def reuse(
-    bundle: Path, plan: Plan, plan_name: str, progress: Progress = lambda *_: None
+    bundle: Path,
+    plan: Plan,
+    plan_name: str,
+    progress: Progress = lambda *_: None,
+    seconds: dict[str, float] | None = None,
 ) -> manifest.Manifest:
     """Give a bundle another plan on the same cuts. Stage graphs and weights stay as they are.
 
     The new plan becomes the default; requests may still name the older ones. Interrupted at any
-    moment, the bundle holds either its old plans or the new one too.
+    moment, the bundle holds either its old plans or the new one too. `seconds` takes the time spent
+    on each target's graphs.
     """
     check_plan_name(plan_name)
     old = manifest.read(bundle)
@@ -58,10 +63,10 @@ def reuse(
     _check_queries(old, plan)
     manifest.check_files(bundle, old, hashes=False)
     heads = HeadShape(old.text.num_heads, old.text.num_kv_heads, old.text.head_dim)
-    dtype = DTYPES[old.precision][0]
-    with fake_weights() as mode, default_dtype(dtype):
+    dtype = DTYPES[old.precision.decoder][0]
+    with fake_weights() as mode, default_dtype(DTYPES[old.precision.tower][0]):
         joint_width = None if old.scorer is None else old.scorer.width
-        vision = plan_vision(plan, old.vision, old.text.hidden_size, joint_width)
+        vision = plan_vision(plan, old.vision, old.text.hidden_size, joint_width, dtype)
     stored: dict[str, ir.ExternalTensor] = {}
     for part in ("vision", "joint") if old.scorer is not None else ("vision",):
         stored |= stored_weights(bundle / manifest.WEIGHTS / f"{part}.safetensors")
@@ -86,8 +91,10 @@ def reuse(
                     written.setdefault(target, {})[name] = path
             plan = store_heads(bundle, plan, writer.written)
             progress("writing the manifest", 0.95)
-            new = _with_plan(old, bundle, plan, plan_name, written, writer.tensors)
+            new = _with_plan(old, bundle, plan, plan_name, written, writer)
             manifest.write(bundle, new)
+            if seconds is not None:
+                seconds.update(writer.seconds)
     finally:
         # The manifest that stands decides what stays, whenever an interrupt came.
         stands = manifest.read(bundle).files
@@ -149,7 +156,11 @@ def decide_graphs(
 
 
 def plan_vision(
-    plan: Plan, facts: manifest.VisionModel, size: int, joint_width: int | None
+    plan: Plan,
+    facts: manifest.VisionModel,
+    size: int,
+    joint_width: int | None,
+    out_dtype: torch.dtype | None = None,
 ) -> Vision:
     """The module of a plan's vision graph.
 
@@ -158,6 +169,7 @@ def plan_vision(
         facts: The tower's measures.
         size: Width of the decoder.
         joint_width: Of the space that the scorer's text lies in, E; None without a scorer.
+        out_dtype: Of the features, that of the decoder; by default the tower's own.
 
     Raises:
         PatchsieveError: A method is unknown, or does not fit the tower; or the plan compares words
@@ -186,6 +198,7 @@ def plan_vision(
         size,
         build_encoder(plan.encoder),
         build_projector(plan.projector, facts.num_layers_run),
+        out_dtype=out_dtype,
         has_cls_outputs=pseudo is not None,
         joint=joint,
     )
@@ -197,13 +210,16 @@ def _with_plan(
     plan: Plan,
     plan_name: str,
     written: dict[str, dict[str, str]],
-    tensors: dict[str, dict[str, list[dict[str, object]]]],
+    writer: GraphWriter,
 ) -> manifest.Manifest:
     """The manifest with a plan added or replaced."""
     prefix = names.decide(plan_name, 0).rsplit(".", 1)[0] + "."
 
     def is_old(graph: str) -> bool:
         return graph.startswith(prefix) or graph == names.vision(plan_name)
+
+    def without(tensors: manifest.Tensors) -> manifest.Tensors:
+        return {graph: both for graph, both in tensors.items() if not is_old(graph)}
 
     targets, files = {}, dict(old.files)
     for target, graphs in old.targets.items():
@@ -224,6 +240,11 @@ def _with_plan(
         plans=plans,
         default_plan=plan_name,
         targets=targets,
-        tensors={k: v for k, v in old.tensors.items() if not is_old(k)} | tensors,
+        tensors=without(old.tensors) | writer.tensors,
+        target_tensors={
+            target: without(old.target_tensors.get(target, {}))
+            | writer.target_tensors.get(target, {})
+            for target in {**old.target_tensors, **writer.target_tensors}
+        },
         files=files,
     )

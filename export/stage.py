@@ -80,9 +80,9 @@ class DecoderLayer(nn.Module):
 class Head(nn.Module):
     """From hidden rows to logits. [V, C] as the embedding table, which may be the same tensor."""
 
-    def __init__(self, spec: DecoderSpec) -> None:
+    def __init__(self, spec: DecoderSpec, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(spec.vocab_size, spec.hidden_size))
+        self.weight = nn.Parameter(torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """[1, 1, C] -> [1, 1, V]."""
@@ -96,12 +96,18 @@ class Stage(nn.Module):
         spec: The decoder.
         first: Its first layer.
         last: The layer behind its last.
+        head_dtype: Of the last norm and the output matrix; by default that of the layers.
         queries: Layers, of any stage, whose queries decisions read. Those of the layer before a cut
             are always given.
     """
 
     def __init__(
-        self, spec: DecoderSpec, first: int, last: int, queries: Collection[int] = ()
+        self,
+        spec: DecoderSpec,
+        first: int,
+        last: int,
+        head_dtype: torch.dtype | None = None,
+        queries: Collection[int] = (),
     ) -> None:
         super().__init__()
         self.spec, self.first, self.last = spec, first, last
@@ -111,8 +117,8 @@ class Stage(nn.Module):
         # Keyed by the layer's number in the whole decoder, which weights and tensors go by.
         self.layers = nn.ModuleDict({str(i): DecoderLayer(spec) for i in range(first, last)})
         if self.is_last:
-            self.norm = RMSNorm(spec.hidden_size, spec.norm_eps)
-            self.lm_head = Head(spec)
+            self.norm = RMSNorm(spec.hidden_size, spec.norm_eps, head_dtype)
+            self.lm_head = Head(spec, head_dtype)
         self.inv_freq = nn.Buffer(torch.tensor(spec.inv_freq, dtype=torch.float32))
 
     def forward(
@@ -154,7 +160,8 @@ class Stage(nn.Module):
         if not self.is_last:
             return (x, *queries, *updated)
         assert logits_row is not None  # the last stage has it
-        row = self.norm(x.index_select(1, logits_row))  # [1, 1, C]
+        row = x.index_select(1, logits_row).to(self.lm_head.weight.dtype)  # [1, 1, C]
+        row = self.norm(row)
         return (self.lm_head(row).float(), *queries, *updated)
 
     def inputs(self, dtype: torch.dtype) -> tuple[Any, ...]:

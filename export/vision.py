@@ -123,6 +123,7 @@ class Vision(nn.Module):
         has_cls_outputs: Also give the class token, as a pseudo-CLS wants it.
         joint: Makes the class token's counterpart in the space of a text tower.
 
+
     Attributes:
         num_visual: Visual tokens of one image that enter the decoder.
         reads_noise: A method draws.
@@ -135,11 +136,13 @@ class Vision(nn.Module):
         encoder: TowerMethod | None = None,
         projector: TowerMethod | Pooling | None = None,
         *,
+        out_dtype: torch.dtype | None = None,
         has_cls_outputs: bool = False,
         joint: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.has_cls_outputs, self.joint = has_cls_outputs, joint
+        self.out_dtype = out_dtype or torch.get_default_dtype()
         spec = TowerSpec.of_facts(facts)
         self.facts = facts
         self.vision_tower = VisionTower(spec, list(facts.feature_layers))
@@ -221,7 +224,8 @@ class Vision(nn.Module):
     def _project(self, features: Tensor) -> Tensor:
         """[B, N, F * C] -> [B, N, C]."""
         projector = self.multi_modal_projector
-        return projector["linear_2"](self.activation(projector["linear_1"](features)))
+        features = projector["linear_2"](self.activation(projector["linear_1"](features)))
+        return features.to(self.out_dtype)
 
 
 def vision_model(config: Any) -> VisionModel:

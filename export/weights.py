@@ -20,6 +20,7 @@ DIRECTORY = "weights"  # inside the graphs' folder: external data must lie in or
 DTYPES = {
     "float32": (torch.float32, ir.DataType.FLOAT, "F32"),
     "float16": (torch.float16, ir.DataType.FLOAT16, "F16"),
+    "bfloat16": (torch.bfloat16, ir.DataType.BFLOAT16, "BF16"),
 }
 
 
@@ -98,7 +99,8 @@ def write(
             tensor = checkpoint.read(weight.source).to(torch_dtype)
             if weight.transposed:
                 tensor = tensor.t()
-            file.write(tensor.contiguous().numpy().data.cast("B"))
+            # As bytes, because numpy has no bfloat16.
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
             progress(math.prod(weight.shape) * torch_dtype.itemsize)
     return stored_weights(path)
 

@@ -13,7 +13,6 @@ from patchsieve.plan import NO_PRUNING, check_plan_name
 if TYPE_CHECKING:
     from patchsieve.manifest import Manifest
 
-PRECISIONS = ("float32", "float16")
 _MOST = 1 << 31  # no size reaches it
 _MOST_LAYERS = 4096
 _Shape = list[int | None]
@@ -83,10 +82,6 @@ def _check_sizes(facts: Manifest) -> None:
             found=f"text.num_layers = {text.num_layers}",
             expected=f"at most {_MOST_LAYERS}",
         )
-    if facts.precision not in PRECISIONS:
-        raise BundleError(
-            "unknown precision", found=facts.precision[:60], expected=" or ".join(PRECISIONS)
-        )
     if vision.num_visual != vision.num_patches + vision.has_cls - vision.num_dropped:
         raise BundleError(
             "the visual tokens of an image are not those of its tower",
@@ -155,7 +150,7 @@ def _check_files(facts: Manifest) -> None:
             raise BundleError(f"{what} is not among the bundle's hashed files", found=path)
     table = facts.embeddings
     found = (table.dtype, *table.shape)
-    expected = (facts.precision, facts.text.vocab_size, facts.text.hidden_size)
+    expected = (facts.precision.decoder, facts.text.vocab_size, facts.text.hidden_size)
     if found != expected:
         raise BundleError(
             "the embedding table does not fit the decoder", found=found, expected=expected
@@ -163,56 +158,65 @@ def _check_files(facts: Manifest) -> None:
 
 
 def _check_graphs(facts: Manifest) -> None:
-    expected = _tensors(facts)
+    for target in (*facts.target_tensors, *facts.needs):
+        if target not in facts.targets:
+            raise BundleError("the manifest describes a target without graphs", found=target[:60])
     decisions = [
         names.decide(name, site.layer) for name, plan in facts.plans.items() for site in plan.sites
     ]
     for target, graphs in facts.targets.items():
-        for graph in (*expected, names.COMPACT, *decisions):
+        expected = _tensors(facts, facts.caches(target))
+        every = (*expected, names.COMPACT, *decisions)
+        for graph in every:
             if graph not in graphs:
                 raise BundleError(f"the target {target[:60]} lacks a graph", found=f"no {graph}")
-    for graph in (*expected, names.COMPACT, *decisions):
-        listed = facts.tensors.get(graph, {})
-        found: dict[str, Any] = {}
-        for side in ("inputs", "outputs"):
-            for tensor in listed.get(side, []):
-                if not isinstance(tensor.get("name"), str) or not is_shape(tensor.get("shape")):
-                    raise BundleError(
-                        f"the manifest's tensors of {graph} are not well formed",
-                        found=repr(tensor)[:120],
-                        expected="name, dtype and shape",
-                    )
-                found[tensor["name"]] = tensor["shape"]
-        if graph in decisions:
-            _check_layers_read(facts, graph, found)
-        for name, shape in expected.get(graph, {}).items():
-            if name not in found or not _fits(found[name], shape):
+        listed = facts.tensors_of(target)
+        for graph in every:
+            _check_tensors(graph, listed.get(graph, {}), expected.get(graph, {}))
+    for graph in decisions:
+        _check_layers_read(facts, graph)
+
+
+def _check_tensors(graph: str, listed: dict[str, Any], expected: dict[str, _Shape]) -> None:
+    """Refuse tensors of a graph that are not well formed or do not fit the model's measures."""
+    found: dict[str, Any] = {}
+    for side in ("inputs", "outputs"):
+        for tensor in listed.get(side, []):
+            if not isinstance(tensor.get("name"), str) or not is_shape(tensor.get("shape")):
                 raise BundleError(
-                    f"the tensor {name} of {graph} does not fit what the manifest says elsewhere",
-                    found=found.get(name, "no such tensor"),
-                    expected=["any" if size is None else size for size in shape],
+                    f"the manifest's tensors of {graph} are not well formed",
+                    found=repr(tensor)[:120],
+                    expected="name, dtype and shape",
                 )
+            found[tensor["name"]] = tensor["shape"]
+    for name, shape in expected.items():
+        if name not in found or not _fits(found[name], shape):
+            raise BundleError(
+                f"the tensor {name} of {graph} does not fit what the manifest says elsewhere",
+                found=found.get(name, "no such tensor"),
+                expected=["any" if size is None else size for size in shape],
+            )
 
 
-def _check_layers_read(facts: Manifest, graph: str, tensors: Iterable[str]) -> None:
+def _check_layers_read(facts: Manifest, graph: str) -> None:
     """Refuse a decision that reads layers whose queries no stage gives."""
     given = {
-        tensor.get("name")
+        str(tensor.get("name"))
         for index in range(len(facts.stages))
         for tensor in facts.tensors.get(names.stage(index), {}).get("outputs", [])
     }
-    for name in tensors:
-        what, dot, layer = name.partition(".")
+    for tensor in facts.tensors.get(graph, {}).get("inputs", []):
+        what, dot, layer = str(tensor.get("name")).partition(".")
         known = what in (names.QUERY, names.KEY) and f"{names.QUERY}.{layer}" in given
         if dot and not known:
             raise BundleError(
                 f"{graph} reads what no stage gives",
-                found=name[:60],
-                expected=", ".join(sorted(str(n) for n in given if n and "query." in str(n))),
+                found=str(tensor.get("name"))[:60],
+                expected=", ".join(sorted(n for n in given if n.startswith(f"{names.QUERY}."))),
             )
 
 
-def _tensors(facts: Manifest) -> dict[str, dict[str, _Shape]]:
+def _tensors(facts: Manifest, caches: str) -> dict[str, dict[str, _Shape]]:
     """Shapes that follow from the model's measures, None where an axis is dynamic."""
     text, vision = facts.text, facts.vision
     side = vision.image_size
@@ -235,12 +239,15 @@ def _tensors(facts: Manifest) -> dict[str, dict[str, _Shape]]:
             names.TEXT_IDS: [None, facts.scorer.window],
             names.TEXT_FEATURES: [None, facts.scorer.window, facts.scorer.width],
         }
+    is_rows = caches == names.NEW_ROWS
+    cache: _Shape = [1, text.num_kv_heads, None, text.head_dim]
+    rows: _Shape = [1, None, text.num_kv_heads * text.head_dim]
     for index, stage in enumerate(facts.stages):
         shapes: dict[str, _Shape] = {names.HIDDEN: [1, None, text.hidden_size]}
         for layer in range(stage.first, stage.last):
-            for cache in (names.key_cache(layer), names.value_cache(layer)):
-                for name in (cache, cache + names.OUT):
-                    shapes[name] = [1, text.num_kv_heads, None, text.head_dim]
+            for name in (names.key_cache(layer), names.value_cache(layer)):
+                shapes[name] = rows if is_rows else cache
+                shapes[name + (names.NEW if is_rows else names.OUT)] = shapes[name]
         if stage.last == text.num_layers:
             shapes[names.LOGITS] = [1, 1, text.vocab_size]
         else:

@@ -42,7 +42,7 @@ def inspect(bundle: Path, plan: str | None = None, text_tokens: int = 64) -> dic
         "bundle_schema": facts.schema_version,
         "patchsieve_version": facts.patchsieve_version,
         "checkpoint": facts.checkpoint,
-        "precision": facts.precision,
+        "precision": str(facts.precision),
         "text": asdict(facts.text),
         "vision": asdict(facts.vision),
         "limits": asdict(facts.limits),
@@ -117,7 +117,7 @@ def plan_flops(facts: Manifest, plan: Plan, text_tokens: int) -> dict[str, Any]:
 
 
 def targets(facts: Manifest) -> dict[str, dict[str, Any]]:
-    """Graphs of each target with their files' sizes."""
+    """Graphs of each target with their files' sizes, and what builds or runs them."""
     return {
         target: {
             "graphs": {
@@ -125,6 +125,8 @@ def targets(facts: Manifest) -> dict[str, dict[str, Any]]:
                 for name, path in graphs.items()
             },
             "bytes": sum(facts.files[path].size for path in graphs.values()),
+            "caches": facts.caches(target),
+            "needs": asdict(facts.needs[target]) if target in facts.needs else None,
         }
         for target, graphs in facts.targets.items()
     }
@@ -164,9 +166,10 @@ def engines(bundle: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def tensors(bundle: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Inputs and outputs of each graph: names, dtypes, shapes."""
-    return manifest.read(bundle).tensors
+def tensors(bundle: Path) -> dict[str, Any]:
+    """Inputs and outputs of each graph: names, dtypes, shapes; where targets depart, theirs too."""
+    facts = manifest.read(bundle)
+    return {"tensors": facts.tensors, "target_tensors": facts.target_tensors}
 
 
 def check(bundle: Path, progress: Callable[[str, float], None]) -> int:

@@ -14,13 +14,17 @@ from patchsieve import names
 from patchsieve.consistency import check
 from patchsieve.errors import BundleError, PatchsieveError
 from patchsieve.plan import Plan
+from patchsieve.precision import BYTES, Precision
 from patchsieve.reading import read_as
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2 added `needs` and `target_tensors`; 1 is still read
 FILE_NAME = "manifest.json"
 WEIGHTS = "graphs/weights/"
 _LARGEST_MANIFEST = 16 << 20
 _CHUNK = 4 << 20
+
+# Inputs and outputs of each graph, each with name, dtype and shape.
+Tensors = dict[str, dict[str, list[dict[str, Any]]]]
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,27 @@ class Scorer:
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What builds or runs the graphs of a target.
+
+    Attributes:
+        library: The Python package, as pip calls it.
+        versions: Which of its versions, as pip spells a range.
+        where: The machines, for the eye.
+        opset: Of standard ONNX in the target's graphs.
+    """
+
+    library: str
+    versions: str
+    where: str
+    opset: int
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.library} {self.versions} ({self.where}), opset {self.opset}"
+
+
+@dataclass(frozen=True)
 class File:
     """Size and hash of a file, by which damage is found."""
 
@@ -171,17 +196,20 @@ class Manifest:
 
     Attributes:
         checkpoint: Name of the checkpoint it was made from.
-        precision: dtype of weights, hidden rows and caches.
+        precision: Type of each part; hidden rows and caches have the decoder's.
         cuts: Layers at which the decoder is divided.
         plans: Each plan by name; "none" prunes nothing.
         default_plan: The plan of a request that names none.
-        targets: For each target the file of each graph, and the inputs and outputs of each.
+        targets: For each target the file of each graph.
+        tensors: Inputs and outputs of each graph, as most targets have them.
+        target_tensors: The same for each target and graph that departs from `tensors`.
+        needs: For each target what builds or runs it; bundles of schema 1 do not say.
         scorer: The text tower of plans that compare the question with an image; None without.
     """
 
     patchsieve_version: str
     checkpoint: str
-    precision: str
+    precision: Precision
     text: TextModel
     vision: VisionModel
     tokens: Tokens
@@ -192,7 +220,9 @@ class Manifest:
     default_plan: str
     preprocessor: str
     targets: dict[str, dict[str, str]]
-    tensors: dict[str, dict[str, list[dict[str, Any]]]]
+    tensors: Tensors
+    target_tensors: dict[str, Tensors] = field(default_factory=dict)
+    needs: dict[str, Needs] = field(default_factory=dict)
     files: dict[str, File] = field(default_factory=dict)
     scorer: Scorer | None = None
     schema_version: int = SCHEMA_VERSION
@@ -238,16 +268,28 @@ class Manifest:
         ]
         return max(reading, default=0)
 
+    def tensors_of(self, target: str) -> Tensors:
+        """Inputs and outputs of each graph of a target."""
+        return self.tensors | self.target_tensors.get(target, {})
+
+    def caches(self, target: str) -> str:
+        """How a target's stages take their caches: IN_PLACE or NEW_ROWS of `patchsieve.names`."""
+        outputs = self.tensors_of(target).get(names.stage(0), {}).get("outputs", [])
+        has_rows = any(str(tensor.get("name")).endswith(names.NEW) for tensor in outputs)
+        return names.NEW_ROWS if has_rows else names.IN_PLACE
+
     def row_bytes(self, stage: Stage) -> int:
         """KV bytes of one row in a stage: layers x 2 x KV heads x head dim x bytes."""
-        width = {"float32": 4, "float16": 2}[self.precision]
-        return stage.num_layers * 2 * self.text.num_kv_heads * self.text.head_dim * width
+        numbers = stage.num_layers * 2 * self.text.num_kv_heads * self.text.head_dim
+        return numbers * BYTES[self.precision.decoder]
 
     def to_json(self) -> str:
         """The manifest as it is stored."""
         data = asdict(self)
         data["plans"] = {name: plan.to_dict() for name, plan in self.plans.items()}
+        data["precision"] = str(self.precision)
         data["cuts"] = self.cuts
+        data["schema_version"] = SCHEMA_VERSION  # of what is written, whatever was read
         return json.dumps(data, indent=1) + "\n"
 
     @classmethod
@@ -271,17 +313,22 @@ class Manifest:
                 do="upgrade patchsieve, or export the bundle again with this version",
             )
         data.pop("cuts", None)
-        plans = data.pop("plans", None)
+        plans, precision = data.pop("plans", None), data.get("precision")
         if not isinstance(plans, dict):
             raise BundleError("the manifest's plans are not an object", found=repr(plans)[:60])
+        if not isinstance(precision, str):
+            raise BundleError("the manifest's precision is no text", found=repr(precision)[:60])
         try:
+            data["precision"] = asdict(Precision.parse(precision))
             read = {name: Plan.from_dict(plan) for name, plan in plans.items()}
-            manifest = replace(read_as(cls, data | {"plans": {}}, "content"), plans=read)
+            manifest = replace(
+                read_as(cls, data | {"plans": {}}, "the manifest's content"), plans=read
+            )
             check(manifest)
         except BundleError:
             raise
-        except PatchsieveError as error:  # a plan's own complaints
-            raise BundleError(f"the manifest's plans cannot be used: {error}") from error
+        except PatchsieveError as error:  # a plan's or a precision's own complaints
+            raise BundleError(f"the manifest's content cannot be used: {error}") from error
         return manifest
 
 

@@ -1,6 +1,27 @@
-"""Names of graphs, tensors and axes: the one place where export and runtime agree on them."""
+"""Names of graphs, tensors and axes: the one place where export and runtime agree on them.
+
+The cache of a layer reaches a graph in one of two forms. A stage's outputs tell which; the manifest
+names it too (`Manifest.caches`).
+
+In place. `key_cache.{i} [1, G, S, D]` comes in whole and `key_cache.{i}.out`, of the same shape, is
+the same buffer with the new rows written at `slot`. A decision reads `key [1, G, S, D]`.
+
+New rows. The runtime holds `[1, S, G * D]`, the heads of a row side by side, so that the first P
+rows are one piece of memory. `key_cache.{i} [1, P, G * D]` comes in as a view of that piece, where
+P = `slot` and is 0 for an empty cache; `key_cache.{i}.new [1, L, G * D]` gives the rows to stand
+behind it, P * G * D elements from the start. A runtime may bind the output right there, if that
+address is aligned as its library asks (TensorRT: 256 bytes, so if a row's bytes are a multiple of
+it), and copies the rows there otherwise. A decision reads `key [1, P + L, G * D]`, the same view
+behind the write, and so does every other cache that a decision takes.
+
+`slot`, `last_key` and all other tensors are the same in both forms.
+"""
 
 from __future__ import annotations
+
+# Forms of a cache.
+IN_PLACE = "in place"
+NEW_ROWS = "new rows"
 
 # Graphs.
 VISION = "vision"
@@ -62,12 +83,12 @@ LOGITS = "logits"  # [1, 1, V]
 
 
 def key_cache(layer: int) -> str:
-    """Keys of a layer, rotated, [1, G, S, D]; with `OUT` behind it, the same after the update."""
+    """Keys of a layer, rotated: [1, G, S, D] with `OUT`, or [1, P, G * D] with `NEW`."""
     return f"key_cache.{layer}"
 
 
 def value_cache(layer: int) -> str:
-    """Values of a layer, [1, G, S, D]."""
+    """Values of a layer, as its keys."""
     return f"value_cache.{layer}"
 
 
@@ -86,13 +107,14 @@ def layer_output(layer: int) -> str:
     return f"layers.{layer}.output"
 
 
-OUT = ".out"  # suffix of a cache that a stage returns in place
+OUT = ".out"  # behind the name of a cache: the same buffer after the update, [1, G, S, D]
+NEW = ".new"  # behind the name of a cache: the rows to be written behind the past, [1, L, G * D]
 
 # Tensors of `decide`. It runs once per image over the L rows of the stage before the site. Of the
 # layer before the site it reads QUERY, KEY and VALUE; of layers below that, `query` and `key`.
 QUERY = "query"  # [1, L, H * D]
-KEY = "key"  # [1, G, S, D] the cache of the layer that is read
-VALUE = "value"  # [1, G, S, D]
+KEY = "key"  # [1, G, S, D] the cache of the layer that is read; [1, P + L, G * D] as rows
+VALUE = "value"  # the same of its values
 SIDE_ROW = "side_row"  # [1] row of the image's pseudo-CLS
 LAST_ROW = "last_row"  # [1] the last ordinary row
 VISUAL_ROWS = "visual_rows"  # [N] rows of the image's tokens that are alive
@@ -113,6 +135,8 @@ AXIS_IMAGES = "images"
 AXIS_ROWS_IN = "rows_in"
 AXIS_ROWS = "rows"
 AXIS_SLOTS = "slots"
+AXIS_PAST = "past"  # rows of a cache that came before
+AXIS_PRESENT = "present"  # the same, and those of this call
 AXIS_VISUAL = "visual"
 AXIS_TEXT = "text"
 AXIS_WINDOWS = "windows"

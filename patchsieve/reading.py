@@ -21,7 +21,7 @@ def read_as(kind: Any, value: Any, where: str) -> Any:
         where: What the value is called in an error.
 
     Raises:
-        BundleError: The value has another type, or a whole number lies outside 0 to 2^53.
+        BundleError: The value has another type, or a number lies outside 0 to 2^53.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
@@ -45,10 +45,10 @@ def read_as(kind: Any, value: Any, where: str) -> Any:
         return value
     if kind is int and type(value) is int and 0 <= value < _LARGEST:
         return value
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind is float and type(value) in (int, float) and 0 <= value < _LARGEST:  # no NaN either
+    if kind is float and type(value) in (int, float) and 0 <= value < _LARGEST:  # nor NaN
         return float(value)
+    if kind is bool and type(value) is bool:
+        return value
     raise _misfit(where, value, _spelt(kind))
 
 
@@ -60,7 +60,7 @@ def _record(kind: Any, value: Any, where: str) -> Any:
     missing, unknown = sorted(wanted - set(value)), sorted(set(value) - set(hints))
     if missing or unknown:
         raise BundleError(
-            f"the manifest's {where} is not well formed",
+            f"{where} is not well formed",
             found="; ".join(
                 f"{word} {', '.join(names)[:_SHOWN]}"
                 for word, names in (("no", missing), ("unknown", unknown))
@@ -83,9 +83,7 @@ def _is_unicode(text: str) -> bool:
 def _misfit(where: str, value: Any, expected: str) -> BundleError:
     # A number of thousands of digits has no decimal form.
     found = "a huge number" if isinstance(value, int) and abs(value) > _LARGEST else repr(value)
-    return BundleError(
-        f"the manifest's {where[:200]} is not well formed", found=found[:_SHOWN], expected=expected
-    )
+    return BundleError(f"{where[:200]} is not well formed", found=found[:_SHOWN], expected=expected)
 
 
 def _spelt(kind: Any) -> str:

@@ -22,7 +22,7 @@ from patchsieve.runtime.backend import Backend
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.images import load_image
 from patchsieve.runtime.model import Model
-from patchsieve.runtime.ort import OrtBackend
+from patchsieve.runtime.ort import TARGETS, OrtBackend
 from patchsieve.runtime.prompt import ExpandedPrompt, expand
 from patchsieve.runtime.record import Recorder
 from patchsieve.runtime.rows import number_rows
@@ -69,16 +69,16 @@ class Verification:
     Args:
         bundle: The bundle's directory.
         checkpoint: A directory or a hub id.
-        target: Which of the bundle's graphs; those that ONNX Runtime runs.
+        target: Which of the bundle's graphs; they run in ONNX Runtime on the CPU.
         threads: Of the bundle's backend.
     """
 
     def __init__(
         self, bundle: Path, checkpoint: str, *, target: str = "cpu", threads: int | None = None
     ) -> None:
-        if target not in ("cpu", "reference"):
+        if target not in TARGETS:
             raise PatchsieveError(
-                "verify runs graphs in ONNX Runtime", found=target, expected="cpu or reference"
+                "verify runs graphs in ONNX Runtime", found=target, expected=", ".join(TARGETS)
             )
 
         def recorder(opened: Bundle) -> Backend:
@@ -86,14 +86,16 @@ class Verification:
             graphs = {facts.vision_graph(plan) for plan in facts.plans}
             graphs |= set(map(names.stage, range(len(facts.stages))))
             models = {graph: hf.tapped(opened.graph_path(graph)) for graph in graphs}
-            self.recorder = Recorder(OrtBackend(opened, threads=threads, models=models))
+            self.recorder = Recorder(
+                OrtBackend(opened, threads=threads, models=models, device="cpu")
+            )
             return self.recorder
 
         self.model = Model(bundle, target=target, backend=recorder)
         self.facts = self.model.facts
         self.reference = hf.Reference(checkpoint)
         self._check_shapes(checkpoint)
-        self.tolerance = TOLERANCE[self.facts.precision]
+        self.tolerance = max(TOLERANCE[kind] for kind in self.facts.precision.kinds)
 
     def compare(
         self, image: Any, prompt: str, plan: str, *, raw: bool = False, count: int = 32
@@ -258,7 +260,7 @@ class Verification:
     ) -> Part:
         common, differ = int((ours & theirs).sum()), ours != theirs
         edge = float(scores[theirs].min()) if theirs.any() else 0.0
-        is_exact = self.facts.precision == "float32"
+        is_exact = set(self.facts.precision.kinds) == {"float32"}
         closest = SCORE_TIE if is_exact else max(SCORE_TIE, self.tolerance * abs(edge))
         is_tie = bool((abs(scores[differ] - edge) < closest).all())
         note = f"{common} in common of {int(ours.sum())} and {int(theirs.sum())}"

@@ -56,14 +56,14 @@ def open_backend(bundle: Bundle, *, threads: int | None = None) -> Backend:
         BackendMissingError: The target's library is not installed.
         PatchsieveError: No backend runs this target yet.
     """
-    if bundle.target in ("cpu", "reference"):
+    if bundle.target in ("cpu", "cuda", "reference"):
         from patchsieve.runtime.ort import OrtBackend
 
         return OrtBackend(bundle, threads=threads)
     raise PatchsieveError(
         f"this version builds engines for {bundle.target} but does not run them",
-        expected="cpu or reference",
-        do="run the bundle with --target cpu",
+        expected="cpu, cuda or reference",
+        do="run the bundle with --target cpu; `patchsieve verify` checks the graphs of jetpack6",
     )
 
 

@@ -2,223 +2,250 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import fcntl
+import os
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from patchsieve import manifest, names
-from patchsieve.errors import BundleError, PatchsieveError
+from patchsieve import manifest
+from patchsieve.errors import BackendMissingError, BundleError, PatchsieveError
 from patchsieve.manifest import Manifest
-from patchsieve.runtime.tensorrt import BuildReport, Profile, build_engine, load_tensorrt
-from patchsieve.writing import one_line, write_whole
+from patchsieve.runtime import engines as record_module
+from patchsieve.runtime.build_config import TIMING_CACHE
+from patchsieve.runtime.build_request import Request, graphs_of, options_of, should_stream
+from patchsieve.runtime.builder_process import Done, Job, build_in_process
+from patchsieve.runtime.cuda_device import find_device
+from patchsieve.runtime.engines import (
+    Engine,
+    Gpu,
+    Library,
+    Options,
+    Record,
+    engine_path,
+    misfit,
+)
+from patchsieve.runtime.ladder import LADDER, ONE_RUNG, climb
+from patchsieve.runtime.profiles import profiles
+from patchsieve.runtime.tensorrt import load_tensorrt
+from patchsieve.writing import one_line
 
-TARGETS = ("tensorrt-rtx",)
-RECORD = "engines.json"
-USUAL_TEXT = 64  # rows of text that the prefill kernels are tuned for
+_SECONDS = 5.0  # between two words on one engine: its phases change many times a second
 Progress = Callable[[str, float], None]
+Told = Callable[[str], None]
+Builder = Callable[..., Done]
 
 
 @dataclass(frozen=True)
 class Built:
-    """One engine of a build.
+    """One graph of a build.
 
     Attributes:
-        was_there: An engine of the same graph, weights, library and options stood there already.
-        warnings: What TensorRT said, or why a decision was not built.
+        engine: What was recorded; None where none was built.
+        was_there: An engine of the same graph, weights, library, GPU and options stood there.
+        note: Why none was built.
     """
 
     graph: str
     path: Path
-    engine_bytes: int
-    seconds: float
-    was_there: bool
-    warnings: tuple[str, ...]
+    engine: Engine | None
+    was_there: bool = False
+    note: str = ""
 
 
 def build(
     bundle: Path,
-    target: str,
+    request: Request,
     *,
-    memory_limit: int | None = None,
-    compute_capabilities: tuple[str, ...] = (),
-    force: bool = False,
     progress: Progress = lambda *_: None,
+    told: Told = lambda _: None,
+    builder: Builder = build_in_process,
 ) -> Iterator[Built]:
     """Compile the graphs of a bundle, one at a time; each engine is recorded when it is whole.
 
     Args:
         bundle: The directory.
-        target: One of TARGETS.
-        memory_limit: Scratch bytes that a kernel may ask for.
-        compute_capabilities: GPUs to compile for; empty is the library's own choice.
-        force: Build again what stands there.
-        progress: Told the graph and the fraction done.
+        request: For what, and how.
+        progress: Told what is being done and the fraction done.
+        told: Hears what the user should know at once, such as a rung of the ladder that failed.
+        builder: Builds one engine.
 
     Yields:
         Each engine, built or found.
 
     Raises:
-        BackendMissingError: The target's library is absent.
-        BundleError: The bundle is damaged or has no graphs for the target.
+        BackendMissingError: The target's library is absent, or the GPU that it builds on.
+        BundleError: The bundle is damaged, has no graphs for the target, or one cannot be built.
+        PatchsieveError: The disk is full, or another build of the target is at work.
     """
     facts = manifest.read(bundle)
-    graphs = _graphs(facts, target)
-    trt = load_tensorrt(target)
-    options = {
-        "library": f"{trt.__name__} {trt.__version__}",
-        "memory_limit": memory_limit,
-        "compute_capabilities": list(compute_capabilities),
-        "weights_sha256": _weights(facts),
-    }
-    folder = bundle / "engines" / target
+    graphs = graphs_of(facts, request.target)
+    library = Library.of(load_tensorrt(request.target))
+    device = find_device()
+    if device is None and not request.is_ahead_of_time:
+        raise BackendMissingError(
+            f"engines for {request.target} are built on the GPU that runs them",
+            found="no NVIDIA driver, or no GPU",
+            do=f"copy the bundle there, then: patchsieve build BUNDLE --target {request.target}",
+        )
     others = {path for g in facts.targets.values() for path in g.values()} - set(graphs.values())
+    progress("checking the bundle", 0.0)
     manifest.check_files(bundle, facts, paths=[path for path in facts.files if path not in others])
+    streams, note = should_stream(facts, request, device)
+    if note:
+        told(note)
+    gpu = None if request.is_ahead_of_time or device is None else device.gpu
+    job = _Job(bundle, facts, request, library, gpu, streams, told, builder)
+    folder = record_module.folder_of(bundle, request.target)
     with one_line(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        record = _read_record(folder)
-        for done, (graph, path) in enumerate(graphs.items()):
-            progress(f"building {graph}", done / len(graphs))
-            source = {"graph_sha256": facts.files[path].sha256, **options}
-            engine = folder / f"{graph}.engine"
-            if misfit := _misfit(facts, graph):
-                yield Built(graph, engine, 0, 0.0, False, (misfit,))
-                continue
-            if not force and _is_current(engine, record.get(graph), source):
-                yield Built(graph, engine, engine.stat().st_size, 0.0, True, ())
-                continue
-            report: BuildReport = build_engine(
-                bundle / path,
-                engine,
-                profiles(facts, graph),
-                target=target,
-                memory_limit=memory_limit,
-                compute_capabilities=compute_capabilities,
-            )
-            record[graph] = source | {
-                "seconds": round(report.seconds, 3),
-                "warnings": list(report.warnings),
-                **asdict(manifest.hash_file(engine)),
-            }
-            write_whole(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
-            yield Built(graph, engine, report.engine_bytes, report.seconds, False, report.warnings)
+        with _only_builder(folder):
+            job.read()
+            for done, graph in enumerate(graphs):
+                yield job.build(graph, _steps(graph, done / len(graphs), progress))
 
 
-def _graphs(facts: Manifest, target: str) -> dict[str, str]:
-    """The graphs of a target, or why there are none to build."""
-    if target not in TARGETS:
-        raise PatchsieveError(
-            "this target has no engines to build", found=target, expected=", ".join(TARGETS)
+class _Job:
+    """One build of a bundle: what is known before the first engine, and the record."""
+
+    def __init__(
+        self,
+        bundle: Path,
+        facts: Manifest,
+        request: Request,
+        library: Library,
+        gpu: Gpu | None,
+        streams: bool,
+        told: Told,
+        builder: Builder,
+    ) -> None:
+        self.bundle, self.facts, self.request, self.library = bundle, facts, request, library
+        self.gpu, self.streams, self.told, self.builder = gpu, streams, told, builder
+        self.weights = record_module.weights_hash(facts)
+        self.record = Record(bundle, request.target)
+
+    def read(self) -> None:
+        """Take up the record of an earlier build, and remove what a killed one left."""
+        folder = record_module.folder_of(self.bundle, self.request.target)
+        for part in folder.glob(".*.part"):
+            part.unlink()
+        if not (folder / record_module.FILE_NAME).exists():
+            return
+        try:
+            self.record = record_module.read_record(self.bundle, self.request.target)
+        except BundleError as error:
+            self.told(f"all engines are built again: {error}")
+
+    def build(self, graph: str, step: Callable[[str], None]) -> Built:
+        """Build a graph's engine unless it stands there."""
+        path = engine_path(self.bundle, self.request.target, graph)
+        if note := misfit(self.facts, graph):
+            return Built(graph, path, None, note=note)
+        asked = options_of(self.request, graph, self.streams)
+        there = self.record.engines.get(graph)
+        if (
+            not self.request.force
+            and there is not None
+            and self._is_current(graph, path, there, asked)
+        ):
+            return Built(graph, path, there, was_there=True)
+        engine = self._compile(graph, path, asked, step)
+        self.record.engines[graph] = engine
+        record_module.write_record(self.record)
+        return Built(graph, path, engine)
+
+    def _is_current(self, graph: str, path: Path, there: Engine, asked: Options) -> bool:
+        """Whether an engine was built from this graph, for this GPU, as asked, and is whole."""
+        same = (there.graph_sha256, there.weights_sha256, there.library, there.asked) == (
+            self.facts.files[self._source(graph)].sha256,
+            self.weights,
+            self.library,
+            asked,
         )
-    if target not in facts.targets:
-        raise BundleError(
-            f"the bundle holds no graphs for {target}",
-            found=", ".join(sorted(facts.targets)),
-            do=f"export it again with --targets cpu,{target}",
-        )
-    return facts.targets[target]
+        return same and _same_gpu(there, self.gpu) and record_module.is_whole(path, there)
 
+    def _source(self, graph: str) -> str:
+        return self.facts.targets[self.request.target][graph]
 
-def _weights(facts: Manifest) -> str:
-    """One hash over all weights: graphs only point to them, engines hold them."""
-    digest = hashlib.sha256()
-    for path in sorted(facts.files):
-        if path.startswith(manifest.WEIGHTS):
-            digest.update(f"{path} {facts.files[path].sha256}\n".encode())
-    return digest.hexdigest()
+    def _compile(
+        self, graph: str, path: Path, asked: Options, step: Callable[[str], None]
+    ) -> Engine:
+        shapes = tuple(profiles(self.facts, graph, self.request.target))
+        is_rtx = self.request.target == "tensorrt-rtx"
 
-
-def _misfit(facts: Manifest, graph: str) -> str:
-    """Why a decision is of no use to the engines: its plan needs more slots than they have."""
-    plan, _ = names.decided(graph) or ("", 0)
-    if not plan or all(
-        needed <= stage.slots for needed, stage in zip(facts.slots(plan), facts.stages, strict=True)
-    ):
-        return ""
-    return (
-        f"not built: the plan {plan} needs {facts.slots(plan)} slots, the engines reserve "
-        f"{[stage.slots for stage in facts.stages]} (export with a larger --budget)"
-    )
-
-
-def profiles(facts: Manifest, graph: str) -> list[Profile]:
-    """Shapes that an engine must take, from the limits and budgets of its bundle.
-
-    A stage gets a profile for prefill and one for decode. The latter admits two rows, because
-    exactly one makes TensorRT-RTX store float16 weights twice.
-    """
-    limits = facts.limits
-    most = [_most_rows(facts, index) for index in range(len(facts.stages))]
-    ranges: dict[str, tuple[int, int, int]] = {
-        names.AXIS_IMAGES: (1, 1, limits.max_images),
-        names.AXIS_ROWS: (1, most[0], most[0]),
-        names.AXIS_WINDOWS: (1, 1, names.MOST_WINDOWS),
-    }
-    decode = None
-    if graph.startswith("stage_"):
-        index = int(graph.removeprefix("stage_"))
-        before, usual = max(0, index - 1), _budget(facts, index) + USUAL_TEXT
-        ranges[names.AXIS_ROWS] = (1, min(usual, most[index]), most[index])
-        usual_in = _budget(facts, before) + USUAL_TEXT
-        ranges[names.AXIS_ROWS_IN] = (1, min(usual_in, most[before]), most[before])
-        decode = ranges | {axis: (1, 1, 2) for axis in (names.AXIS_ROWS, names.AXIS_ROWS_IN)}
-    elif graph not in (names.COMPACT, names.SCORER) and not names.is_vision(graph):
-        _, layer = names.decided(graph) or ("", 0)
-        index = next(i for i, stage in enumerate(facts.stages) if stage.last == layer)
-        tokens = _budget(facts, index)
-        usual = min(tokens + USUAL_TEXT, most[index])
-        ranges |= {
-            names.AXIS_ROWS: (1, usual, most[index]),
-            names.AXIS_VISUAL: (1, tokens, tokens),
-            names.AXIS_TEXT: (1, min(USUAL_TEXT, most[index]), most[index]),
-        }
-    chosen = [ranges] if decode is None else [ranges, decode]
-    return [_profile(facts, graph, given) for given in chosen]
-
-
-def _profile(facts: Manifest, graph: str, ranges: dict[str, tuple[int, int, int]]) -> Profile:
-    """Shapes of the inputs that have an axis of changing length; caches have none."""
-    profile: Profile = {}
-    for tensor in facts.tensors[graph]["inputs"]:
-        shape: list[Any] = tensor["shape"]
-        if any(axis in ranges for axis in shape):
-            low, usual, high = (
-                tuple(ranges[axis][i] if axis in ranges else axis for axis in shape)
-                for i in range(3)
+        def attempt(options: Options) -> Done:
+            job = Job(
+                onnx_path=str(self.bundle / self._source(graph)),
+                out_path=str(path),
+                profiles=shapes,
+                target=self.request.target,
+                options=options,
+                # TensorRT-RTX has no timings to keep: its cache belongs to the runtime.
+                timing_cache=None if is_rtx else str(path.with_name(TIMING_CACHE)),
             )
-            profile[tensor["name"]] = (low, usual, high)
-    return profile
+            return self.builder(job, lambda phase, *_: step(phase))
+
+        done, options, rung, failed = climb(
+            asked,
+            attempt,
+            ladder=ONE_RUNG if is_rtx else LADDER,
+            may_stream=self.request.streaming != "off",
+            told=lambda text: self.told(f"{graph}: {text}"),
+        )
+        file = manifest.hash_file(path)
+        return Engine(
+            graph_sha256=self.facts.files[self._source(graph)].sha256,
+            weights_sha256=self.weights,
+            library=self.library,
+            gpu=self.gpu,
+            asked=asked,
+            options=options,
+            rung=rung,
+            profiles=shapes,
+            seconds=round(done.seconds, 3),
+            base_bytes=done.base_bytes,
+            peak_bytes=done.peak_bytes,
+            size=file.size,
+            sha256=file.sha256,
+            failed=failed,
+            warnings=done.warnings,
+        )
 
 
-def _budget(facts: Manifest, index: int) -> int:
-    """Visual tokens per image that a stage's engine has room for."""
-    limits = facts.limits
-    text = limits.max_text_tokens + limits.max_new_tokens
-    return (facts.stages[index].slots - text) // limits.max_images
+def _same_gpu(there: Engine, gpu: Gpu | None) -> bool:
+    if there.gpu is None or gpu is None:
+        return there.gpu is gpu
+    return (there.gpu.name, there.gpu.compute_capability) == (gpu.name, gpu.compute_capability)
 
 
-def _most_rows(facts: Manifest, index: int) -> int:
-    """Rows of the longest prefill: the pending token of the turn before counts as text."""
-    return facts.stages[index].slots - facts.limits.max_new_tokens
+def _steps(graph: str, fraction: float, progress: Progress) -> Callable[[str], None]:
+    """Say that a graph is being built, and every few seconds what TensorRT is at."""
+    progress(f"building {graph}", fraction)
+    start = said = time.monotonic()
+
+    def step(phase: str) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= _SECONDS:
+            said = now
+            progress(f"building {graph}: {phase}, {now - start:.0f} s", fraction)
+
+    return step
 
 
-def _is_current(engine: Path, recorded: dict[str, Any] | None, source: dict[str, Any]) -> bool:
-    """Whether an engine was built from this graph with these options, and is whole."""
-    if recorded is None or not engine.is_file():
-        return False
-    if any(recorded.get(key) != value for key, value in source.items()):
-        return False
-    return asdict(manifest.hash_file(engine)) == {k: recorded.get(k) for k in ("size", "sha256")}
-
-
-def _read_record(folder: Path) -> dict[str, Any]:
-    path = folder / RECORD
-    if not path.is_file():
-        return {}
+@contextmanager
+def _only_builder(folder: Path) -> Iterator[None]:
+    """Refuse to build where another process builds; a killed one holds nothing."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        return {}  # a record that cannot be read proves nothing: all is built again
-    return data if isinstance(data, dict) else {}
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise PatchsieveError(
+                "another build of this target is at work", found=folder, do="wait for it to end"
+            ) from error
+        yield
+    finally:
+        os.close(handle)

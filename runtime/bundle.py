@@ -10,6 +10,7 @@ import numpy as np
 
 from patchsieve import manifest
 from patchsieve.errors import BundleError, RequestError
+from patchsieve.precision import stored_as
 from patchsieve.runtime.preprocess import Preprocessor
 from patchsieve.runtime.prompt import PromptBuilder
 
@@ -60,7 +61,7 @@ class Bundle:
         self._table = self._embeddings()
 
     def embed(self, token_ids: np.ndarray) -> np.ndarray:
-        """Embeddings of tokens: [T] -> [T, C].
+        """Embeddings of tokens: [T] -> [T, C]; of bfloat16 the bits, as uint16.
 
         Raises:
             RequestError: The tokenizer gave a token that the table does not hold.
@@ -127,9 +128,10 @@ class Bundle:
     def _embeddings(self) -> np.ndarray:
         """The embedding table [V, C], mapped: only the rows that are read enter memory."""
         table = self.manifest.embeddings
-        end = table.offset + np.dtype(table.dtype).itemsize * table.shape[0] * table.shape[1]
+        dtype = np.dtype(stored_as(table.dtype))
+        end = table.offset + dtype.itemsize * table.shape[0] * table.shape[1]
         if end > self.manifest.files[table.file].size:
             raise BundleError("the embedding table reaches past its file", found=table)
         return np.memmap(
-            self.path / table.file, table.dtype, mode="r", offset=table.offset, shape=table.shape
+            self.path / table.file, dtype, mode="r", offset=table.offset, shape=table.shape
         )

@@ -10,13 +10,16 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-# L4T's major release -> JetPack's.
-JETPACKS = {"32": "4", "34": "5", "35": "5", "36": "6", "38": "7"}
+from patchsieve.runtime import jetson as board
+from patchsieve.runtime.power import throttling
+
+# Debian packages that tell the version of JetPack's TensorRT; the first that is there counts.
+TENSORRT_PACKAGES = ("python3-libnvinfer", "libnvinfer10", "libnvinfer8")
 _SMI = ("name", "driver_version", "memory.total", "compute_cap")
 
 
@@ -36,14 +39,13 @@ def is_importable(module: str) -> bool:
         return False
 
 
-def run_nvidia_smi() -> str:
-    """One line per GPU, or nothing where there is none."""
-    program = shutil.which("nvidia-smi")
+def run_program(command: Sequence[str]) -> str:
+    """What a program prints; nothing where it is absent, refuses or hangs."""
+    program = shutil.which(command[0])
     if program is None:
         return ""
-    query = [program, f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+        done = subprocess.run([program, *command[1:]], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""
@@ -66,7 +68,7 @@ class Probes:
         root: The file system under which /proc and /etc lie.
         version: Version of a distribution, None where it is not installed.
         importable: Whether a module can be found.
-        nvidia_smi: Output of nvidia-smi for `name, driver_version, memory.total, compute_cap`.
+        run: What a program prints, "" where there is none: nvidia-smi, nvpmodel, jetson_clocks.
         providers: Execution providers of ONNX Runtime.
         python: Version of the interpreter.
         architecture: As `uname -m` says.
@@ -77,7 +79,7 @@ class Probes:
     root: Path = Path("/")
     version: Callable[[str], str | None] = installed_version
     importable: Callable[[str], bool] = is_importable
-    nvidia_smi: Callable[[], str] = run_nvidia_smi
+    run: Callable[[Sequence[str]], str] = run_program
     providers: Callable[[], list[str]] = onnxruntime_providers
     python: str = field(default_factory=platform.python_version)
     architecture: str = field(default_factory=platform.machine)
@@ -86,17 +88,19 @@ class Probes:
 
 
 def memory(probes: Probes) -> dict[str, int | None]:
-    """Bytes of memory and swap, from /proc/meminfo."""
+    """Bytes of memory and swap, from /proc/meminfo; zram is the swap that lies in memory itself."""
     text = _read(probes.root / "proc/meminfo")
     kilobytes = dict(re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE))
 
     def get(name: str) -> int | None:
         return int(kilobytes[name]) * 1024 if name in kilobytes else None
 
+    swaps = board.parse_swaps(_read(probes.root / "proc/swaps"))
     return {
         "total": get("MemTotal"),
         "available": get("MemAvailable"),
         "swap": get("SwapTotal"),
+        "zram": sum(size for name, size in swaps.items() if name.startswith("/dev/zram")),
     }
 
 
@@ -113,9 +117,10 @@ def cpu(probes: Probes) -> dict[str, Any]:
 
 
 def gpus(probes: Probes) -> list[dict[str, Any]]:
-    """GPUs that nvidia-smi sees; Jetson's own lists none or gives no memory."""
+    """GPUs that nvidia-smi sees; a Jetson's own is there in any case, with what its board tells."""
+    query = [f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader,nounits"]
     found = []
-    for line in probes.nvidia_smi().splitlines():
+    for line in probes.run(["nvidia-smi", *query]).splitlines():
         cells = [cell.strip() for cell in line.split(",")]
         if len(cells) != len(_SMI):
             continue
@@ -128,35 +133,96 @@ def gpus(probes: Probes) -> list[dict[str, Any]]:
                 "compute_capability": capability if re.fullmatch(r"\d+\.\d+", capability) else None,
             }
         )
+    on_board = _capability(probes)
+    if on_board and not found:  # JetPack 5 has no nvidia-smi
+        found.append({"name": "integrated", "driver": None, "memory": None})
+    if on_board and len(found) == 1:
+        found[0]["compute_capability"] = found[0].get("compute_capability") or on_board
     return found
 
 
-def jetson(probes: Probes) -> dict[str, Any] | None:
-    """Board, L4T release and JetPack; None elsewhere."""
-    model = _read(probes.root / "proc/device-tree/model").strip("\0\n ")
-    text = _read(probes.root / "etc/nv_tegra_release")
-    release = re.search(r"# R(\d+) \(release\), REVISION: ([\d.]+)", text)
-    if release is None and "Jetson" not in model:
+def _model(probes: Probes) -> str:
+    return _read(probes.root / "proc/device-tree/model").strip("\0\n ")
+
+
+def _capability(probes: Probes) -> str | None:
+    if "Jetson" not in _model(probes):
         return None
-    major = release.group(1) if release else None
+    return board.capability_of(_read(probes.root / "proc/device-tree/compatible"), _model(probes))
+
+
+def jetson(probes: Probes) -> dict[str, Any] | None:
+    """Board, L4T, JetPack, its TensorRT, power mode, clocks, throttling; None elsewhere."""
+    model = _model(probes)
+    l4t = board.parse_release(_read(probes.root / "etc/nv_tegra_release"))
+    if l4t is None and "Jetson" not in model:
+        return None
+    status = _read(probes.root / "var/lib/dpkg/status")
+    packages = board.parse_packages(status, ("nvidia-jetpack", *TENSORRT_PACKAGES))
+    mode = board.parse_power_mode(probes.run(["nvpmodel", "-q"]))
     return {
         "model": model or None,
-        "l4t": f"{major}.{release.group(2)}" if release else None,
-        "jetpack": JETPACKS.get(major) if major else None,
+        "l4t": l4t,
+        "jetpack": packages.get("nvidia-jetpack") or board.jetpack_of(l4t),
+        "tensorrt": next((packages[n] for n in TENSORRT_PACKAGES if n in packages), None),
+        "power_mode": None if mode is None else asdict(mode) | {"is_full": mode.is_full},
+        "clocks_locked": clocks_locked(probes),
+        "throttling": throttling(probes.root),
+    }
+
+
+def clocks_locked(probes: Probes) -> bool | None:
+    """Whether CPU and GPU clocks cannot move: sysfs tells everyone, jetson_clocks only root."""
+    clocks = {}
+    system = probes.root / "sys"
+    for folder in sorted((system / "devices/system/cpu").glob("cpu[0-9]*/cpufreq")):
+        clocks[folder.parent.name] = _clock(folder, "scaling_min_freq", "scaling_max_freq")
+    for folder in sorted((system / "class/devfreq").glob("*gpu*")):
+        clocks[folder.name] = _clock(folder, "min_freq", "max_freq")
+    known = {name: clock for name, clock in clocks.items() if clock is not None}
+    return board.are_locked(known or board.parse_clocks(probes.run(["jetson_clocks", "--show"])))
+
+
+def _clock(folder: Path, lowest: str, highest: str) -> board.Clock | None:
+    texts = [_read(folder / name).strip() for name in (lowest, highest)]
+    return board.Clock(*map(int, texts)) if all(text.isdigit() for text in texts) else None
+
+
+def cuda(probes: Probes) -> dict[str, str | None]:
+    """CUDA that the driver serves, and the toolkit under /usr/local/cuda."""
+    toolkit = re.search(
+        r'"cuda"\s*:\s*{[^}]*"version"\s*:\s*"([\d.]+)"',
+        _read(probes.root / "usr/local/cuda/version.json"),
+    )
+    return {
+        "driver": board.parse_cuda(probes.run(["nvidia-smi"])),
+        "toolkit": toolkit.group(1) if toolkit else None,
     }
 
 
 def facts(probes: Probes | None = None) -> dict[str, Any]:
     """Machine facts of a report."""
     probes = probes or Probes()
+    found_gpus, on_board = gpus(probes), jetson(probes)
     return {
+        "label": label(probes, found_gpus, on_board),
         "python": probes.python,
         "architecture": probes.architecture,
         "cpu": cpu(probes),
         "memory_bytes": memory(probes),
-        "gpus": gpus(probes),
-        "jetson": jetson(probes),
+        # A GPU that tells no memory of its own shares the machine's.
+        "unified_memory": any(gpu["memory"] is None for gpu in found_gpus),
+        "gpus": found_gpus,
+        "cuda": cuda(probes),
+        "jetson": on_board,
     }
+
+
+def label(probes: Probes, gpus: list[dict[str, Any]], jetson: dict[str, Any] | None) -> str:
+    """What a figure measured here is a figure of; only a board's own device tree says Jetson."""
+    if jetson is not None:
+        return jetson["model"] or f"a board with L4T {jetson['l4t']}"
+    return ", ".join(gpu["name"] for gpu in gpus) or cpu(probes)["model"]
 
 
 def _read(path: Path) -> str:

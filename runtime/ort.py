@@ -1,17 +1,16 @@
-"""ONNX Runtime on the CPU. Caches are bound as input and output at once, so each is one buffer."""
+"""ONNX Runtime on a CPU or an NVIDIA GPU. What one graph gives stays where the next one runs."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from patchsieve import names
-from patchsieve.errors import BundleError, CapacityError, RequestError
+from patchsieve.errors import BackendMissingError, BundleError, CapacityError, RequestError
 from patchsieve.runtime.backend import missing
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.cache import StageCache
@@ -21,32 +20,33 @@ try:
 except ImportError as error:
     raise missing("onnxruntime", "cpu") from error
 
+from patchsieve.runtime.ort_caches import Buffers, InPlace, NewRows, View
+
+# Whose graphs ONNX Runtime runs on any machine, if only to check them.
+TARGETS = ("cpu", "cuda", "jetpack6", "reference")
 _QUIET = 3  # errors only
+# Both packages own the module `onnxruntime`, so that one overwrites the other.
+INSTALL_GPU = "pip uninstall -y onnxruntime; pip install onnxruntime-gpu"
 # Where a graph that comes from memory finds its weights.
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
-@dataclass
-class Buffers:
-    """Caches of one stage, bound once to their session for as long as they live."""
-
-    arrays: dict[str, np.ndarray]
-    values: dict[str, Any]  # the same memory as ONNX Runtime's tensors
-    binding: Any
-    outputs: list[str]
-
-
 class OrtBackend:
-    """Runs `cpu` and `reference` graphs.
+    """Runs a bundle's graphs in ONNX Runtime, whose caches may have either form.
+
+    Targets that another library runs are taken too, as far as ONNX Runtime knows their operators:
+    so they are checked where that library is not.
 
     Args:
         bundle: The opened bundle.
         threads: Threads of one operator, at least 1; None takes all cores.
         models: Serialised graphs that stand in for the bundle's files of the same name, on the
             same weights; a stage's further outputs come back with the others.
+        device: "cpu" or "cuda"; the target's own by default.
 
     Raises:
         RequestError: `threads` is below 1 or no whole number.
+        BackendMissingError: This ONNX Runtime cannot use the device.
     """
 
     has_fixed_slots = False
@@ -57,8 +57,11 @@ class OrtBackend:
         *,
         threads: int | None = None,
         models: Mapping[str, bytes] | None = None,
+        device: str | None = None,
     ) -> None:
         self.bundle, self.facts = bundle, bundle.manifest
+        self.device = device or ("cuda" if bundle.target == "cuda" else "cpu")
+        self.provider = _provider(self.device)
         self._models = models or {}
         self.options = ort.SessionOptions()
         self.options.log_severity_level = _QUIET
@@ -76,33 +79,27 @@ class OrtBackend:
             self._session(graph)
 
     def allocate(self, stage: int, slots: int) -> Buffers:
-        """Caches of a stage: zeroed pages that take memory only when written."""
-        text, facts = self.facts.text, self.facts.stages[stage]
-        shape = (1, text.num_kv_heads, slots, text.head_dim)
-        layers = range(facts.first, facts.last)
+        """Caches of a stage, in the form that the target's graphs take."""
+        facts = self.facts.stages[stage]
         wanted, memory = slots * self.facts.row_bytes(facts), _memory()
-        if wanted > memory:
+        if self.device == "cpu" and wanted > memory:
             raise CapacityError(
                 f"the cache of layers {facts.first} to {facts.last - 1} does not fit this machine",
                 found=f"{wanted / 1e9:.1f} GB reserved for {slots} rows",
                 expected=f"at most {memory / 1e9:.1f} GB, all of its memory",
                 do="export with smaller --max-text-tokens, --max-images or --budget",
             )
-        arrays = {
-            name: np.zeros(shape, self.facts.precision)
-            for layer in layers
-            for name in (names.key_cache(layer), names.value_cache(layer))
-        }
-        values = {name: ort.OrtValue.ortvalue_from_numpy(a) for name, a in arrays.items()}
-        session = self._session(names.stage(stage))
-        outputs = [out.name for out in session.get_outputs() if not out.name.endswith(names.OUT)]
-        binding = session.io_binding()
-        for name in outputs:
-            binding.bind_output(name, "cpu")
-        for name, value in values.items():
-            binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(name + names.OUT, value)
-        return Buffers(arrays, values, binding, outputs)
+        is_rows = self.facts.caches(self.bundle.target) == names.NEW_ROWS
+        graph = names.stage(stage)
+        with _one_line(graph):
+            return (NewRows if is_rows else InPlace)(
+                slots,
+                self._session(graph),
+                facts,
+                self.facts.text,
+                self.facts.precision.decoder,
+                self.device,
+            )
 
     def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Run a vision graph, decide or compact."""
@@ -111,18 +108,19 @@ class OrtBackend:
         wanted = {value.name for value in session.get_inputs()}
         used = {name: value for name, value in inputs.items() if name in wanted}
         with _one_line(graph):
-            return _run(session, session.io_binding(), used, outputs)
+            return self._run(session, session.io_binding(), used, outputs)
 
     def run_stage(self, stage: int, inputs: Mapping[str, Any], cache: StageCache) -> dict[str, Any]:
-        """Run a stage in place on its caches."""
+        """Run a stage; its caches grow where they lie."""
         buffers: Buffers = cache.buffers
         graph = names.stage(stage)
+        buffers.bind(cache.length, len(inputs[names.KEEP_INDICES]))
         with _one_line(graph):
-            return _run(self._session(graph), buffers.binding, inputs, buffers.outputs)
+            return self._run(self._session(graph), buffers.binding, inputs, buffers.outputs)
 
     def key_cache(self, cache: StageCache, layer: int) -> Any:
         """The cache itself, not a copy."""
-        return cache.buffers.values[names.key_cache(layer)]
+        return cache.buffers.read(names.key_cache(layer), cache.length)
 
     def value_cache(self, cache: StageCache, layer: int) -> Any:
         """The cache itself, not a copy."""
@@ -133,26 +131,42 @@ class OrtBackend:
         return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
 
     def clear(self, cache: StageCache) -> None:
-        """Zero the slots behind the cache's length."""
-        for array in cache.buffers.arrays.values():
-            array[:, :, cache.length :] = 0
+        """Make the slots behind the cache's length harmless."""
+        cache.buffers.clear(cache.length)
 
     def describe(self) -> dict[str, Any]:
         """Library and device."""
         threads = self.options.intra_op_num_threads
-        return {"library": f"onnxruntime {ort.__version__}", "device": f"cpu, {threads} threads"}
+        device = f"cpu, {threads} threads" if self.device == "cpu" else f"{self.device}:0"
+        return {"library": f"onnxruntime {ort.__version__}", "device": device}
 
     def close(self) -> None:
         """Drop the sessions."""
         self._sessions.clear()
 
+    def _run(
+        self, session: Any, binding: Any, inputs: Mapping[str, Any], outputs: list[str]
+    ) -> dict[str, Any]:
+        """Run with `outputs` bound first, each in a new buffer of the length that comes out."""
+        for name, value in inputs.items():
+            if isinstance(value, View):
+                value.bind_input(binding, name)
+                continue
+            if isinstance(value, np.ndarray):
+                array = np.ascontiguousarray(value)
+                value = ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
+            binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            binding.bind_output(name, self.device)
+        session.run_with_iobinding(binding)
+        return dict(zip(outputs, binding.get_outputs(), strict=False))
+
     def _session(self, graph: str) -> Any:
         if graph not in self._sessions:
             model: str | bytes = self._models.get(graph) or str(self.bundle.graph_path(graph))
             with _one_line(graph):
-                session = ort.InferenceSession(
-                    model, self.options, providers=["CPUExecutionProvider"]
-                )
+                session = ort.InferenceSession(model, self.options, providers=[self.provider])
+            _check_provider(session, self.provider)
             if graph not in self._models:
                 self._check_tensors(graph, session)
             self._sessions[graph] = session
@@ -160,7 +174,7 @@ class OrtBackend:
 
     def _check_tensors(self, graph: str, session: Any) -> None:
         """Refuse a graph that is not the one that the manifest describes."""
-        listed = self.facts.tensors.get(graph, {})
+        listed = self.facts.tensors_of(self.bundle.target).get(graph, {})
         sides = {"inputs": session.get_inputs(), "outputs": session.get_outputs()}
         for side, values in sides.items():
             found = {v.name: (v.type, _lengths(v.shape)) for v in values}
@@ -176,6 +190,36 @@ class OrtBackend:
                     expected=expected.get(odd, "no such tensor"),
                     do="export the bundle again",
                 )
+
+
+def _provider(device: str) -> str:
+    """The execution provider of a device, refused where this ONNX Runtime was built without it."""
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
+    if provider not in ort.get_available_providers():
+        raise BackendMissingError(
+            f"onnxruntime {ort.__version__} cannot run on a GPU",
+            found=", ".join(ort.get_available_providers()),
+            expected=provider,
+            do=INSTALL_GPU,
+        )
+    return provider
+
+
+def _check_provider(session: Any, provider: str) -> None:
+    """Refuse a session that ONNX Runtime moved to the CPU, as it does with no more than a log line.
+
+    Nodes that only compute shapes run on the CPU in any case, as ONNX Runtime sees fit.
+    """
+    session.disable_fallback()
+    found = session.get_providers()
+    if found[0] != provider:
+        raise BackendMissingError(
+            "ONNX Runtime could not start on the GPU",
+            found=", ".join(found),
+            expected=provider,
+            do="install the CUDA and cuDNN that this onnxruntime-gpu was built for: pip install "
+            '"onnxruntime-gpu[cuda,cudnn]"; ONNX Runtime logged what is missing',
+        )
 
 
 def _num_threads(threads: int | None) -> int:
@@ -214,17 +258,3 @@ def _one_line(graph: str) -> Iterator[None]:
             found=" ".join(str(error).split())[:300],
             do="upgrade onnxruntime, or export the bundle again",
         ) from error
-
-
-def _run(
-    session: Any, binding: Any, inputs: Mapping[str, Any], outputs: list[str]
-) -> dict[str, Any]:
-    """Run with `outputs` bound first, each in a new buffer of the length that comes out."""
-    for name, value in inputs.items():
-        if isinstance(value, np.ndarray):
-            value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value))
-        binding.bind_ortvalue_input(name, value)
-    for name in outputs:
-        binding.bind_output(name, "cpu")
-    session.run_with_iobinding(binding)
-    return dict(zip(outputs, binding.get_outputs(), strict=False))

@@ -6,16 +6,18 @@ import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from patchsieve.errors import RequestError
-from patchsieve.runtime import machine
+from patchsieve.runtime import machine, power
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.result import Result
 
-PERCENTILES = (50, 90, 99)
+PERCENTILES = (50, 90, 95, 99)
 
 
 @dataclass
@@ -27,12 +29,14 @@ class Runs:
             ttft, total.
         decode_ms: Steps of each run, [runs][steps].
         survivors: By site, "layer.image".
+        energy: Mean and peak watts and joules of each run; empty where nothing measures power.
         last: The last run's result, for what does not change.
     """
 
     times_ms: dict[str, list[float]] = field(default_factory=dict)
     decode_ms: list[list[float]] = field(default_factory=list)
     survivors: dict[str, list[int]] = field(default_factory=dict)
+    energy: list[dict[str, float]] = field(default_factory=list)
     last: Result = field(default_factory=Result)
 
     def add(self, result: Result, sites: Sequence[int]) -> None:
@@ -67,11 +71,69 @@ class Runs:
                 for key, v in self.survivors.items()
             },
             "kv_bytes": self.last.kv_bytes,
+            "power": self._power(),
             "raw": {
                 "times_ms": self.times_ms,
                 "decode_ms": self.decode_ms,
                 "survivors": self.survivors,
+                "energy": self.energy,
             },
+        }
+
+    def _power(self) -> dict[str, Any] | None:
+        """Watts over all runs, joules of an answer; None where nothing measures power."""
+        if not self.energy:
+            return None
+        return {
+            "mean_w": round(float(np.mean([run["mean_w"] for run in self.energy])), 4),
+            "peak_w": max(run["peak_w"] for run in self.energy),
+            "joules_per_answer": statistics([run["joules"] for run in self.energy]),
+        }
+
+
+class Conditions:
+    """Power while it is entered; temperatures and throttling before and after."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self.root, self.reader = root, power.PowerReader.find(root)
+        self.temperatures: list[dict[str, float]] = []
+        self.throttling: list[dict[str, int]] = []
+
+    def __enter__(self) -> Conditions:
+        self._look()
+        if self.reader is not None:
+            self.reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.reader is not None:
+            self.reader.stop()
+        self._look()
+
+    def _look(self) -> None:
+        self.temperatures.append(power.temperatures(self.root))
+        self.throttling.append(power.throttling(self.root))
+
+    def measure(self, run: Callable[[], Result]) -> tuple[Result, list[dict[str, float]]]:
+        """Run, and tell watts and joules; none where nothing measures them.
+
+        A sample at either end serves a run that is shorter than the interval.
+        """
+        if self.reader is None:
+            return run(), []
+        start = self.reader.clock()
+        self.reader.sample()
+        result = run()
+        self.reader.sample()
+        used = self.reader.between(start, self.reader.clock())
+        return result, [] if used is None else [used]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a credible report says beside the times."""
+        return {
+            "power": None if self.reader is None else self.reader.describe(),
+            "temp_c": dict(zip(("before", "after"), self.temperatures, strict=True)),
+            "has_throttled": power.has_throttled(*self.throttling),
         }
 
 
@@ -87,8 +149,9 @@ def profile(
     max_new_tokens: int = 32,
     raw: bool = False,
     progress: Callable[[str, float], None] = lambda *_: None,
+    root: Path = Path("/"),
 ) -> dict[str, Any]:
-    """Answer one request again and again.
+    """Answer one request again and again; on a Jetson, measure power and temperatures as well.
 
     Args:
         model: The loaded bundle.
@@ -101,6 +164,7 @@ def profile(
         max_new_tokens: Tokens of every answer; end tokens do not end it.
         raw: The prompt is the whole text, without chat template.
         progress: Told what is being run.
+        root: The file system whose /sys tells power and temperatures.
 
     Returns:
         Machine, request, and for each plan statistics and raw values, as JSON can hold them.
@@ -117,24 +181,29 @@ def profile(
     model.spare_caches = max(model.spare_caches, len(plans))  # no run pays for a new cache
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "ignore_eos": True, "raw": raw}
     taken = {name: Runs() for name in plans}
-    for number in range(warmup + runs):
-        for name in plans if number % 2 else plans[::-1]:  # neither always goes first
-            progress(f"run {number + 1}, plan {name}", number / (warmup + runs))
-            result = model.generate(image, prompt, plan=name, **options)
-            if number >= warmup:
-                taken[name].add(result, model.facts.plans[name].layers)
+    with Conditions(root) as conditions:
+        for number in range(warmup + runs):
+            for name in plans if number % 2 else plans[::-1]:  # neither always goes first
+                progress(f"run {number + 1}, plan {name}", number / (warmup + runs))
+                result, energy = conditions.measure(
+                    partial(model.generate, image, prompt, plan=name, **options)
+                )
+                if number >= warmup:
+                    taken[name].add(result, model.facts.plans[name].layers)
+                    taken[name].energy += energy
     measured = {name: made.to_dict() for name, made in taken.items()}
     report = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine.facts() | {"backend": model.backend.describe()},
         "checkpoint": model.facts.checkpoint,
-        "precision": model.facts.precision,
+        "precision": str(model.facts.precision),
         "target": model.bundle.target,
         "warmup": warmup,
         "runs": runs,
         "plan": plan,
         "against": against,
         "plans": measured,
+        "conditions": conditions.to_dict(),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     if against is not None and against != plan:

@@ -54,7 +54,7 @@ class Recorder:
             rows = cache.length + len(inputs[names.KEEP_INDICES])
             for layer in range(first, last):
                 for name in (names.key_cache(layer), names.value_cache(layer)):
-                    self.values[name] = self._copy(cache.buffers.arrays[name][:, :, :rows])
+                    self.values[name] = self._copy(cache.buffers.rows(name, rows))
         return out
 
     def key_cache(self, cache: StageCache, layer: int) -> Any:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +20,14 @@ from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.reuse import reuse
 from patchsieve.manifest import Limits
 from patchsieve.plan import Plan, SitePlan
-from patchsieve.runtime.build import RECORD, Built, build, profiles
+from patchsieve.runtime.build import Built, build
+from patchsieve.runtime.build_request import Request
+from patchsieve.runtime.engines import FILE_NAME, Gpu, Library, open_engines, read_record
+from patchsieve.runtime.profiles import profiles
 from tests.models import save_checkpoint
 
 TARGET = "tensorrt-rtx"
+REQUEST = Request(TARGET)
 OVERHEAD = 4e6  # bytes that an engine may carry besides 1.05 x its weights
 
 pytestmark = pytest.mark.tensorrt
@@ -49,7 +57,7 @@ def bundle(request, tmp_path_factory) -> Path:
 def engines(bundle: Path) -> list[Built]:
     """Every engine of the bundle."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    return list(build(bundle, TARGET))
+    return list(build(bundle, REQUEST))
 
 
 def parsed(bundle: Path, graph: str):
@@ -99,7 +107,7 @@ def test_a_stage_updates_its_caches_in_place_and_attends_through_the_mask(bundle
         }
         slots = {t.shape[2] for t in network.inputs if "cache" in t.name}
         assert slots == {stage.slots}
-        if facts.precision == "float16":
+        if facts.precision.decoder == "float16":
             masks = [attention.mask for attention in network.attentions]
             assert len(masks) == stage.num_layers
         else:  # spelt out: what softmax reads is the masked sum
@@ -111,7 +119,7 @@ def test_a_stage_updates_its_caches_in_place_and_attends_through_the_mask(bundle
 
 def test_a_stage_has_a_prefill_and_a_decode_profile(bundle) -> None:
     facts = manifest.read(bundle)
-    prefill, decode = profiles(facts, "stage_1")
+    prefill, decode = profiles(facts, "stage_1", TARGET)
     assert [shape[1] for shape in decode[names.HIDDEN]] == [1, 1, 2]
     assert [shape[0] for shape in decode[names.LAST_KEY]] == [1, 1, 2]
     # Rows come in from stage 0 with two whole images and leave with two pruned ones.
@@ -121,34 +129,77 @@ def test_a_stage_has_a_prefill_and_a_decode_profile(bundle) -> None:
 
 
 def test_a_second_build_takes_what_stands_there_and_mends_what_does_not(bundle, engines) -> None:
-    assert all(engine.was_there for engine in build(bundle, TARGET))
-    engines[-1].path.write_bytes(b"damaged")
-    again = list(build(bundle, TARGET))
+    assert all(engine.was_there for engine in build(bundle, REQUEST))
+    first = (bundle / "engines" / TARGET / "vision.engine").read_bytes()
+    whole = engines[-1].path.read_bytes()
+    engines[-1].path.write_bytes(whole[: len(whole) // 2])
+    again = list(build(bundle, REQUEST))
     assert [engine.graph for engine in again if not engine.was_there] == [engines[-1].graph]
-    (bundle / "engines" / TARGET / RECORD).write_text("{")
-    assert not any(engine.was_there for engine in build(bundle, TARGET))
+    record = bundle / "engines" / TARGET / FILE_NAME
+    text = record.read_text()
+    record.write_text("{")
+    said: list[str] = []
+    builds = build(bundle, REQUEST, told=said.append)
+    assert not next(builds).was_there
+    assert "all engines are built again" in said[0]
+    builds.close()
+    (bundle / "engines" / TARGET / "vision.engine").write_bytes(first)
+    record.write_text(text)
 
 
 def test_the_record_tells_what_an_engine_was_built_with(bundle, engines) -> None:
-    record = json.loads((bundle / "engines" / TARGET / RECORD).read_text())
+    record = read_record(bundle, TARGET).engines
     assert set(record) == {engine.graph for engine in engines}
-    for entry in record.values():
-        assert entry["library"].startswith("tensorrt_rtx ")
-        assert entry["size"] > 0 and len(entry["sha256"]) == 64
+    for engine in record.values():
+        assert engine.library.name == "tensorrt_rtx"
+        assert engine.gpu is None and engine.rung == "as asked"
+        assert engine.size > 0 and len(engine.sha256) == 64
+        assert 0 < engine.base_bytes < engine.peak_bytes
+    card = Gpu("any", "8.9")
+    library = Library(engine.library.name, engine.library.version)
+    facts = manifest.read(bundle)
+    assert set(open_engines(bundle, facts, TARGET, gpu=card, library=library)) == set(record)
+    with pytest.raises(BundleError, match="--compute-capability 7.5"):
+        open_engines(bundle, facts, TARGET, gpu=Gpu("old", "7.5"), library=library)
+
+
+def test_a_killed_build_goes_on_where_it_was(bundle, engines, tmp_path) -> None:
+    """What was whole stays, what was not goes."""
+    if manifest.read(bundle).precision != "float16":
+        pytest.skip("one precision is enough")
+    own = Path(shutil.copytree(bundle, tmp_path / "own", ignore=shutil.ignore_patterns("engines")))
+    script = f"""
+import os, signal
+from pathlib import Path
+from patchsieve.runtime.build import build
+from patchsieve.runtime.build_request import Request
+for number, one in enumerate(build(Path({str(own)!r}), Request({TARGET!r}))):
+    if number == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    where = os.pathsep.join(sys.path)
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": where})
+    assert done.returncode == -signal.SIGKILL
+    folder = own / "engines" / TARGET
+    (folder / ".stage_1.engine.part").write_bytes(b"half")
+    builds = build(own, REQUEST)
+    assert [next(builds).was_there for _ in range(3)] == [True, True, False]
+    builds.close()
+    assert not list(folder.glob(".*"))
 
 
 def test_build_refuses_in_one_line(bundle, monkeypatch, capsys) -> None:
     with pytest.raises(PatchsieveError, match="no engines to build"):
-        list(build(bundle, "cpu"))
+        list(build(bundle, Request("cpu")))
     facts = manifest.read(bundle)
     targets = {"cpu": facts.targets["cpu"]}
     monkeypatch.setattr(manifest, "read", lambda path: replace(facts, targets=targets))
     with pytest.raises(BundleError, match="--targets cpu,tensorrt-rtx"):
-        list(build(bundle, TARGET))
+        list(build(bundle, REQUEST))
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     with pytest.raises(BackendMissingError, match="pip install tensorrt-rtx"):
-        list(build(bundle, TARGET))
+        list(build(bundle, REQUEST))
     assert main(["build", str(bundle), "--target", TARGET, "--json"]) == 2
     out = capsys.readouterr()
     assert "error" in json.loads(out.out) and out.err.count("\n") == 1

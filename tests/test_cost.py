@@ -39,6 +39,7 @@ from patchsieve.cost.methods import DEFAULT_KEEP_RATIO, FIXED_RATIO, layerwise
 from patchsieve.errors import PatchsieveError, ShapeError, UnsupportedModelError
 from patchsieve.plan import Plan, SitePlan
 from patchsieve.pruning.schedules import num_to_keep
+from patchsieve.precision import Precision
 
 LLAVA = papers.LLAVA_7B
 TOY = ModelShape(
@@ -456,7 +457,7 @@ def make_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     facts = manifest.Manifest(
         patchsieve_version="0.1.0",
         checkpoint="toy",
-        precision="float32",
+        precision=Precision(),
         text=text,
         vision=tower,
         tokens=manifest.Tokens("tokenizer.json", None, "<image>", 5, (2,), {}),

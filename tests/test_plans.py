@@ -85,14 +85,15 @@ def test_an_engine_of_other_weights_is_built_again(tmp_path: Path) -> None:
 
     from patchsieve.export.exporter import ExportOptions, export
     from patchsieve.runtime.build import build
+    from patchsieve.runtime.build_request import Request
 
     options = ExportOptions(targets=("tensorrt-rtx",))
     for seed in (0, 1):
         checkpoint = save_checkpoint(tmp_path / f"ck{seed}", "llama", seed=seed, layers=2)
         export(str(checkpoint), tmp_path / f"b{seed}", options)
-    assert not any(engine.was_there for engine in build(tmp_path / "b0", "tensorrt-rtx"))
+    assert not any(engine.was_there for engine in build(tmp_path / "b0", Request("tensorrt-rtx")))
     shutil.copytree(tmp_path / "b0" / "engines", tmp_path / "b1" / "engines")
-    assert not any(engine.was_there for engine in build(tmp_path / "b1", "tensorrt-rtx"))
+    assert not any(engine.was_there for engine in build(tmp_path / "b1", Request("tensorrt-rtx")))
 
 
 def test_weights_that_the_manifest_does_not_list_are_refused(tmp_path: Path, capsys) -> None:

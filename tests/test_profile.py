@@ -38,7 +38,9 @@ def test_every_part_is_measured_in_every_run(tiny_bundle: Path, tmp_path: Path) 
         assert [len(steps) for steps in plan["raw"]["decode_ms"]] == [4, 4, 4]
         assert plan["new_tokens"] == 5
         assert set(plan["times_ms"]) == set(plan["raw"]["times_ms"]) | {"per_token"}
-        assert all(set(v) == {"p50", "p90", "p99", "mean"} for v in plan["times_ms"].values())
+        assert all(
+            set(v) == {"p50", "p90", "p95", "p99", "mean"} for v in plan["times_ms"].values()
+        )
     assert pruned["survivors"] == {
         "2.0": {"min": 8, "median": 8.0, "max": 8},
         "4.0": {"min": 4, "median": 4.0, "max": 4},
@@ -112,6 +114,7 @@ def test_statistics_are_percentiles_of_the_values() -> None:
     assert statistics(values) == {
         "p50": 3.0,
         "p90": pytest.approx(np.percentile(values, 90)),
+        "p95": pytest.approx(np.percentile(values, 95)),
         "p99": pytest.approx(np.percentile(values, 99)),
         "mean": 3.0,
     }

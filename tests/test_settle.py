@@ -13,9 +13,10 @@ import numpy as np
 import onnx
 import pytest
 
-from benchmarks import settle, settle_cuda, settle_graphs, settle_onnxruntime, settle_questions
-from benchmarks import settle_numpy as ref
-from benchmarks.settle_questions import BUILDS, NO, NOT_RUN, YES, Answer, Setup
+from benchmarks.settle import __main__ as settle
+from benchmarks.settle import cuda, graphs, onnxruntime_cuda, questions
+from benchmarks.settle import reference as ref
+from benchmarks.settle.questions import BUILDS, NO, NOT_RUN, YES, Answer, Setup
 from patchsieve.errors import BackendMissingError, PatchsieveError
 
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
@@ -26,7 +27,7 @@ needs_opset_24 = pytest.mark.skipif(
 
 
 class CpuEngine:
-    """ONNX Runtime on the CPU with the verbs of settle_cuda.Engine, to try a question's logic."""
+    """ONNX Runtime on the CPU with the verbs of cuda.Engine, to try a question's logic."""
 
     def __init__(self, path: Path) -> None:
         model = onnx.load(path)
@@ -94,14 +95,14 @@ class CpuSetup(Setup):
 def test_a_runtime_that_is_right_is_answered_yes(
     letter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(settle_questions, "_microseconds", lambda call: call() and 0.0 or 0.0)
+    monkeypatch.setattr(questions, "_microseconds", lambda call: call() and 0.0 or 0.0)
     answer = settle.QUESTIONS[letter][1](CpuSetup("tensorrt-rtx", tmp_path))
     assert answer.status == YES, answer
 
 
 @needs_opset_24
 def test_nan_in_unused_slots_is_told_apart_from_a_wrong_cache(tmp_path: Path) -> None:
-    answer = settle_questions.caches_are_written_in_place(CpuSetup("tensorrt-rtx", tmp_path))
+    answer = questions.caches_are_written_in_place(CpuSetup("tensorrt-rtx", tmp_path))
     assert "in place and right: True" in answer.text
     assert "NaN in unused slots does no harm: False" in answer.text
 
@@ -117,7 +118,7 @@ def test_a_cache_that_is_not_written_is_answered_no(
         self.values.update({n: self.values[i] for n, i in self.pairs.items()})
 
     monkeypatch.setattr(CpuEngine, "enqueue", forgetful)
-    answer = settle_questions.caches_are_written_in_place(CpuSetup("tensorrt-rtx", tmp_path))
+    answer = questions.caches_are_written_in_place(CpuSetup("tensorrt-rtx", tmp_path))
     assert answer.status == NO
 
 
@@ -139,13 +140,13 @@ def test_each_meaning_of_a_key_length_is_recognised(
             return {"out": ref.attend(query, key, value, seen)}
 
     engine = Lengths()
-    told = settle_questions._match_lengths(engine, "float32", 5, 50.0, has_mask=False)
+    told = questions._match_lengths(engine, "float32", 5, 50.0, has_mask=False)
     assert told.startswith(f"{meaning} (")
     # This stand-in heeds the mask alone, which lets the slots beyond kv_len through.
-    told = settle_questions._match_lengths(engine, "float32", 5, 50.0, has_mask=True)
+    told = questions._match_lengths(engine, "float32", 5, 50.0, has_mask=True)
     assert told.startswith("nothing known")
     monkeypatch.setattr(Setup, "engine", lambda self, name: engine)
-    answer = settle_questions.length_attention_aligns_to_length(Setup("tensorrt-rtx", tmp_path))
+    answer = questions.length_attention_aligns_to_length(Setup("tensorrt-rtx", tmp_path))
     assert answer.status == (YES if meaning == "kv_len" else NO)
     assert "with a mask instead of causality: False" in answer.text
     assert len(answer.facts) == 16
@@ -153,7 +154,7 @@ def test_each_meaning_of_a_key_length_is_recognised(
 
 @needs_opset_24
 def test_the_compaction_graph_packs_ascending_indices() -> None:
-    model = settle_graphs.compaction_model(6)
+    model = graphs.compaction_model(6)
     onnx.checker.check_model(model, full_check=True)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     keep = np.array([False, True, True, False, False, True])
@@ -164,15 +165,15 @@ def test_the_compaction_graph_packs_ascending_indices() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_grouped_attention_with_a_bias_on_a_shared_buffer_is_right_on_the_cpu(dtype: str) -> None:
-    error = settle_onnxruntime.grouped_attention_error(ort, "CPUExecutionProvider", dtype)
+    error = onnxruntime_cuda.grouped_attention_error(ort, "CPUExecutionProvider", dtype)
     assert error < {"float32": 1e-6, "float16": 4e-3}[dtype]
 
 
 @needs_opset_24
 @pytest.mark.parametrize("op", ["Attention", "TensorScatter"])
 def test_the_modern_operators_open_on_the_cpu(op: str) -> None:
-    model = settle_onnxruntime.modern_model(op, "float32")
-    assert settle_onnxruntime.session_on(ort, model, "CPUExecutionProvider").get_outputs()
+    model = onnxruntime_cuda.modern_model(op, "float32")
+    assert onnxruntime_cuda.session_on(ort, model, "CPUExecutionProvider").get_outputs()
 
 
 @pytest.mark.tensorrt
@@ -189,15 +190,15 @@ def test_build_only_compiles_every_engine(
     assert {answer["status"] for answer in told["answers"].values()} == {YES}
 
 
-def no_device(self: settle_cuda.Cuda) -> str:
+def no_device(self: cuda.Cuda) -> str:
     raise BackendMissingError("no CUDA device answers", do="run where an NVIDIA GPU is")
 
 
 def test_without_a_gpu_it_says_what_is_absent_and_exits_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(settle_cuda.Cuda, "__init__", lambda self: None)
-    monkeypatch.setattr(settle_cuda.Cuda, "compute_capability", no_device)
+    monkeypatch.setattr(cuda.Cuda, "__init__", lambda self: None)
+    monkeypatch.setattr(cuda.Cuda, "compute_capability", no_device)
     assert settle.main([]) == 2
     said = capsys.readouterr().err
     assert said == ("settle: no CUDA device answers | what to do: run where an NVIDIA GPU is\n")
@@ -229,7 +230,7 @@ def test_the_form_of_engine_that_ran_serves_the_later_questions(
 
     monkeypatch.setattr(settle, "ask", reply)
     settle.ask_all("ac", "tensorrt-rtx", tmp_path, 5)
-    forms = [("current",), (), settle_questions.PORTABLE]
+    forms = [("current",), (), questions.PORTABLE]
     assert asked == [*(("a", form) for form in forms), ("c", ("current",))]
 
 
@@ -278,19 +279,46 @@ def test_an_unknown_question_is_refused(capsys: pytest.CaptureFixture[str]) -> N
 def test_a_machine_without_a_cuda_runtime_is_told_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def absent(name: str) -> None:
-        raise OSError(name)
-
-    monkeypatch.setattr(settle_cuda, "_first_module", lambda *names: None)
-    monkeypatch.setattr(settle_cuda.ctypes, "CDLL", absent)
+    monkeypatch.setattr(cuda, "_first_module", lambda *names: None)
     with pytest.raises(BackendMissingError, match="pip install cuda-python"):
-        settle_cuda.Cuda()
+        cuda.Cuda()
+
+
+class FakeBinding:
+    """Answers as cuda.bindings.runtime does: a status, then results."""
+
+    __name__ = "fake"
+    cudaDeviceAttr = int
+    status = 0
+
+    def cudaMemGetInfo(self) -> tuple[int, int, int]:
+        return self.status, 3, 10
+
+    def cudaGetDeviceCount(self) -> tuple[int, int]:
+        return self.status, 1
+
+    def cudaDeviceGetAttribute(self, attribute: int, device: int) -> tuple[int, int]:
+        return self.status, {75: 8, 76: 7}[attribute]
+
+    def cudaGetErrorString(self, status: int) -> tuple[int, bytes]:
+        return 0, b"out of memory"
+
+
+def test_a_call_gives_its_results_or_cuda_s_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    binding = FakeBinding()
+    monkeypatch.setattr(cuda, "_first_module", lambda *names: binding)
+    runtime = cuda.Cuda()
+    assert runtime.used_bytes() == 7
+    assert runtime.compute_capability() == "8.7"
+    binding.status = 2
+    with pytest.raises(cuda.CudaError, match="cudaMemGetInfo failed.*error 2: out of memory"):
+        runtime.used_bytes()
 
 
 @pytest.mark.gpu
 def test_every_question_is_asked_on_a_gpu(tmp_path: Path) -> None:
     try:
-        settle_cuda.Cuda().compute_capability()
+        cuda.Cuda().compute_capability()
     except BackendMissingError as error:
         pytest.skip(str(error))
     assert settle.main(["--json", str(tmp_path / "answers.json")]) == 0

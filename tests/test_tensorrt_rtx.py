@@ -28,8 +28,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from benchmarks import settle_numpy
-from benchmarks.settle_graphs import (
+from benchmarks.settle import reference
+from benchmarks.settle.graphs import (
     TINY,
     AttentionSize,
     Form,
@@ -43,6 +43,8 @@ from benchmarks.settle_graphs import (
 )
 from patchsieve.errors import BackendMissingError, BundleError, ShapeError
 from patchsieve.runtime import tensorrt as ours
+from patchsieve.runtime.compile import build_engine
+from patchsieve.runtime.engines import Options
 
 RTX = "tensorrt-rtx"
 # Relative to the largest value: float32 sums in another order; fp16 rounds after every operator.
@@ -72,20 +74,20 @@ def test_the_stage_graph_means_what_numpy_says(dtype: str) -> None:
     session = runtime.InferenceSession(
         model.SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    weights, caches = stage_weights(size), settle_numpy.empty_caches(size)
+    weights, caches = stage_weights(size), reference.empty_caches(size)
     last_key = np.arange(18, dtype=np.int64)
     last_key[-1] = 9  # a side row: sees slots 0..9 and itself
     calls = [dict(rows=18, entering=24, slot=0, last_key=last_key)]
     calls += [dict(rows=1, entering=1, slot=slot) for slot in (17, 18, 19)]
     for seed, call in enumerate(calls):
-        feed = settle_numpy.make_feed(size, seed=seed, **call)
-        expected, after = settle_numpy.stage(size, weights, feed, caches)
+        feed = reference.make_feed(size, seed=seed, **call)
+        expected, after = reference.stage(size, weights, feed, caches)
         names = ["hidden_out", *size.cache_names("new_")]
         found = session.run(names, {**feed.inputs(), **caches})
         caches = dict(zip(size.cache_names(), found[1:], strict=True))
-        assert settle_numpy.relative_error(found[0], expected) < TOLERANCE[dtype]
+        assert reference.relative_error(found[0], expected) < TOLERANCE[dtype]
         for name, cache in caches.items():
-            assert settle_numpy.relative_error(cache, after[name]) < TOLERANCE[dtype]
+            assert reference.relative_error(cache, after[name]) < TOLERANCE[dtype]
 
 
 @needs_rtx
@@ -118,7 +120,7 @@ def test_one_engine_holds_prefill_and_decode_and_its_weights_once(
 ) -> None:
     size = StageSize(dtype=dtype)
     path, weight_bytes = save_stage(size, tmp_path)
-    report = ours.build_engine(path, tmp_path / "e.engine", stage_profiles(size), target=RTX)
+    report = build_engine(path, tmp_path / "e.engine", stage_profiles(size), target=RTX)
     assert report.profiles == 2
     assert report.engine_bytes == (tmp_path / "e.engine").stat().st_size
     assert weight_bytes < report.engine_bytes <= 1.05 * weight_bytes + 4e6
@@ -130,7 +132,7 @@ def test_a_decode_profile_of_exactly_one_row_stores_fp16_weights_twice(tmp_path:
     size = StageSize()
     path, weight_bytes = save_stage(size, tmp_path)
     profiles = stage_profiles(size, exact_decode=True)
-    report = ours.build_engine(path, tmp_path / "e.engine", profiles, target=RTX)
+    report = build_engine(path, tmp_path / "e.engine", profiles, target=RTX)
     assert report.engine_bytes > 2 * weight_bytes, "mended: profiles may be 1/1/1 again"
 
 
@@ -138,12 +140,12 @@ def test_a_decode_profile_of_exactly_one_row_stores_fp16_weights_twice(tmp_path:
 def test_a_list_of_gpus_shares_the_weights(tmp_path: Path) -> None:
     size = StageSize()
     path, weight_bytes = save_stage(size, tmp_path)
-    report = ours.build_engine(
+    report = build_engine(
         path,
         tmp_path / "e.engine",
         stage_profiles(size),
         target=RTX,
-        compute_capabilities=("7.5", "8.6", "8.9", "12.0"),
+        options=Options(compute_capabilities=("7.5", "8.6", "8.9", "12.0")),
     )
     assert report.engine_bytes <= 1.05 * weight_bytes + 4e6
 
@@ -153,7 +155,7 @@ def test_float32_attention_needs_the_decomposable_attribute(tmp_path: Path) -> N
     size = sized("float32")
     path, _ = save_stage(size, tmp_path, form=Form(decomposable=False))
     with pytest.raises(BundleError, match="decomposable"):
-        ours.build_engine(path, tmp_path / "e.engine", stage_profiles(size), target=RTX)
+        build_engine(path, tmp_path / "e.engine", stage_profiles(size), target=RTX)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["stage.bin", "stage.onnx"]
 
 
@@ -190,7 +192,7 @@ def test_tensorrts_own_attention_keeps_the_key_length(has_mask: bool, tmp_path: 
     assert attention.key_length
     assert attention.has_mask == has_mask
     profiles = [size.profile(has_mask=has_mask)]
-    assert ours.build_engine(path, tmp_path / "e", profiles, target=RTX).engine_bytes
+    assert build_engine(path, tmp_path / "e", profiles, target=RTX).engine_bytes
 
 
 @needs_rtx
@@ -202,14 +204,14 @@ def test_a_stage_on_tensorrts_own_attention_has_mask_and_length(dtype: str, tmp_
         assert attention.mask == "mask"
         assert attention.key_length
         assert attention.key.startswith("new_cache_key")  # the cache is not multiplied on the way
-    report = ours.build_engine(path, tmp_path / "e.engine", stage_profiles(size), target=RTX)
+    report = build_engine(path, tmp_path / "e.engine", stage_profiles(size), target=RTX)
     assert report.engine_bytes <= 1.05 * weight_bytes + 4e6
 
 
 @needs_rtx
 def test_a_compaction_without_nonzero_builds(tmp_path: Path) -> None:
     onnx.save(compaction_model(12), tmp_path / "compact.onnx")
-    assert ours.build_engine(tmp_path / "compact.onnx", tmp_path / "e", [], target=RTX).engine_bytes
+    assert build_engine(tmp_path / "compact.onnx", tmp_path / "e", [], target=RTX).engine_bytes
 
 
 def test_an_absent_library_is_named_with_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,18 +254,22 @@ def test_a_profile_that_does_not_fit_is_refused(change: dict, message: str, tmp_
     profile = {**stage_profiles(TINY)[0], **change}
     profile = {name: shapes for name, shapes in profile.items() if shapes}
     with pytest.raises(ShapeError, match=message):
-        ours.build_engine(path, tmp_path / "e.engine", [profile], target=RTX)
+        build_engine(path, tmp_path / "e.engine", [profile], target=RTX)
 
 
 @needs_rtx
 def test_an_unknown_gpu_and_a_missing_folder_are_refused(tmp_path: Path) -> None:
     path, _ = save_stage(TINY, tmp_path)
     with pytest.raises(BundleError, match=r"cannot compile for a list with '9\.0'"):
-        ours.build_engine(
-            path, tmp_path / "e", stage_profiles(TINY), target=RTX, compute_capabilities=("9.0",)
+        build_engine(
+            path,
+            tmp_path / "e",
+            stage_profiles(TINY),
+            target=RTX,
+            options=Options(compute_capabilities=("9.0",)),
         )
     with pytest.raises(BundleError, match="has no folder"):
-        ours.build_engine(path, tmp_path / "x" / "e", stage_profiles(TINY), target=RTX)
+        build_engine(path, tmp_path / "x" / "e", stage_profiles(TINY), target=RTX)
 
 
 @needs_rtx
@@ -272,7 +278,7 @@ def test_a_failed_build_leaves_the_older_engine(tmp_path: Path) -> None:
     path, _ = save_stage(size, tmp_path, form=Form(decomposable=False))
     (tmp_path / "e.engine").write_bytes(b"older")
     with pytest.raises(BundleError):
-        ours.build_engine(path, tmp_path / "e.engine", stage_profiles(size), target=RTX)
+        build_engine(path, tmp_path / "e.engine", stage_profiles(size), target=RTX)
     assert (tmp_path / "e.engine").read_bytes() == b"older"
     assert not list(tmp_path.glob(".*.part"))
 
@@ -281,12 +287,12 @@ def test_a_failed_build_leaves_the_older_engine(tmp_path: Path) -> None:
 def test_progress_names_phases_and_ends_each(tmp_path: Path) -> None:
     path, _ = save_stage(TINY, tmp_path)
     seen: list[tuple[str, int, int]] = []
-    ours.build_engine(
+    build_engine(
         path,
         tmp_path / "e",
         stage_profiles(TINY),
         target=RTX,
-        memory_limit=1 << 28,
+        options=Options(workspace_bytes=1 << 28),
         progress=lambda *step: seen.append(step),
     )
     assert seen[0][1] == 0

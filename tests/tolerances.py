@@ -17,3 +17,17 @@ GROWTH_MB = 6.0
 # Largest difference of a prefill logit, float16 weights and rows against float32. Rounding is
 # 2^-11 per operation; through 4 layers, with logits of deviation about 1.3, a hundredth remains.
 LOGITS_FLOAT16 = 0.05
+
+# Largest difference of a logit between two lowerings in float32: the same sums in another order.
+LOWERED_FLOAT32 = 1e-5
+
+# Largest difference of a logit between a bundle and Hugging Face, parts in the same half types:
+# both round after each operation, to 2^-11, but not at the same places.
+LOGITS_MIXED = 0.03
+
+# Largest difference of a logit, a GPU's against the CPU's in float32. float32 engines multiply in
+# TF32 (2^-11 per product, as float16); bfloat16 keeps 8 bits, so three bits more are lost.
+LOGITS_GPU = {"float32": LOGITS_FLOAT16, "float16": LOGITS_FLOAT16, "bfloat16": 8 * LOGITS_FLOAT16}
+
+# Megabytes of device memory that 200 requests after a warm-up may add: cudaMalloc gives 2 MB pages.
+GROWTH_DEVICE_MB = 6.0

@@ -6,12 +6,24 @@ A lowering says how each operation of `patchsieve.export.ops` is spelt and which
 from __future__ import annotations
 
 from patchsieve.errors import PatchsieveError
-from patchsieve.export.lowering import cpu, reference, tensorrt_rtx
+from patchsieve.export.lowering import (
+    cpu,
+    cuda,
+    jetpack6,
+    reference,
+    tensorrt,
+    tensorrt10,
+    tensorrt_rtx,
+)
 from patchsieve.export.lowering.base import Lowering, lower
 
 LOWERINGS: dict[str, type[Lowering]] = {
     "reference": reference.Reference,
     "cpu": cpu.Cpu,
+    "cuda": cuda.Cuda,
+    "jetpack6": jetpack6.JetPack6,
+    "tensorrt": tensorrt.TensorRT,
+    "tensorrt10": tensorrt10.TensorRT10,
     "tensorrt-rtx": tensorrt_rtx.TensorRTRTX,
 }
 

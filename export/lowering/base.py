@@ -13,6 +13,8 @@ from onnx_ir.passes import common as passes
 
 from patchsieve import names
 from patchsieve.export import ops
+from patchsieve.export.lowering.constants import fold_constants
+from patchsieve.manifest import Needs
 
 
 class Lowering(ABC):
@@ -22,8 +24,13 @@ class Lowering(ABC):
     """
 
     name: str
-    opset: int
+    opset: int  # of the whole graph
+    library: str  # what builds or runs the graphs, as pip calls it
+    versions: str  # which of its versions
+    where: str  # on which machines
     static_slots = False  # the target wants the length of the caches as a number
+    operators: str | None = None  # table of patchsieve.export.operators that the graphs keep to
+    precisions: ClassVar[tuple[str, ...]] = ("float32", "float16", "bfloat16")
     domains: ClassVar[dict[str, int]] = {}
 
     def __init__(self, graph: ir.Graph) -> None:
@@ -32,6 +39,11 @@ class Lowering(ABC):
         self._tape = tape.Tape()
         self._shared: dict[str, ir.Value] = {}
         self._shared_nodes: list[ir.Node] = []
+
+    @classmethod
+    def needs(cls) -> Needs:
+        """What the manifest says of the target."""
+        return Needs(cls.library, cls.versions, cls.where, cls.opset)
 
     # Building blocks.
 
@@ -87,6 +99,21 @@ class Lowering(ABC):
         rows = self.op("Shape", query, start=1, end=2)  # [1], holding L
         one = self.constant([1])
         return self.op("Expand", bias, self.op("Concat", one, one, rows, one, axis=0))
+
+    def cast(self, value: ir.Value, old: ir.DataType, new: ir.DataType) -> ir.Value:
+        """The value in another type."""
+        return value if old == new else self.op("Cast", value, to=new)
+
+    def norm_in_parts(self, node: ir.Node) -> ir.Value:
+        """`ops.rms_norm` from plain operators, its sum in float32."""
+        hidden, weight = inputs_of(node)
+        dtype = dtype_of(hidden)
+        wide = self.cast(hidden, dtype, ir.DataType.FLOAT)
+        square = self.op("Pow", wide, self.constant(2.0, np.float32))
+        mean = self.op("ReduceMean", square, self.constant([-1]), keepdims=1)
+        eps = self.constant(node.attributes["eps"].as_float(), np.float32)
+        normed = self.op("Div", wide, self.op("Sqrt", self.op("Add", mean, eps)))
+        return self.op("Mul", self.cast(normed, ir.DataType.FLOAT, dtype), weight)
 
     def additive_mask(self, num_slots: ir.Value, dtype: ir.DataType) -> ir.Value:
         """0 where a row sees a slot, a large negative number elsewhere, [1, 1, L, num_slots]."""
@@ -162,6 +189,13 @@ def shape_of(value: ir.Value) -> ir.Shape:
     return value.shape
 
 
+def length_of(value: ir.Value, axis: int) -> int:
+    """Length of a fixed axis of a graph's input or output."""
+    length = shape_of(value)[axis]
+    assert isinstance(length, int), value.name
+    return length
+
+
 def lower(traced: ir.Model, lowering: type[Lowering], slots: int | None = None) -> ir.Model:
     """Derive a target's graph from a traced one, which stays as it is.
 
@@ -177,6 +211,7 @@ def lower(traced: ir.Model, lowering: type[Lowering], slots: int | None = None) 
                 [slots if str(axis) == names.AXIS_SLOTS else axis for axis in shape_of(value)]
             )
     lowering(model.graph).run()
+    fold_constants(model.graph)
     for node in model.graph:
         node.version = None
     model.opset_imports.clear()

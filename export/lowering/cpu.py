@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from patchsieve import names
@@ -22,19 +21,16 @@ class Cpu(Lowering):
     """Contrib operators that take and give rows with their heads side by side."""
 
     name = "cpu"
+    library = "onnxruntime"
+    versions = ">=1.23"
+    where = "any CPU"
     opset = 21
+    precisions = ("float32", "float16")  # ONNX Runtime has few kernels for bfloat16
     domains = {MICROSOFT: 1}
 
     def RMSNorm(self, node: ir.Node) -> Sequence[ir.Value]:
         """Spelt out; ONNX Runtime fuses these nodes into its own norm when it loads the graph."""
-        hidden, weight = inputs_of(node)
-        dtype = dtype_of(hidden)
-        wide = self._cast(hidden, dtype, ir.DataType.FLOAT)
-        square = self.op("Pow", wide, self.constant(2.0, np.float32))
-        mean = self.op("ReduceMean", square, self.constant([-1]), keepdims=1)
-        eps = self.constant(node.attributes["eps"].as_float(), np.float32)
-        normed = self.op("Div", wide, self.op("Sqrt", self.op("Add", mean, eps)))
-        return [self.op("Mul", self._cast(normed, ir.DataType.FLOAT, dtype), weight)]
+        return [self.norm_in_parts(node)]
 
     def Rotary(self, node: ir.Node) -> Sequence[ir.Value]:
         """The angles serve as the operator's table, each row its own entry."""
@@ -103,6 +99,3 @@ class Cpu(Lowering):
         """Rows present once the new ones are written, [1]."""
         length = self.op("Shape", self.inputs[names.LAST_KEY])
         return self.op("Add", self.inputs[names.SLOT], length)
-
-    def _cast(self, value: ir.Value, old: ir.DataType, new: ir.DataType) -> ir.Value:
-        return value if old == new else self.op("Cast", value, to=new)

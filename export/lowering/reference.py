@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
@@ -36,7 +37,11 @@ class Reference(Lowering):
     """RMSNormalization, RotaryEmbedding, Attention with an additive mask, TensorScatter."""
 
     name = "reference"
+    library = "onnxruntime"
+    versions = ">=1.24"
+    where = "any CPU, to check other targets"
     opset = 24
+    precisions: ClassVar[tuple[str, ...]] = ("float32", "float16")  # as ONNX Runtime runs it
 
     def RMSNorm(self, node: ir.Node) -> Sequence[ir.Value]:
         """The sum is in float32 by the operator's default."""
@@ -87,7 +92,11 @@ class Reference(Lowering):
         Returns:
             [B, H, L, D].
         """
-        return self.op("Attention", query, *rest, scale=heads.scale, is_causal=0)
+        # By default its softmax is of the inputs' type.
+        wide: dict[str, Any] = {}
+        if heads.dtype != ir.DataType.FLOAT:
+            wide["softmax_precision"] = ir.DataType.FLOAT.value
+        return self.op("Attention", query, *rest, scale=heads.scale, is_causal=0, **wide)
 
     def _mask(self, key_cache: ir.Value, dtype: ir.DataType) -> ir.Value:
         num_slots = self.op("Shape", key_cache, start=2, end=3)

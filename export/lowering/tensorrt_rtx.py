@@ -1,40 +1,18 @@
-"""TensorRT-RTX 1.x: the reference graphs with caches of a fixed length.
+"""TensorRT-RTX 1.x for RTX desktops, whose parser takes what TensorRT 11 takes.
 
-TensorScatter is the in-place KV update there: a cache is a network input, its update a network
-output, and its length is fixed when an engine is built.
+Measured with 1.7.1: `NonZero` is refused, though `supports_operator` says otherwise; `Attention`
+with `nonpad_kv_seqlen` parses and loses the lengths. No graph uses either.
 """
 
 from __future__ import annotations
 
-import numpy as np
-import onnx_ir as ir
-
-from patchsieve.export.lowering.reference import Heads, Reference
+from patchsieve.export.lowering.tensorrt import TensorRT
 
 
-class TensorRTRTX(Reference):
-    """`Attention` in float16; in float32, for which there is no fused kernel, its parts.
-
-    TensorRT-RTX 1.7.1 takes a float32 `Attention` only with the attribute `TRT_decomposable`, which
-    the ONNX checker and ONNX Runtime refuse.
-    """
+class TensorRTRTX(TensorRT):
+    """The graphs of TensorRT 11."""
 
     name = "tensorrt-rtx"
-    static_slots = True
-
-    def attend(self, query: ir.Value, heads: Heads, *rest: ir.Value) -> ir.Value:
-        """Softmax(Q K^T * scale + mask) V; heads that share a KV head become rows of it."""
-        if heads.dtype != ir.DataType.FLOAT:
-            return super().attend(query, heads, *rest)
-        keys, values, *mask = rest
-        together = self.constant([0, heads.num_kv_heads, -1, 0])  # [1, G, H / G * L, ...]
-        apart = self.constant([0, heads.num_heads, -1, 0])  # [1, H, L, ...]
-        rows = self.op("Mul", query, self.constant(heads.scale, np.float32))
-        rows = self.op("Reshape", rows, together)
-        logits = self.op("MatMul", rows, self.op("Transpose", keys, perm=[0, 1, 3, 2]))
-        if mask:
-            logits = self.op("Add", self.op("Reshape", logits, apart), mask[0])
-            weights = self.op("Reshape", self.op("Softmax", logits, axis=-1), together)
-        else:
-            weights = self.op("Softmax", logits, axis=-1)
-        return self.op("Reshape", self.op("MatMul", weights, values), apart)
+    library = "tensorrt-rtx"
+    versions = ">=1.7,<2"
+    where = "RTX cards"

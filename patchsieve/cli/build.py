@@ -4,88 +4,184 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from patchsieve.cli.output import Progress, peak_memory, print_json, size, table
+from patchsieve import manifest
+from patchsieve.cli.output import Progress, print_json, size, table
 from patchsieve.errors import PatchsieveError
+
+if TYPE_CHECKING:
+    from patchsieve.runtime.build import Built
+    from patchsieve.runtime.build_request import Request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add("bundle", type=Path)
-    add("--target", default="tensorrt-rtx", help="what to compile for (default: tensorrt-rtx)")
+    add(
+        "--target",
+        default="tensorrt-rtx",
+        help="what to compile for: tensorrt-rtx (default), tensorrt, tensorrt10 or jetpack6",
+    )
     add("--memory-limit", type=float, metavar="GB", help="scratch memory that a kernel may ask for")
+    add(
+        "--optimization-level",
+        type=int,
+        metavar="N",
+        help="how long to look for fast kernels, 0 to 5; the library's own level by default",
+    )
+    add(
+        "--weight-streaming",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="let weights stay in host memory; auto: where they exceed the GPU's memory",
+    )
+    add(
+        "--device-memory",
+        type=float,
+        metavar="GB",
+        help="memory of the GPU that will run the engines, for --weight-streaming auto",
+    )
     add(
         "--compute-capability",
         action="append",
         default=[],
         metavar="M.N",
-        help="GPUs to compile for, such as 8.9; the library's own list by default",
+        help="GPUs to compile for, such as 8.9 (tensorrt-rtx); the library's own list by default",
     )
     add("--force", action="store_true", help="build again what stands there")
+    add("--dry-run", action="store_true", help="print the equivalent trtexec lines, build nothing")
     add("--quiet", action="store_true", help="no progress")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compile, and report what each engine cost."""
     from patchsieve.runtime.build import build
+    from patchsieve.runtime.build_request import Request
+    from patchsieve.runtime.engines import Options
 
-    limit = args.memory_limit
-    if limit is not None and not 0 < limit < math.inf:
-        raise PatchsieveError(
-            "--memory-limit is not a size", found=limit, expected="gigabytes, above 0"
-        )
-    progress = Progress(args.quiet)
-    start = time.perf_counter()
-    engines = list(
-        build(
-            args.bundle,
-            args.target,
-            memory_limit=None if limit is None else int(limit * 1e9),
+    request = Request(
+        target=args.target,
+        options=Options(
+            workspace_bytes=_gigabytes("--memory-limit", args.memory_limit),
+            optimization_level=args.optimization_level,
             compute_capabilities=tuple(args.compute_capability),
-            force=args.force,
-            progress=progress,
-        )
+        ),
+        streaming=args.weight_streaming,
+        device_bytes=_gigabytes("--device-memory", args.device_memory),
+        force=args.force,
     )
-    progress.done()
-    total = sum(engine.engine_bytes for engine in engines)
-    seconds = time.perf_counter() - start
-    peak = peak_memory()
+    if args.dry_run:
+        return _dry_run(args, request)
+    progress = Progress(args.quiet)
+
+    def told(text: str) -> None:
+        progress.done()
+        print(f"patchsieve: {text}", file=sys.stderr)
+
+    start = time.perf_counter()
+    try:
+        built = list(build(args.bundle, request, progress=progress, told=told))
+    finally:
+        progress.done()
+    _report(args, built, time.perf_counter() - start)
+    return 0
+
+
+def _dry_run(args: argparse.Namespace, request: Request) -> int:
+    from patchsieve.runtime.build_request import graphs_of, options_of, should_stream
+    from patchsieve.runtime.cuda_device import find_device
+    from patchsieve.runtime.engines import misfit
+    from patchsieve.runtime.trtexec import command_line
+
+    facts, target = manifest.read(args.bundle), request.target
+    streams, _ = should_stream(facts, request, find_device())
+    lines = {
+        graph: command_line(args.bundle, facts, target, graph, options_of(request, graph, streams))
+        for graph in graphs_of(facts, target)
+        if not misfit(facts, graph)
+    }
+    if args.json:
+        print_json({"bundle": str(args.bundle), "target": target, "commands": lines})
+    else:
+        print(*lines.values(), sep="\n")
+    return 0
+
+
+def _report(args: argparse.Namespace, built: list[Built], seconds: float) -> None:
+    made = [one for one in built if one.engine is not None]
+    total = sum(one.engine.size for one in made if one.engine)
+    peaks = [one.engine.peak_bytes or 0 for one in made if one.engine and not one.was_there]
     if args.json:
         print_json(
             {
                 "bundle": str(args.bundle),
                 "target": args.target,
-                "engines": [
-                    {
-                        "graph": engine.graph,
-                        "path": str(engine.path),
-                        "bytes": engine.engine_bytes,
-                        "seconds": round(engine.seconds, 3),
-                        "was_there": engine.was_there,
-                        "warnings": list(engine.warnings),
-                    }
-                    for engine in engines
-                ],
+                "engines": [_facts(one) for one in built],
                 "bytes": total,
                 "seconds": round(seconds, 3),
-                "peak_memory_bytes": peak,
+                "peak_memory_bytes": max(peaks, default=0),
             }
         )
-        return 0
-    rows = [
-        (
-            engine.graph,
-            size(engine.engine_bytes),
-            "there" if engine.was_there else f"{engine.seconds:.1f}",
-        )
-        for engine in engines
-    ]
-    print(table(("engine", "size", "s"), [*rows, ("all", size(total), f"{seconds:.1f}")]))
-    print(f"{args.bundle / 'engines' / args.target}, peak memory {size(peak or 0)}")
-    for engine in engines:
-        for warning in engine.warnings:
-            print(f"{engine.graph}: {warning}")
-    return 0
+        return
+    rows = [_row(one) for one in built]
+    peak = size(max(peaks)) if peaks else "-"
+    rows.append(("all", size(total), f"{seconds:.1f}", peak, ""))
+    print(table(("engine", "size", "s", "peak memory", "rung"), rows))
+    print(args.bundle / "engines" / args.target)
+    for one in built:
+        for text in (
+            *([one.note] if one.note else []),
+            *(one.engine.warnings if one.engine else ()),
+        ):
+            print(f"{one.graph}: {text}")
+
+
+def _row(one: Built) -> tuple[str, ...]:
+    if one.engine is None:
+        return (one.graph, "-", "-", "-", "not built")
+    engine = one.engine
+    return (
+        one.graph,
+        size(engine.size),
+        "there" if one.was_there else f"{engine.seconds:.1f}",
+        "-" if engine.peak_bytes is None else size(engine.peak_bytes),
+        engine.rung,
+    )
+
+
+def _facts(one: Built) -> dict[str, Any]:
+    engine = one.engine
+    facts: dict[str, Any] = {
+        "graph": one.graph,
+        "path": str(one.path),
+        "was_there": one.was_there,
+        "note": one.note,
+    }
+    if engine is None:
+        return facts | {"bytes": 0}
+    return facts | {
+        "bytes": engine.size,
+        "seconds": engine.seconds,
+        "base_memory_bytes": engine.base_bytes,
+        "peak_memory_bytes": engine.peak_bytes,
+        "rung": engine.rung,
+        "failed": [asdict(attempt) for attempt in engine.failed],
+        "options": asdict(engine.options),
+        "library": str(engine.library),
+        "gpu": None if engine.gpu is None else asdict(engine.gpu),
+        "warnings": list(engine.warnings),
+    }
+
+
+def _gigabytes(option: str, value: float | None) -> int | None:
+    if value is None:
+        return None
+    if not 0 < value < math.inf:
+        raise PatchsieveError(f"{option} is not a size", found=value, expected="gigabytes, above 0")
+    return int(value * 1e9)

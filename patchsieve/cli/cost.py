@@ -10,7 +10,6 @@ from typing import Any
 
 from patchsieve import cost as costs
 from patchsieve.cli.output import print_json, size, table
-from patchsieve.cost.flops import PRECISIONS
 from patchsieve.cost.methods import (
     DEFAULT_KEEP_RATIO,
     FIXED_RATIO,
@@ -22,6 +21,7 @@ from patchsieve.cost.methods import (
 from patchsieve.errors import PatchsieveError
 from patchsieve.manifest import Manifest, read
 from patchsieve.plan import NO_PRUNING, Plan
+from patchsieve.precision import BYTES
 from patchsieve.pruning.schedules import group_ends, num_to_keep
 
 # Method -> the places where its cost is known, the usual one first.
@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = request.add_argument
     add("--text-tokens", type=int, default=512, metavar="T", help="all that is not visual (512)")
     add("--images", type=int, default=1, help="images of the request (1)")
-    add("--precision", choices=tuple(PRECISIONS), help="of keys and values (float16)")
+    add("--precision", choices=tuple(BYTES), help="of keys and values (float16)")
     add(
         "--convention",
         choices=tuple(_CONVENTIONS),
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     """Count, pruned beside unpruned."""
     shape, manifest = _model(args)
     schedule, is_exact = _schedule(args, shape, manifest)
-    precision = args.precision or (manifest.precision if manifest else "float16")
+    precision = args.precision or (manifest.precision.decoder if manifest else "float16")
     pruned, full = (
         costs.cost(
             shape,

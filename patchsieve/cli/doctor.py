@@ -25,7 +25,6 @@ def run(args: argparse.Namespace) -> int:
     blocks = [_machine(report), _libraries(report), _targets(report), _installs(report)]
     if "bundle" in report:
         blocks.append(_bundle(report["bundle"]))
-    blocks += [f"note: {text}" for text in report["notes"]]
     blocks += [f"warning: {text}" for text in report["warnings"]]
     print("\n\n".join(block for block in blocks if block))
     return 0
@@ -33,25 +32,41 @@ def run(args: argparse.Namespace) -> int:
 
 def _machine(report: dict[str, Any]) -> str:
     facts = report["machine"]
-    memory, cpu, board = facts["memory_bytes"], facts["cpu"], facts["jetson"]
+    memory, cpu = facts["memory_bytes"], facts["cpu"]
+    shared = ", shared with the GPU" if facts["unified_memory"] else ""
+    zram = f" ({size(memory['zram'])} zram)" if memory["zram"] else ""
     lines = [
         f"patchsieve {report['patchsieve']}, Python {facts['python']}, {facts['architecture']}",
         f"cpu     {cpu['model']}, {cpu['cores_allowed']} of {cpu['cores']} cores",
-        f"memory  {_size(memory['total'])}, {_size(memory['available'])} available, "
-        f"swap {_size(memory['swap'])}, disk {size(facts['disk_free_bytes'])} free",
+        f"memory  {_size(memory['total'])}{shared}, {_size(memory['available'])} available, "
+        f"swap {_size(memory['swap'])}{zram}, disk {size(facts['disk_free_bytes'])} free",
     ]
-    if board is not None:
-        jetpack = f"JetPack {board['jetpack']}" if board["jetpack"] else "unknown JetPack"
-        lines.append(f"board   {board['model']}, L4T {board['l4t'] or '?'}, {jetpack}")
+    lines += _board(facts["jetson"]) if facts["jetson"] else []
     for gpu in facts["gpus"]:
         capability = gpu["compute_capability"] or "?"
+        memory = "memory shared" if gpu["memory"] is None else size(gpu["memory"])
         lines.append(
-            f"gpu     {gpu['name']}, {_size(gpu['memory'])}, compute capability {capability}, "
-            f"driver {gpu['driver']}"
+            f"gpu     {gpu['name']}, {memory}, compute capability {capability}, "
+            f"driver {gpu['driver'] or '?'}"
         )
-    if not facts["gpus"] and board is None:
+    cuda = facts["cuda"]
+    if facts["gpus"] or cuda["toolkit"]:
+        lines.append(
+            f"cuda    driver serves {cuda['driver'] or '?'}, toolkit {cuda['toolkit'] or '-'}"
+        )
+    if not facts["gpus"]:
         lines.append("gpu     none that nvidia-smi sees")
     return "\n".join(lines)
+
+
+def _board(board: dict[str, Any]) -> list[str]:
+    jetpack = f"JetPack {board['jetpack']}" if board["jetpack"] else "unknown JetPack"
+    locked = {True: "locked", False: "not locked", None: "unknown"}[board["clocks_locked"]]
+    mode = board["power_mode"]["name"] if board["power_mode"] else "unknown"
+    return [
+        f"board   {board['model'] or '?'}, L4T {board['l4t'] or '?'}, {jetpack}",
+        f"power   mode {mode}, clocks {locked}, TensorRT package {board['tensorrt'] or '-'}",
+    ]
 
 
 def _libraries(report: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +112,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ivtp: the CLIP that the tower was taken from: open_clip, "
         "open_clip:MODEL:TAG_OR_FILE, a Hugging Face directory or hub id",
     )
-    add("--targets", help="comma-separated: cpu (default), reference, tensorrt-rtx")
-    add("--precision", choices=("float32", "float16"), help="default: float32")
+    add(
+        "--targets",
+        help="comma-separated: cpu (default), cuda, jetpack6, tensorrt, tensorrt10, tensorrt-rtx, "
+        "reference; or all",
+    )
+    add(
+        "--precision",
+        metavar="P",
+        help="float32 (default), float16 or bfloat16, or by part: "
+        "tower=float16,decoder=bfloat16,head=float32",
+    )
     add("--max-text-tokens", type=int, metavar="N", help="default: 512")
     add("--max-new-tokens", type=int, metavar="N", help="default: 256")
     add("--max-images", type=int, metavar="N", help="default: 1")
@@ -127,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
     name = args.plan_name or _free_name(plan, args.reuse)
     progress = Progress(args.quiet)
     start = time.perf_counter()
+    spent: dict[str, float] = {}
     if args.reuse is not None:
         from patchsieve.export.reuse import reuse
 
@@ -137,20 +147,23 @@ def run(args: argparse.Namespace) -> int:
                 found=", ".join(given),
                 do="leave them away, or export a new bundle",
             )
-        bundle, facts = args.reuse, reuse(args.reuse, plan, name, progress)
+        bundle, facts = args.reuse, reuse(args.reuse, plan, name, progress, spent)
     else:
-        bundle, facts = args.output, _export(args, plan, name, progress)
+        bundle, facts = args.output, _export(args, plan, name, progress, spent)
     progress.done()
-    _report(args, bundle, facts, time.perf_counter() - start)
+    _report(args, bundle, facts, time.perf_counter() - start, spent)
     return 0
 
 
-def _export(args: argparse.Namespace, plan: Plan, name: str, progress: Progress) -> Manifest:
+def _export(
+    args: argparse.Namespace, plan: Plan, name: str, progress: Progress, spent: dict[str, float]
+) -> Manifest:
     from patchsieve.export.exporter import ExportOptions, export
+    from patchsieve.export.lowering import LOWERINGS
 
     if args.checkpoint is None or args.output is None:
         raise PatchsieveError("export needs a checkpoint and -o BUNDLE, or --reuse BUNDLE")
-    targets = (args.targets or "cpu").split(",")
+    targets = list(LOWERINGS) if args.targets == "all" else (args.targets or "cpu").split(",")
     limits = (args.max_text_tokens, args.max_new_tokens, args.max_images)
     options = ExportOptions(
         plan=plan,
@@ -163,7 +176,7 @@ def _export(args: argparse.Namespace, plan: Plan, name: str, progress: Progress)
         ),
         scorer=args.scorer,
     )
-    return export(args.checkpoint, args.output, options, progress)
+    return export(args.checkpoint, args.output, options, progress, spent)
 
 
 _DECODER_OPTIONS = (
@@ -336,7 +349,13 @@ def _is_same(plan: Plan, stored: Plan) -> bool:
     )
 
 
-def _report(args: argparse.Namespace, bundle: Path, facts: Manifest, seconds: float) -> None:
+def _report(
+    args: argparse.Namespace,
+    bundle: Path,
+    facts: Manifest,
+    seconds: float,
+    spent: dict[str, float],
+) -> None:
     plan = facts.default_plan
     total = sum(file.size for file in facts.files.values())
     per_target = {
@@ -369,13 +388,17 @@ def _report(args: argparse.Namespace, bundle: Path, facts: Manifest, seconds: fl
                 "bytes": total,
                 "graph_bytes": per_target,
                 "seconds": round(seconds, 3),
+                "target_seconds": {target: round(spent[target], 3) for target in per_target},
+                "needs": {target: asdict(needs) for target, needs in facts.needs.items()},
             }
         )
         return
     print(f"{bundle}: plan {plan}, {size(total)}, {seconds:.1f} s")
     for target, count in per_target.items():
-        print(f"  {target}: graphs of {size(count)} on the shared weights")
-    if facts.plans[plan].has_vision:
+        needs = f"; needs {facts.needs[target]}" if target in facts.needs else ""
+        took = f"{spent[target]:.1f} s"
+        print(f"  {target}: graphs of {size(count)} on the shared weights, {took}{needs}")
+    if facts.plans[plan].prunes_before:
         left, full_count = facts.num_visual(plan), facts.vision.num_visual
         print(f"  tower: {left} of {full_count} visual tokens an image enter the decoder")
     for stage, budget, count in zip(facts.stages, facts.budgets(plan), slots, strict=True):

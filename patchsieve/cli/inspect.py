@@ -8,6 +8,7 @@ from typing import Any
 
 from patchsieve import inspection
 from patchsieve.cli.output import Progress, print_json, size, table
+from patchsieve.manifest import Needs
 from patchsieve.plan import NO_PRUNING
 
 
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     """Print what the manifest says."""
     facts = inspection.inspect(args.bundle, args.plan, args.text_tokens)
     if args.tensors:
-        facts["tensors"] = inspection.tensors(args.bundle)
+        facts |= inspection.tensors(args.bundle)
     if args.check:
         progress = Progress(args.quiet or args.json)
         facts["checked_files"] = inspection.check(args.bundle, progress)
@@ -131,7 +132,12 @@ def _targets(facts: dict[str, Any]) -> str:
     for target, made in facts["targets"].items():
         rows.append((f"{target}, {len(made['graphs'])} graphs", size(made["bytes"])))
         rows += [(f"  {name}", size(graph["bytes"])) for name, graph in made["graphs"].items()]
-    return table(("target", "size without weights"), rows)
+    needs = [
+        f"{target} needs {Needs(**made['needs'])}; caches: {made['caches']}"
+        for target, made in facts["targets"].items()
+        if made["needs"] is not None
+    ]
+    return "\n".join([table(("target", "size without weights"), rows), "", *needs]).rstrip()
 
 
 def _engines(facts: dict[str, Any]) -> str:
@@ -143,7 +149,12 @@ def _engines(facts: dict[str, Any]) -> str:
 
 def _tensors(facts: dict[str, Any]) -> str:
     blocks = []
-    for graph, tensors in facts["tensors"].items():
+    departing = {
+        f"{graph} for {target}": tensors
+        for target, graphs in facts["target_tensors"].items()
+        for graph, tensors in graphs.items()
+    }
+    for graph, tensors in (facts["tensors"] | departing).items():
         rows = [
             (f"  {way[:-1]} {tensor['name']}", tensor["dtype"], "x".join(map(str, tensor["shape"])))
             for way in ("inputs", "outputs")

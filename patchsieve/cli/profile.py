@@ -79,6 +79,7 @@ def _head(report: dict[str, Any]) -> str:
         [
             f"{report['bundle']}: {report['checkpoint']}, {report['precision']}, "
             f"target {report['target']}, {report['date']}",
+            *_board(machine),
             f"{cpu['model']}, {cpu['cores_allowed']} of {cpu['cores']} cores, "
             f"{backend['library']}, {backend['device']}",
             f"{made['prompt_tokens']} rows in, {made['visual_tokens']} of them visual, "
@@ -87,17 +88,31 @@ def _head(report: dict[str, Any]) -> str:
     )
 
 
+def _board(machine: dict[str, Any]) -> list[str]:
+    """What a figure of a Jetson must be told with; nothing elsewhere."""
+    board = machine["jetson"]
+    if board is None:
+        return []
+    locked = {True: "locked", False: "not locked", None: "unknown"}[board["clocks_locked"]]
+    mode = board["power_mode"]["name"] if board["power_mode"] else "unknown"
+    return [
+        f"{machine['label']}, L4T {board['l4t'] or '?'}, JetPack {board['jetpack'] or '?'}, "
+        f"CUDA {machine['cuda']['toolkit'] or '?'}, TensorRT {board['tensorrt'] or '?'}, "
+        f"power mode {mode}, clocks {locked}"
+    ]
+
+
 def _times(report: dict[str, Any]) -> str:
     """Milliseconds of each part; the other plan's median and the ratio of medians behind them."""
     plan, against = report["plan"], report["against"]
     ours = report["plans"][plan]["times_ms"]
     theirs = report["plans"][against]["times_ms"] if against else {}
-    header = [f"ms, plan {plan}", "p50", "p90", "p99", "mean"]
+    header = [f"ms, plan {plan}", "p50", "p90", "p95", "p99", "mean"]
     if against:
         header += [f"{against} p50", "ratio"]
     rows = []
     for name in _order(report, ours):
-        cells: list[Any] = [_label(report, name), *(ours[name][k] for k in header[1:5])]
+        cells: list[Any] = [_label(report, name), *(ours[name][k] for k in header[1:6])]
         if against:
             cells.append(theirs[name]["p50"] if name in theirs else None)
             cells.append(report["ratios"].get(name))
@@ -162,4 +177,27 @@ def _foot(report: dict[str, Any]) -> str:
         ratios = report["ratios"]
         text += f"; KV bytes used {ratios['kv_used']:.0%}, reserved {ratios['kv_reserved']:.0%}"
         text += f" of plan {report['against']}"
-    return text
+    return "\n".join([text, *_power(report), *_heat(report["conditions"])])
+
+
+def _power(report: dict[str, Any]) -> list[str]:
+    """Watts and joules of each plan, where something measures them."""
+    lines = []
+    for name, made in report["plans"].items():
+        if used := made["power"]:
+            joules = used["joules_per_answer"]
+            lines.append(
+                f"plan {name}: {used['mean_w']:.2f} W mean, {used['peak_w']:.2f} W peak, "
+                f"{joules['p50']:.3f} J an answer"
+            )
+    return lines
+
+
+def _heat(conditions: dict[str, Any]) -> list[str]:
+    """The hottest zone before and after, and whether the board slowed down."""
+    before, after = conditions["temp_c"]["before"], conditions["temp_c"]["after"]
+    if not before or not after:
+        return []
+    throttled = {True: "throttled", False: "no throttling", None: "throttling unknown"}
+    word = throttled[conditions["has_throttled"]]
+    return [f"{max(before.values()):.1f} C before, {max(after.values()):.1f} C after, {word}"]

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--raw", action="store_true", help="the prompt is the whole text, without chat template")
     add("--plan", metavar="NAME", help='the pruned plan beside "none"; the default one otherwise')
     add("--max-new-tokens", type=int, default=32, metavar="N", help="greedy tokens to compare (32)")
-    add("--target", default="cpu", choices=("cpu", "reference"))
+    add("--target", default="cpu", help="graphs to check: cpu (default), cuda, jetpack6, reference")
     add("--threads", type=int, help="threads of the bundle's side")
     add("--quiet", action="store_true", help="only the table and the verdict")
 
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             {
                 "bundle": str(args.bundle),
                 "against": args.against,
-                "precision": both.facts.precision,
+                "precision": str(both.facts.precision),
                 "plans": list(plans),
                 "passed": first is None,
                 "first_departure": None if first is None else first.to_dict(),

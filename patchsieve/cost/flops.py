@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 
 from patchsieve.cost.shapes import DecoderShape, ModelShape, ScorerShape, TowerShape
 from patchsieve.errors import PatchsieveError, ShapeError
+from patchsieve.precision import BYTES
 
-PRECISIONS = {"float32": 4, "float16": 2}  # bytes of one number
 _SCORER = ScorerShape()
 
 
@@ -159,11 +159,9 @@ def scorer_window(scorer: ScorerShape, convention: Convention = PAPERS) -> int:
 
 def kv_bytes_per_token(decoder: DecoderShape, precision: str = "float16") -> int:
     """Bytes of one token's keys and values in one layer."""
-    if precision not in PRECISIONS:
-        raise PatchsieveError(
-            "unknown precision", found=precision, expected=" or ".join(PRECISIONS)
-        )
-    return 2 * decoder.num_kv_heads * decoder.head_dim * PRECISIONS[precision]
+    if precision not in BYTES:
+        raise PatchsieveError("unknown precision", found=precision, expected=" or ".join(BYTES))
+    return 2 * decoder.num_kv_heads * decoder.head_dim * BYTES[precision]
 
 
 def cost(
@@ -183,7 +181,7 @@ def cost(
         schedule: Tokens at each layer.
         text_tokens: Rows that are not visual: system prompt, template and question.
         images: Images of the request, each pruned to the same counts.
-        precision: Of the keys and values, "float16" or "float32".
+        precision: Of the keys and values, a key of BYTES.
         convention: What counts beside the layers.
         scorer: The text tower behind `schedule.windows`.
 

@@ -1,7 +1,7 @@
 """What only a GPU can tell: one function a question, each on engines that it builds itself.
 
 A function returns its Answer; a PatchsieveError that it raises is the answer "no". References are
-NumPy in float64 (settle_numpy.py).
+NumPy in float64 (reference.py).
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import onnx
 
-from benchmarks import settle_graphs as graphs
-from benchmarks import settle_numpy as ref
-from benchmarks.settle_cuda import Cuda, Engine
-from benchmarks.settle_graphs import AttentionSize, Profile, StageSize
+from benchmarks.settle import graphs
+from benchmarks.settle import reference as ref
+from benchmarks.settle.cuda import Cuda, Engine
+from benchmarks.settle.graphs import AttentionSize, Profile, StageSize
 from patchsieve.errors import PatchsieveError
-from patchsieve.runtime.tensorrt import build_engine
+from patchsieve.runtime.compile import build_engine
+from patchsieve.runtime.engines import Options
 
 YES, NO, NOT_RUN = "yes", "no", "not-run"
 PREFILL, DECODE = 0, 1  # profile and, in Setup.stage, context
@@ -121,7 +122,7 @@ class Setup:
                 path,
                 build.profiles,
                 target=self.target,
-                compute_capabilities=self.capabilities,
+                options=Options(compute_capabilities=self.capabilities),
             )
         return path
 

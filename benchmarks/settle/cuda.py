@@ -1,16 +1,12 @@
-"""A CUDA runtime from whatever the machine has, and an engine that runs on NumPy arrays.
+"""The CUDA runtime by cuda-python, and an engine that runs on NumPy arrays.
 
-`cuda.bindings.runtime`, else the older `cuda.cudart`, else libcudart through ctypes. torch is not
-needed. Work is ordered on one stream and every check waits for it: nothing here is fast.
+torch is not needed. Work is ordered on one stream and every check waits for it: nothing is fast.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import ctypes.util
 import importlib
-import site
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,17 +20,7 @@ TO_DEVICE, TO_HOST = 1, 2  # cudaMemcpyKind
 CAPTURE_THREAD = 1  # cudaStreamCaptureModeThreadLocal
 SM_MAJOR, SM_MINOR = 75, 76  # cudaDeviceAttr
 
-# Results that a call writes through its first parameters, and the enumeration of an argument.
-_RESULTS: dict[str, tuple[type, ...]] = {
-    "cudaMalloc": (ctypes.c_void_p,),
-    "cudaStreamCreate": (ctypes.c_void_p,),
-    "cudaGraphInstantiate": (ctypes.c_void_p,),
-    "cudaGetDeviceCount": (ctypes.c_int,),
-    "cudaDriverGetVersion": (ctypes.c_int,),
-    "cudaRuntimeGetVersion": (ctypes.c_int,),
-    "cudaDeviceGetAttribute": (ctypes.c_int,),
-    "cudaMemGetInfo": (ctypes.c_size_t, ctypes.c_size_t),
-}
+# Where a call takes an enumeration: the argument, and its name.
 _ENUMS = {
     "cudaMemcpy": (3, "cudaMemcpyKind"),
     "cudaMemcpyAsync": (3, "cudaMemcpyKind"),
@@ -51,9 +37,21 @@ class Cuda:
     """The CUDA runtime: `call(name, *arguments)` gives the call's results or raises CudaError."""
 
     def __init__(self) -> None:
-        self._python = _first_module("cuda.bindings.runtime", "cuda.cudart")
-        self._library = None if self._python else _load_libcudart()
-        self.source = self._python.__name__ if self._python else str(self._library._name)
+        """Import the binding.
+
+        Raises:
+            BackendMissingError: There is none.
+
+        """
+        module = _first_module("cuda.bindings.runtime", "cuda.cudart")
+        if module is None:
+            raise BackendMissingError(
+                "no CUDA binding is installed",
+                found="neither cuda.bindings.runtime nor cuda.cudart",
+                do="pip install cuda-python",
+            )
+        self._python: Any = module
+        self.source = module.__name__
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a function of the runtime.
@@ -62,46 +60,18 @@ class Cuda:
             CudaError: It does not return cudaSuccess.
 
         """
-        if self._python is not None:
-            status, results = self._call_python(name, arguments)
-        else:
-            status, results = self._call_library(name, arguments)
-        if status:
-            raise CudaError(f"{name} failed", found=f"CUDA error {status}: {self._text(status)}")
-        return results[0] if len(results) == 1 else results
-
-    def _call_python(self, name: str, arguments: tuple) -> tuple[int, tuple]:
         values = list(arguments)
         if name in _ENUMS:
             place, kind = _ENUMS[name]
             values[place] = getattr(self._python, kind)(values[place])
         status, *results = getattr(self._python, name)(*values)
-        return int(status), tuple(results)
+        if int(status):
+            found = f"CUDA error {int(status)}: {self._text(status)}"
+            raise CudaError(f"{name} failed", found=found)
+        return results[0] if len(results) == 1 else tuple(results)
 
-    def _call_library(self, name: str, arguments: tuple) -> tuple[int, tuple]:
-        values = [ctypes.c_void_p(a) if a > 0x7FFFFFFF else a for a in arguments]
-        if name == "cudaStreamEndCapture":  # the only one whose result comes last
-            graph = ctypes.c_void_p()
-            return self._library[name](ctypes.c_void_p(values[0]), ctypes.byref(graph)), (
-                graph.value,
-            )
-        results = [kind() for kind in _RESULTS.get(name, ())]
-        if name == "cudaGraphInstantiate":
-            values[1] = ctypes.c_ulonglong(values[1])
-        elif name in ("cudaMemcpy", "cudaMemcpyAsync", "cudaMemset"):
-            values[2] = ctypes.c_size_t(arguments[2])
-        elif name == "cudaMalloc":
-            values[0] = ctypes.c_size_t(arguments[0])
-        status = self._library[name](*(ctypes.byref(r) for r in results), *values)
-        return status, tuple(r.value for r in results)
-
-    def _text(self, status: int) -> str:
-        if self._python is not None:
-            _, text = self._python.cudaGetErrorString(self._python.cudaError_t(status))
-        else:
-            function = self._library.cudaGetErrorString
-            function.restype = ctypes.c_char_p
-            text = function(status)
+    def _text(self, status: Any) -> str:
+        _, text = self._python.cudaGetErrorString(status)
         return text.decode() if isinstance(text, bytes) else str(text)
 
     def compute_capability(self) -> str:
@@ -141,28 +111,6 @@ def _first_module(*names: str) -> ModuleType | None:
         except ImportError:
             continue
     return None
-
-
-def _load_libcudart() -> ctypes.CDLL:
-    folders = [*site.getsitepackages(), site.getusersitepackages()]
-    found = [
-        str(path)
-        for folder in folders
-        for path in sorted(Path(folder).glob("nvidia/*/lib/libcudart.so.*"), reverse=True)
-    ]
-    found += sorted(map(str, Path("/usr/local").glob("cuda*/lib64/libcudart.so")), reverse=True)
-    named = ctypes.util.find_library("cudart")
-    tried = [*found, *([named] if named else []), "libcudart.so.13", "libcudart.so.12"]
-    for name in tried:
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    raise BackendMissingError(
-        "no CUDA runtime is installed",
-        found=f"tried {', '.join(tried)}",
-        do="pip install cuda-python",
-    )
 
 
 class Engine:

@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from benchmarks import settle_numpy as ref
-from benchmarks.settle_graphs import NEVER
-from benchmarks.settle_questions import NO, NOT_RUN, TOLERANCE, YES, Answer
+from benchmarks.settle import reference as ref
+from benchmarks.settle.graphs import NEVER
+from benchmarks.settle.questions import NO, NOT_RUN, TOLERANCE, YES, Answer
 
 HEADS, KV_HEADS, HEAD_DIM, SLOTS = 4, 2, 64, 32
 CUDA = "CUDAExecutionProvider"

@@ -1,4 +1,4 @@
-"""The graphs of settle_graphs.py in NumPy, computed in float64."""
+"""The graphs of graphs.py in NumPy, computed in float64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.settle_graphs import StageSize
+from benchmarks.settle.graphs import StageSize
 
 Array = np.ndarray
 

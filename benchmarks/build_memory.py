@@ -1,0 +1,207 @@
+"""Memory and time of building every TensorRT-RTX engine of a float16 bundle, without a GPU.
+
+    python benchmarks/build_memory.py WORKDIR [--shape 1gb|7b] [--graphs vision,...] [--limit GB]
+
+Makes a checkpoint of that shape with random weights (1gb: the true CLIP-L tower and a decoder 1024
+wide with 16 layers; 7b: LLaVA-1.5-7B), exports it cut at three or two sites, and builds each engine
+in a process of its own, as `patchsieve build` does.
+
+Extra memory is what that process has resident above what it had before it parsed the graph. It is
+told in two parts: memory of its own, and pages of the weights' files, which TensorRT maps. The
+latter are counted by VmHWM, but the kernel drops them when memory is short. With --limit the build
+runs under RLIMIT_DATA: the kernel itself refuses more private memory than that above the start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnx
+from onnx.external_data_helper import uses_external_data
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import export_7b  # noqa: E402  # a script finds its neighbours only so
+from patchsieve import manifest  # noqa: E402
+from patchsieve.runtime.builder_process import Job, build_in_process, memory_of  # noqa: E402
+from patchsieve.runtime.engines import Options, misfit  # noqa: E402
+from patchsieve.runtime.profiles import profiles  # noqa: E402
+
+TARGET = "tensorrt-rtx"
+PROMISE = 1.5e9  # bytes of extra memory for a model of 1 GB
+_EVERY = 0.005  # seconds between two looks at the process
+SITES = {"1gb": "4,10", "7b": "4,14,24"}
+KEEP = {"1gb": "0.5,0.25", "7b": "0.25,0.17,0.04"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one engine cost; bytes beyond what was resident before parsing."""
+
+    graph: str
+    weights: int
+    engine: int
+    seconds: float
+    extra: int
+    own: int
+    mapped: int
+
+
+class Sampler:
+    """Looks at the child process again and again and keeps the largest figures."""
+
+    def __init__(self) -> None:
+        self.most = {"RssAnon": 0, "RssFile": 0}
+        self.first: dict[str, int] = {}
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> Sampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._done.wait(_EVERY):
+            for path in Path("/proc/self/task").glob("*/children"):
+                for child in path.read_text().split():
+                    for name in self.most:
+                        self.most[name] = max(self.most[name], memory_of(name, child) or 0)
+
+
+def weights_of(graph: Path) -> int:
+    """Bytes of external data that a graph points to, each piece once."""
+    pieces = set()
+    for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
+        if uses_external_data(tensor):
+            where = {entry.key: entry.value for entry in tensor.external_data}
+            pieces.add((where["location"], where["offset"], int(where["length"])))
+    return sum(length for _, _, length in pieces)
+
+
+def make_bundle(work: Path, shape: str) -> Path:
+    """A float16 bundle of a shape, with random weights."""
+    checkpoint, bundle = work / "checkpoint", work / "bundle"
+    if not checkpoint.exists():
+        if shape == "7b":
+            export_7b.write_checkpoint(checkpoint, 32)
+        else:
+            script = "import sys, torch; torch.set_default_dtype(torch.float16)\n"
+            script += "from tests.models import save_checkpoint\n"
+            script += "save_checkpoint(sys.argv[1], layers=16, hidden=1024, heads=16, kv_heads=16, "
+            script += "vision_layers=24, vision_hidden=1024, image_size=336, patch_size=14, "
+            script += "vocab_size=32064, std=0.02)"
+            subprocess.run([sys.executable, "-c", script, str(checkpoint)], check=True, cwd=ROOT)
+    if not bundle.exists():
+        options = f"--method fastv --sites {SITES[shape]} --keep-ratio {KEEP[shape]}"
+        options += f" --precision float16 --targets cpu,{TARGET} --quiet"
+        command = ["export", str(checkpoint), "-o", str(bundle), *options.split()]
+        subprocess.run([sys.executable, "-m", "patchsieve", *command], check=True, cwd=ROOT)
+    shutil.rmtree(checkpoint)
+    return bundle
+
+
+def measure(bundle: Path, facts: manifest.Manifest, graph: str, out: Path) -> Cost:
+    """Build one engine and throw it away."""
+    source = bundle / facts.targets[TARGET][graph]
+    shapes = tuple(profiles(facts, graph, TARGET))
+    job = Job(str(source), str(out), shapes, TARGET, Options(), None)
+    # A process that has only loaded the library: its parts of memory, told apart.
+    idle = subprocess.run(
+        [sys.executable, "-c", _IDLE], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    anonymous, file = map(int, idle.stdout.split())
+    with Sampler() as sampler:
+        done = build_in_process(job)
+    size = out.stat().st_size
+    out.unlink()
+    assert done.base_bytes is not None and done.peak_bytes is not None, "no /proc"
+    return Cost(
+        graph,
+        weights_of(source),
+        size,
+        round(done.seconds, 2),
+        extra=done.peak_bytes - done.base_bytes,
+        own=sampler.most["RssAnon"] - anonymous,
+        mapped=sampler.most["RssFile"] - file,
+    )
+
+
+_IDLE = """
+from patchsieve.runtime import builder_process as b
+b.load_tensorrt("tensorrt-rtx")
+print(b.memory_of("RssAnon"), b.memory_of("RssFile"))
+"""
+
+
+def main() -> None:
+    """Make, measure, report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("workdir", type=Path)
+    parser.add_argument("--shape", choices=sorted(SITES), default="1gb")
+    parser.add_argument("--graphs", help="which graphs to build, all by default")
+    parser.add_argument("--limit", type=float, metavar="GB", help="private memory allowed")
+    parser.add_argument("--keep", action="store_true", help="leave the bundle there")
+    args = parser.parse_args()
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    bundle = args.workdir / "bundle"
+    if not bundle.exists():
+        make_bundle(args.workdir, args.shape)
+    facts = manifest.read(bundle)
+    graphs = [graph for graph in facts.targets[TARGET] if not misfit(facts, graph)]
+    if args.graphs:
+        graphs = [graph for graph in graphs if graph in args.graphs.split(",")]
+    sources = {graph: weights_of(bundle / facts.targets[TARGET][graph]) for graph in graphs}
+    print(f"floor: weights {sum(sources.values()) / 1e9:.2f} GB, read once and written once;")
+    print(
+        f"       at least one engine's own weights at a time: {max(sources.values()) / 1e6:.0f} MB"
+    )
+    if args.limit:
+        most = int(args.limit * 1e9)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
+        print(f"each process may have {args.limit} GB of private memory (RLIMIT_DATA)")
+    print(f"{'engine':28}{'weights MB':>11}{'s':>8}{'extra MB':>10}{'own':>8}{'mapped':>8}")
+    costs, start = [], time.perf_counter()
+    for graph in graphs:
+        cost = measure(bundle, facts, graph, args.workdir / "engine")
+        costs.append(cost)
+        figures = (cost.extra, cost.own, cost.mapped)
+        print(
+            f"{graph:28}{cost.weights / 1e6:11.1f}{cost.seconds:8.1f}{figures[0] / 1e6:10.0f}"
+            f"{figures[1] / 1e6:8.0f}{figures[2] / 1e6:8.0f}",
+            flush=True,
+        )
+    extra, own = max(cost.extra for cost in costs), max(cost.own for cost in costs)
+    print(
+        f"most extra memory {extra / 1e9:.2f} GB, {own / 1e9:.2f} of it the process's own "
+        f"(promised for 1 GB: {PROMISE / 1e9} GB)"
+    )
+    if not args.keep:
+        shutil.rmtree(bundle)
+    result = {
+        "shape": args.shape,
+        "seconds": round(time.perf_counter() - start, 1),
+        "limit_bytes": None if args.limit is None else int(args.limit * 1e9),
+        "extra_bytes": extra,
+        "own_bytes": own,
+        "promise_bytes": PROMISE,
+        "engines": [asdict(cost) for cost in costs],
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""`make gpu`: what only a GPU can settle, check and measure, in one command."""

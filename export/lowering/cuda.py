@@ -1,0 +1,79 @@
+"""ONNX Runtime's CUDA provider: contrib operators where it has kernels for them, rows as caches.
+
+Attention must take an additive mask here, because a row may see itself and not what lies just
+before it. That decides the operator:
+
+- `GroupQueryAttention`, which writes into a shared buffer, refuses `attention_bias` on CUDA up to
+  ONNX Runtime 1.27, and has no float32 kernel.
+- `Attention` and `TensorScatter` of opset 24 got CUDA kernels in 2026; before, they run on the CPU.
+- `MultiHeadAttention` has taken the mask since 1.20, in float32 and float16. It is used.
+
+It has no cache to write to, so caches are past rows in and new rows out. They grow in place all the
+same: ONNX Runtime takes any device address for an input or output, so that the past is a view of
+the buffer and the new rows are written straight behind it. Besides, it takes keys and values with
+the heads of a row side by side, as they lie in this form: nothing is turned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from patchsieve.export.lowering.base import inputs_of, length_of
+from patchsieve.export.lowering.cpu import MICROSOFT, Cpu
+from patchsieve.export.lowering.new_rows import NewRows
+from patchsieve.export.lowering.reference import Heads
+
+
+class Cuda(NewRows, Cpu):
+    """Norm, rotary embedding and the tower's attention as on the CPU."""
+
+    name = "cuda"
+    library = "onnxruntime-gpu"
+    versions = ">=1.23"
+    where = "NVIDIA cards, by CUDAExecutionProvider"
+    operators = "onnxruntime-cuda"
+    # Of the operators that 21 changed, releases up to 1.24 have no CUDA kernel: they, and a copy to
+    # the host and back for each, would go to the CPU without a word.
+    opset = 18
+
+    def CachedAttention(self, node: ir.Node) -> Sequence[ir.Value]:
+        """The operator knows one count of heads: those that share a KV head become rows of it."""
+        query, key, value, past_keys, past_values, _, _ = inputs_of(node)
+        heads = Heads.of(node)
+        group = heads.num_heads // heads.num_kv_heads
+        head_dim = length_of(past_keys, 2) // heads.num_kv_heads
+        sizes = (heads.num_kv_heads, group, head_dim)
+        mask = self.once("mask", lambda: self.new_rows_mask(past_keys, heads.dtype))
+        repeats = self.constant([1, 1, group, 1])
+        mixed = self.op(
+            "MultiHeadAttention",
+            self._stack(query, *sizes),
+            self.present(past_keys, key),
+            self.present(past_values, value),
+            None,
+            None,
+            mask if group == 1 else self.once("masks", lambda: self.op("Tile", mask, repeats)),
+            domain=MICROSOFT,
+            num_heads=heads.num_kv_heads,
+            scale=heads.scale,
+        )
+        mixed.dtype = heads.dtype  # which ONNX cannot infer behind another domain's operator
+        return [self._unstack(mixed, *sizes), key, value]
+
+    def _stack(self, query: ir.Value, kv_heads: int, group: int, head_dim: int) -> ir.Value:
+        """[1, L, H * D] -> [1, H / G * L, G * D]; query head h reads KV head h // (H / G)."""
+        if group == 1:
+            return query
+        apart = self.op("Reshape", query, self.constant([1, -1, kv_heads, group, head_dim]))
+        turned = self.op("Transpose", apart, perm=[0, 3, 1, 2, 4])  # [1, H / G, L, G, D]
+        return self.op("Reshape", turned, self.constant([1, -1, kv_heads * head_dim]))
+
+    def _unstack(self, mixed: ir.Value, kv_heads: int, group: int, head_dim: int) -> ir.Value:
+        """[1, H / G * L, G * D] -> [1, L, H * D]."""
+        if group == 1:
+            return mixed
+        apart = self.op("Reshape", mixed, self.constant([1, group, -1, kv_heads, head_dim]))
+        turned = self.op("Transpose", apart, perm=[0, 2, 3, 1, 4])  # [1, L, G, H / G, D]
+        return self.op("Reshape", turned, self.constant([1, -1, kv_heads * group * head_dim]))

@@ -1,0 +1,22 @@
+"""TensorRT 10.15 and 10.16, the latter on JetPack 7.2 (Orin and Thor).
+
+10.15 is the first with TensorScatter, RMSNormalization and RotaryEmbedding; 10.14 has `Attention`
+alone, 10.13 (JetPack 7.0 and 7.1) none of them. Those take the graphs of `jetpack6`, whose
+operators are all old.
+"""
+
+from __future__ import annotations
+
+from patchsieve.export.lowering.tensorrt import TensorRT
+
+
+class TensorRT10(TensorRT):
+    """The graphs of TensorRT 11, which use none of what 11 added.
+
+    `Attention` is four-dimensional with one output and no past in 10.15, as these graphs write it.
+    """
+
+    name = "tensorrt10"
+    versions = ">=10.15,<11"
+    where = "JetPack 7.2 on Orin and Thor, other cards"
+    operators = "tensorrt-10.15"

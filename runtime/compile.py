@@ -1,0 +1,205 @@
+"""Compile one graph into one engine, in this process, and write it where it belongs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from patchsieve.errors import BundleError, PatchsieveError
+from patchsieve.runtime.build_config import add_profile, set_options, take_timing_cache
+from patchsieve.runtime.engines import Options
+from patchsieve.runtime.ladder import OutOfMemoryError
+from patchsieve.runtime.profiles import Profile
+from patchsieve.runtime.tensorrt import Messages, collect_messages, load_tensorrt, parse
+from patchsieve.writing import one_line, write_whole
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]  # phase, step reached, steps of the phase
+
+# How TensorRT says that memory was short. The last two: no kernel fits the workspace.
+_MEMORY = (
+    "out of memory",
+    "outofmemory",
+    "insufficient memory",
+    "memoryallocation",
+    "bad_alloc",
+    "could not find any implementation",
+    "insufficient workspace",
+)
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What one build cost and what TensorRT said of it.
+
+    Attributes:
+        has_timing_cache: Timings of an earlier build were reused.
+    """
+
+    path: Path
+    seconds: float
+    engine_bytes: int
+    profiles: int
+    library: str
+    warnings: tuple[str, ...] = ()
+    has_timing_cache: bool = False
+
+
+def build_engine(
+    onnx_path: str | Path,
+    out_path: str | Path,
+    profiles: Sequence[Profile],
+    *,
+    target: str,
+    options: Options | None = None,
+    timing_cache: Path | None = None,
+    progress: Progress | None = None,
+) -> BuildReport:
+    """Compile an ONNX file, types as written in it, and put the engine in place when it is whole.
+
+    Args:
+        onnx_path: The graph; external data is read from its own folder.
+        out_path: Where the engine goes. An older file stays until the new one is complete.
+        profiles: Optimisation profiles, in the order in which the runtime names them. Each gives
+            every dynamic input its (min, opt, max) shape. A decode profile is 1/1/2 rows: exactly
+            one row makes TensorRT-RTX 1.7.1 store fp16 weights twice.
+        target: `tensorrt-rtx`, `tensorrt` or a JetPack.
+        options: What the engine is to be.
+        timing_cache: File of kernel timings, read where it is there and written after the build.
+        progress: Called with phase, step and number of steps, from several threads; must not
+            raise.
+
+    Raises:
+        BackendMissingError: The library or, where it needs one, the GPU is absent.
+        BundleError: The graph cannot be parsed or built.
+        OutOfMemoryError: It could be, with more memory.
+        PatchsieveError: The disk is full or may not be written.
+        ShapeError: A profile does not fit the inputs of the graph.
+
+    """
+    onnx_path, out_path, options = Path(onnx_path), Path(out_path), options or Options()
+    trt = load_tensorrt(target)
+    with collect_messages(trt) as messages:
+        start = time.perf_counter()
+        builder, network, parser = parse(trt, onnx_path, messages)
+        config = builder.create_builder_config()
+        set_options(trt, config, options, target)
+        cache = None if timing_cache is None else take_timing_cache(config, timing_cache)
+        for number, profile in enumerate(profiles):
+            add_profile(builder, network, config, profile, number, onnx_path, messages)
+        if progress is not None:
+            config.progress_monitor = _progress_monitor(trt, progress)
+        engine_bytes = _write_engine(trt, builder, network, config, out_path, onnx_path, messages)
+        if timing_cache is not None and cache is not None:
+            write_whole(timing_cache, bytes(memoryview(config.get_timing_cache().serialize())))
+        # The parser owns the memory that the network's weights point to: alive until here.
+        del parser
+        seconds = time.perf_counter() - start
+    report = BuildReport(
+        path=out_path,
+        seconds=seconds,
+        engine_bytes=engine_bytes,
+        profiles=config.num_optimization_profiles,
+        library=f"{trt.__name__} {trt.__version__}",
+        warnings=tuple(dict.fromkeys(messages.warnings)),
+        has_timing_cache=cache is not None and cache.is_warm,
+    )
+    log.info("%s: %.1f MB in %.1f s", out_path.name, engine_bytes / 1e6, seconds)
+    return report
+
+
+def _progress_monitor(trt: ModuleType, progress: Progress) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[name-defined]  # found at run time
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.steps[phase_name] = num_steps
+            progress(phase_name, 0, num_steps)
+
+        def phase_finish(self, phase_name: str) -> None:
+            steps = self.steps.pop(phase_name, 0)
+            progress(phase_name, steps, steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            progress(phase_name, step + 1, self.steps.get(phase_name, 0))
+            return True
+
+    return Monitor()
+
+
+def _write_engine(
+    trt: ModuleType,
+    builder: Any,
+    network: Any,
+    config: Any,
+    out_path: Path,
+    onnx_path: Path,
+    messages: Messages,
+) -> int:
+    """Build into a temporary file beside the target, then rename it; return its bytes."""
+    if not out_path.parent.is_dir():
+        raise BundleError(f"engine {out_path} has no folder to go to", do="make the folder first")
+    part = part_of(out_path)
+    with one_line(out_path):
+        try:
+            with part.open("wb") as file:
+                # One copy of the weights less than a whole engine in memory, which is all that
+                # 10.3 knows. Measured with TensorRT-RTX 1.7.1 on 0.59 GB: peak 1.65 against 2.08.
+                if hasattr(builder, "build_serialized_network_to_stream"):
+                    is_built = _stream_engine(trt, builder, network, config, file)
+                else:
+                    engine = builder.build_serialized_network(network, config)
+                    is_built = engine is not None
+                    if is_built:
+                        file.write(engine)
+                if not is_built:
+                    raise _failure(trt, onnx_path, messages)
+                file.flush()
+                os.fsync(file.fileno())  # boards lose power: a renamed file must be whole
+                engine_bytes = file.tell()
+            part.replace(out_path)
+        finally:
+            part.unlink(missing_ok=True)
+    return engine_bytes
+
+
+def part_of(engine: Path) -> Path:
+    """Where an engine is written before it is whole."""
+    return engine.with_name(f".{engine.name}.part")
+
+
+def _stream_engine(trt: ModuleType, builder: Any, network: Any, config: Any, file: Any) -> bool:
+    class Writer(trt.IStreamWriter):  # type: ignore[name-defined]  # found at run time
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.error: OSError | None = None
+
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:  # must not cross the C++ frames in between
+                self.error = error
+                return 0
+
+    writer = Writer()
+    is_built = builder.build_serialized_network_to_stream(network, config, writer)
+    if writer.error is not None:
+        raise writer.error
+    return bool(is_built)
+
+
+def _failure(trt: ModuleType, onnx_path: Path, messages: Messages) -> PatchsieveError:
+    what = f"{trt.__name__} {trt.__version__} cannot build {onnx_path.name}"
+    said = [text for text in messages.errors if any(word in text.lower() for word in _MEMORY)]
+    if said:
+        return OutOfMemoryError(what, found=said[0])
+    return BundleError(what, found=messages.reason())
