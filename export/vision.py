@@ -120,9 +120,9 @@ class Vision(nn.Module):
         size: Width of the decoder, C.
         encoder: What prunes inside the tower.
         projector: What prunes or pools between the tower and the decoder.
+        out_dtype: Of the features, that of the decoder; by default the tower's own.
         has_cls_outputs: Also give the class token, as a pseudo-CLS wants it.
         joint: Makes the class token's counterpart in the space of a text tower.
-
 
     Attributes:
         num_visual: Visual tokens of one image that enter the decoder.

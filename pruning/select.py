@@ -44,6 +44,7 @@ def keep_top(scores: Tensor, num_keep: Tensor | int) -> Tensor:
     """
     batch, num_tokens = scores.shape
     ordered = torch.sort(scores, dim=-1, descending=True).values  # [B, N]
+    wanted: float | Tensor
     if isinstance(num_keep, int):
         num_keep = min(max(num_keep, 1), num_tokens)
         last_kept, wanted = ordered[:, num_keep - 1 : num_keep], float(num_keep)  # [B, 1]

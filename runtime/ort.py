@@ -120,11 +120,11 @@ class OrtBackend:
 
     def key_cache(self, cache: StageCache, layer: int) -> Any:
         """The cache itself, not a copy."""
-        return cache.buffers.read(names.key_cache(layer), cache.length)
+        return cache.buffers.read(names.key_cache(layer), cache.present)
 
     def value_cache(self, cache: StageCache, layer: int) -> Any:
         """The cache itself, not a copy."""
-        return cache.buffers.values[names.value_cache(layer)]
+        return cache.buffers.read(names.value_cache(layer), cache.present)
 
     def to_numpy(self, tensor: Any) -> np.ndarray:
         """Copy a tensor out."""

@@ -208,7 +208,7 @@ class Pipeline:
         if index == len(self.facts.stages) - 1:
             inputs[names.LOGITS_ROW] = np.array([count - num_side - 1])
         out = self.backend.run_stage(index, inputs, cache)
-        cache.length += count - num_side
+        cache.length, cache.num_side = cache.length + count - num_side, num_side
         return out
 
     def _decide(

@@ -38,8 +38,8 @@ from patchsieve.cost.flops import decoder_layer, tower_layer
 from patchsieve.cost.methods import DEFAULT_KEEP_RATIO, FIXED_RATIO, layerwise
 from patchsieve.errors import PatchsieveError, ShapeError, UnsupportedModelError
 from patchsieve.plan import Plan, SitePlan
-from patchsieve.pruning.schedules import num_to_keep
 from patchsieve.precision import Precision
+from patchsieve.pruning.schedules import num_to_keep
 
 LLAVA = papers.LLAVA_7B
 TOY = ModelShape(

@@ -13,12 +13,15 @@ import torch
 from patchsieve.errors import BackendMissingError, PatchsieveError
 from patchsieve.export.clip_source import open_source
 from patchsieve.export.recipes import Size, ivtp
+from patchsieve.export.reuse import reuse
 from patchsieve.export.scorer import TextScorer
 from patchsieve.export.weights import weights_of
-from patchsieve.plan import Plan
+from patchsieve.plan import Plan, PseudoCls, SitePlan
 from tests.bundles import command
 from tests.models import save_checkpoint, tiny_llava
 from tests.tiny_clip import save_clip, text_features
+
+pytest_plugins = ["tests.bundles"]
 
 LLAVA = Size(num_patches=576, num_layers=32)
 
@@ -163,6 +166,12 @@ def test_the_command_line_says_what_mends_it(tmp_path: Path, words: str, message
     code, _, error = command("export", checkpoint, "-o", tmp_path / "b", *words.split())
     assert code == 2 and message in error.splitlines()[-1]
     assert not (tmp_path / "b").exists()
+
+
+def test_a_bundle_whose_stages_do_not_give_the_queries_is_refused(tiny_bundle: Path) -> None:
+    site = SitePlan(4, "ivtp", {"group": 2})
+    with pytest.raises(PatchsieveError, match="do not give what ivtp at layer 4 reads"):
+        reuse(tiny_bundle, Plan((site,), pseudo_cls=PseudoCls("all")), "late")
 
 
 def test_words_cannot_be_compared_with_a_tower_without_a_class_token(tmp_path: Path) -> None:

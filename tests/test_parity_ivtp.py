@@ -210,7 +210,7 @@ def test_a_mistake_in_a_pseudo_cls_keeps_other_tokens(bundle, monkeypatch, mista
 @pytest.mark.tensorrt
 def test_the_graphs_of_ivtp_build_in_tensorrt_rtx(bundle: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    from patchsieve.runtime.build import profiles
+    from patchsieve.runtime.profiles import profiles
     from patchsieve.runtime.tensorrt import build_engine, parse_network
 
     facts = bundle.model().facts
@@ -228,7 +228,9 @@ def test_the_graphs_of_ivtp_build_in_tensorrt_rtx(bundle: Bundle, tmp_path: Path
         if graph.startswith("decide"):
             read = {names.SIDE_ROW, names.VALUE, names.query(0), names.key(0), names.key(1)}
             assert read <= {tensor.name for tensor in network.inputs}
-        report = build_engine(path, tmp_path / graph, profiles(facts, graph), target="tensorrt-rtx")
+        report = build_engine(
+            path, tmp_path / graph, profiles(facts, graph, "tensorrt-rtx"), target="tensorrt-rtx"
+        )
         assert report.engine_bytes and not report.warnings, graph
 
 
@@ -250,7 +252,6 @@ def test_a_prompt_that_asks_nothing_is_judged_by_the_visual_cls(bundle: Bundle) 
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (ivtp(SIZE, 6, group=2), "do not give what ivtp at layer"),
         (Plan((SitePlan(6, "ivtp", {"group": 7}),), pseudo_cls=PseudoCls()), "not there"),
         (Plan((SitePlan(3, "ivtp", {}),)), "pseudo_cls do not belong"),
         (Plan((SitePlan(3, "fastv", {}),), pseudo_cls=PseudoCls()), "pseudo_cls do not belong"),
