@@ -17,6 +17,7 @@ PATCHSIEVE := $(PY) -m patchsieve
 NEEDS := torch transformers accelerate onnx onnxruntime tokenizers pytest ruff mypy psutil
 PHOTO := examples/photo.jpg
 QUESTION := What is on the table?
+OTHER := Describe the image.
 SOURCES := $(shell find patchsieve pruning export -name '*.py')
 
 .PHONY: help check-environment demo test lint lint-ruff format types bench gpu clean
@@ -56,6 +57,8 @@ demo: demo/bundle/manifest.json
 	@$(PATCHSIEVE) run demo/bundle --image $(PHOTO) --prompt "$(QUESTION)" \
 		--max-new-tokens 16 --json --plan none > demo/full.json
 	@$(PY) examples/show_answers.py demo/pruned.json demo/full.json
+	@$(PATCHSIEVE) show demo/bundle --image $(PHOTO) --prompt "$(QUESTION)" --prompt "$(OTHER)" \
+		--max-new-tokens 16 --quiet -o demo/page.html
 
 test: $(ENVIRONMENT)
 	@$(PY) -m pytest -q $(TESTS)

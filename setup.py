@@ -59,8 +59,11 @@ setup(
     packages=find_packages(include=["patchsieve", "patchsieve.*"])
     + [f"patchsieve.{p}" for f in FOLDERS for p in find_packages(include=[f, f"{f}.*"])],
     package_dir={"patchsieve": "patchsieve", **{f"patchsieve.{f}": f for f in FOLDERS}},
-    package_data={"patchsieve": ["py.typed"], "patchsieve.export.operators": ["*.json"]},
-    install_requires=["numpy>=1.24", "pillow>=10.0", "tokenizers>=0.21", "jinja2>=3.1"],
+    package_data={
+        "patchsieve": ["py.typed", "page/page.*"],
+        "patchsieve.export.operators": ["*.json"],
+    },
+    install_requires=["numpy>=1.24", "pillow>=10.1", "tokenizers>=0.21", "jinja2>=3.1"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["patchsieve = patchsieve.cli:main"]},
     classifiers=[

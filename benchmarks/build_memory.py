@@ -1,15 +1,16 @@
 """Memory and time of building every TensorRT-RTX engine of a float16 bundle, without a GPU.
 
-    python benchmarks/build_memory.py WORKDIR [--shape 1gb|7b] [--graphs vision,...] [--limit GB]
+    python -m benchmarks.build_memory WORKDIR [--shape 1gb|7b] [--graphs vision,...] [--limit GB]
 
 Makes a checkpoint of that shape with random weights (1gb: the true CLIP-L tower and a decoder 1024
-wide with 16 layers; 7b: LLaVA-1.5-7B), exports it cut at three or two sites, and builds each engine
-in a process of its own, as `patchsieve build` does.
+wide with 16 layers; 7b: LLaVA-1.5-7B), exports it cut at two or three sites, and builds each engine
+in a process of its own, as `patchsieve build` does. With --layers 12, 7b has that model's tower and
+its first and last stage (4 layers; 8 layers and the head) in less than half of the time.
 
 Extra memory is what that process has resident above what it had before it parsed the graph. It is
 told in two parts: memory of its own, and pages of the weights' files, which TensorRT maps. The
-latter are counted by VmHWM, but the kernel drops them when memory is short. With --limit the build
-runs under RLIMIT_DATA: the kernel itself refuses more private memory than that above the start.
+latter are counted by VmHWM, but the kernel drops them when memory is short. With --limit builds run
+under RLIMIT_DATA: the kernel itself refuses a process more private memory than that, all included.
 """
 
 from __future__ import annotations
@@ -22,26 +23,28 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import onnx
 from onnx.external_data_helper import uses_external_data
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import export_7b  # noqa: E402  # a script finds its neighbours only so
-from patchsieve import manifest  # noqa: E402
-from patchsieve.runtime.builder_process import Job, build_in_process, memory_of  # noqa: E402
-from patchsieve.runtime.engines import Options, misfit  # noqa: E402
-from patchsieve.runtime.profiles import profiles  # noqa: E402
+from benchmarks.checkpoint import LLAVA_7B, ROOT, Shape, write_checkpoint
+from patchsieve import manifest
+from patchsieve.runtime.builder_process import Job, build_in_process, memory_of
+from patchsieve.runtime.engines import Options, misfit
+from patchsieve.runtime.profiles import profiles
 
 TARGET = "tensorrt-rtx"
 PROMISE = 1.5e9  # bytes of extra memory for a model of 1 GB
 _EVERY = 0.005  # seconds between two looks at the process
-SITES = {"1gb": "4,10", "7b": "4,14,24"}
-KEEP = {"1gb": "0.5,0.25", "7b": "0.25,0.17,0.04"}
+ONE_GB = replace(
+    LLAVA_7B, name="1gb", layers=16, hidden=1024, inner=2816, heads=16, plans={"": ((4, 10), ())}
+)
+SHAPES = {
+    "1gb": ONE_GB,
+    "7b": replace(LLAVA_7B, plans={"": ((4, 14, 24), ())}),
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,6 @@ class Sampler:
 
     def __init__(self) -> None:
         self.most = {"RssAnon": 0, "RssFile": 0}
-        self.first: dict[str, int] = {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -92,26 +94,16 @@ def weights_of(graph: Path) -> int:
     return sum(length for _, _, length in pieces)
 
 
-def make_bundle(work: Path, shape: str) -> Path:
-    """A float16 bundle of a shape, with random weights."""
-    checkpoint, bundle = work / "checkpoint", work / "bundle"
-    if not checkpoint.exists():
-        if shape == "7b":
-            export_7b.write_checkpoint(checkpoint, 32)
-        else:
-            script = "import sys, torch; torch.set_default_dtype(torch.float16)\n"
-            script += "from tests.models import save_checkpoint\n"
-            script += "save_checkpoint(sys.argv[1], layers=16, hidden=1024, heads=16, kv_heads=16, "
-            script += "vision_layers=24, vision_hidden=1024, image_size=336, patch_size=14, "
-            script += "vocab_size=32064, std=0.02)"
-            subprocess.run([sys.executable, "-c", script, str(checkpoint)], check=True, cwd=ROOT)
-    if not bundle.exists():
-        options = f"--method fastv --sites {SITES[shape]} --keep-ratio {KEEP[shape]}"
-        options += f" --precision float16 --targets cpu,{TARGET} --quiet"
-        command = ["export", str(checkpoint), "-o", str(bundle), *options.split()]
-        subprocess.run([sys.executable, "-m", "patchsieve", *command], check=True, cwd=ROOT)
+def make_bundle(work: Path, shape: Shape) -> None:
+    """Export a float16 bundle of a shape, with random weights."""
+    checkpoint = work / "checkpoint"
+    write_checkpoint(checkpoint, shape)
+    sites = ",".join(str(cut) for cut in shape.cuts if cut < shape.layers)
+    options = f"--method fastv --sites {sites} --keep-ratio 0.25 --precision float16"
+    command = ["export", str(checkpoint), "-o", str(work / "bundle"), *options.split()]
+    command += ["--targets", f"cpu,{TARGET}", "--quiet"]
+    subprocess.run([sys.executable, "-m", "patchsieve", *command], check=True, cwd=ROOT)
     shutil.rmtree(checkpoint)
-    return bundle
 
 
 def measure(bundle: Path, facts: manifest.Manifest, graph: str, out: Path) -> Cost:
@@ -151,15 +143,18 @@ def main() -> None:
     """Make, measure, report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("workdir", type=Path)
-    parser.add_argument("--shape", choices=sorted(SITES), default="1gb")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="1gb")
+    parser.add_argument("--layers", type=int, help="decoder layers; by default those of the shape")
     parser.add_argument("--graphs", help="which graphs to build, all by default")
     parser.add_argument("--limit", type=float, metavar="GB", help="private memory allowed")
     parser.add_argument("--keep", action="store_true", help="leave the bundle there")
     args = parser.parse_args()
+    shape = SHAPES[args.shape]
+    shape = replace(shape, layers=args.layers or shape.layers)
     args.workdir.mkdir(parents=True, exist_ok=True)
     bundle = args.workdir / "bundle"
     if not bundle.exists():
-        make_bundle(args.workdir, args.shape)
+        make_bundle(args.workdir, shape)
     facts = manifest.read(bundle)
     graphs = [graph for graph in facts.targets[TARGET] if not misfit(facts, graph)]
     if args.graphs:
@@ -192,7 +187,8 @@ def main() -> None:
     if not args.keep:
         shutil.rmtree(bundle)
     result = {
-        "shape": args.shape,
+        "shape": shape.name,
+        "layers": shape.layers,
         "seconds": round(time.perf_counter() - start, 1),
         "limit_bytes": None if args.limit is None else int(args.limit * 1e9),
         "extra_bytes": extra,

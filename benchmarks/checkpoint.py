@@ -201,7 +201,8 @@ def _write_shards(folder: Path, shape: Shape) -> int:
         tensors = {}
         for key, size in shard.items():
             count = math.prod(size)
-            flat = noise.repeat(-(-count // noise.numel()))[:count]
+            # No two alike: TensorRT stores equal weights once, and engines would be too small.
+            flat = noise.roll(len(weight_map)).repeat(-(-count // noise.numel()))[:count]
             if "norm" in key and key.endswith("weight"):
                 flat = 1 + flat  # a norm near 0 would make every row alike
             tensors[key] = flat.to(torch.float16).view(size)

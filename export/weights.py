@@ -12,8 +12,9 @@ from typing import Protocol
 
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from patchsieve.errors import PatchsieveError
 from patchsieve.export.layers import Linear
 
 DIRECTORY = "weights"  # inside the graphs' folder: external data must lie in or below it
@@ -62,6 +63,19 @@ def weights_of(module: nn.Module, prefix: str = "", source_prefix: str = "") -> 
             yield Weight(prefix + full, source_prefix + full, tuple(parameter.shape), turned)
 
 
+def _cast(tensor: Tensor, weight: Weight, precision: str) -> Tensor:
+    """Turn a tensor into a precision, and refuse numbers that this would make infinite."""
+    cast = tensor.to(DTYPES[precision][0])
+    if precision == "float16" and tensor.dtype != torch.float16 and cast.isinf().any():
+        raise PatchsieveError(
+            f"the weight {weight.source} does not fit float16",
+            found=f"{tensor.float().abs().max():g}",
+            expected=f"at most {torch.finfo(torch.float16).max:g}",
+            do="choose bfloat16 or float32 for its part, with --precision",
+        )
+    return cast
+
+
 def write(
     path: Path,
     weights: list[Weight],
@@ -80,6 +94,9 @@ def write(
 
     Returns:
         One external tensor per weight.
+
+    Raises:
+        PatchsieveError: A number is too large for float16.
     """
     torch_dtype, _, code = DTYPES[precision]
     header: dict[str, object] = {}
@@ -96,7 +113,7 @@ def write(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for weight in weights:
-            tensor = checkpoint.read(weight.source).to(torch_dtype)
+            tensor = _cast(checkpoint.read(weight.source), weight, precision)
             if weight.transposed:
                 tensor = tensor.t()
             # As bytes, because numpy has no bfloat16.

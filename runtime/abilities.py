@@ -46,6 +46,10 @@ TENSORRT = {
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 
+# What a library's module is called where it is not the library's name.
+MODULES = {"cuda-python": "cuda", "pillow": "PIL"}
+
+
 @dataclass(frozen=True)
 class Ability:
     """One thing that a target needs a machine for.
@@ -59,6 +63,16 @@ class Ability:
     can: bool | None
     why: str = ""
     do: str = ""
+
+
+def install_line(module: str | None) -> str | None:
+    """The line that installs a module which an import did not find; None for what is not ours."""
+    top = (module or "").partition(".")[0]
+    groups = {"core": CORE, "export": EXPORT, "cuda-python": ("cuda-python",)}
+    for line, libraries in groups.items():
+        if top in (MODULES.get(name, name) for name in libraries):
+            return INSTALL[line]
+    return INSTALL[top] if top in ("onnxruntime", "tensorrt", "tensorrt_rtx") else None
 
 
 def target_of(version: str | None) -> str | None:

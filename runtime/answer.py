@@ -73,8 +73,10 @@ class Answer:
         result: Result,
         start: float,
         rng: np.random.Generator,
+        scores: bool = False,
     ) -> None:
         self.chat, self.options, self.result, self.start = chat, options, result, start
+        self.scores = scores
         self.model, self.cache = chat.model, chat._open_cache()
         self.tokens = chat.model.facts.tokens
         self.rng = rng
@@ -126,7 +128,9 @@ class Answer:
             rows = rows.with_side_rows()
             hidden = np.concatenate((hidden, side[None]), axis=1)  # [1, L0 + M, C]
             result.timings_ms["scorer"] = since(start)
-        done = self.model.pipeline.prefill(hidden, rows, self.cache, chat.plan, self.rng)
+        done = self.model.pipeline.prefill(
+            hidden, rows, self.cache, chat.plan, self.rng, self.scores
+        )
         sites = (*self.state.sites, *done.sites)
         if sites and result.selection == "none":
             result.selection = "picked" if done.sites else "kept"

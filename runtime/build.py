@@ -107,24 +107,27 @@ def build(
                 yield job.build(graph, _steps(graph, done / len(graphs), progress))
 
 
+@dataclass
 class _Job:
-    """One build of a bundle: what is known before the first engine, and the record."""
+    """One build of a bundle: what is known before the first engine, and the record.
 
-    def __init__(
-        self,
-        bundle: Path,
-        facts: Manifest,
-        request: Request,
-        library: Library,
-        gpu: Gpu | None,
-        streams: bool,
-        told: Told,
-        builder: Builder,
-    ) -> None:
-        self.bundle, self.facts, self.request, self.library = bundle, facts, request, library
-        self.gpu, self.streams, self.told, self.builder = gpu, streams, told, builder
-        self.weights = record_module.weights_hash(facts)
-        self.record = Record(bundle, request.target)
+    Attributes:
+        gpu: The GPU that the engines are tied to, if to one.
+        streams: Engines are to stream their weights.
+    """
+
+    bundle: Path
+    facts: Manifest
+    request: Request
+    library: Library
+    gpu: Gpu | None
+    streams: bool
+    told: Told
+    builder: Builder
+
+    def __post_init__(self) -> None:
+        self.weights = record_module.weights_hash(self.facts)
+        self.record = Record(self.bundle, self.request.target)
 
     def read(self) -> None:
         """Take up the record of an earlier build, and remove what a killed one left."""
@@ -158,12 +161,10 @@ class _Job:
 
     def _is_current(self, graph: str, path: Path, there: Engine, asked: Options) -> bool:
         """Whether an engine was built from this graph, for this GPU, as asked, and is whole."""
-        same = (there.graph_sha256, there.weights_sha256, there.library, there.asked) == (
-            self.facts.files[self._source(graph)].sha256,
-            self.weights,
-            self.library,
-            asked,
-        )
+        shapes = tuple(profiles(self.facts, graph, self.request.target))
+        found = (there.graph_sha256, there.weights_sha256, there.profiles)
+        wanted = (self.facts.files[self._source(graph)].sha256, self.weights, shapes)
+        same = found == wanted and (there.library, there.asked) == (self.library, asked)
         return same and _same_gpu(there, self.gpu) and record_module.is_whole(path, there)
 
     def _source(self, graph: str) -> str:

@@ -7,6 +7,7 @@ attempt, after which a smaller one is made.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -98,9 +99,11 @@ def build_in_process(job: Job, progress: Progress = lambda *_: None) -> Done:
 def _listen(process: subprocess.Popen[bytes], job: Job, progress: Progress) -> Done | None:
     """Hand over the job and read messages until the process ends."""
     assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
-    process.stdin.flush()  # and open: its end tells the child that its parent is gone
     done: Done | None = None
+    # A child that died at once has closed the pipe; what it said is read below.
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
+        process.stdin.flush()  # and open: its end tells the child that its parent is gone
     for line in process.stdout:
         message = json.loads(line)
         if "progress" in message:

@@ -56,6 +56,7 @@ class Chat:
         *,
         repick: bool = False,
         raw: bool = False,
+        scores: bool = False,
         result: Result | None = None,
         **sampling: Any,
     ) -> Iterator[str]:
@@ -66,6 +67,7 @@ class Chat:
             image: One image, a list, or None.
             repick: Prefill again, so that this question chooses the visual tokens.
             raw: The prompt is the whole text, without a chat template; for a first turn.
+            scores: Bring the scores of this turn's decisions into its result's sites.
             result: Filled at the end.
             **sampling: Fields of `SamplingOptions`.
 
@@ -84,7 +86,9 @@ class Chat:
         self._is_streaming = True
         try:
             result = Result() if result is None else result
-            with closing(self._turn(prompt, image, repick, raw, result, sampling)) as pieces:
+            with closing(
+                self._turn(prompt, image, repick, raw, scores, result, sampling)
+            ) as pieces:
                 for piece in pieces:
                     yield piece
                     self._open_cache()  # whoever read the piece may have closed the conversation
@@ -99,6 +103,7 @@ class Chat:
         image: Any,
         repick: bool,
         raw: bool,
+        scores: bool,
         result: Result,
         sampling: dict[str, Any],
     ) -> Generator[str, None, None]:
@@ -125,7 +130,7 @@ class Chat:
                 mark = None
                 self._is_choice_lost |= bool(self._state.sites)
                 self._restart(cache)
-            answer = Answer(self, options, result, start, rng)
+            answer = Answer(self, options, result, start, rng, scores)
             yield from answer.run(tokens, tuple(messages))
         except BaseException:
             self._images.forget(seen)

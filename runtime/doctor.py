@@ -10,7 +10,7 @@ from typing import Any
 from patchsieve import __version__, manifest
 from patchsieve.manifest import Manifest
 from patchsieve.runtime import machine
-from patchsieve.runtime.abilities import TENSORRT, Libraries, abilities_of
+from patchsieve.runtime.abilities import MODULES, TENSORRT, Libraries, abilities_of
 from patchsieve.runtime.machine import Probes
 from patchsieve.runtime.pitfalls import bundle_pitfalls, pitfalls
 
@@ -30,7 +30,6 @@ LIBRARIES = {
     "onnxscript": ("onnxscript",),
     "safetensors": ("safetensors",),
 }
-_MODULES = {"cuda-python": "cuda", "pillow": "PIL"}  # where it is not the row's name
 _SPARE = 300e6  # bytes of Python, ONNX Runtime and the activations of one request
 _BUILD_FACTOR = 3.2  # memory over weights while TensorRT-RTX 1.7.1 builds a float16 stage
 
@@ -81,7 +80,7 @@ def find_libraries(probes: Probes, facts: dict[str, Any]) -> Libraries:
     for name, distributions in LIBRARIES.items():
         versions = (probes.version(distribution) for distribution in distributions)
         found[name] = next((version for version in versions if version), None)
-        if found[name] is None and probes.importable(_MODULES.get(name, name)):
+        if found[name] is None and probes.importable(MODULES.get(name, name)):
             found[name] = "yes"
     if found["tensorrt"] == "yes" and facts["jetson"] and facts["jetson"]["tensorrt"]:
         found["tensorrt"] = facts["jetson"]["tensorrt"].partition("-")[0]

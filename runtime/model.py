@@ -58,7 +58,7 @@ class Model:
         Args:
             image: A path, bytes, a PIL image or an array [h, w, 3]; or a list of them.
             prompt: The user's words; `<image>` in them places an image.
-            **options: `plan`, and those of `Chat.stream`: raw, max_new_tokens, temperature, ...
+            **options: `plan`, and those of `Chat.stream`: raw, scores, max_new_tokens, ...
 
         Returns:
             The answer.

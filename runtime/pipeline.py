@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,6 +115,7 @@ class Pipeline:
         cache: Cache,
         plan: str,
         rng: np.random.Generator,
+        scores: bool = False,
     ) -> Prefill:
         """Feed rows through all stages, dropping visual rows where the plan says.
 
@@ -123,19 +125,26 @@ class Pipeline:
             cache: Rows are added to it; after an error it stands as before.
             plan: Name of the plan.
             rng: Noise for methods that draw.
+            scores: Bring every decision's scores to the host too.
 
         Raises:
             PatchsieveError: The logits are not finite.
         """
         mark = cache.mark()
         try:
-            return self._prefill(hidden, rows, cache, plan, rng)
+            return self._prefill(hidden, rows, cache, plan, rng, scores)
         except BaseException:
             self._undo(cache, mark)
             raise
 
     def _prefill(
-        self, hidden: Any, rows: Rows, cache: Cache, plan: str, rng: np.random.Generator
+        self,
+        hidden: Any,
+        rows: Rows,
+        cache: Cache,
+        plan: str,
+        rng: np.random.Generator,
+        scores: bool,
     ) -> Prefill:
         sites = {site.layer: site for site in self.facts.plans[plan].sites}
         result = Prefill(np.zeros(0, np.float32))
@@ -162,7 +171,7 @@ class Pipeline:
             if site is not None and rows.images():
                 start = time.perf_counter()
                 keep_indices = self._decide(
-                    plan, site, queries, slot, rows, cache, rng, result.sites
+                    plan, site, queries, slot, rows, cache, rng, result.sites, scores
                 )
                 rows, queries = rows.take(keep_indices), {}
                 result.decide_ms.append(since(start))
@@ -221,6 +230,7 @@ class Pipeline:
         cache: Cache,
         rng: np.random.Generator,
         sites: list[SiteResult],
+        scores: bool,
     ) -> np.ndarray:
         """Run a site's decision once per image and return the rows that go on."""
         graph, layer = names.decide(plan, site.layer), site.layer
@@ -229,7 +239,7 @@ class Pipeline:
         keep: Any = np.ones(len(rows), bool)
         if layer == self.facts.side_layer(plan):
             keep = rows.side_of == TEXT  # side rows have done their work
-        wanted = {}
+        wanted, scored = {}, {}
         for image in rows.images():
             visual_rows = rows.of_image(image)
             out = self.backend.run(
@@ -249,6 +259,10 @@ class Pipeline:
             )
             keep = out[names.KEEP_OUT]
             wanted[image] = out[names.NUM_WANTED]
+            if scores:
+                values = self.backend.to_numpy(out[names.SCORES])  # [N]
+                pairs = zip(rows.patch_ids[visual_rows].tolist(), values.tolist(), strict=True)
+                scored[image] = sorted(pairs, key=itemgetter(0))
         out = self.backend.run(names.COMPACT, {names.KEEP: keep})
         num_keep = int(self.backend.to_numpy(out[names.NUM_KEEP])[0])
         keep_indices = self.backend.to_numpy(out[names.KEEP_INDICES])[:num_keep]
@@ -262,6 +276,7 @@ class Pipeline:
                     kept=np.sort(kept.patch_ids[kept.of_image(image)]).tolist(),
                     num_wanted=int(self.backend.to_numpy(count)[0]),
                     places=kept.places[kept.of_image(image)].tolist(),
+                    scores=scored.get(image),
                 )
             )
         return keep_indices

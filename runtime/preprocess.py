@@ -171,6 +171,19 @@ class Preprocessor:
         table = self._table()
         return np.stack([table[c][pixels[..., c]] for c in range(3)])  # [3, h, w]
 
+    def to_image(self, pixel_values: np.ndarray) -> Image.Image:
+        """The picture behind `pixel_values`: resized, padded and cropped, as the model sees it.
+
+        Args:
+            pixel_values: What `__call__` returned, [3, h, w].
+
+        Returns:
+            RGB, h x w, every pixel the grey level that it was before it was normalised.
+        """
+        middles = (self._table()[:, 1:] + self._table()[:, :-1]) / 2  # [3, 255], ascending
+        levels = [np.searchsorted(middles[c], pixel_values[c]) for c in range(3)]
+        return Image.fromarray(np.stack(levels, axis=-1).astype(np.uint8))  # [h, w, 3]
+
     @property
     def _edge(self) -> int:
         assert self.shortest_edge is not None  # _check_steps: one of it and resize_to

@@ -51,6 +51,8 @@ class SiteResult:
         kept: Raster ids of the survivors, ascending; -1 for each that is no patch.
         num_wanted: Survivors without a budget.
         places: Places of the survivors among the image's tokens that entered the decoder.
+        scores: Raster id and score of each token that was alive, ascending by id; None unless the
+            request asked for them.
     """
 
     layer: int
@@ -59,6 +61,7 @@ class SiteResult:
     kept: list[int]
     num_wanted: int
     places: list[int] = field(default_factory=list)
+    scores: list[tuple[int, float]] | None = None
 
     @property
     def is_capped(self) -> bool:
@@ -66,8 +69,8 @@ class SiteResult:
         return self.num_wanted > len(self.kept)
 
     def to_dict(self) -> dict[str, Any]:
-        """The site as `run --json` prints it."""
-        return {
+        """The site as `run --json` prints it; scores only where they were asked for."""
+        told = {
             "layer": self.layer,
             "image": self.image,
             "num_visual_before": self.num_visual_before,
@@ -77,6 +80,7 @@ class SiteResult:
             "num_wanted": self.num_wanted,
             "capped": self.is_capped,
         }
+        return told if self.scores is None else told | {"scores": self.scores}
 
 
 @dataclass

@@ -224,27 +224,41 @@ def test_other_failures_climb_down_nowhere() -> None:
     assert len(tried) == 1
 
 
-def test_a_process_that_the_system_kills_costs_one_rung(bundle: Path, tensorrt: Any) -> None:
-    tensorrt(most_workspace=GIB, dies=True)
+def compact_job(bundle: Path, options: Options | None = None) -> Job:
+    """The smallest graph, to be built beside the bundle's manifest."""
     facts = manifest.read(bundle)
-    only = {TARGET: {"compact": facts.targets[TARGET]["compact"]}}
-    job = Job(
-        onnx_path=str(bundle / only[TARGET]["compact"]),
+    return Job(
+        onnx_path=str(bundle / facts.targets[TARGET]["compact"]),
         out_path=str(bundle / "compact.engine"),
         profiles=tuple(profiles(facts, "compact", TARGET)),
         target=TARGET,
-        options=Options(),
+        options=options or Options(),
         timing_cache=None,
     )
+
+
+def test_a_process_that_the_system_kills_ran_out_of_memory(bundle: Path, tensorrt: Any) -> None:
+    tensorrt(most_workspace=GIB, dies=True)
     with pytest.raises(OutOfMemoryError, match="killed from outside"):
-        build_in_process(job)
+        build_in_process(compact_job(bundle))
     assert not list(bundle.glob("*compact.engine*"))
     seen: list[Any] = []
-    done = build_in_process(replace(job, options=Options(GIB)), lambda *step: seen.append(step))
+    job = compact_job(bundle, Options(GIB))
+    done = build_in_process(job, lambda *step: seen.append(step))
     made = json.loads((bundle / "compact.engine").read_text())
     assert made["process"] != os.getpid()
     assert seen[0] == ("Building engine", 0, 1)
     assert done.base_bytes is not None and 0 < done.base_bytes <= done.peak_bytes
+
+
+def test_a_process_that_dies_otherwise_is_told_with_its_last_words(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tensorrt.py").write_text("import os; os.write(2, b'no such symbol'); os._exit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(BundleError, match="died .*exit code 3: no such symbol") as raised:
+        build_in_process(compact_job(bundle))
+    assert not isinstance(raised.value, OutOfMemoryError)
 
 
 def test_a_build_without_a_gpu_is_refused_in_one_line(
@@ -276,6 +290,10 @@ def test_another_library_gpu_or_option_builds_again(
     monkeypatch.setattr(build_module, "find_device", lambda: newer)
     assert again(Request(TARGET, Options(GIB))) == {False}
     assert again(Request(TARGET, Options(GIB), force=True)) == {True}
+    facts = manifest.read(bundle)  # the same graphs and slots, otherwise shared out
+    limits = replace(facts.limits, max_text_tokens=60, max_new_tokens=36)
+    manifest.write(bundle, replace(facts, limits=limits))
+    assert True in again(Request(TARGET, Options(GIB)))
 
 
 def test_a_full_disk_leaves_the_engines_before_it(

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from patchsieve.export.lowering import LOWERINGS
-from patchsieve.runtime.abilities import EXPORT, INSTALL, TENSORRT, target_of
+from patchsieve.runtime.abilities import EXPORT, INSTALL, TENSORRT, install_line, target_of
 from patchsieve.runtime.doctor import diagnose
 from patchsieve.runtime.machine import Probes
 from patchsieve.runtime.pitfalls import bundle_pitfalls
-from tests.bundles import command, command_json
+from tests.bundles import PHOTO, command, command_json
 
 pytest_plugins = ["tests.bundles"]
 
@@ -344,6 +344,16 @@ def test_jetpack_5_is_told_to_be_too_old_and_its_gpu_is_known(tmp_path: Path) ->
     assert (build["can"], build["do"]) == (False, "install JetPack 6 or newer")
 
 
+@pytest.mark.parametrize(("swap", "is_little"), [("/dev/zram0", True), ("/swapfile", False)])
+def test_swap_that_lies_in_memory_does_not_count(
+    tmp_path: Path, swap: str, is_little: bool
+) -> None:
+    files = {"proc/swaps": f"Filename Type Size Used Priority\n{swap} x {9 * GIB} 0 5\n"}
+    memory = (7_800_000, 6_000_000, 9 * GIB)
+    report = board(tmp_path, "6", ORIN_MODEL, "tegra234", {}, files=files, memory=memory)
+    assert any("large bundles" in text for text in report["warnings"]) == is_little
+
+
 def test_a_board_that_is_throttled_now_says_so(tmp_path: Path) -> None:
     alert = "sys/class/thermal/cooling_device3"
     files = {f"{alert}/type": "gpu-throttle-alert\n", f"{alert}/cur_state": "1\n"}
@@ -405,6 +415,52 @@ def test_a_build_that_memory_and_swap_cannot_hold_is_seen(tmp_path: Path) -> Non
 
 def test_every_target_that_export_writes_is_in_the_table(tmp_path: Path) -> None:
     assert set(diagnose(probes(tmp_path, {}))["targets"]) >= set(LOWERINGS)
+
+
+HIDE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] == sys.argv[1]:
+            raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+sys.meta_path.insert(0, Absent())
+from patchsieve.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "line"),
+    [
+        ("numpy", ("run", "BUNDLE"), INSTALL["core"]),
+        ("PIL", ("run", "BUNDLE"), INSTALL["core"]),
+        ("tokenizers", ("run", "BUNDLE"), INSTALL["core"]),
+        ("jinja2", ("run", "BUNDLE"), INSTALL["core"]),
+        ("numpy", ("profile", "BUNDLE"), INSTALL["core"]),
+        ("onnxruntime", ("run", "BUNDLE"), "onnxruntime"),
+        ("onnxscript", ("export", "x", "-o", "y"), INSTALL["export"]),
+    ],
+)
+def test_a_command_that_lacks_a_library_is_refused_in_one_line(
+    tiny_bundle: Path, module: str, arguments: tuple[str, ...], line: str
+) -> None:
+    words = [str(tiny_bundle) if word == "BUNDLE" else word for word in arguments]
+    words += ["--image", PHOTO, "--prompt", "what?"] if words[0] == "run" else []
+    done = subprocess.run(
+        [sys.executable, "-c", HIDE, module, *words],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    (said,) = done.stderr.strip().splitlines()
+    assert module in said and "not installed" in said and line in said
+
+
+def test_a_module_that_is_not_ours_has_no_line() -> None:
+    assert install_line("somebodys_module") is None and install_line(None) is None
+    assert install_line("cuda.bindings.runtime") == INSTALL["cuda-python"]
+    assert install_line("tensorrt_rtx") == INSTALL["tensorrt_rtx"]
 
 
 def test_doctor_runs_where_nothing_but_python_is_installed(tiny_bundle: Path) -> None:

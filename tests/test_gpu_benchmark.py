@@ -52,7 +52,7 @@ def test_the_whole_benchmark_runs_on_a_cpu_and_says_so(
     assert facts["plans"]["atp-88"]["kv_bytes"]["used"] < full["used"]
     assert full["reserved_alone"] == full["reserved"]
     assert facts["paper"] == {}
-    assert said["bench"]["transformers"]["sdpa"]["per_token_ms"] > 0
+    assert set(said["bench"]["transformers"]["sdpa"]) == {"ttft_ms", "per_token_ms", "total_ms"}
     rows = facts["plans"]["none"]["prompt_tokens"]
     assert said["bench"]["transformers"]["prompt_rows"] == rows
 

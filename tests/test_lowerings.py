@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
+from patchsieve import manifest
 from patchsieve.export.lowering import LOWERINGS
 from patchsieve.export.reuse import reuse
 from patchsieve.plan import NO_PRUNING, Plan, SitePlan
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.ort import OrtBackend
+from tests.target_bundles import BFLOAT16, MIXED
 from tests.tiny_bundles import largest_error, pictures, recorded_logits
 from tests.tolerances import LOWERED_FLOAT32
 
@@ -71,6 +73,18 @@ def test_a_lowering_gives_what_the_reference_gives(bundle: Path, expected, targe
         errors.append(largest_error(logits, others))
     assert max(errors) < LOWERED_FLOAT32
     assert any(len(one) < 16 for _, kept, _ in expected for one in kept)
+
+
+@pytest.mark.parametrize("precision", ("float32", MIXED[1], BFLOAT16))
+def test_full_tensorrt_reads_the_graphs_that_tensorrt_rtx_is_built_from(
+    bundle_of, precision: str
+) -> None:
+    path = bundle_of(precision)
+    targets = manifest.read(path).targets
+    built = {name: (path / file).read_bytes() for name, file in targets["tensorrt-rtx"].items()}
+    for target in ("tensorrt", "tensorrt10"):
+        graphs = {name: (path / file).read_bytes() for name, file in targets[target].items()}
+        assert graphs == built, target
 
 
 def test_every_target_of_this_version_is_compared() -> None:

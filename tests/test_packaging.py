@@ -132,6 +132,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folders = ("patchsieve", *FOLDERS)
         files = ["setup.py", "pyproject.toml", "README.md", "LICENSE"]
         files += [str(p.relative_to(ROOT)) for f in folders for p in (ROOT / f).rglob("*.py")]
+        files += [f"patchsieve/page/{p.name}" for p in (ROOT / "patchsieve/page").glob("page.*")]
     for name in files:
         target = place / "source" / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -154,11 +155,17 @@ def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     assert packed == expected
 
 
+def test_wheel_holds_the_files_that_a_page_is_made_of(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if name.startswith("patchsieve/page/page.")}
+    assert packed == {f"patchsieve/page/page.{kind}" for kind in ("css", "js", "html.jinja")}
+
+
 def test_wheel_imports_from_elsewhere_without_torch(wheel: Path, tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
-    # What a board imports: the face, every module under runtime, and the command line.
+    # What a board imports: the face, every module under runtime, and the command line; it draws.
     script = """
 import importlib, importlib.util, pkgutil, sys
 sys.path.insert(0, sys.argv[1])
@@ -174,6 +181,11 @@ for module in pkgutil.walk_packages(patchsieve.runtime.__path__, "patchsieve.run
             raise
 if importlib.util.find_spec("patchsieve.cli"):
     importlib.import_module("patchsieve.cli")
+from patchsieve.page.html import render
+from patchsieve.page.sheet import draw
+from patchsieve.page.shown import Shown
+shown = Shown("bundle", "checkpoint", "cpu", "none", 1, (), ())
+assert "</html>" in render(shown) and draw(shown)
 heavy = sorted({"torch", "transformers", "onnx"} & set(sys.modules))
 assert not heavy, heavy
 """

@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, shape_inference
+from safetensors.torch import load_file, save_file
 
 from patchsieve import manifest, names
 from patchsieve.errors import BundleError, PatchsieveError
@@ -81,6 +82,21 @@ def test_tied_embeddings_have_one_precision_with_the_head(tmp_path: Path) -> Non
     )
     table = next(t for t in last.graph.initializer if t.name == "lm_head.weight")
     assert table.data_type == TensorProto.FLOAT16
+
+
+def test_a_weight_that_float16_cannot_hold_is_refused_with_its_name(
+    small_checkpoint: Path, tmp_path: Path
+) -> None:
+    checkpoint = Path(shutil.copytree(small_checkpoint, tmp_path / "checkpoint"))
+    tensors = load_file(checkpoint / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
+    tensors[name][3, 5] = -7e4
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    bundle = tmp_path / "bundle"
+    half = ExportOptions(precision="tower=float32,decoder=float16")
+    line = refused(lambda: export(str(checkpoint), bundle, half))
+    assert "layers.1.mlp.up_proj.weight does not fit float16 | found: 70000" in line
+    assert "bfloat16 or float32" in line and not bundle.exists()
 
 
 def header(bundle: Path, file: str) -> dict[str, dict]:

@@ -64,25 +64,21 @@ def floors(facts: Manifest, text_tokens: int) -> dict[str, Floor]:
     """
     shape = costs.from_manifest(facts)
     weights = decoder_weights(facts)
+    first = facts.stages[0]
+    row = facts.row_bytes(first) // first.num_layers  # keys and values of one row in one layer
     found = {}
     for name, plan in facts.plans.items():
         schedule = costs.no_pruning(shape)
         if name != NO_PRUNING:
             counts = [site.budget or shape.num_visual for site in plan.sites]
             schedule = costs.in_decoder(shape, counts, plan.layers)
-        whole = costs.cost(
-            shape,
-            schedule,
-            text_tokens,
-            precision=facts.precision.decoder,
-            convention=costs.RUNTIME,
-        )
-        visual = costs.cost(shape, schedule, 0, precision=facts.precision.decoder)
+        flops = costs.cost(shape, schedule, text_tokens, convention=costs.RUNTIME).flops
+        visual = row * sum(schedule.llm)
         found[name] = Floor(
-            vision_flops=whole.flops.vision,
-            prefill_flops=whole.flops.llm,
-            decode_bytes=weights + whole.kv_bytes,
-            visual_kv_bytes=visual.kv_bytes,
+            vision_flops=flops.vision,
+            prefill_flops=flops.llm,
+            decode_bytes=weights + visual + row * text_tokens * len(schedule.llm),
+            visual_kv_bytes=visual,
         )
     return found
 

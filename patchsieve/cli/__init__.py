@@ -15,12 +15,15 @@ from typing import NoReturn
 
 from patchsieve import __version__
 from patchsieve.errors import PatchsieveError
+from patchsieve.runtime.abilities import install_line
 
 COMMANDS = {
     "export": "turn a LLaVA checkpoint into a bundle",
     "build": "compile a bundle's engines",
     "run": "answer a question about an image",
+    "show": "draw which patches survive, as a page or a picture",
     "profile": "measure latency and memory, pruned beside unpruned",
+    "compare": "put two profiles side by side",
     "cost": "count FLOPs and KV bytes of a plan, with no weights",
     "inspect": "show what a bundle holds and what it costs",
     "verify": "compare a bundle with its checkpoint, graph by graph and layer by layer",
@@ -61,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code or 0
         except PatchsieveError as error:
             return _fail(args.json, str(error))
+        except ModuleNotFoundError as error:
+            if (line := install_line(error.name)) is None:
+                raise
+            library = (error.name or "").partition(".")[0]
+            return _fail(args.json, f"{library} is not installed | what to do: {line}")
         except BrokenPipeError:  # the reader went away (`| head`)
             sys.stderr.close()
             return 0

@@ -1,0 +1,109 @@
+"""`patchsieve show BUNDLE --image I --prompt P -o page.html`: which patches survive, to look at."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from patchsieve.cli.output import Progress, print_json, size, table
+from patchsieve.cli.run import add_run_options, load
+from patchsieve.errors import PatchsieveError
+from patchsieve.writing import one_line, write_whole
+
+SUFFIXES = (".html", ".png")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add = parser.add_argument
+    add("bundle", type=Path)
+    add("--image", action="append", required=True, metavar="FILE", help="repeat it for several")
+    add(
+        "--prompt",
+        action="append",
+        required=True,
+        help="repeat it to compare prompts about the same images; <image> places an image",
+    )
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a page (.html) or a picture (.png)",
+    )
+    add("--plan", metavar="NAME", help="which of the bundle's plans; its default otherwise")
+    add("--raw", action="store_true", help="the prompts are whole texts, without chat template")
+    add("--max-new-tokens", type=int, metavar="N", help="default: 128, or what the bundle reserves")
+    add_run_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask, draw, write."""
+    out: Path = args.output
+    if out.suffix.lower() not in SUFFIXES:
+        raise PatchsieveError(
+            "what to draw is chosen by the output's suffix",
+            found=out.name,
+            expected=" or ".join(SUFFIXES),
+        )
+    if not out.parent.is_dir():  # told before the model is asked
+        raise PatchsieveError(f"cannot write {out}", found=f"no folder {out.parent}")
+    from patchsieve.page.collect import collect
+
+    model = load(args)
+    progress = Progress(args.quiet or args.json)
+    options = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
+    shown = collect(
+        model,
+        args.image,
+        args.prompt,
+        plan=args.plan,
+        raw=args.raw,
+        progress=progress,
+        **options,
+    )
+    progress.done()
+    model.close()
+    content = _draw(shown, out.suffix.lower())
+    with one_line(out):
+        write_whole(out, content)
+    summary = shown.summary()
+    if args.json:
+        print_json({"output": str(out), "bytes": len(content)} | summary)
+    else:
+        print(f"wrote {out} ({size(len(content))})")
+        if not args.quiet:
+            print(_table(summary))
+    return 0
+
+
+def _draw(shown: Any, suffix: str) -> bytes:
+    if suffix == ".png":
+        from patchsieve.page.sheet import draw
+
+        return draw(shown)
+    from patchsieve.page.html import render
+
+    return render(shown).encode()
+
+
+def _table(summary: dict[str, Any]) -> str:
+    """Survivors of each prompt, image and place."""
+    rows = [
+        (
+            f"prompt {number}, image {index}, "
+            + ("decoder" if place["layer"] is None else f"layer {place['layer']}"),
+            place["num_before"],
+            place["num_after"],
+            "capped by the budget" if place["capped"] else "",
+        )
+        for number, asked in enumerate(summary["prompts"], 1)
+        for index, view in enumerate(asked["images"], 1)
+        for place in view["places"]
+    ]
+    notes = summary["notes"]
+    return "\n".join(
+        [*([table(("tokens at the input of", "before", "kept", ""), rows)] if rows else []), *notes]
+    )
