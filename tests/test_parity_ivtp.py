@@ -117,9 +117,8 @@ def test_dropping_equals_masking(bundle: Bundle, case: str) -> None:
     alive = [np.flatnonzero(patches).tolist() for patches in reference.alive_patches]
     assert [sorted(image.ids) for image in result.images] == alive
     assert words(result) == reference.chosen
-    how_many = [len(chosen) for chosen in reference.chosen]
     if judge is None or judge.text == "similarity":
-        assert all(0 < count < len(result.words[0].tokens) for count in how_many)
+        assert all(np.ptp(one.relevance) > 0.01 for one in result.words)
     compare(expected, result, expected.choices, reference.num_visual)
     if result.token_ids == expected.token_ids:
         assert largest_error(logits, expected.logits) < LOGITS_FLOAT32
@@ -210,8 +209,9 @@ def test_a_mistake_in_a_pseudo_cls_keeps_other_tokens(bundle, monkeypatch, mista
 @pytest.mark.tensorrt
 def test_the_graphs_of_ivtp_build_in_tensorrt_rtx(bundle: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    from patchsieve.runtime.compile import build_engine
     from patchsieve.runtime.profiles import profiles
-    from patchsieve.runtime.tensorrt import build_engine, parse_network
+    from patchsieve.runtime.tensorrt import parse_network
 
     facts = bundle.model().facts
     graphs = {

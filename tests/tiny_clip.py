@@ -62,7 +62,7 @@ def make_tokenizer() -> Any:
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=900,
         special_tokens=["<|startoftext|>", "<|endoftext|>"],
