@@ -18,13 +18,22 @@ from patchsieve import __version__, manifest, names
 from patchsieve.errors import PatchsieveError, UnsupportedModelError
 from patchsieve.export import weights as weights_module
 from patchsieve.export.checkpoint import Checkpoint, locate, read_config
+from patchsieve.export.clip_source import ClipSource, open_source
 from patchsieve.export.decision import compact_graph
 from patchsieve.export.families import decoder_spec
 from patchsieve.export.graphs import GraphWriter
+from patchsieve.export.joint import JointCls, JointWeights
 from patchsieve.export.lowering import lowering
-from patchsieve.export.methods import store_heads
+from patchsieve.export.methods import (
+    build_method,
+    check_sites,
+    layers_read,
+    side_layer,
+    store_heads,
+)
 from patchsieve.export.processor import preprocessor_from_checkpoint
 from patchsieve.export.reuse import decide_graphs, plan_vision
+from patchsieve.export.scorer import TextScorer, scorer_graph
 from patchsieve.export.stage import Stage
 from patchsieve.export.tokenizer import write_tokenizer
 from patchsieve.export.trace import bind, fake_weights, trace
@@ -37,6 +46,7 @@ from patchsieve.writing import whole_or_nothing
 Progress = Callable[[str, float], None]
 EMBEDDINGS = "embed_tokens"
 HEAD = "lm_head.weight"
+SCORER_TOKENIZER = "scorer_tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,8 @@ class ExportOptions:
         targets: For which to write graphs.
         precision: Type of each part, as `Precision.parse` reads it.
         limits: What requests may ask for.
+        scorer: Where the CLIP comes from that compares the question with an image, for a plan whose
+            pseudo_cls wants one (see `clip_source.open_source`).
     """
 
     plan: Plan = field(default_factory=Plan)
@@ -58,6 +70,7 @@ class ExportOptions:
     targets: tuple[str, ...] = ("cpu",)
     precision: str = "float32"
     limits: manifest.Limits = field(default_factory=lambda: manifest.Limits(512, 256, 1))
+    scorer: str | None = None
 
     def __post_init__(self) -> None:
         check_plan_name(self.plan_name)
@@ -147,18 +160,28 @@ class _Job:
                 expected=f"layers 1 to {self.spec.num_layers - 1}",
                 do="change --sites or --cuts",
             )
+        self.clip = None if options.scorer is None else open_source(options.scorer)
+        methods = [build_method(site) for site in options.plan.sites]
+        check_sites(options.plan, methods)
+        self.side_layer = side_layer(options.plan, methods)
+        pairs = zip(options.plan.sites, methods, strict=True)
+        queries = {layer for site, m in pairs for layer in layers_read(m, site.layer)}
         edges = [0, *cuts, self.spec.num_layers]
-        size = self.spec.hidden_size
         with fake_weights() as self.mode:
             with default_dtype(tower_dtype):
-                self.vision = Vision(self.vision_facts, size, out_dtype=self.dtype)
-                self.plan_vision = plan_vision(options.plan, self.vision_facts, size, self.dtype)
+                width = None if self.clip is None else self.clip.text.width
+                sizes = self.vision_facts, self.spec.hidden_size
+                self.vision = Vision(*sizes, out_dtype=self.dtype)
+                self.plan_vision = plan_vision(options.plan, *sizes, width, self.dtype)
+                if self.clip is not None:
+                    self.scorer = TextScorer(self.clip.text)
+                    self.joint = JointCls(self.vision_facts, self.clip.text.width)
             with default_dtype(self.dtype):
                 self.stages = [
-                    Stage(self.spec, a, b, head_dtype)
+                    Stage(self.spec, a, b, head_dtype, queries)
                     for a, b in zip(edges, edges[1:], strict=False)
                 ]
-        most = options.limits.slots(self.vision.num_visual)
+        most = options.limits.slots(self.vision.num_visual, self.side_layer > 0)
         if most > self.spec.max_rows:
             raise UnsupportedModelError(
                 "the reserved rows exceed what the decoder was made for",
@@ -178,6 +201,9 @@ class _Job:
         self.files = self._weight_files()
         wanted = [weight for weights in self.files.values() for weight in weights]
         self.checkpoint.require({weight.source: weight.source_shape for weight in wanted})
+        self.sources: dict[str, weights_module.Source] = {}  # of files that hold something else
+        if self.clip is not None:
+            self._add_scorer(self.clip)
         # Last, because tracing takes seconds and all else is refused at once.
         self.plan, self.graphs = decide_graphs(
             options.plan,
@@ -192,6 +218,8 @@ class _Job:
         """Write tokenizer, preprocessor, weights and graphs."""
         self.tokenizer = write_tokenizer(self.directory, partial)  # first: it may be refused
         _dump(partial / "preprocessor.json", self.preprocessor)
+        if self.clip is not None:
+            (partial / SCORER_TOKENIZER).write_text(self.clip.tokenizer, encoding="utf-8")
         self.plan = store_heads(partial, self.plan, [])
         graphs = partial / "graphs"
         stored = self._write_weights(graphs / weights_module.DIRECTORY, progress)
@@ -208,7 +236,8 @@ class _Job:
             )
         self.writer = GraphWriter(graphs, self.options.targets)
         self.paths: dict[str, dict[str, str]] = {}
-        total = len(self.stages) + 2 + self.plan.has_vision + len(self.graphs)
+        has_scorer = self.clip is not None
+        total = len(self.stages) + 2 + self.plan.has_vision + has_scorer + len(self.graphs)
         for done, (name, slots, graph) in enumerate(self._graphs(stored)):
             progress(f"writing {name}", 0.6 + 0.35 * done / total)
             for target, path in self.writer.save(name, graph, slots=slots).items():
@@ -251,6 +280,7 @@ class _Job:
             target_tensors=self.writer.target_tensors,
             needs={target: lowering(target).needs() for target in options.targets},
             files=_hashes(partial),
+            scorer=self._scorer_facts(),
         )
         manifest.write(partial, facts)
         return facts
@@ -284,7 +314,8 @@ class _Job:
         budget = self.plan_vision.num_visual
         for stage in self.stages:
             budget = min(budget, at.get(stage.first) or budget)
-            yield manifest.Stage(stage.first, stage.last, self.options.limits.slots(budget))
+            slots = self.options.limits.slots(budget, stage.last <= self.side_layer)
+            yield manifest.Stage(stage.first, stage.last, slots)
 
     def _is_tied(self) -> bool:
         """Tell whether the table of embeddings is the output matrix too, as transformers decides.
@@ -311,9 +342,33 @@ class _Job:
             files["head"] += weights_of(last.lm_head, "lm_head.", "lm_head.")
         return files
 
+    def _add_scorer(self, clip: ClipSource) -> None:
+        """The text tower's weights, and those that carry an image into its space."""
+        scorer, joint = list(weights_of(self.scorer)), list(weights_of(self.joint, "joint."))
+        shapes = {weight.source: weight.source_shape for weight in scorer}
+        clip.tensors.require(shapes, f"the scorer {clip.name}")
+        source = JointWeights(self.checkpoint, clip)
+        source.require(joint)
+        self.files |= {"scorer": scorer, "joint": joint}
+        self.sources |= {"scorer": clip.tensors, "joint": source}
+
+    def _scorer_facts(self) -> manifest.Scorer | None:
+        clip = self.clip
+        if clip is None:
+            return None
+        return manifest.Scorer(
+            source=clip.name,
+            tokenizer=SCORER_TOKENIZER,
+            bos_id=clip.bos_id,
+            eos_id=clip.eos_id,
+            window=clip.text.window,
+            width=clip.text.width,
+        )
+
     def _precision_of(self, file: str) -> str:
         """Type of the tensors of a weights file."""
-        own = {"vision": self.precision.tower, "head": self.precision.head}
+        tower, head = self.precision.tower, self.precision.head
+        own = {"vision": tower, "joint": tower, "scorer": tower, "head": head}
         return own.get(file, self.precision.decoder)
 
     def _write_weights(self, folder: Path, progress: Progress) -> dict[str, ir.ExternalTensor]:
@@ -341,7 +396,7 @@ class _Job:
             stored |= weights_module.write(
                 folder / f"{file}.safetensors",
                 weights,
-                self.checkpoint,
+                self.sources.get(file, self.checkpoint),
                 self._precision_of(file),
                 step,
             )
@@ -356,6 +411,10 @@ class _Job:
             graph = vision_graph(vision, self.mode)
             bind(graph, stored)
             yield name, None, graph
+        if self.clip is not None:
+            graph = scorer_graph(self.scorer, self.mode)
+            bind(graph, stored)
+            yield names.SCORER, None, graph
         inv_freq = ir.tensor(torch.tensor(self.spec.inv_freq).numpy(), name="inv_freq")
         for index, (stage, facts) in enumerate(zip(self.stages, self._stage_facts(), strict=True)):
             inputs = stage.inputs(self.dtype)

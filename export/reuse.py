@@ -14,18 +14,22 @@ from patchsieve.errors import PatchsieveError
 from patchsieve.export.decision import decide_graph
 from patchsieve.export.families.specs import HeadShape
 from patchsieve.export.graphs import GraphWriter
+from patchsieve.export.joint import JointCls
+from patchsieve.export.lowering import LOWERINGS
 from patchsieve.export.methods import (
     HEADS,
     build_encoder,
     build_method,
     build_projector,
+    check_sites,
+    layers_read,
     resolve_budgets,
     store_heads,
 )
 from patchsieve.export.trace import bind, fake_weights
 from patchsieve.export.vision import Vision, vision_graph
 from patchsieve.export.weights import DTYPES, default_dtype, stored_weights
-from patchsieve.plan import NO_PRUNING, Plan, check_plan_name
+from patchsieve.plan import NO_PRUNING, TEXTS, Plan, check_plan_name
 from patchsieve.writing import one_line
 
 Progress = Callable[[str, float], None]
@@ -56,12 +60,16 @@ def reuse(
         )
     if plan_name == NO_PRUNING and plan.prunes:
         raise PatchsieveError("the plan named none prunes nothing", do="choose another --plan-name")
+    _check_queries(old, plan)
     manifest.check_files(bundle, old, hashes=False)
     heads = HeadShape(old.text.num_heads, old.text.num_kv_heads, old.text.head_dim)
     dtype = DTYPES[old.precision.decoder][0]
     with fake_weights() as mode, default_dtype(DTYPES[old.precision.tower][0]):
-        vision = plan_vision(plan, old.vision, old.text.hidden_size, dtype)
-    stored = stored_weights(bundle / manifest.WEIGHTS / "vision.safetensors")
+        joint_width = None if old.scorer is None else old.scorer.width
+        vision = plan_vision(plan, old.vision, old.text.hidden_size, joint_width, dtype)
+    stored: dict[str, ir.ExternalTensor] = {}
+    for part in ("vision", "joint") if old.scorer is not None else ("vision",):
+        stored |= stored_weights(bundle / manifest.WEIGHTS / f"{part}.safetensors")
     writer = GraphWriter(bundle / "graphs", tuple(old.targets))
     written: dict[str, dict[str, str]] = {}
     new = old
@@ -97,6 +105,34 @@ def reuse(
     return new
 
 
+def _check_queries(old: manifest.Manifest, plan: Plan) -> None:
+    """Refuse a plan that reads queries which the bundle's stages do not give."""
+    given = {
+        tensor["name"]
+        for index in range(len(old.stages))
+        for tensor in old.tensors[names.stage(index)]["outputs"]
+    }
+    for site in plan.sites:
+        read = layers_read(build_method(site), site.layer)
+        absent = [layer for layer in read if names.query(layer) not in given]
+        if absent:
+            raise PatchsieveError(
+                f"the bundle's stages do not give what {site.method} at layer {site.layer} reads",
+                found=f"no queries of layers {sorted(absent)}",
+                expected=f"those of layers {sorted(read)}",
+                do="export a new bundle with this plan; stages give what its plan reads",
+            )
+        lengths = {s.slots for s in old.stages for k in read if s.first <= k < s.last}
+        if len(lengths) > 1 and any(LOWERINGS[target].static_slots for target in old.targets):
+            raise PatchsieveError(
+                f"the group of {site.method} at layer {site.layer} lies over stages of the bundle "
+                "whose engines reserve different numbers of slots",
+                found=sorted(lengths),
+                expected="one number",
+                do="export a new bundle with this plan, or lower its group",
+            )
+
+
 def decide_graphs(
     plan: Plan,
     plan_name: str,
@@ -108,12 +144,13 @@ def decide_graphs(
 ) -> tuple[Plan, dict[str, ir.Model]]:
     """Resolve a plan's budgets and trace its decisions on images of `num_visual` tokens."""
     methods = [build_method(site) for site in plan.sites]
+    check_sites(plan, methods)
     plan = resolve_budgets(plan, methods, num_visual)
     graphs = {}
     for done, (site, method) in enumerate(zip(plan.sites, methods, strict=True)):
         progress(f"tracing {site.method} at layer {site.layer}", done / len(methods))
         graphs[names.decide(plan_name, site.layer)] = decide_graph(
-            method, heads, vision.grid, num_visual, dtype
+            method, site.layer, heads, vision.grid, num_visual, dtype
         )
     return plan, graphs
 
@@ -122,6 +159,7 @@ def plan_vision(
     plan: Plan,
     facts: manifest.VisionModel,
     size: int,
+    joint_width: int | None,
     out_dtype: torch.dtype | None = None,
 ) -> Vision:
     """The module of a plan's vision graph.
@@ -130,14 +168,40 @@ def plan_vision(
         plan: The plan.
         facts: The tower's measures.
         size: Width of the decoder.
-        out_dtype: Type of the decoder's rows; by default the tower's.
+        joint_width: Of the space that the scorer's text lies in, E; None without a scorer.
+        out_dtype: Of the features, that of the decoder; by default the tower's own.
 
     Raises:
-        PatchsieveError: A method is unknown, or does not fit the tower.
+        PatchsieveError: A method is unknown, or does not fit the tower; or the plan compares words
+            with images and there is no scorer, or no class token.
     """
-    encoder = build_encoder(plan.encoder)
-    projector = build_projector(plan.projector, facts.num_layers_run)
-    return Vision(facts, size, encoder, projector, out_dtype)
+    joint, pseudo = None, plan.pseudo_cls
+    if pseudo is not None and pseudo.needs_scorer:
+        others = ", ".join(text for text in TEXTS if text != pseudo.text)
+        if not facts.has_cls:
+            raise PatchsieveError(
+                "a plan cannot compare words with a tower that has no class token",
+                found=facts.model_type,
+                expected=f"a pseudo_cls with one of the texts {others}",
+                do="add --text all",
+            )
+        if joint_width is None:
+            raise PatchsieveError(
+                "the plan compares words with images, but there is no scorer",
+                expected="the CLIP that the vision tower was taken from",
+                do="add --scorer open_clip (or a Hugging Face CLIP directory) to the export of a "
+                "new bundle; or do without by --text all or --text none",
+            )
+        joint = JointCls(facts, joint_width, has_last=pseudo.cls == "last")
+    return Vision(
+        facts,
+        size,
+        build_encoder(plan.encoder),
+        build_projector(plan.projector, facts.num_layers_run),
+        out_dtype=out_dtype,
+        has_cls_outputs=pseudo is not None,
+        joint=joint,
+    )
 
 
 def _with_plan(

@@ -7,7 +7,7 @@ rows: a row that is dropped leaves the list of rows and keeps its position.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +147,9 @@ class Reference:
         Returns:
             image_features [B, N, C] and image_ids [B, N].
         """
-        module = plan_vision(
-            plan, vision_model(self.config), self.config.text_config.hidden_size
-        ).eval()
+        # What a pseudo-CLS is made of besides is no part of the visual tokens.
+        plan, size = replace(plan, pseudo_cls=None), self.config.text_config.hidden_size
+        module = plan_vision(plan, vision_model(self.config), size, None).eval()
         state = {}
         for weight in weights_of(module):
             tensor = self.checkpoint.read(weight.source).float()

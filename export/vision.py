@@ -121,6 +121,8 @@ class Vision(nn.Module):
         encoder: What prunes inside the tower.
         projector: What prunes or pools between the tower and the decoder.
         out_dtype: Of the features, that of the decoder; by default the tower's own.
+        has_cls_outputs: Also give the class token, as a pseudo-CLS wants it.
+        joint: Makes the class token's counterpart in the space of a text tower.
 
     Attributes:
         num_visual: Visual tokens of one image that enter the decoder.
@@ -133,13 +135,17 @@ class Vision(nn.Module):
         size: int,
         encoder: TowerMethod | None = None,
         projector: TowerMethod | Pooling | None = None,
+        *,
         out_dtype: torch.dtype | None = None,
+        has_cls_outputs: bool = False,
+        joint: nn.Module | None = None,
     ) -> None:
         """Build the modules."""
         super().__init__()
+        self.has_cls_outputs, self.joint = has_cls_outputs, joint
+        self.out_dtype = out_dtype or torch.get_default_dtype()
         spec = TowerSpec.of_facts(facts)
         self.facts = facts
-        self.out_dtype = out_dtype or torch.get_default_dtype()
         self.vision_tower = VisionTower(spec, list(facts.feature_layers))
         width = spec.hidden_size * len(facts.feature_layers)
         self.multi_modal_projector = nn.ModuleDict(
@@ -169,12 +175,16 @@ class Vision(nn.Module):
             noise: Uniform numbers, one for each patch, [B, patches], where a method draws.
 
         Returns:
-            image_features [B, N, C], image_ids [B, N] and, where something prunes, image_sources
-            [B, patches].
+            image_features [B, N, C], image_ids [B, N]; where something prunes, image_sources
+            [B, patches]; where they are asked for, cls_features [B, C] and cls_joint [B, E].
         """
         weight = cast(Linear, self.multi_modal_projector["linear_1"]).weight
         walk = Walk(self.tower, self.methods, noise)
         rows = self.vision_tower(pixel_values.to(weight.dtype), walk)  # [B, n, F * C]
+        return (*self._visual(rows, walk), *self._cls(rows, walk))
+
+    def _visual(self, rows: Tensor, walk: Walk) -> tuple[Tensor, ...]:
+        """The visual tokens of rows [B, n, F * C]."""
         first = self.facts.num_dropped
         # Row 0 is the class token, where the tower has one: here it is still at hand.
         if self.pooling is not None:
@@ -185,6 +195,19 @@ class Vision(nn.Module):
         tokens = walk.finish(rows)
         sources = torch.where(tokens.sources < 0, NOWHERE, tokens.sources - first)
         return self._project(tokens.rows[:, first:]), tokens.ids[:, first:], sources
+
+    def _cls(self, rows: Tensor, walk: Walk) -> tuple[Tensor, ...]:
+        """The class token of rows [B, n, F * C], projected, and in the joint space.
+
+        A tower without one (SigLIP) gives the mean of its rows.
+        """
+        if not self.has_cls_outputs:
+            return ()
+        cls = rows[:, 0] if self.facts.has_cls else rows.sum(1) / rows.shape[1]  # [B, F * C]
+        features = (self._project(cls),)
+        if self.joint is None:
+            return features
+        return (*features, self.joint(walk.carried[self.facts.num_layers_run], walk))
 
     def _pooled(self, pooling: Pooling, features: Tensor) -> tuple[Tensor, ...]:
         """Pool the patches before or after the projector; a class token stays what it is."""
@@ -294,4 +317,8 @@ def vision_graph(vision: Vision, mode: FakeTensorMode | None = None) -> ir.Model
     outputs = [names.IMAGE_FEATURES, names.IMAGE_IDS]
     if not vision.is_plain:
         outputs.append(names.IMAGE_SOURCES)
+    if vision.has_cls_outputs:
+        outputs.append(names.CLS_FEATURES)
+    if vision.joint is not None:
+        outputs.append(names.CLS_JOINT)
     return trace(vision, tuple(inputs.values()), list(inputs), outputs, mode)

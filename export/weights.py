@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from patchsieve.errors import PatchsieveError
-from patchsieve.export.checkpoint import Checkpoint
 from patchsieve.export.layers import Linear
 
 DIRECTORY = "weights"  # inside the graphs' folder: external data must lie in or below it
@@ -23,6 +23,13 @@ DTYPES = {
     "float16": (torch.float16, ir.DataType.FLOAT16, "F16"),
     "bfloat16": (torch.bfloat16, ir.DataType.BFLOAT16, "BF16"),
 }
+
+
+class Source(Protocol):
+    """Where tensors come from."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ def _cast(tensor: Tensor, weight: Weight, precision: str) -> Tensor:
 def write(
     path: Path,
     weights: list[Weight],
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     precision: str,
     progress: Callable[[int], None],
 ) -> dict[str, ir.ExternalTensor]:

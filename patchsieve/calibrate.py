@@ -77,7 +77,7 @@ class Encoder:
         is_instruction[rows.instruction_rows] = True
         where = np.arange(len(rows.token_ids))
         none = np.full_like(where, -1)
-        facts = Rows(where, rows.image_index, none, none, is_instruction, len(where))
+        facts = Rows(where, rows.image_index, none, none, is_instruction, none, len(where))
         assert TEXT == -1  # as `expand` marks text
         visual = [facts.of_image(image) for image in facts.images()]
         text = [facts.text_for(image) for image in facts.images()]

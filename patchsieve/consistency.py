@@ -65,6 +65,9 @@ def _check_sizes(facts: Manifest) -> None:
         "limits.max_images": limits.max_images,
         **{f"stages[{i}].slots": stage.slots for i, stage in enumerate(facts.stages)},
     }
+    if facts.scorer is not None:
+        # A window holds both marks and at least one token.
+        sizes |= {"scorer.window - 2": facts.scorer.window - 2, "scorer.width": facts.scorer.width}
     for name, size in sizes.items():
         if not 0 < size < _MOST:
             raise BundleError(
@@ -124,6 +127,8 @@ def _check_plans(facts: Manifest) -> None:
             raise BundleError(
                 f"the plan {name} holds a budget that cannot be", expected=f"below {_MOST}"
             )
+        if plan.pseudo_cls is not None and plan.pseudo_cls.needs_scorer and facts.scorer is None:
+            raise BundleError(f"the plan {name} compares words with an image, but has no scorer")
     if facts.plans[NO_PRUNING].prunes:
         raise BundleError("the plan named none prunes")
 
@@ -134,6 +139,8 @@ def _check_files(facts: Manifest) -> None:
         "the preprocessor": facts.preprocessor,
         "the embedding table": facts.embeddings.file,
     }
+    if facts.scorer is not None:
+        own["the scorer's tokenizer"] = facts.scorer.tokenizer
     graphs = [path for graphs in facts.targets.values() for path in graphs.values()]
     for path in (*facts.files, *own.values(), *graphs):
         check_inside(path)
@@ -165,6 +172,8 @@ def _check_graphs(facts: Manifest) -> None:
         listed = facts.tensors_of(target)
         for graph in every:
             _check_tensors(graph, listed.get(graph, {}), expected.get(graph, {}))
+    for graph in decisions:
+        _check_layers_read(facts, graph)
 
 
 def _check_tensors(graph: str, listed: dict[str, Any], expected: dict[str, _Shape]) -> None:
@@ -188,6 +197,24 @@ def _check_tensors(graph: str, listed: dict[str, Any], expected: dict[str, _Shap
             )
 
 
+def _check_layers_read(facts: Manifest, graph: str) -> None:
+    """Refuse a decision that reads layers whose queries no stage gives."""
+    given = {
+        str(tensor.get("name"))
+        for index in range(len(facts.stages))
+        for tensor in facts.tensors.get(names.stage(index), {}).get("outputs", [])
+    }
+    for tensor in facts.tensors.get(graph, {}).get("inputs", []):
+        what, dot, layer = str(tensor.get("name")).partition(".")
+        known = what in (names.QUERY, names.KEY) and f"{names.QUERY}.{layer}" in given
+        if dot and not known:
+            raise BundleError(
+                f"{graph} reads what no stage gives",
+                found=str(tensor.get("name"))[:60],
+                expected=", ".join(sorted(n for n in given if n.startswith(f"{names.QUERY}."))),
+            )
+
+
 def _tensors(facts: Manifest, caches: str) -> dict[str, dict[str, _Shape]]:
     """Shapes that follow from the model's measures, None where an axis is dynamic."""
     text, vision = facts.text, facts.vision
@@ -200,6 +227,17 @@ def _tensors(facts: Manifest, caches: str) -> dict[str, dict[str, _Shape]]:
         }
         for graph, count in _visual_counts(facts).items()
     }
+    for name, plan in facts.plans.items():
+        if plan.pseudo_cls is not None:
+            made = tensors[names.vision(name)]
+            made[names.CLS_FEATURES] = [None, text.hidden_size]
+            if plan.pseudo_cls.needs_scorer and facts.scorer is not None:
+                made[names.CLS_JOINT] = [None, facts.scorer.width]
+    if facts.scorer is not None:
+        tensors[names.SCORER] = {
+            names.TEXT_IDS: [None, facts.scorer.window],
+            names.TEXT_FEATURES: [None, facts.scorer.window, facts.scorer.width],
+        }
     is_rows = caches == names.NEW_ROWS
     cache: _Shape = [1, text.num_kv_heads, None, text.head_dim]
     rows: _Shape = [1, None, text.num_kv_heads * text.head_dim]

@@ -95,9 +95,13 @@ class Limits:
     max_new_tokens: int
     max_images: int
 
-    def slots(self, budget: int) -> int:
-        """Slots of a stage's cache: text, new tokens, and `budget` visual tokens per image."""
-        return self.max_text_tokens + self.max_new_tokens + self.max_images * budget
+    def slots(self, budget: int, has_side_rows: bool = False) -> int:
+        """Slots of a stage's cache: text, new tokens, and per image `budget` visual tokens.
+
+        A side row of each image joins them in the stages that feed such rows.
+        """
+        per_image = budget + has_side_rows
+        return self.max_text_tokens + self.max_new_tokens + self.max_images * per_image
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,27 @@ class Tokens:
     image_token_id: int
     eos_token_ids: tuple[int, ...]
     special_tokens: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The text tower that compares the question's words with an image.
+
+    Attributes:
+        source: Where it came from.
+        tokenizer: Its tokenizer's file.
+        bos_id: Begins each window of text.
+        eos_id: Ends it, and fills the rest.
+        window: Tokens of a window, both marks included.
+        width: Of the space that text and image share, E.
+    """
+
+    source: str
+    tokenizer: str
+    bos_id: int
+    eos_id: int
+    window: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -179,6 +204,7 @@ class Manifest:
         tensors: Inputs and outputs of each graph, as most targets have them.
         target_tensors: The same for each target and graph that departs from `tensors`.
         needs: For each target what builds or runs it; bundles of schema 1 do not say.
+        scorer: The text tower of plans that compare the question with an image; None without.
     """
 
     patchsieve_version: str
@@ -198,6 +224,7 @@ class Manifest:
     target_tensors: dict[str, Tensors] = field(default_factory=dict)
     needs: dict[str, Needs] = field(default_factory=dict)
     files: dict[str, File] = field(default_factory=dict)
+    scorer: Scorer | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -225,7 +252,21 @@ class Manifest:
 
     def slots(self, plan: str) -> list[int]:
         """Slots that each stage's cache reserves under a plan."""
-        return [self.limits.slots(budget) for budget in self.budgets(plan)]
+        last = self.side_layer(plan)
+        return [
+            self.limits.slots(budget, stage.last <= last)
+            for stage, budget in zip(self.stages, self.budgets(plan), strict=True)
+        ]
+
+    def side_layer(self, plan: str) -> int:
+        """The last site whose decision reads side rows: they are fed up to there. 0 for none."""
+        reading = [
+            site.layer
+            for site in self.plans[plan].sites
+            for tensor in self.tensors.get(names.decide(plan, site.layer), {}).get("inputs", [])
+            if tensor.get("name") == names.SIDE_ROW
+        ]
+        return max(reading, default=0)
 
     def tensors_of(self, target: str) -> Tensors:
         """Inputs and outputs of each graph of a target."""

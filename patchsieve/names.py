@@ -25,6 +25,7 @@ NEW_ROWS = "new rows"
 
 # Graphs.
 VISION = "vision"
+SCORER = "scorer"
 COMPACT = "compact"
 
 
@@ -62,6 +63,14 @@ IMAGE_FEATURES = "image_features"  # [B, N, C]
 IMAGE_IDS = "image_ids"
 IMAGE_SOURCES = "image_sources"  # [B, patches] token that each patch went to, -1: dropped
 
+CLS_JOINT = "cls_joint"  # [B, E] class token in the space that the scorer's text lies in
+CLS_FEATURES = "cls_features"  # [B, C] class token through the projector
+
+# Tensors of `scorer`: CLIP's text tower.
+TEXT_IDS = "text_ids"  # [W, P] windows of tokens, P with the marks of beginning and end
+TEXT_FEATURES = "text_features"  # [W, P, E] every position in the joint space
+MOST_WINDOWS = 8  # that one run takes
+
 # Tensors of `stage_i`. L0 rows come in, L rows are kept and fed.
 HIDDEN = "hidden"  # [1, L0, C]
 KEEP_INDICES = "keep_indices"  # [L] rows of `hidden` that this stage keeps, ascending
@@ -88,6 +97,11 @@ def query(layer: int) -> str:
     return f"query.{layer}"
 
 
+def key(layer: int) -> str:
+    """Keys of a layer below the one before the site, as a decision reads them, [1, G, S, D]."""
+    return f"key.{layer}"
+
+
 def layer_output(layer: int) -> str:
     """Inner value of a stage graph: the hidden rows behind a layer, [1, L, C]."""
     return f"layers.{layer}.output"
@@ -96,9 +110,13 @@ def layer_output(layer: int) -> str:
 OUT = ".out"  # behind the name of a cache: the same buffer after the update, [1, G, S, D]
 NEW = ".new"  # behind the name of a cache: the rows to be written behind the past, [1, L, G * D]
 
-# Tensors of `decide`. It runs once per image over the L rows of the stage before the site.
-KEY = "key"  # [1, G, S, D] the cache of the layer that is read; [1, P + L, G * D] as rows
+# Tensors of `decide`. It runs once per image over the L rows of the stage before the site. Of the
+# layer before the site it reads QUERY, KEY and VALUE; of layers below that, `query` and `key`.
 QUERY = "query"  # [1, L, H * D]
+KEY = "key"  # [1, G, S, D] the cache of the layer that is read; [1, P + L, G * D] as rows
+VALUE = "value"  # the same of its values
+SIDE_ROW = "side_row"  # [1] row of the image's pseudo-CLS
+LAST_ROW = "last_row"  # [1] the last ordinary row
 VISUAL_ROWS = "visual_rows"  # [N] rows of the image's tokens that are alive
 TEXT_ROWS = "text_rows"  # [T] rows of the instruction behind the image
 PATCH_IDS = "patch_ids"  # [N] raster index of each of `visual_rows`
@@ -121,3 +139,4 @@ AXIS_PAST = "past"  # rows of a cache that came before
 AXIS_PRESENT = "present"  # the same, and those of this call
 AXIS_VISUAL = "visual"
 AXIS_TEXT = "text"
+AXIS_WINDOWS = "windows"

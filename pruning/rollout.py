@@ -30,6 +30,8 @@ class Layer(NamedTuple):
         mask: Which key (axis 1) a row (axis 0) sees, bool [n, n]; None: all. Rows that are left
             out are simply not among the n: then a softmax over the rest renormalises each row.
         value: Values of the same rows, [B, G, n, D], where scores weigh by their length.
+        columns: Where `key` holds more than the n rows (and `mask` as many columns), which of its
+            keys they are, int64 [n]; the others keep their share of a row's attention.
     """
 
     query: Tensor
@@ -37,6 +39,7 @@ class Layer(NamedTuple):
     scale: float
     mask: Tensor | None = None
     value: Tensor | None = None
+    columns: Tensor | None = None
 
 
 def column_sums(
@@ -85,12 +88,12 @@ def start_row(layer: Layer, row: int | Tensor | None) -> Tensor:
     device = layer.query.device
     if row is None:
         weights = torch.full((batch, rows), 1.0 / rows, device=device)
-        return column_sums(weights, layer.query, layer.key, layer.scale, layer.mask)
+        return _step(weights, layer)
     place = torch.tensor([row], device=device) if isinstance(row, int) else row
     mask = None if layer.mask is None else layer.mask.index_select(0, place)
     one = torch.ones((batch, 1), device=device)
     query = layer.query.index_select(2, place)  # [B, H, 1, D]
-    return column_sums(one, query, layer.key, layer.scale, mask)
+    return _step(one, layer._replace(query=query, mask=mask))
 
 
 def rollout_row(
@@ -117,9 +120,15 @@ def rollout_row(
         rolled = (rolled + _start(top, row)) / 2
     for index in range(len(layers) - 2, -1, -1):
         layer = layers[index]
-        stepped = column_sums(rolled, layer.query, layer.key, layer.scale, layer.mask)
+        stepped = _step(rolled, layer)
         rolled = (stepped + rolled) / 2 if index > 0 or identity_first else stepped
     return rolled
+
+
+def _step(weights: Tensor, layer: Layer) -> Tensor:
+    """`v . A` over the n rows, [B, n]."""
+    stepped = column_sums(weights, layer.query, layer.key, layer.scale, layer.mask)
+    return stepped if layer.columns is None else stepped.index_select(1, layer.columns)
 
 
 def _start(layer: Layer, row: int | Tensor | None) -> Tensor:

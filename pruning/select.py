@@ -44,6 +44,7 @@ def keep_top(scores: Tensor, num_keep: Tensor | int) -> Tensor:
     """
     batch, num_tokens = scores.shape
     ordered = torch.sort(scores, dim=-1, descending=True).values  # [B, N]
+    wanted: float | Tensor
     if isinstance(num_keep, int):
         num_keep = min(max(num_keep, 1), num_tokens)
         last_kept = ordered[:, num_keep - 1 : num_keep]  # [B, 1]
@@ -112,8 +113,36 @@ def keep_fraction(
     Returns:
         What stays, bool [B, N]; and how many the rule kept, int64 [B].
     """
+    return keep_count(scores, num_to_keep(keep_ratio, num_visual), budget)
+
+
+def check_num_keep(num_keep: int) -> None:
+    """Refuse a count that keeps nothing.
+
+    Raises:
+        PatchsieveError: `num_keep` is below 1 or no whole number.
+    """
+    if type(num_keep) is not int or num_keep < 1:
+        raise PatchsieveError(
+            "num_keep cannot be used",
+            found=num_keep,
+            expected="a whole number of at least 1",
+            do="give the number of visual tokens per image that are kept",
+        )
+
+
+def keep_count(scores: Tensor, num_keep: int, budget: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep a fixed number, the highest scores, cut down to a budget.
+
+    Args:
+        scores: Higher is kept, ties to the lower index, [B, N].
+        num_keep: How many; all N where fewer are alive.
+        budget: Most tokens that may stay, int64 0-d or [1]; below 1 counts as 1.
+
+    Returns:
+        What stays, bool [B, N]; and how many the rule kept, int64 [B].
+    """
     batch, num_tokens = scores.shape
-    num_keep = num_to_keep(keep_ratio, num_visual)
     num_wanted = torch.full((batch,), num_keep, dtype=torch.int64, device=scores.device)
     num_wanted = num_wanted.clamp(max=num_tokens)  # [B]
     return keep_top(scores, torch.minimum(num_wanted, budget.reshape(1))), num_wanted

@@ -53,6 +53,9 @@ class Backend(Protocol):
     def fetch(self, reason: str, *tensors: Any) -> list[np.ndarray]:
         """Bring tensors to the host together. A GPU is waited for once, under this reason."""
 
+    def value_cache(self, cache: StageCache, layer: int) -> Any:
+        """The values of a layer, likewise."""
+
     def to_numpy(self, tensor: Any) -> np.ndarray:
         """Bring one tensor to the host, for tools and tests."""
 

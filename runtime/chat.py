@@ -229,10 +229,12 @@ class Chat:
                     do=f"shorten it, or export with a larger {option}",
                 )
         budgets = self.model.facts.budgets(self.plan)
+        side_layer = self.model.facts.side_layer(self.plan)
         for stage, budget in zip(cache.stages, budgets, strict=True):
             used = stage.length if continues else 0
-            # The last new token is answered but never fed.
-            needed = used + text + images * budget + max_new_tokens - 1
+            # The last new token is answered but never fed; new ones take the place of side rows.
+            side = images if stage.stage.last <= side_layer else 0
+            needed = used + text + images * budget + max(max_new_tokens - 1, side)
             if needed > stage.slots:
                 raise CapacityError(
                     "the conversation is full",
@@ -247,12 +249,15 @@ class Chat:
         start, images = time.perf_counter(), self._images
         if pixels is not None:
             first = len(images.features)
-            features, ids, sources = self.model.pipeline.see(pixels, self.plan, rng)
-            images.features += list(features)
-            images.patch_ids += list(ids)
+            seen = self.model.pipeline.see(pixels, self.plan, rng)
+            images.features += list(seen.features)
+            images.patch_ids += list(seen.ids)
+            images.cls += seen.cls
             images.reduced += [
                 ImageResult(number, each.tolist(), went.tolist())
-                for number, (each, went) in enumerate(zip(ids, sources, strict=False), first)
+                for number, (each, went) in enumerate(
+                    zip(seen.ids, seen.sources, strict=False), first
+                )
             ]
         result.timings_ms["vision"] = since(start)
 

@@ -126,7 +126,11 @@ class OrtBackend:
 
     def key_cache(self, cache: StageCache, layer: int) -> Any:
         """The cache itself, not a copy."""
-        return cache.buffers.read(names.key_cache(layer), cache.length)
+        return cache.buffers.read(names.key_cache(layer), cache.present)
+
+    def value_cache(self, cache: StageCache, layer: int) -> Any:
+        """The cache itself, not a copy."""
+        return cache.buffers.read(names.value_cache(layer), cache.present)
 
     def fetch(self, reason: str, *tensors: Any) -> list[np.ndarray]:
         """Copy tensors out; there is nothing to wait for."""

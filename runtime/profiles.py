@@ -30,6 +30,7 @@ def profiles(facts: Manifest, graph: str, target: str) -> list[Profile]:
     ranges: Ranges = {
         names.AXIS_IMAGES: (1, 1, limits.max_images),
         names.AXIS_ROWS: (1, most[0], most[0]),
+        names.AXIS_WINDOWS: (1, 1, names.MOST_WINDOWS),
     }
     if graph.startswith("stage_"):
         chosen = _stage(facts, int(graph.removeprefix("stage_")), ranges, most)

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from patchsieve.runtime.pseudo_cls import Words
+
 SCHEMA_VERSION = 1
 
 
@@ -96,6 +98,7 @@ class Result:
             one, "repicked" by a new prefill, or "none" where they pruned nothing.
         images: What the vision graph left of each image, where the plan prunes there.
         sites: Survivors per site and image, of the whole conversation.
+        words: The question's words that judged each image of this turn, where a plan has them.
         kv_bytes: Reserved and used, in all and per stage.
         timings_ms: Milliseconds of each part; `ttft` is the time to the first token, `decode_steps`
             lists each token behind it. `device` holds what a GPU took for each graph, by its own
@@ -112,6 +115,7 @@ class Result:
     selection: str = "none"
     images: list[ImageResult] = field(default_factory=list)
     sites: list[SiteResult] = field(default_factory=list)
+    words: list[Words] = field(default_factory=list)
     kv_bytes: dict[str, Any] = field(default_factory=dict)
     timings_ms: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -125,5 +129,6 @@ class Result:
             **vars(self),
             "images": [image.to_dict() for image in self.images],
             "sites": sites,
+            "words": [one.to_dict() for one in self.words],
             "timings_ms": times,
         }

@@ -22,7 +22,9 @@ class Rows:
         patch_ids: Raster index on the image's patch grid, -1 for none, int64 [L].
         places: Place among the image's tokens that entered the decoder, -1 for text, int64 [L].
         is_instruction: The row holds a token of the last question, bool [L].
-        next_position: Of the row behind them all, dropped or not.
+        side_of: For a side row the image that it judges, TEXT for all others, int64 [L]. Side rows
+            stand behind all others; their `image` is TEXT.
+        next_position: Of the row behind them all, dropped or not, side rows not counted.
     """
 
     position_ids: np.ndarray
@@ -30,6 +32,7 @@ class Rows:
     patch_ids: np.ndarray
     places: np.ndarray
     is_instruction: np.ndarray
+    side_of: np.ndarray
     next_position: int
 
     def __len__(self) -> int:
@@ -43,8 +46,48 @@ class Rows:
             self.patch_ids[indices],
             self.places[indices],
             self.is_instruction[indices],
+            self.side_of[indices],
             self.next_position,
         )
+
+    def with_side_rows(self) -> Rows:
+        """The rows, and behind them a side row for each image that is fed.
+
+        Its position is that of the first text behind the image, which it does not shift.
+        """
+        images = self.images()
+        none = np.full(len(images), TEXT)
+        positions = np.append(self.position_ids, self.next_position)
+        is_text = np.append(self.image == TEXT, True)
+        behind = [
+            self.of_image(image)[-1] + np.argmax(is_text[self.of_image(image)[-1] :])
+            for image in images
+        ]
+        return Rows(
+            np.concatenate((self.position_ids, positions[behind])),
+            np.concatenate((self.image, none)),
+            np.concatenate((self.patch_ids, none)),
+            np.concatenate((self.places, none)),
+            np.concatenate((self.is_instruction, none != TEXT)),
+            np.concatenate((self.side_of, np.array(images, np.int64))),
+            self.next_position,
+        )
+
+    @property
+    def num_side(self) -> int:
+        """Side rows among them."""
+        return int((self.side_of != TEXT).sum())
+
+    def side_row(self, image: int) -> np.ndarray:
+        """Index of an image's side row, [1]; none where there is no such row, [0]."""
+        return np.flatnonzero(self.side_of == image)
+
+    def last_seen(self) -> np.ndarray:
+        """The last row that each row sees besides itself, [L]: a side row, its image's last."""
+        seen = np.arange(len(self))
+        for row in np.flatnonzero(self.side_of != TEXT):
+            seen[row] = self.of_image(self.side_of[row])[-1]
+        return seen
 
     def images(self) -> list[int]:
         """Numbers of the images among the rows, ascending."""
@@ -61,11 +104,15 @@ class Rows:
         the answer, at least); where no text follows, the last row does.
         """
         last = self.of_image(image)[-1]
-        behind = (np.arange(len(self)) > last) & (self.image == TEXT)
+        behind = (np.arange(len(self)) > last) & (self.image == TEXT) & (self.side_of == TEXT)
         for chosen in (behind & self.is_instruction, behind):
             if chosen.any():
                 return np.flatnonzero(chosen)
-        return np.array([len(self) - 1])
+        return self.last_row()
+
+    def last_row(self) -> np.ndarray:
+        """Index of the last row that is no side row, [1]."""
+        return np.array([len(self) - self.num_side - 1])
 
 
 def number_tokens(ids: np.ndarray, vision: VisionModel, rule: str) -> tuple[np.ndarray, int]:

@@ -200,7 +200,7 @@ class TensorRTBackend:
 
     def _view(self, cache: StageCache, name: str) -> DeviceTensor:
         buffers: DeviceCache = cache.buffers
-        return buffers.view(name, cache.length)
+        return buffers.view(name, cache.length + cache.num_side)
 
     def _context(self, graph: str) -> Context:
         context = self._contexts.get((graph, PREFILL))

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from patchsieve.cli import ivtp
 from patchsieve.cli.output import Progress, print_json, require, size
 from patchsieve.errors import PatchsieveError
 from patchsieve.heads import load_heads
@@ -20,6 +21,7 @@ _OF_A_NEW_BUNDLE = (
     "checkpoint",
     "output",
     "cuts",
+    "scorer",
     "targets",
     "precision",
     "max_text_tokens",
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan = parser.add_argument_group("what prunes where")
     add = plan.add_argument
     add("--plan", type=Path, metavar="JSON", help="a plan file; instead of the shortcuts below")
-    add("--method", default=None, help="none (default), random, fastv or atp")
+    add("--method", default=None, help="none (default), random, fastv, atp, topk or ivtp")
     add("--sites", type=_integers, metavar="LAYERS", help="layers at whose input to prune: 4,14,24")
     add("--keep-ratio", type=_numbers, metavar="R", help="fraction KEPT of what enters the decoder")
     add(
@@ -99,10 +101,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("original", "contiguous"),
         help="of survivors that enter the decoder: original (default) leaves the gaps",
     )
+    ivtp.add_arguments(plan)
     add("--plan-name", metavar="NAME", help="what requests call the plan")
     bundle = parser.add_argument_group("the bundle")
     add = bundle.add_argument
     add("--cuts", type=_integers, metavar="LAYERS", help="further layers to divide at")
+    add(
+        "--scorer",
+        metavar="SOURCE",
+        help="ivtp: the CLIP that the tower was taken from: open_clip, "
+        "open_clip:MODEL:TAG_OR_FILE, a Hugging Face directory or hub id",
+    )
     add(
         "--targets",
         help="comma-separated: cpu (default), cuda, jetpack6, tensorrt, tensorrt10, tensorrt-rtx, "
@@ -165,6 +174,7 @@ def _export(
         limits=Limits(
             *(usual if n is None else n for n, usual in zip(limits, _LIMITS, strict=True))
         ),
+        scorer=args.scorer,
     )
     return export(args.checkpoint, args.output, options, progress, spent)
 
@@ -180,6 +190,7 @@ _DECODER_OPTIONS = (
     "normalisation",
     "causal",
     "budget",
+    *ivtp.OPTIONS,
 )
 # Option behind --encoder- or --projector-, and the parameter that it sets.
 _METHOD_OPTIONS = {
@@ -209,13 +220,16 @@ def _plan(args: argparse.Namespace) -> Plan:
         if used:
             raise PatchsieveError("--plan says it all", found=", ".join(used), do="leave them away")
         return Plan.from_file(args.plan)
+    if args.method == "ivtp":
+        return ivtp.plan(args, used)
     plan = Plan(
         _sites(args),
         _method(args, "encoder"),
         _method(args, "projector"),
         args.positions or "original",
+        ivtp.pseudo_cls(args) if args.method == "topk" else None,
     )
-    if args.positions is not None and not plan.has_vision:
+    if args.positions is not None and not plan.prunes_before:
         raise PatchsieveError(
             "--positions has no effect", expected="--encoder or --projector beside it"
         )
@@ -250,15 +264,17 @@ def _sites(args: argparse.Namespace) -> tuple[SitePlan, ...]:
             raise PatchsieveError(
                 "options of a pruning method, but no method",
                 found=", ".join(rest),
-                do="add --method random, fastv or atp",
+                do="add --method random, fastv, atp, topk or ivtp",
             )
         return ()
+    ivtp.check_other_method(args)
     sites = args.sites
     if sites is None and args.heads is not None:
         sites = load_heads(args.heads)[0].sites
     if sites is None:
         raise PatchsieveError(f"--method {args.method} needs --sites", expected="e.g. --sites 2")
     params: dict[str, Any] = {
+        "num_keep": args.num_keep,
         "rows": args.rows,
         "heads": None if args.heads is None else str(args.heads),
         "theta_r": args.theta_r,
@@ -297,7 +313,9 @@ def _per_site(option: str, values: list[Any] | None, count: int) -> list[Any]:
 
 
 def _name(plan: Plan) -> str:
-    """A name that says what a plan does: gtp64-fastv-2-50."""
+    """A name that says what a plan does: gtp64-fastv-2-50, ivtp-64."""
+    if plan.sites and all(site.method == "ivtp" for site in plan.sites):
+        return f"ivtp-{plan.sites[-1].params.get('num_keep', '')}".rstrip("-")
     parts = [
         f"{method.method}{method.params.get('keep', '')}"
         for method in (plan.encoder, plan.projector)
@@ -380,7 +398,7 @@ def _report(
         needs = f"; needs {facts.needs[target]}" if target in facts.needs else ""
         took = f"{spent[target]:.1f} s"
         print(f"  {target}: graphs of {size(count)} on the shared weights, {took}{needs}")
-    if facts.plans[plan].has_vision:
+    if facts.plans[plan].prunes_before:
         left, full_count = facts.num_visual(plan), facts.vision.num_visual
         print(f"  tower: {left} of {full_count} visual tokens an image enter the decoder")
     for stage, budget, count in zip(facts.stages, facts.budgets(plan), slots, strict=True):
