@@ -140,14 +140,16 @@ class Checkpoint:
         with _open(file) as opened:
             return opened.get_tensor(stored)
 
-    def require(self, wanted: dict[str, tuple[int, ...]]) -> None:
+    def require(
+        self, wanted: dict[str, tuple[int, ...]], of: str = "a LlavaForConditionalGeneration"
+    ) -> None:
         """Refuse a checkpoint that lacks a tensor or holds one of another shape."""
         missing = [name for name in wanted if name not in self._shapes]
         if missing:
             raise UnsupportedModelError(
                 f"the checkpoint {self.directory} lacks {len(missing)} of {len(wanted)} tensors",
                 found=f"no {missing[0]}",
-                expected="all weights of a LlavaForConditionalGeneration",
+                expected=f"all weights of {of}",
                 do="check that every shard was downloaded",
             )
         for name, shape in wanted.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from patchsieve import names
 from patchsieve.export.families.specs import HeadShape
+from patchsieve.export.methods import layers_read
 from patchsieve.export.trace import Input, trace
 from patchsieve.pruning.site import Site
 from patchsieve.pruning.table import modules
@@ -25,62 +27,66 @@ class Decide(nn.Module):
         method: Decides for one image.
         heads: How the decoder's attention divides a row.
         grid: Patch rows and columns of an image.
-        num_visual: Visual tokens of an image before any pruning.
+        num_visual: Visual tokens of an image that enter the decoder.
+        below: Layers that it reads besides the one before the site, the nearest first.
     """
 
     def __init__(
-        self, method: Method, heads: HeadShape, grid: tuple[int, int], num_visual: int
+        self,
+        method: Method,
+        heads: HeadShape,
+        grid: tuple[int, int],
+        num_visual: int,
+        below: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.method, self.heads, self.grid, self.num_visual = method, heads, grid, num_visual
+        self.below = below
         for name, part in modules(method).items():  # so that their parameters are found
             self.add_module(name, part)
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        slot: Tensor,
-        visual_rows: Tensor,
-        text_rows: Tensor,
-        patch_ids: Tensor,
-        keep: Tensor,
-        budget: Tensor,
-        noise: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, given: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Decide which of one image's rows go on.
 
         Args:
-            query: Rotated queries of the layer before the site, [1, L, H * D].
-            key: Its key cache, [1, G, S, D].
-            slot: Cache slot of row 0, [1].
-            visual_rows: Rows of this image's tokens, [N].
-            text_rows: Rows of the instruction behind the image, [T].
-            patch_ids: Raster index of each visual row, [N].
-            keep: Rows that survive so far, [L]; decisions on several images are chained.
-            budget: Most tokens that may be kept, [1].
-            noise: Uniform numbers, [1, N], where the method asks for them.
+            given: By their names (patchsieve/names.py), of the layer before the site and, for
+                methods that look back further, of the layers below: queries [1, L, H * D], key
+                caches and value caches [1, G, S, D]; `slot` [1] of row 0; `visual_rows` [N] and
+                their `patch_ids` [N]; `text_rows` [T] of the instruction; `side_row` [1];
+                `last_row` [1]; `keep` [L], the rows that survive so far (decisions on several
+                images are chained); `budget` [1]; `noise` [1, N].
 
         Returns:
             keep_out [L], scores [N], num_wanted [1].
         """
-        shape = (1, -1, self.heads.num_heads, self.heads.head_dim)
+        visual_rows, keep = given[names.VISUAL_ROWS], given[names.KEEP]
         site = Site(
-            query=query.view(shape).transpose(1, 2),  # [1, H, L, D]
-            key=key,
-            slot=slot,
+            query=self._heads(given[names.QUERY]),
+            key=given[names.KEY],
+            value=given[names.VALUE],
+            lower=tuple(
+                (self._heads(given[names.query(layer)]), given[names.key(layer)])
+                for layer in self.below
+            ),
+            slot=given[names.SLOT],
             visual_rows=visual_rows,
-            text_rows=text_rows,
-            patch_ids=patch_ids,
+            text_rows=given[names.TEXT_ROWS],
+            patch_ids=given[names.PATCH_IDS],
+            side_row=given[names.SIDE_ROW],
+            last_row=given[names.LAST_ROW],
             grid=self.grid,
             num_visual=self.num_visual,
-            noise=noise,
+            noise=given[names.NOISE],
         )
-        decision = self.method.decide(site, budget)
+        decision = self.method.decide(site, given[names.BUDGET])
         # Integers, because not every runtime scatters booleans.
         mine = torch.ones_like(keep, dtype=torch.int64)
         mine = mine.scatter(0, visual_rows, decision.keep[0].to(torch.int64))  # [L]
         return keep & mine.bool(), decision.scores[0], decision.num_wanted
+
+    def _heads(self, query: Tensor) -> Tensor:
+        """[1, L, H * D] -> [1, H, L, D]."""
+        return query.view(1, -1, self.heads.num_heads, self.heads.head_dim).transpose(1, 2)
 
 
 class Compact(nn.Module):
@@ -99,31 +105,36 @@ class Compact(nn.Module):
 
 def decide_graph(
     method: Method,
+    layer: int,
     heads: HeadShape,
     grid: tuple[int, int],
     num_visual: int,
     dtype: torch.dtype,
 ) -> ir.Model:
-    """Trace the decision of one site."""
+    """Trace the decision of the site at `layer`."""
     rows, visual = names.AXIS_ROWS, names.AXIS_VISUAL
     int64 = torch.int64
-    inputs: dict[str, Any] = {
-        names.QUERY: Input(dtype, (1, rows, heads.num_heads * heads.head_dim)),
-        names.KEY: Input(dtype, (1, heads.num_kv_heads, names.AXIS_SLOTS, heads.head_dim)),
+    query = Input(dtype, (1, rows, heads.num_heads * heads.head_dim))
+    cache = Input(dtype, (1, heads.num_kv_heads, names.AXIS_SLOTS, heads.head_dim))
+    below = layers_read(method, layer)[1:]
+    inputs: dict[str, Any] = {names.QUERY: query, names.KEY: cache, names.VALUE: cache}
+    inputs |= {names.query(k): query for k in below} | {names.key(k): cache for k in below}
+    inputs |= {
         names.SLOT: Input(int64, (1,)),
         names.VISUAL_ROWS: Input(int64, (visual,)),
         names.TEXT_ROWS: Input(int64, (names.AXIS_TEXT,)),
         names.PATCH_IDS: Input(int64, (visual,)),
+        names.SIDE_ROW: Input(int64, (1,)),
+        names.LAST_ROW: Input(int64, (1,)),
         names.KEEP: Input(torch.bool, (rows,)),
         names.BUDGET: Input(int64, (1,)),
+        names.NOISE: Input(torch.float32, (1, visual)),
     }
-    if "noise" in method.reads:
-        inputs[names.NOISE] = Input(torch.float32, (1, visual))
     # An image's rows are some of the rows fed, and those are some of the cache's.
     sizes = {names.AXIS_TEXT: 7, visual: 11, rows: 23, names.AXIS_SLOTS: 31}
     model = trace(
-        Decide(method, heads, grid, num_visual),
-        tuple(inputs.values()),
+        Decide(method, heads, grid, num_visual, below),
+        (inputs,),
         list(inputs),
         [names.KEEP_OUT, names.SCORES, names.NUM_WANTED],
         sizes=sizes,

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,34 @@ from patchsieve import __version__, manifest, names
 from patchsieve.errors import PatchsieveError, UnsupportedModelError
 from patchsieve.export import weights as weights_module
 from patchsieve.export.checkpoint import Checkpoint, locate, read_config
+from patchsieve.export.clip_source import ClipSource, open_source
 from patchsieve.export.decision import compact_graph
-from patchsieve.export.families import decoder_spec, tower_spec
+from patchsieve.export.families import decoder_spec
 from patchsieve.export.graphs import GraphWriter
+from patchsieve.export.joint import JointCls, JointWeights
 from patchsieve.export.lowering import lowering
-from patchsieve.export.methods import store_heads
+from patchsieve.export.methods import (
+    build_method,
+    check_sites,
+    layers_read,
+    side_layer,
+    store_heads,
+)
 from patchsieve.export.processor import preprocessor_from_checkpoint
-from patchsieve.export.reuse import decide_graphs
+from patchsieve.export.reuse import decide_graphs, plan_vision
+from patchsieve.export.scorer import TextScorer, scorer_graph
 from patchsieve.export.stage import Stage
 from patchsieve.export.tokenizer import write_tokenizer
-from patchsieve.export.trace import Input, bind, fake_weights, trace
-from patchsieve.export.vision import Vision
-from patchsieve.export.weights import DTYPES, Weight, weights_of
+from patchsieve.export.trace import bind, fake_weights, trace
+from patchsieve.export.vision import Vision, vision_graph, vision_model
+from patchsieve.export.weights import DTYPES, Weight, default_dtype, weights_of
 from patchsieve.plan import NO_PRUNING, Plan, check_plan_name
 from patchsieve.writing import whole_or_nothing
 
 Progress = Callable[[str, float], None]
 EMBEDDINGS = "embed_tokens"
 HEAD = "lm_head.weight"
+SCORER_TOKENIZER = "scorer_tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,8 @@ class ExportOptions:
         targets: For which to write graphs.
         precision: dtype of weights, rows and caches: a key of DTYPES.
         limits: What requests may ask for.
+        scorer: Where the CLIP comes from that compares the question with an image, for a plan whose
+            pseudo_cls wants one (see `clip_source.open_source`).
     """
 
     plan: Plan = field(default_factory=Plan)
@@ -57,6 +68,7 @@ class ExportOptions:
     targets: tuple[str, ...] = ("cpu",)
     precision: str = "float32"
     limits: manifest.Limits = field(default_factory=lambda: manifest.Limits(512, 256, 1))
+    scorer: str | None = None
 
     def __post_init__(self) -> None:
         check_plan_name(self.plan_name)
@@ -72,7 +84,7 @@ class ExportOptions:
                 expected="at least 1 each",
                 do="raise --max-text-tokens, --max-new-tokens or --max-images",
             )
-        if self.plan_name == NO_PRUNING and self.plan.sites:
+        if self.plan_name == NO_PRUNING and self.plan.prunes:
             raise PatchsieveError(
                 "the plan named none prunes nothing", do="choose another --plan-name"
             )
@@ -122,7 +134,7 @@ class _Job:
         self.directory, self.config, self.options = directory, config, options
         self.dtype = DTYPES[options.precision][0]
         self.spec = decoder_spec(config.text_config)  # type: ignore[attr-defined]
-        self.tower = tower_spec(config.vision_config)  # type: ignore[attr-defined]
+        self.vision_facts = vision_model(config)
         self.preprocessor = preprocessor_from_checkpoint(directory)
         self._check_image_size()
         cuts = sorted({*options.plan.layers, *options.cuts})
@@ -134,12 +146,26 @@ class _Job:
                 expected=f"layers 1 to {self.spec.num_layers - 1}",
                 do="change --sites or --cuts",
             )
+        self.clip = None if options.scorer is None else open_source(options.scorer)
+        methods = [build_method(site) for site in options.plan.sites]
+        check_sites(options.plan, methods)
+        self.side_layer = side_layer(options.plan, methods)
+        pairs = zip(options.plan.sites, methods, strict=True)
+        queries = {layer for site, m in pairs for layer in layers_read(m, site.layer)}
         edges = [0, *cuts, self.spec.num_layers]
-        with fake_weights() as self.mode, _default_dtype(self.dtype):
-            self.vision = Vision(self.tower, config)
-            self.stages = [Stage(self.spec, a, b) for a, b in zip(edges, edges[1:], strict=False)]
-        self.vision_facts = self._vision_facts()
-        most = options.limits.slots(self.vision.num_visual)
+        with fake_weights() as self.mode, default_dtype(self.dtype):
+            self.vision = Vision(self.vision_facts, self.spec.hidden_size)
+            width = None if self.clip is None else self.clip.text.width
+            self.plan_vision = plan_vision(
+                options.plan, self.vision_facts, self.spec.hidden_size, width
+            )
+            if self.clip is not None:
+                self.scorer = TextScorer(self.clip.text)
+                self.joint = JointCls(self.vision_facts, self.clip.text.width)
+            self.stages = [
+                Stage(self.spec, a, b, queries) for a, b in zip(edges, edges[1:], strict=False)
+            ]
+        most = options.limits.slots(self.vision.num_visual, self.side_layer > 0)
         if most > self.spec.max_rows:
             raise UnsupportedModelError(
                 "the reserved rows exceed what the decoder was made for",
@@ -152,15 +178,25 @@ class _Job:
         self.files = self._weight_files()
         wanted = [weight for weights in self.files.values() for weight in weights]
         self.checkpoint.require({weight.source: weight.source_shape for weight in wanted})
+        self.sources: dict[str, weights_module.Source] = {}  # of files that hold something else
+        if self.clip is not None:
+            self._add_scorer(self.clip)
         # Last, because tracing takes seconds and all else is refused at once.
         self.plan, self.graphs = decide_graphs(
-            options.plan, options.plan_name, self.spec.heads, self.vision_facts, self.dtype
+            options.plan,
+            options.plan_name,
+            self.spec.heads,
+            self.vision_facts,
+            self.plan_vision.num_visual,
+            self.dtype,
         )
 
     def write(self, partial: Path, progress: Progress) -> None:
         """Write tokenizer, preprocessor, weights and graphs."""
         self.tokenizer = write_tokenizer(self.directory, partial)  # first: it may be refused
         _dump(partial / "preprocessor.json", self.preprocessor)
+        if self.clip is not None:
+            (partial / SCORER_TOKENIZER).write_text(self.clip.tokenizer, encoding="utf-8")
         self.plan = store_heads(partial, self.plan, [])
         graphs = partial / "graphs"
         stored = self._write_weights(graphs / weights_module.DIRECTORY, progress)
@@ -177,7 +213,8 @@ class _Job:
             )
         self.writer = GraphWriter(graphs, self.options.targets)
         self.paths: dict[str, dict[str, str]] = {}
-        total = len(self.stages) + 2 + len(self.graphs)
+        has_scorer = self.clip is not None
+        total = len(self.stages) + 2 + self.plan.has_vision + has_scorer + len(self.graphs)
         for done, (name, slots, graph) in enumerate(self._graphs(stored)):
             progress(f"writing {name}", 0.6 + 0.35 * done / total)
             for target, path in self.writer.save(name, graph, slots=slots).items():
@@ -218,6 +255,7 @@ class _Job:
             targets=self.paths,
             tensors=self.writer.tensors,
             files=_hashes(partial),
+            scorer=self._scorer_facts(),
         )
         manifest.write(partial, facts)
         return facts
@@ -227,28 +265,13 @@ class _Job:
         side = made["shortest_edge"]
         crop = made["crop_size"] if made["do_center_crop"] else None
         found = list(crop or made["resize_to"] or (side, side))
-        expected = [self.tower.image_size] * 2
+        expected = [self.vision_facts.image_size] * 2
         if found != expected:
             raise UnsupportedModelError(
                 "the image processor does not yield the size that the tower takes",
                 found=found,
                 expected=expected,
             )
-
-    def _vision_facts(self) -> manifest.VisionModel:
-        config = self.config.vision_config  # type: ignore[attr-defined]
-        return manifest.VisionModel(
-            model_type=config.model_type,
-            hidden_size=self.tower.hidden_size,
-            intermediate_size=self.tower.intermediate_size,
-            num_layers=self.tower.num_layers,
-            num_layers_run=max(self.vision.vision_tower.feature_layers),
-            num_heads=self.tower.num_heads,
-            image_size=self.tower.image_size,
-            patch_size=self.tower.patch_size,
-            grid=self.tower.grid,
-            num_visual=self.vision.num_visual,
-        )
 
     def _tokens(self) -> manifest.Tokens:
         made = self.tokenizer
@@ -263,10 +286,11 @@ class _Job:
 
     def _stage_facts(self) -> Iterator[manifest.Stage]:
         at = {site.layer: site.budget for site in self.plan.sites}
-        budget = self.vision.num_visual
+        budget = self.plan_vision.num_visual
         for stage in self.stages:
             budget = min(budget, at.get(stage.first) or budget)
-            yield manifest.Stage(stage.first, stage.last, self.options.limits.slots(budget))
+            slots = self.options.limits.slots(budget, stage.last <= self.side_layer)
+            yield manifest.Stage(stage.first, stage.last, slots)
 
     def _is_tied(self) -> bool:
         """Tell whether the table of embeddings is the output matrix too, as transformers decides.
@@ -292,6 +316,29 @@ class _Job:
         if not self.is_tied:
             files["head"] += weights_of(last.lm_head, "lm_head.", "lm_head.")
         return files
+
+    def _add_scorer(self, clip: ClipSource) -> None:
+        """The text tower's weights, and those that carry an image into its space."""
+        scorer, joint = list(weights_of(self.scorer)), list(weights_of(self.joint, "joint."))
+        shapes = {weight.source: weight.source_shape for weight in scorer}
+        clip.tensors.require(shapes, f"the scorer {clip.name}")
+        source = JointWeights(self.checkpoint, clip)
+        source.require(joint)
+        self.files |= {"scorer": scorer, "joint": joint}
+        self.sources |= {"scorer": clip.tensors, "joint": source}
+
+    def _scorer_facts(self) -> manifest.Scorer | None:
+        clip = self.clip
+        if clip is None:
+            return None
+        return manifest.Scorer(
+            source=clip.name,
+            tokenizer=SCORER_TOKENIZER,
+            bos_id=clip.bos_id,
+            eos_id=clip.eos_id,
+            window=clip.text.window,
+            width=clip.text.width,
+        )
 
     def _write_weights(self, folder: Path, progress: Progress) -> dict[str, ir.ExternalTensor]:
         folder.mkdir(parents=True)
@@ -320,7 +367,7 @@ class _Job:
             stored |= weights_module.write(
                 folder / f"{file}.safetensors",
                 weights,
-                self.checkpoint,
+                self.sources.get(file, self.checkpoint),
                 self.options.precision,
                 step,
             )
@@ -330,12 +377,15 @@ class _Job:
         self, stored: dict[str, ir.ExternalTensor]
     ) -> Iterator[tuple[str, int | None, ir.Model]]:
         """Each graph, bound to its weights, as (name, slots of its caches, graph)."""
-        side = self.tower.image_size
-        pixels = Input(torch.float32, (names.AXIS_IMAGES, 3, side, side))
-        outputs = [names.IMAGE_FEATURES, names.IMAGE_IDS]
-        graph = trace(self.vision, (pixels,), [names.PIXEL_VALUES], outputs, self.mode)
-        bind(graph, stored | {"ids": ir.tensor(self.vision.patch_ids, name="ids")})
-        yield names.VISION, None, graph
+        own = [(names.vision(self.options.plan_name), self.plan_vision)]
+        for name, vision in [(names.VISION, self.vision), *(own if self.plan.has_vision else ())]:
+            graph = vision_graph(vision, self.mode)
+            bind(graph, stored)
+            yield name, None, graph
+        if self.clip is not None:
+            graph = scorer_graph(self.scorer, self.mode)
+            bind(graph, stored)
+            yield names.SCORER, None, graph
         inv_freq = ir.tensor(torch.tensor(self.spec.inv_freq).numpy(), name="inv_freq")
         for index, (stage, facts) in enumerate(zip(self.stages, self._stage_facts(), strict=True)):
             inputs = stage.inputs(self.dtype)
@@ -356,13 +406,3 @@ def _hashes(bundle: Path) -> dict[str, manifest.File]:
 
 def _dump(path: Path, data: object) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from patchsieve.errors import PatchsieveError
 from patchsieve.heads import CONFIG, TENSORS, HeadsConfig, load_heads
-from patchsieve.plan import Plan, SitePlan
+from patchsieve.plan import MethodPlan, Plan, SitePlan
 from patchsieve.pruning.atp import ATP
-from patchsieve.pruning.select import num_to_keep
-from patchsieve.pruning.table import METHODS
+from patchsieve.pruning.pooling import Pooling
+from patchsieve.pruning.schedules import SCHEDULE_OPTIONS, TowerSchedule, num_to_keep
+from patchsieve.pruning.table import ENCODERS, METHODS, PROJECTORS
 from patchsieve.pruning.thresholds import ConstantThresholds, Thresholds
 from patchsieve.writing import write_whole
 
 if TYPE_CHECKING:
     from patchsieve.pruning.site import Method
+    from patchsieve.pruning.tower import TowerMethod
 
 HEADS = "heads"  # folder of a bundle
 
@@ -49,9 +51,69 @@ def build_method(site: SitePlan, folder: Path = Path()) -> Method:
         ) from error
 
 
+def build_encoder(plan: MethodPlan | None) -> TowerMethod | None:
+    """Build the method inside the vision tower.
+
+    Raises:
+        PatchsieveError: The method or one of its parameters is unknown.
+    """
+    if plan is None:
+        return None
+    kind = _known(plan, ENCODERS, "inside the vision tower")
+    given = dict(plan.params)
+    options = {name: given.pop(name) for name in SCHEDULE_OPTIONS if name in given}
+    return _made(kind, plan, given | {"schedule": TowerSchedule(**options)})
+
+
+def build_projector(plan: MethodPlan | None, num_layers: int) -> TowerMethod | Pooling | None:
+    """Build the method between a tower that runs `num_layers` layers and the decoder.
+
+    Raises:
+        PatchsieveError: The method or one of its parameters is unknown.
+    """
+    if plan is None:
+        return None
+    kind = _known(plan, PROJECTORS, "between tower and decoder")
+    given = dict(plan.params)
+    if kind is not Pooling:  # once, behind the last layer
+        schedule = TowerSchedule(keep=given.pop("keep", None), layers=(num_layers - 1,))
+        given["schedule"] = schedule
+    return _made(kind, plan, given)
+
+
+def _known(plan: MethodPlan, table: dict[str, type], where: str) -> type:
+    if plan.method not in table:
+        raise PatchsieveError(
+            f"unknown method {where}", found=plan.method[:80], expected=", ".join(table)
+        )
+    return table[plan.method]
+
+
+def _made(kind: type, plan: MethodPlan, options: dict[str, Any]) -> Any:
+    flags = {f.name for f in fields(kind) if f.type == "bool"}
+    wrong = [name for name in flags & set(options) if not isinstance(options[name], bool)]
+    if "schedule" in plan.params or wrong:
+        name = "schedule" if "schedule" in plan.params else wrong[0]
+        raise PatchsieveError(
+            f"the parameter {name} of {plan.method} cannot be used",
+            found=repr(plan.params[name])[:80],
+            expected="true or false" if wrong else ", ".join(SCHEDULE_OPTIONS),
+        )
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise PatchsieveError(f"the parameters of {plan.method} do not fit", found=error) from error
+
+
 _NUMBER = (int, float)
 _TYPES: dict[str, tuple[type, ...]] = {
     "keep_ratio": _NUMBER,
+    "num_keep": (int,),
+    "group": (int,),
+    "fusion": (str,),
+    "block": (str,),
+    "identity_first": (bool,),
+    "row": (str,),
     "rows": (str,),
     "heads": (str,),
     "theta_r": _NUMBER,
@@ -80,6 +142,58 @@ def _check_types(site: SitePlan) -> None:
             )
 
 
+def layers_read(method: Method, layer: int) -> list[int]:
+    """Layers whose queries the decision of a site takes, the one before the site first.
+
+    Raises:
+        PatchsieveError: The method looks back further than the decoder reaches.
+    """
+    words = (word.partition(".") for word in method.reads)
+    back = sorted(int(k or 0) for what, _, k in words if what == "query")
+    if back and back[-1] >= layer:
+        raise PatchsieveError(
+            f"{method.name} at layer {layer} looks back on layers that are not there",
+            found=f"a group of {back[-1] + 1} layers",
+            expected=f"at most {layer}",
+            do="lower group, or prune at a later layer",
+        )
+    return [layer - 1 - k for k in back]
+
+
+def check_sites(plan: Plan, methods: list[Method]) -> None:
+    """Refuse sites that read what the plan does not give them.
+
+    Raises:
+        PatchsieveError: A group of layers reaches over another site, or a side row is read that no
+            pseudo_cls makes, or made and not read.
+    """
+    before = 0
+    for site, method in zip(plan.sites, methods, strict=True):
+        read = layers_read(method, site.layer)
+        if read and read[-1] < before:
+            raise PatchsieveError(
+                f"the group of {site.method} at layer {site.layer} reaches over another site",
+                found=f"layers {read[-1]} to {site.layer - 1}, with a site at {before}",
+                expected=f"at most {site.layer - before} layers",
+                do="lower group, or move the sites apart",
+            )
+        before = site.layer
+    is_read = side_layer(plan, methods) > 0
+    if is_read != (plan.pseudo_cls is not None):
+        raise PatchsieveError(
+            "the plan's sites and its pseudo_cls do not belong together",
+            found="sites that judge by one, and none" if is_read else "one that no site reads",
+            expected='"pseudo_cls": {"text": "clip"} beside sites of ivtp or topk',
+            do="correct the plan",
+        )
+
+
+def side_layer(plan: Plan, methods: list[Method]) -> int:
+    """The last site that reads side rows, 0 for none."""
+    pairs = zip(plan.sites, methods, strict=True)
+    return max((site.layer for site, method in pairs if "side_row" in method.reads), default=0)
+
+
 def _default(name: str) -> object:
     """What ATP takes for an option that is not given."""
     defaults = {f.name: f.default for f in fields(ATP)}
@@ -93,8 +207,9 @@ def _plain(value: object) -> object:
 def resolve_budgets(plan: Plan, methods: list[Method], num_visual: int) -> Plan:
     """Give each site the number of tokens per image that the layers behind it reserve.
 
-    A given budget holds; it may not exceed what enters the site. Otherwise a fixed ratio needs
-    what it keeps, heads propose theirs, and a method whose count adapts without a proposal
+    `num_visual` tokens of an image enter the decoder, of which a site's ratio keeps its fraction.
+    A given budget holds; it may not exceed what enters the site. Otherwise a fixed ratio or number
+    needs what it keeps, heads propose theirs, and a method whose count adapts without a proposal
     reserves what the site before it does.
     """
     sites, most = [], num_visual
@@ -102,6 +217,8 @@ def resolve_budgets(plan: Plan, methods: list[Method], num_visual: int) -> Plan:
         budget = site.budget
         if budget is None and hasattr(method, "keep_ratio"):
             budget = num_to_keep(method.keep_ratio, num_visual)
+        if budget is None and hasattr(method, "num_keep"):
+            budget = method.num_keep
         if budget is None and "heads" in site.params:
             config, _ = load_heads(Path(site.params["heads"]))
             proposed = dict(zip(config.sites, config.budgets, strict=False))

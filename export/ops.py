@@ -62,13 +62,35 @@ def rotary(states: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     return turned.reshape(states.shape)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int, scale: float) -> Tensor:
-    """Full attention without a mask, as in a vision tower. All tensors: [B, N, H * D]."""
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    scale: float,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Full attention, as in a vision tower.
+
+    Args:
+        query: Heads side by side, [B, L, H * D].
+        key: [B, N, H * D].
+        value: [B, N, H * D].
+        num_heads: H.
+        scale: Factor on the products, 1 / sqrt(D).
+        bias: Added to the scaled products, of four axes that broadcast to [B, H, L, N]; finite.
+
+    Returns:
+        The mixed values, [B, L, H * D].
+    """
     if torch.compiler.is_exporting():
-        return _node("Attention", (query, key, value), [query], num_heads=num_heads, scale=scale)[0]
+        inputs = (query, key, value) if bias is None else (query, key, value, bias)
+        return _node("Attention", inputs, [query], num_heads=num_heads, scale=scale)[0]
     split = [t.view(*t.shape[:2], num_heads, -1).transpose(1, 2) for t in (query, key, value)]
     heads, keys, values = split
-    mixed = torch.nn.functional.scaled_dot_product_attention(heads, keys, values, scale=scale)
+    mixed = torch.nn.functional.scaled_dot_product_attention(
+        heads, keys, values, attn_mask=bias, scale=scale
+    )
     return mixed.transpose(1, 2).reshape(query.shape)
 
 

@@ -1,4 +1,4 @@
-"""Another plan for a bundle on its cuts: decision graphs change, stages and weights do not."""
+"""Another plan for a bundle on its cuts: small graphs change, stages and weights do not."""
 
 from __future__ import annotations
 
@@ -14,9 +14,21 @@ from patchsieve.errors import PatchsieveError
 from patchsieve.export.decision import decide_graph
 from patchsieve.export.families.specs import HeadShape
 from patchsieve.export.graphs import GraphWriter
-from patchsieve.export.methods import HEADS, build_method, resolve_budgets, store_heads
-from patchsieve.export.weights import DTYPES
-from patchsieve.plan import NO_PRUNING, Plan, check_plan_name
+from patchsieve.export.joint import JointCls
+from patchsieve.export.methods import (
+    HEADS,
+    build_encoder,
+    build_method,
+    build_projector,
+    check_sites,
+    layers_read,
+    resolve_budgets,
+    store_heads,
+)
+from patchsieve.export.trace import bind, fake_weights
+from patchsieve.export.vision import Vision, vision_graph
+from patchsieve.export.weights import DTYPES, default_dtype, stored_weights
+from patchsieve.plan import NO_PRUNING, TEXTS, Plan, check_plan_name
 from patchsieve.writing import one_line
 
 Progress = Callable[[str, float], None]
@@ -40,21 +52,35 @@ def reuse(
             expected=f"some of {old.cuts}",
             do="export a new bundle; --cuts divides it at further layers",
         )
-    if plan_name == NO_PRUNING and plan.sites:
+    if plan_name == NO_PRUNING and plan.prunes:
         raise PatchsieveError("the plan named none prunes nothing", do="choose another --plan-name")
+    _check_queries(old, plan)
     manifest.check_files(bundle, old, hashes=False)
     heads = HeadShape(old.text.num_heads, old.text.num_kv_heads, old.text.head_dim)
     dtype = DTYPES[old.precision][0]
+    with fake_weights() as mode, default_dtype(dtype):
+        joint_width = None if old.scorer is None else old.scorer.width
+        vision = plan_vision(plan, old.vision, old.text.hidden_size, joint_width)
+    stored: dict[str, ir.ExternalTensor] = {}
+    for part in ("vision", "joint") if old.scorer is not None else ("vision",):
+        stored |= stored_weights(bundle / manifest.WEIGHTS / f"{part}.safetensors")
     writer = GraphWriter(bundle / "graphs", tuple(old.targets))
     written: dict[str, dict[str, str]] = {}
     new = old
     try:
         with one_line(bundle):
-            plan, graphs = decide_graphs(plan, plan_name, heads, old.vision, dtype, progress)
+            plan, graphs = decide_graphs(
+                plan, plan_name, heads, old.vision, vision.num_visual, dtype, progress
+            )
+            if plan.has_vision:
+                progress("tracing the vision tower", 0.8)
+                graphs[names.vision(plan_name)] = vision_graph(vision, mode)
+                bind(graphs[names.vision(plan_name)], stored)
             # A new generation of names, so that a reader of the old manifest finds its files whole.
-            for site, (name, graph) in zip(plan.sites, graphs.items(), strict=True):
+            for name, graph in graphs.items():
                 progress(f"writing {name}", 0.9)
-                slots = next(stage.slots for stage in old.stages if stage.last == site.layer)
+                _, layer = names.decided(name) or ("", None)
+                slots = next((s.slots for s in old.stages if s.last == layer), None)
                 for target, path in writer.save(name, graph, slots=slots, fresh=True).items():
                     written.setdefault(target, {})[name] = path
             plan = store_heads(bundle, plan, writer.written)
@@ -71,24 +97,88 @@ def reuse(
     return new
 
 
+def _check_queries(old: manifest.Manifest, plan: Plan) -> None:
+    """Refuse a plan that reads queries which the bundle's stages do not give."""
+    given = {
+        tensor["name"]
+        for index in range(len(old.stages))
+        for tensor in old.tensors[names.stage(index)]["outputs"]
+    }
+    for site in plan.sites:
+        read = layers_read(build_method(site), site.layer)
+        absent = [layer for layer in read if names.query(layer) not in given]
+        if absent:
+            raise PatchsieveError(
+                f"the bundle's stages do not give what {site.method} at layer {site.layer} reads",
+                found=f"no queries of layers {sorted(absent)}",
+                expected=f"those of layers {sorted(read)}",
+                do="export a new bundle with this plan; stages give what its plan reads",
+            )
+
+
 def decide_graphs(
     plan: Plan,
     plan_name: str,
     heads: HeadShape,
     vision: manifest.VisionModel,
+    num_visual: int,
     dtype: torch.dtype,
     progress: Progress = lambda *_: None,
 ) -> tuple[Plan, dict[str, ir.Model]]:
-    """Resolve a plan's budgets and trace its decisions."""
+    """Resolve a plan's budgets and trace its decisions on images of `num_visual` tokens."""
     methods = [build_method(site) for site in plan.sites]
-    plan = resolve_budgets(plan, methods, vision.num_visual)
+    check_sites(plan, methods)
+    plan = resolve_budgets(plan, methods, num_visual)
     graphs = {}
     for done, (site, method) in enumerate(zip(plan.sites, methods, strict=True)):
         progress(f"tracing {site.method} at layer {site.layer}", done / len(methods))
         graphs[names.decide(plan_name, site.layer)] = decide_graph(
-            method, heads, vision.grid, vision.num_visual, dtype
+            method, site.layer, heads, vision.grid, num_visual, dtype
         )
     return plan, graphs
+
+
+def plan_vision(
+    plan: Plan, facts: manifest.VisionModel, size: int, joint_width: int | None
+) -> Vision:
+    """The module of a plan's vision graph.
+
+    Args:
+        plan: The plan.
+        facts: The tower's measures.
+        size: Width of the decoder.
+        joint_width: Of the space that the scorer's text lies in, E; None without a scorer.
+
+    Raises:
+        PatchsieveError: A method is unknown, or does not fit the tower; or the plan compares words
+            with images and there is no scorer, or no class token.
+    """
+    joint, pseudo = None, plan.pseudo_cls
+    if pseudo is not None and pseudo.needs_scorer:
+        others = ", ".join(text for text in TEXTS if text != pseudo.text)
+        if not facts.has_cls:
+            raise PatchsieveError(
+                "a plan cannot compare words with a tower that has no class token",
+                found=facts.model_type,
+                expected=f"a pseudo_cls with one of the texts {others}",
+                do="add --text all",
+            )
+        if joint_width is None:
+            raise PatchsieveError(
+                "the plan compares words with images, but there is no scorer",
+                expected="the CLIP that the vision tower was taken from",
+                do="add --scorer open_clip (or a Hugging Face CLIP directory) to the export of a "
+                "new bundle; or do without by --text all or --text none",
+            )
+        joint = JointCls(facts, joint_width, has_last=pseudo.cls == "last")
+    return Vision(
+        facts,
+        size,
+        build_encoder(plan.encoder),
+        build_projector(plan.projector, facts.num_layers_run),
+        has_cls_outputs=pseudo is not None,
+        joint=joint,
+    )
 
 
 def _with_plan(
@@ -101,9 +191,13 @@ def _with_plan(
 ) -> manifest.Manifest:
     """The manifest with a plan added or replaced."""
     prefix = names.decide(plan_name, 0).rsplit(".", 1)[0] + "."
+
+    def is_old(graph: str) -> bool:
+        return graph.startswith(prefix) or graph == names.vision(plan_name)
+
     targets, files = {}, dict(old.files)
     for target, graphs in old.targets.items():
-        stale = {name: path for name, path in graphs.items() if name.startswith(prefix)}
+        stale = {name: path for name, path in graphs.items() if is_old(name)}
         for path in stale.values():
             files.pop(path, None)
         new = written.get(target, {})
@@ -120,6 +214,6 @@ def _with_plan(
         plans=plans,
         default_plan=plan_name,
         targets=targets,
-        tensors={k: v for k, v in old.tensors.items() if not k.startswith(prefix)} | tensors,
+        tensors={k: v for k, v in old.tensors.items() if not is_old(k)} | tensors,
         files=files,
     )

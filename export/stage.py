@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -89,12 +90,24 @@ class Head(nn.Module):
 
 
 class Stage(nn.Module):
-    """Decoder layers `first` to `last - 1`; the last stage also ends in the logits of one row."""
+    """Decoder layers `first` to `last - 1`; the last stage also ends in the logits of one row.
 
-    def __init__(self, spec: DecoderSpec, first: int, last: int) -> None:
+    Args:
+        spec: The decoder.
+        first: Its first layer.
+        last: The layer behind its last.
+        queries: Layers, of any stage, whose queries decisions read. Those of the layer before a cut
+            are always given.
+    """
+
+    def __init__(
+        self, spec: DecoderSpec, first: int, last: int, queries: Collection[int] = ()
+    ) -> None:
         super().__init__()
         self.spec, self.first, self.last = spec, first, last
         self.is_last = last == spec.num_layers
+        cut = () if self.is_last else (last - 1,)
+        self.queries = sorted({*cut, *(k for k in queries if first <= k < last)})
         # Keyed by the layer's number in the whole decoder, which weights and tensors go by.
         self.layers = nn.ModuleDict({str(i): DecoderLayer(spec) for i in range(first, last)})
         if self.is_last:
@@ -124,23 +137,25 @@ class Stage(nn.Module):
             logits_row: The kept row whose logits are wanted, [1]; last stage only.
 
         Returns:
-            `logits` [1, 1, V] in the last stage, else `hidden_out` [1, L, C] and the queries of
-            the last layer, [1, L, H * D], which a decision may read; then the caches.
+            `logits` [1, 1, V] in the last stage, else `hidden_out` [1, L, C]; the queries that
+            decisions may read, [1, L, H * D] each; then the caches.
         """
         x = hidden.index_select(1, keep_indices)  # [1, L, C]
         angles = position_ids.float()[:, None] * self.inv_freq  # [L, D / 2], radians
         cos = (angles.cos() * self.spec.rotary_scale).to(x.dtype).unsqueeze(0)  # [1, L, D / 2]
         sin = (angles.sin() * self.spec.rotary_scale).to(x.dtype).unsqueeze(0)
+        queries: list[Tensor] = []
         updated: list[Tensor] = []
         for (number, layer), cache in zip(self.layers.items(), caches, strict=True):
             x, query, cache = layer(x, cos, sin, slot, last_key, cache)
             x = ops.mark(x, names.layer_output(int(number)))
+            queries += [query] if int(number) in self.queries else []
             updated += cache
         if not self.is_last:
-            return (x, query, *updated)
+            return (x, *queries, *updated)
         assert logits_row is not None  # the last stage has it
         row = self.norm(x.index_select(1, logits_row))  # [1, 1, C]
-        return (self.lm_head(row).float(), *updated)
+        return (self.lm_head(row).float(), *queries, *updated)
 
     def inputs(self, dtype: torch.dtype) -> tuple[Any, ...]:
         """Dtypes and shapes of the arguments of `forward`."""
@@ -159,7 +174,7 @@ class Stage(nn.Module):
 
     def output_names(self) -> list[str]:
         """Names of the graph's outputs."""
-        out = [names.LOGITS] if self.is_last else [names.HIDDEN_OUT, names.query(self.last - 1)]
+        out = [names.LOGITS if self.is_last else names.HIDDEN_OUT, *map(names.query, self.queries)]
         return out + [name + names.OUT for name in self.cache_names()]
 
     def cache_names(self) -> list[str]:

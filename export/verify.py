@@ -7,7 +7,7 @@ rows: a row that is dropped leaves the list of rows and keeps its position.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,12 @@ from torch import Tensor
 
 from patchsieve import names
 from patchsieve.errors import PatchsieveError, UnsupportedModelError
-from patchsieve.export.checkpoint import locate, read_config
+from patchsieve.export.checkpoint import Checkpoint, locate, read_config
 from patchsieve.export.families import tower_spec
 from patchsieve.export.methods import build_method
+from patchsieve.export.reuse import plan_vision
+from patchsieve.export.vision import vision_model
+from patchsieve.export.weights import weights_of
 from patchsieve.plan import Plan
 from patchsieve.pruning.site import Site
 
@@ -82,6 +85,7 @@ class Reference:
         if self.processor.vision_feature_select_strategy is None:
             strategy = self.config.vision_feature_select_strategy
             self.processor.vision_feature_select_strategy = strategy
+        self.checkpoint = Checkpoint(directory)
         self.decoder = self.llava.model.language_model
         self.llava.generation_config.eos_token_id = None  # an early end would hide what follows
 
@@ -128,6 +132,34 @@ class Reference:
         return torch.stack(list(features)).numpy(), layers
 
     @torch.no_grad()
+    def reduced(
+        self, plan: Plan, pixel_values: np.ndarray, noise: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Run a plan's vision module in torch, on the checkpoint's weights in float32.
+
+        Hugging Face has no tower that prunes: `vision` holds the tower itself against it.
+
+        Args:
+            plan: The plan.
+            pixel_values: [B, 3, h, w].
+            noise: [B, patches], where a method draws.
+
+        Returns:
+            image_features [B, N, C] and image_ids [B, N].
+        """
+        # What a pseudo-CLS is made of besides is no part of the visual tokens.
+        plan, size = replace(plan, pseudo_cls=None), self.config.text_config.hidden_size
+        module = plan_vision(plan, vision_model(self.config), size, None).eval()
+        state = {}
+        for weight in weights_of(module):
+            tensor = self.checkpoint.read(weight.source).float()
+            state[weight.name] = tensor.t() if weight.transposed else tensor
+        module.load_state_dict(state)
+        drawn = () if noise is None else (torch.from_numpy(noise),)
+        features, ids, *_ = module(torch.from_numpy(pixel_values), *drawn)
+        return features.numpy(), ids.numpy()
+
+    @torch.no_grad()
     def embed(self, input_ids: np.ndarray, features: np.ndarray) -> np.ndarray:
         """Embeddings with the image's features in their places, [1, L, C]."""
         ids = torch.from_numpy(input_ids)
@@ -137,11 +169,14 @@ class Reference:
         return rows.numpy()
 
     @torch.no_grad()
-    def prefill(self, embeddings: np.ndarray, drop: Mapping[int, Drop]) -> Layers:
+    def prefill(
+        self, embeddings: np.ndarray, positions: np.ndarray, drop: Mapping[int, Drop]
+    ) -> Layers:
         """Feed rows through the decoder.
 
         Args:
             embeddings: [1, L0, C].
+            positions: Of the rows, and of the one behind them, [L0 + 1].
             drop: For a layer, what is asked before it: given the queries and keys of the layer
                 before, the rows that go on.
         """
@@ -149,8 +184,7 @@ class Reference:
 
         out = Layers(cache=transformers.DynamicCache(config=self.config.text_config))
         x = torch.from_numpy(embeddings)
-        positions = torch.arange(x.shape[1])
-        out.position = x.shape[1]
+        out.position, positions = int(positions[-1]), torch.from_numpy(positions[:-1])
         for index in range(len(self.decoder.layers)):
             if index in drop:
                 kept = torch.from_numpy(drop[index](index, out.query[-1], out.key[-1]))
@@ -239,7 +273,7 @@ def decide(
         key: [1, G, L, D].
         fed: What the bundle's decision was fed besides: rows, patch ids, budget, noise.
         grid: Patch rows and columns.
-        num_visual: Tokens of the image before any pruning.
+        num_visual: Tokens of the image that entered the decoder.
 
     Returns:
         Which of the image's tokens go on, bool [N], and their scores, [N].

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import onnx_ir as ir
 import torch
 from torch import nn
 
-from patchsieve.export.checkpoint import Checkpoint
 from patchsieve.export.layers import Linear
 
 DIRECTORY = "weights"  # inside the graphs' folder: external data must lie in or below it
@@ -20,6 +21,13 @@ DTYPES = {
     "float32": (torch.float32, ir.DataType.FLOAT, "F32"),
     "float16": (torch.float16, ir.DataType.FLOAT16, "F16"),
 }
+
+
+class Source(Protocol):
+    """Where tensors come from."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ def weights_of(module: nn.Module, prefix: str = "", source_prefix: str = "") -> 
 def write(
     path: Path,
     weights: list[Weight],
-    checkpoint: Checkpoint,
+    checkpoint: Source,
     precision: str,
     progress: Callable[[int], None],
 ) -> dict[str, ir.ExternalTensor]:
@@ -72,7 +80,7 @@ def write(
     Returns:
         One external tensor per weight.
     """
-    torch_dtype, onnx_dtype, code = DTYPES[precision]
+    torch_dtype, _, code = DTYPES[precision]
     header: dict[str, object] = {}
     end = 0
     for weight in weights:
@@ -92,16 +100,40 @@ def write(
                 tensor = tensor.t()
             file.write(tensor.contiguous().numpy().data.cast("B"))
             progress(math.prod(weight.shape) * torch_dtype.itemsize)
+    return stored_weights(path)
+
+
+def stored_weights(path: Path) -> dict[str, ir.ExternalTensor]:
+    """How graphs refer to the tensors of a weights file, by name.
+
+    Args:
+        path: The file, in the folder `weights` of the graphs' folder.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    dtypes = {code: dtype for _, dtype, code in DTYPES.values()}
     tensors = {}
-    for weight in weights:
-        start, stop = header[weight.name]["data_offsets"]  # type: ignore[index]
-        tensors[weight.name] = ir.ExternalTensor(
+    for name, entry in header.items():
+        start, stop = entry["data_offsets"]
+        tensors[name] = ir.ExternalTensor(
             f"{DIRECTORY}/{path.name}",
-            offset=8 + len(text) + start,
+            offset=8 + length + start,
             length=stop - start,
-            dtype=onnx_dtype,
-            shape=ir.Shape(weight.shape),
-            name=weight.name,
+            dtype=dtypes[entry["dtype"]],
+            shape=ir.Shape(entry["shape"]),
+            name=name,
             base_dir=str(path.parent.parent),
         )
     return tensors
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Modules built inside have parameters of this type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

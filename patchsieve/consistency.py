@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,9 @@ def _check_sizes(facts: Manifest) -> None:
         "limits.max_images": limits.max_images,
         **{f"stages[{i}].slots": stage.slots for i, stage in enumerate(facts.stages)},
     }
+    if facts.scorer is not None:
+        # A window holds both marks and at least one token.
+        sizes |= {"scorer.window - 2": facts.scorer.window - 2, "scorer.width": facts.scorer.width}
     for name, size in sizes.items():
         if not 0 < size < _MOST:
             raise BundleError(
@@ -83,12 +87,12 @@ def _check_sizes(facts: Manifest) -> None:
         raise BundleError(
             "unknown precision", found=facts.precision[:60], expected=" or ".join(PRECISIONS)
         )
-    patches = vision.grid[0] * vision.grid[1]
-    if vision.num_visual > patches + 1:  # the patches and a class token
+    if vision.num_visual != vision.num_patches + vision.has_cls - vision.num_dropped:
         raise BundleError(
-            "an image has more visual tokens than patches",
+            "the visual tokens of an image are not those of its tower",
             found=vision.num_visual,
-            expected=f"at most {patches + 1}",
+            expected=f"{vision.num_patches} patches + {int(vision.has_cls)} class token - "
+            f"{vision.num_dropped} dropped",
         )
 
 
@@ -129,7 +133,9 @@ def _check_plans(facts: Manifest) -> None:
             raise BundleError(
                 f"the plan {name} holds a budget that cannot be", expected=f"below {_MOST}"
             )
-    if facts.plans[NO_PRUNING].sites:
+        if plan.pseudo_cls is not None and plan.pseudo_cls.needs_scorer and facts.scorer is None:
+            raise BundleError(f"the plan {name} compares words with an image, but has no scorer")
+    if facts.plans[NO_PRUNING].prunes:
         raise BundleError("the plan named none prunes")
 
 
@@ -139,6 +145,8 @@ def _check_files(facts: Manifest) -> None:
         "the preprocessor": facts.preprocessor,
         "the embedding table": facts.embeddings.file,
     }
+    if facts.scorer is not None:
+        own["the scorer's tokenizer"] = facts.scorer.tokenizer
     graphs = [path for graphs in facts.targets.values() for path in graphs.values()]
     for path in (*facts.files, *own.values(), *graphs):
         check_inside(path)
@@ -175,6 +183,8 @@ def _check_graphs(facts: Manifest) -> None:
                         expected="name, dtype and shape",
                     )
                 found[tensor["name"]] = tensor["shape"]
+        if graph in decisions:
+            _check_layers_read(facts, graph, found)
         for name, shape in expected.get(graph, {}).items():
             if name not in found or not _fits(found[name], shape):
                 raise BundleError(
@@ -184,17 +194,47 @@ def _check_graphs(facts: Manifest) -> None:
                 )
 
 
+def _check_layers_read(facts: Manifest, graph: str, tensors: Iterable[str]) -> None:
+    """Refuse a decision that reads layers whose queries no stage gives."""
+    given = {
+        tensor.get("name")
+        for index in range(len(facts.stages))
+        for tensor in facts.tensors.get(names.stage(index), {}).get("outputs", [])
+    }
+    for name in tensors:
+        what, dot, layer = name.partition(".")
+        known = what in (names.QUERY, names.KEY) and f"{names.QUERY}.{layer}" in given
+        if dot and not known:
+            raise BundleError(
+                f"{graph} reads what no stage gives",
+                found=name[:60],
+                expected=", ".join(sorted(str(n) for n in given if n and "query." in str(n))),
+            )
+
+
 def _tensors(facts: Manifest) -> dict[str, dict[str, _Shape]]:
     """Shapes that follow from the model's measures, None where an axis is dynamic."""
     text, vision = facts.text, facts.vision
     side = vision.image_size
     tensors: dict[str, dict[str, _Shape]] = {
-        names.VISION: {
+        graph: {
             names.PIXEL_VALUES: [None, 3, side, side],
-            names.IMAGE_FEATURES: [None, vision.num_visual, text.hidden_size],
-            names.IMAGE_IDS: [None, vision.num_visual],
+            names.IMAGE_FEATURES: [None, count, text.hidden_size],
+            names.IMAGE_IDS: [None, count],
         }
+        for graph, count in _visual_counts(facts).items()
     }
+    for name, plan in facts.plans.items():
+        if plan.pseudo_cls is not None:
+            shapes = tensors[names.vision(name)]
+            shapes[names.CLS_FEATURES] = [None, text.hidden_size]
+            if plan.pseudo_cls.needs_scorer and facts.scorer is not None:
+                shapes[names.CLS_JOINT] = [None, facts.scorer.width]
+    if facts.scorer is not None:
+        tensors[names.SCORER] = {
+            names.TEXT_IDS: [None, facts.scorer.window],
+            names.TEXT_FEATURES: [None, facts.scorer.window, facts.scorer.width],
+        }
     for index, stage in enumerate(facts.stages):
         shapes: dict[str, _Shape] = {names.HIDDEN: [1, None, text.hidden_size]}
         for layer in range(stage.first, stage.last):
@@ -208,6 +248,24 @@ def _tensors(facts: Manifest) -> dict[str, dict[str, _Shape]]:
             shapes[names.query(stage.last - 1)] = [1, None, text.num_heads * text.head_dim]
         tensors[names.stage(index)] = shapes
     return tensors
+
+
+def _visual_counts(facts: Manifest) -> dict[str, int]:
+    """Tokens that each vision graph gives; those of a plan stand in its own list of tensors."""
+    counts = {names.VISION: facts.vision.num_visual}
+    for name in (name for name, plan in facts.plans.items() if plan.has_vision):
+        graph = names.vision(name)
+        outputs = facts.tensors.get(graph, {}).get("outputs", [])
+        shapes = [t.get("shape") for t in outputs if t.get("name") == names.IMAGE_FEATURES]
+        found = shapes[0][1] if shapes and is_shape(shapes[0]) and len(shapes[0]) == 3 else None
+        if type(found) is not int or not 0 < found <= facts.vision.num_visual:
+            raise BundleError(
+                f"the manifest does not say how many tokens {graph} gives",
+                found=repr(found)[:60],
+                expected=f"1 to {facts.vision.num_visual}",
+            )
+        counts[graph] = found
+    return counts
 
 
 def is_shape(shape: Any) -> bool:

@@ -8,21 +8,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from patchsieve import manifest
+from patchsieve import cost, manifest
 from patchsieve.errors import RequestError
 from patchsieve.manifest import Manifest
-from patchsieve.plan import NO_PRUNING
+from patchsieve.plan import NO_PRUNING, PLACES, Plan
 
 ENGINES = "engines"  # folder of a bundle with one folder per target
 _GROUPS = {"vision": "vision tower", "embed_tokens": "embeddings", "head": "output head"}
 
 
-def inspect(bundle: Path, plan: str | None = None) -> dict[str, Any]:
+def inspect(bundle: Path, plan: str | None = None, text_tokens: int = 64) -> dict[str, Any]:
     """Describe a bundle without opening its graphs or weights.
 
     Args:
         bundle: The directory.
         plan: The only plan to describe; all by default.
+        text_tokens: Rows of text of the request whose FLOPs are counted, beside one image.
 
     Returns:
         Facts that JSON can hold; bytes are counts.
@@ -54,7 +55,10 @@ def inspect(bundle: Path, plan: str | None = None) -> dict[str, Any]:
             for stage in facts.stages
         ],
         "default_plan": facts.default_plan,
-        "plans": {name: plan_costs(facts, name) for name in ([plan] if plan else facts.plans)},
+        "text_tokens": text_tokens,
+        "plans": {
+            name: plan_costs(facts, name, text_tokens) for name in ([plan] if plan else facts.plans)
+        },
         "targets": targets(facts),
         "files": {name: file.size for name, file in facts.files.items()},
         "bytes": sum(file.size for file in facts.files.values()),
@@ -63,8 +67,8 @@ def inspect(bundle: Path, plan: str | None = None) -> dict[str, Any]:
     }
 
 
-def plan_costs(facts: Manifest, name: str) -> dict[str, Any]:
-    """Sites of a plan and the KV cache that it reserves in each stage, beside no pruning."""
+def plan_costs(facts: Manifest, name: str, text_tokens: int) -> dict[str, Any]:
+    """What a plan prunes, its FLOPs, and the KV cache that it reserves, beside no pruning."""
     plan = facts.plans[name]
     stages = []
     rows = zip(
@@ -88,11 +92,28 @@ def plan_costs(facts: Manifest, name: str) -> dict[str, Any]:
         )
     return {
         "position_rule": plan.position_rule,
+        **{place: plan.to_dict()[place] for place in PLACES},
+        "num_visual": facts.num_visual(name),
         "sites": [asdict(site) for site in plan.sites],
+        **plan_flops(facts, plan, text_tokens),
         "stages": stages,
         "kv_bytes": sum(stage["kv_bytes"] for stage in stages),
         "kv_bytes_unpruned": sum(stage["kv_bytes_unpruned"] for stage in stages),
     }
+
+
+def plan_flops(facts: Manifest, plan: Plan, text_tokens: int) -> dict[str, Any]:
+    """FLOPs of one image's prefill under a plan, as the runtime executes it.
+
+    A plan that adapts to the image is counted at its budgets: an upper bound.
+    """
+    shape = cost.from_manifest(facts)
+    schedule, is_exact = cost.of_plan(shape, plan)
+    pruned, full = (
+        cost.cost(shape, each, text_tokens, convention=cost.RUNTIME).flops.to_dict()
+        for each in (schedule, cost.no_pruning(shape))
+    )
+    return {"flops": pruned, "flops_unpruned": full, "is_upper_bound": not is_exact}
 
 
 def targets(facts: Manifest) -> dict[str, dict[str, Any]]:

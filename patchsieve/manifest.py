@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from patchsieve import names
 from patchsieve.consistency import check
 from patchsieve.errors import BundleError, PatchsieveError
 from patchsieve.plan import Plan
@@ -38,7 +39,18 @@ class TextModel:
 
 @dataclass(frozen=True)
 class VisionModel:
-    """The tower's measures. `num_visual` tokens enter the decoder for each image."""
+    """The tower and the projector: all that their graphs depend on besides weights.
+
+    Attributes:
+        num_layers_run: Layers up to the last whose rows the projector reads.
+        num_visual: Tokens that enter the decoder for each image where nothing prunes before it.
+        num_dropped: Rows that the model drops from the front of the tower's, before the projector:
+            the class token, usually.
+        has_cls: A class token stands before the patches.
+        has_pre_norm: A layer norm follows the embeddings.
+        patch_bias: The patch embedding has a bias.
+        feature_layers: Layers whose rows the projector reads side by side, 0 for the embeddings.
+    """
 
     model_type: str
     hidden_size: int
@@ -50,6 +62,20 @@ class VisionModel:
     patch_size: int
     grid: tuple[int, int]
     num_visual: int
+    num_dropped: int
+    has_cls: bool
+    has_pre_norm: bool
+    patch_bias: bool
+    norm_eps: float
+    activation: str
+    feature_layers: tuple[int, ...]
+    projector_activation: str
+    projector_bias: bool
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image."""
+        return self.grid[0] * self.grid[1]
 
 
 @dataclass(frozen=True)
@@ -60,9 +86,13 @@ class Limits:
     max_new_tokens: int
     max_images: int
 
-    def slots(self, budget: int) -> int:
-        """Slots of a stage's cache: text, new tokens, and `budget` visual tokens per image."""
-        return self.max_text_tokens + self.max_new_tokens + self.max_images * budget
+    def slots(self, budget: int, has_side_rows: bool = False) -> int:
+        """Slots of a stage's cache: text, new tokens, and per image `budget` visual tokens.
+
+        A side row of each image joins them in the stages that feed such rows.
+        """
+        per_image = budget + has_side_rows
+        return self.max_text_tokens + self.max_new_tokens + self.max_images * per_image
 
 
 @dataclass(frozen=True)
@@ -102,6 +132,27 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Scorer:
+    """The text tower that compares the question's words with an image.
+
+    Attributes:
+        source: Where it came from.
+        tokenizer: Its tokenizer's file.
+        bos_id: Begins each window of text.
+        eos_id: Ends it, and fills the rest.
+        window: Tokens of a window, both marks included.
+        width: Of the space that text and image share, E.
+    """
+
+    source: str
+    tokenizer: str
+    bos_id: int
+    eos_id: int
+    window: int
+    width: int
+
+
+@dataclass(frozen=True)
 class File:
     """Size and hash of a file, by which damage is found."""
 
@@ -120,6 +171,7 @@ class Manifest:
         plans: Each plan by name; "none" prunes nothing.
         default_plan: The plan of a request that names none.
         targets: For each target the file of each graph, and the inputs and outputs of each.
+        scorer: The text tower of plans that compare the question with an image; None without.
     """
 
     patchsieve_version: str
@@ -137,6 +189,7 @@ class Manifest:
     targets: dict[str, dict[str, str]]
     tensors: dict[str, dict[str, list[dict[str, Any]]]]
     files: dict[str, File] = field(default_factory=dict)
+    scorer: Scorer | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -144,10 +197,19 @@ class Manifest:
         """Layers at which the decoder is divided."""
         return [stage.first for stage in self.stages[1:]]
 
+    def vision_graph(self, plan: str) -> str:
+        """The graph that makes a plan's visual tokens."""
+        return names.vision(plan) if self.plans[plan].has_vision else names.VISION
+
+    def num_visual(self, plan: str) -> int:
+        """Visual tokens that enter the decoder for each image under a plan."""
+        outputs = self.tensors[self.vision_graph(plan)]["outputs"]
+        return next(t["shape"][1] for t in outputs if t["name"] == names.IMAGE_FEATURES)
+
     def budgets(self, plan: str) -> list[int]:
         """Visual tokens per image that each stage reserves slots for under a plan."""
         at = {site.layer: site.budget for site in self.plans[plan].sites}
-        budget, budgets = self.vision.num_visual, []
+        budget, budgets = self.num_visual(plan), []
         for stage in self.stages:
             budget = min(budget, at.get(stage.first) or budget)
             budgets.append(budget)
@@ -155,7 +217,21 @@ class Manifest:
 
     def slots(self, plan: str) -> list[int]:
         """Slots that each stage's cache reserves under a plan."""
-        return [self.limits.slots(budget) for budget in self.budgets(plan)]
+        last = self.side_layer(plan)
+        return [
+            self.limits.slots(budget, stage.last <= last)
+            for stage, budget in zip(self.stages, self.budgets(plan), strict=True)
+        ]
+
+    def side_layer(self, plan: str) -> int:
+        """The last site whose decision reads side rows: they are fed up to there. 0 for none."""
+        reading = [
+            site.layer
+            for site in self.plans[plan].sites
+            for tensor in self.tensors.get(names.decide(plan, site.layer), {}).get("inputs", [])
+            if tensor.get("name") == names.SIDE_ROW
+        ]
+        return max(reading, default=0)
 
     def row_bytes(self, stage: Stage) -> int:
         """KV bytes of one row in a stage: layers x 2 x KV heads x head dim x bytes."""

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 # Graphs.
 VISION = "vision"
+SCORER = "scorer"
 COMPACT = "compact"
+
+
+def vision(plan: str) -> str:
+    """Name of the vision graph of a plan that prunes before the decoder."""
+    return f"{VISION}.{plan}"
+
+
+def is_vision(graph: str) -> bool:
+    """Whether a graph turns pixels into visual tokens, pruned or not."""
+    return graph.split(".")[0] == VISION
 
 
 def stage(index: int) -> str:
@@ -23,10 +34,20 @@ def decided(graph: str) -> tuple[str, int] | None:
     return (parts[1], int(parts[2])) if parts[0] == "decide" else None
 
 
-# Tensors of `vision`.
+# Tensors of `vision` and `vision.{plan}`; NOISE too where a plan draws, [B, patches].
 PIXEL_VALUES = "pixel_values"  # [B, 3, h, w]
 IMAGE_FEATURES = "image_features"  # [B, N, C]
-IMAGE_IDS = "image_ids"  # [B, N] raster index of each token on the patch grid, -1 for CLS
+# [B, N] raster index of each token on the patch grid; -1 for CLS (the first) and for tokens that
+# are fused (the last), merged or pooled (all of them).
+IMAGE_IDS = "image_ids"
+IMAGE_SOURCES = "image_sources"  # [B, patches] token that each patch went to, -1: dropped
+
+CLS_JOINT = "cls_joint"  # [B, E] class token in the space that the scorer's text lies in
+CLS_FEATURES = "cls_features"  # [B, C] class token through the projector
+
+# Tensors of `scorer`: CLIP's text tower.
+TEXT_IDS = "text_ids"  # [W, P] windows of tokens, P with the marks of beginning and end
+TEXT_FEATURES = "text_features"  # [W, P, E] every position in the joint space
 
 # Tensors of `stage_i`. L0 rows come in, L rows are kept and fed.
 HIDDEN = "hidden"  # [1, L0, C]
@@ -54,6 +75,11 @@ def query(layer: int) -> str:
     return f"query.{layer}"
 
 
+def key(layer: int) -> str:
+    """Keys of a layer below the one before the site, as a decision reads them, [1, G, S, D]."""
+    return f"key.{layer}"
+
+
 def layer_output(layer: int) -> str:
     """Inner value of a stage graph: the hidden rows behind a layer, [1, L, C]."""
     return f"layers.{layer}.output"
@@ -61,13 +87,17 @@ def layer_output(layer: int) -> str:
 
 OUT = ".out"  # suffix of a cache that a stage returns in place
 
-# Tensors of `decide`. It runs once per image over the L rows of the stage before the site.
-KEY = "key"  # [1, G, S, D] the cache of the layer that is read
+# Tensors of `decide`. It runs once per image over the L rows of the stage before the site. Of the
+# layer before the site it reads QUERY, KEY and VALUE; of layers below that, `query` and `key`.
 QUERY = "query"  # [1, L, H * D]
+KEY = "key"  # [1, G, S, D] the cache of the layer that is read
+VALUE = "value"  # [1, G, S, D]
+SIDE_ROW = "side_row"  # [1] row of the image's pseudo-CLS
+LAST_ROW = "last_row"  # [1] the last ordinary row
 VISUAL_ROWS = "visual_rows"  # [N] rows of the image's tokens that are alive
 TEXT_ROWS = "text_rows"  # [T] rows of the instruction behind the image
 PATCH_IDS = "patch_ids"  # [N] raster index of each of `visual_rows`
-NOISE = "noise"  # [1, N] uniform numbers in [0, 1)
+NOISE = "noise"  # [1, N] uniform numbers in [0, 1), one for each token
 BUDGET = "budget"  # [1] most tokens that may be kept
 KEEP = "keep"  # [L] rows that survive so far; in and out
 KEEP_OUT = "keep_out"
@@ -84,3 +114,4 @@ AXIS_ROWS = "rows"
 AXIS_SLOTS = "slots"
 AXIS_VISUAL = "visual"
 AXIS_TEXT = "text"
+AXIS_WINDOWS = "windows"

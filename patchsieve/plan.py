@@ -3,8 +3,9 @@
 A plan is a small JSON object:
 
     {"position_rule": "original",
-     "encoder": null, "projector": null,
-     "sites": [{"layer": 2, "method": "fastv", "params": {"keep_ratio": 0.5}, "budget": 288}]}
+     "encoder": {"method": "gtp", "params": {"keep": 120}}, "projector": null,
+     "sites": [{"layer": 2, "method": "fastv", "params": {"keep_ratio": 0.5}, "budget": 60}],
+     "pseudo_cls": null}
 """
 
 from __future__ import annotations
@@ -17,8 +18,44 @@ from typing import Any
 
 from patchsieve.errors import PatchsieveError
 
-POSITION_RULES = ("original",)
+POSITION_RULES = ("original", "contiguous")
+PLACES = ("encoder", "projector")  # inside the vision tower, and between it and the decoder
+TEXTS = ("clip", "similarity", "all", "none")
+CLS_SOURCES = ("last", "penultimate")
 NO_PRUNING = "none"  # the plan that every bundle holds
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """What prunes inside the vision tower, or between it and the decoder.
+
+    Attributes:
+        method: Name in the table of such methods.
+        params: The method's own parameters.
+    """
+
+    method: str
+    params: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, str) or not isinstance(self.params, dict):
+            raise PatchsieveError(
+                "a method of a plan is not well formed",
+                found=f"method {self.method!r}, params {self.params!r}"[:120],
+                expected="a method's name and an object of its parameters",
+            )
+
+    @classmethod
+    def from_dict(cls, data: Any, place: str) -> MethodPlan | None:
+        """Read a method from its JSON object; null is none."""
+        if data is None:
+            return None
+        if not isinstance(data, dict) or "method" not in data:
+            raise PatchsieveError(
+                f"a plan's {place} is null or an object with a method", found=repr(data)[:80]
+            )
+        _refuse_unknown(place, data, {"method", "params"})
+        return cls(**data)
 
 
 @dataclass(frozen=True)
@@ -60,20 +97,62 @@ class SitePlan:
 
 
 @dataclass(frozen=True)
+class PseudoCls:
+    """The row that stands for the question where decoder sites judge an image (IVTP, eqs. 5-8).
+
+    Attributes:
+        text: Which of the question's tokens it is the mean of. "clip": those that CLIP's text tower
+            finds like the image (eqs. 5-7); "similarity": those whose own embedding is like the
+            projected visual CLS; "all"; or "none": it is the projected visual CLS itself.
+        tau: Least cosine of a token that counts, for "clip" and "similarity".
+        cls: Where the visual CLS of eq. 6 leaves the tower. "last": behind its last layer, which
+            CLIP was trained with; "penultimate": behind the layer that the projector reads.
+    """
+
+    text: str = "clip"
+    tau: float = 0.2
+    cls: str = "last"
+
+    def __post_init__(self) -> None:
+        for name, known in (("text", TEXTS), ("cls", CLS_SOURCES)):
+            if getattr(self, name) not in known:
+                raise PatchsieveError(
+                    f"a plan's pseudo_cls has an unknown {name}",
+                    found=repr(getattr(self, name))[:80],
+                    expected=", ".join(known),
+                )
+        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)):
+            raise PatchsieveError(
+                "a plan's pseudo_cls has no threshold",
+                found=f"tau {self.tau!r}"[:80],
+                expected="a number; the paper's is 0.2",
+            )
+
+    @property
+    def needs_scorer(self) -> bool:
+        """Whether CLIP's text tower judges the question's tokens."""
+        return self.text == "clip"
+
+
+@dataclass(frozen=True)
 class Plan:
     """What prunes where.
 
     Attributes:
         sites: Decoder sites, ascending by layer.
-        encoder: Method inside the vision tower; no such method exists yet.
-        projector: Method between the tower and the decoder; no such method exists yet.
-        position_rule: How survivors and new tokens are numbered; "original" renumbers nothing.
+        encoder: Method inside the vision tower.
+        projector: Method between the tower and the decoder.
+        position_rule: How the tokens that enter the decoder are numbered. "original": a patch by
+            its raster index, with gaps; tokens that are no patches as if the image had that many.
+            "contiguous": every token by its place. What the decoder drops renumbers nothing.
+        pseudo_cls: The side row that some sites judge by; None where none does.
     """
 
     sites: tuple[SitePlan, ...] = ()
-    encoder: None = None
-    projector: None = None
+    encoder: MethodPlan | None = None
+    projector: MethodPlan | None = None
     position_rule: str = "original"
+    pseudo_cls: PseudoCls | None = None
 
     def __post_init__(self) -> None:
         layers = [site.layer for site in self.sites]
@@ -89,18 +168,26 @@ class Plan:
                 found=repr(self.position_rule)[:80],
                 expected=" or ".join(POSITION_RULES),
             )
-        for place in ("encoder", "projector"):
-            if getattr(self, place) is not None:
-                raise PatchsieveError(
-                    f"this version has no {place} methods",
-                    found=repr(getattr(self, place))[:80],
-                    expected="null",
-                )
 
     @property
     def layers(self) -> list[int]:
         """The layers at whose input tokens are dropped."""
         return [site.layer for site in self.sites]
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether the plan has a vision graph of its own."""
+        return self.prunes_before or self.pseudo_cls is not None
+
+    @property
+    def prunes_before(self) -> bool:
+        """Whether the plan drops anything before the decoder."""
+        return self.encoder is not None or self.projector is not None
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the plan drops anything anywhere."""
+        return self.prunes_before or bool(self.sites)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON holds it."""
@@ -111,7 +198,7 @@ class Plan:
         """Read a plan from its JSON object, refusing what it does not know."""
         if not isinstance(data, dict):
             raise PatchsieveError("a plan is a JSON object", found=type(data).__name__)
-        known = {"sites", "encoder", "projector", "position_rule"}
+        known = {"sites", *PLACES, "position_rule", "pseudo_cls"}
         _refuse_unknown("plan", data, known)
         sites = data.get("sites", [])
         if not isinstance(sites, list) or not all(isinstance(site, dict) for site in sites):
@@ -122,11 +209,18 @@ class Plan:
                 raise PatchsieveError(
                     "a site needs a layer and a method", found=", ".join(site) or "nothing"
                 )
+        pseudo_cls = data.get("pseudo_cls")
+        if pseudo_cls is not None:
+            if not isinstance(pseudo_cls, dict):
+                raise PatchsieveError(
+                    "a plan's pseudo_cls is not an object", found=repr(pseudo_cls)[:80]
+                )
+            _refuse_unknown("plan's pseudo_cls", pseudo_cls, {"text", "tau", "cls"})
         return cls(
             sites=tuple(SitePlan(**site) for site in sites),
-            encoder=data.get("encoder"),
-            projector=data.get("projector"),
+            **{place: MethodPlan.from_dict(data.get(place), place) for place in PLACES},
             position_rule=data.get("position_rule", "original"),
+            pseudo_cls=None if pseudo_cls is None else PseudoCls(**pseudo_cls),
         )
 
     @classmethod

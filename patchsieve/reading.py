@@ -16,7 +16,7 @@ def read_as(kind: Any, value: Any, where: str) -> Any:
     """Turn a JSON value into `kind`, refusing what does not fit.
 
     Args:
-        kind: A dataclass, int, str, Any, a tuple, list, dict or union of them.
+        kind: A dataclass, int, float, bool, str, Any, a tuple, list, dict or union of them.
         value: What json.loads gave.
         where: What the value is called in an error.
 
@@ -45,6 +45,10 @@ def read_as(kind: Any, value: Any, where: str) -> Any:
         return value
     if kind is int and type(value) is int and 0 <= value < _LARGEST:
         return value
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is float and type(value) in (int, float) and 0 <= value < _LARGEST:  # no NaN either
+        return float(value)
     raise _misfit(where, value, _spelt(kind))
 
 
@@ -85,5 +89,11 @@ def _misfit(where: str, value: Any, expected: str) -> BundleError:
 
 
 def _spelt(kind: Any) -> str:
-    names = {int: "a whole number of at least 0", str: "a text", dict: "an object"}
+    names = {
+        int: "a whole number of at least 0",
+        float: "a number of at least 0",
+        bool: "true or false",
+        str: "a text",
+        dict: "an object",
+    }
     return names.get(kind) or names.get(get_origin(kind)) or "a list of the right length"

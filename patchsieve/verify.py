@@ -23,8 +23,9 @@ from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.images import load_image
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.ort import OrtBackend
-from patchsieve.runtime.prompt import expand
+from patchsieve.runtime.prompt import ExpandedPrompt, expand
 from patchsieve.runtime.record import Recorder
+from patchsieve.runtime.rows import number_rows
 
 # Largest error of a row's entries over the row's largest entry. float32: sums in another order,
 # which grow through the layers. float16: each operator rounds to 5e-4, the reference does not.
@@ -81,7 +82,9 @@ class Verification:
             )
 
         def recorder(opened: Bundle) -> Backend:
-            graphs = (names.VISION, *map(names.stage, range(len(opened.manifest.stages))))
+            facts = opened.manifest
+            graphs = {facts.vision_graph(plan) for plan in facts.plans}
+            graphs |= set(map(names.stage, range(len(facts.stages))))
             models = {graph: hf.tapped(opened.graph_path(graph)) for graph in graphs}
             self.recorder = Recorder(OrtBackend(opened, threads=threads, models=models))
             return self.recorder
@@ -100,17 +103,29 @@ class Verification:
         count = min(count, self.facts.limits.max_new_tokens)
         tokens, failure = self._answer(image, prompt, plan, raw, count)
         inputs = self._hf_inputs(image, prompt, raw)
+        rows = self._rows(prompt, plan, raw)
         features, layers_seen = self.reference.vision(inputs[names.PIXEL_VALUES])
-        yield from self._before_decoder(plan, self._ids(prompt, raw), inputs, features, layers_seen)
+        yield from self._inputs(plan, rows.token_ids, inputs)
+        if self.facts.plans[plan].has_vision:
+            features, patch_ids = self._reduced(plan, inputs[names.PIXEL_VALUES])
+            yield self._patches(plan, patch_ids)
+        else:
+            _, patch_ids = self._seen(plan)
+            yield from self._tower(plan, layers_seen)
+        yield self._part(plan, names.IMAGE_FEATURES, self._seen(plan)[0], features)
         fed = self.recorder.inputs[names.stage(0)][names.HIDDEN]
-        embeddings = self.reference.embed(inputs["input_ids"], features)
+        embeddings = self.reference.embed(rows.token_ids[None], features)
         yield self._part(plan, "embeddings", fed, embeddings)
         if fed.shape != embeddings.shape:
             return  # other rows: nothing behind them can be compared
         decisions: dict[int, Part] = {}
         sites = self.facts.plans[plan].layers
+        spans = [slice(*span) for span in rows.image_spans]
+        rule = self.facts.plans[plan].position_rule
+        images = list(zip(spans, patch_ids, strict=True))
+        positions = number_rows(len(rows.token_ids), images, self.facts.vision, rule)
         layers = self.reference.prefill(
-            embeddings, {site: self._judge(plan, decisions) for site in sites}
+            embeddings, positions, {site: self._judge(plan, decisions) for site in sites}
         )
         for index in range(self.facts.text.num_layers):
             if index in decisions:
@@ -147,38 +162,54 @@ class Verification:
         message = self.model.bundle.prompts.user_message(prompt, 1)
         return self.reference.inputs(load_image(image), prompt if raw else [dict(message)])
 
-    def _ids(self, prompt: str, raw: bool) -> np.ndarray:
-        """Ids of the rows that the bundle feeds, the image's repeated as Hugging Face does, [L]."""
+    def _rows(self, prompt: str, plan: str, raw: bool) -> ExpandedPrompt:
+        """The rows that the bundle feeds, the image's token repeated for each of its tokens."""
         prompts = self.model.bundle.prompts
         built = (
             prompts.build_raw(prompt, 1)
             if raw
             else prompts.build([prompts.user_message(prompt, 1)], 1)
         )
-        return expand(built, self.facts.vision.num_visual).token_ids
+        return expand(built, self.facts.num_visual(plan))
 
-    def _before_decoder(
-        self,
-        plan: str,
-        ids: np.ndarray,
-        inputs: dict[str, np.ndarray],
-        features: np.ndarray,
-        layers: list[np.ndarray],
-    ) -> Iterator[Part]:
-        """Pixels, token ids, each layer of the tower, projected features."""
-        seen = self.recorder
-        pixels = seen.inputs[names.VISION][names.PIXEL_VALUES]
+    def _seen(self, plan: str) -> tuple[np.ndarray, np.ndarray]:
+        """Image features and raster ids that the bundle's graph returned."""
+        graph, values = self.facts.vision_graph(plan), self.recorder.values
+        return values[f"{graph}/{names.IMAGE_FEATURES}"], values[f"{graph}/{names.IMAGE_IDS}"]
+
+    def _reduced(self, plan: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same by the plan's methods in torch, on the noise that the bundle drew."""
+        fed = self.recorder.inputs[self.facts.vision_graph(plan)]
+        return self.reference.reduced(self.facts.plans[plan], pixels, fed.get(names.NOISE))
+
+    def _patches(self, plan: str, theirs: np.ndarray) -> Part:
+        """Survivors of the tower; the features say of those that are no patches."""
+        ours = self._seen(plan)[1]
+        common = len(np.intersect1d(ours, theirs))
+        note = f"{common} ids in common of {len(np.unique(ours))} and {len(np.unique(theirs))}"
+        # float16 may swap patches whose scores are as good as equal; float32 seldom does.
+        fewest = 1.0 if self.facts.precision == "float32" else 0.99
+        departs = common < fewest * len(np.unique(theirs))
+        return Part(plan, "survivors of the tower", departs=departs, note=note)
+
+    def _inputs(self, plan: str, ids: np.ndarray, inputs: dict[str, np.ndarray]) -> Iterator[Part]:
+        """Pixels and token ids; an image counts as one token where the plan leaves fewer."""
+        pixels = self.recorder.inputs[self.facts.vision_graph(plan)][names.PIXEL_VALUES]
         theirs = inputs[names.PIXEL_VALUES]
         yield self._part(plan, names.PIXEL_VALUES, pixels, theirs, tolerance=PIXEL_TOLERANCE)
         hf_ids = inputs["input_ids"][0]
+        if self.facts.plans[plan].has_vision:
+            image = self.facts.tokens.image_token_id
+            ids, hf_ids = (each[each != image] for each in (ids, hf_ids))
         departs = not np.array_equal(ids, hf_ids)
         note = f"{len(ids)} and {len(hf_ids)} ids" if departs else f"{len(ids)} ids"
         yield Part(plan, "token ids", departs=departs, note=note)
+
+    def _tower(self, plan: str, layers: list[np.ndarray]) -> Iterator[Part]:
+        """Each layer of the tower."""
         for index in range(self.facts.vision.num_layers_run):
-            rows = seen.values[f"{names.VISION}/vision.layers.{index}.output"]
+            rows = self.recorder.values[f"{names.VISION}/vision.layers.{index}.output"]
             yield self._part(plan, f"vision layer {index}", rows, layers[index])
-        ours = seen.values[f"{names.VISION}/{names.IMAGE_FEATURES}"]
-        yield self._part(plan, names.IMAGE_FEATURES, ours, features)
 
     def _layer(self, plan: str, index: int, layers: hf.Layers) -> Iterator[Part]:
         """Keys, values and rows of a layer; its queries where the bundle returns them."""
@@ -209,7 +240,7 @@ class Verification:
                 key,
                 fed,
                 facts.vision.grid,
-                facts.vision.num_visual,
+                facts.num_visual(plan),
             )
             decisions[layer] = self._survivors(plan, layer, keep[visual], wanted, scores)
             return np.flatnonzero(keep)

@@ -28,7 +28,7 @@ class FastV:
     rows behind the image.
 
     Attributes:
-        keep_ratio: Fraction kept of the image's tokens before any pruning, in (0, 1].
+        keep_ratio: Fraction kept of the image's tokens as they enter the decoder, in (0, 1].
         rows: "last" or "mean".
 
     Raises:
@@ -36,7 +36,7 @@ class FastV:
     """
 
     name: ClassVar[str] = "fastv"
-    reads: ClassVar[tuple[str, ...]] = ("query", "key")
+    reads: ClassVar[tuple[str, ...]] = ("query", "key", "last_row")
 
     keep_ratio: float = 0.5
     rows: str = "last"
@@ -60,9 +60,11 @@ class FastV:
 
 
 def last_row_score(site: Site) -> Tensor:
-    """Attention that each visual token receives from row L-1, head mean, float32 [B, N]."""
-    num_rows = site.query.shape[2]
-    last = torch.arange(num_rows - 1, num_rows, device=site.query.device)  # [1]
+    """Attention that each visual token receives from the last row, head mean, float32 [B, N]."""
+    last = site.last_row
+    if last is None:
+        num_rows = site.query.shape[2]
+        last = torch.arange(num_rows - 1, num_rows, device=site.query.device)  # [1]
     return received_attention(site, last)
 
 

@@ -1,4 +1,4 @@
-"""Random: the baseline that every score has to beat."""
+"""Random: the baseline that every score has to beat, in the decoder and in the vision tower."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from patchsieve.errors import ShapeError
-from patchsieve.pruning.select import check_keep_ratio, keep_fraction
+from patchsieve.pruning.schedules import TowerSchedule
+from patchsieve.pruning.select import check_keep_ratio, keep_fraction, keep_top
 from patchsieve.pruning.site import Decision, Site
+from patchsieve.pruning.tower import Kept, TowerSite
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Random:
     The caller draws the noise, so a seed gives the same tokens on every backend.
 
     Attributes:
-        keep_ratio: Fraction kept of the image's tokens before any pruning, in (0, 1].
+        keep_ratio: Fraction kept of the image's tokens as they enter the decoder, in (0, 1].
 
     Raises:
         PatchsieveError: `keep_ratio` is out of range.
@@ -50,3 +52,41 @@ class Random:
         scores = site.noise.float().clone()  # [B, N]
         keep, num_wanted = keep_fraction(scores, self.keep_ratio, site.num_visual, budget)
         return Decision(keep, scores, num_wanted)
+
+
+@dataclass(frozen=True)
+class RandomPatches:
+    """Keep patches drawn uniformly without replacement, inside the tower or right behind it.
+
+    Each patch has one number of noise; the lowest go first, whatever the schedule, so that the last
+    survivors are the same draw.
+
+    Attributes:
+        schedule: Where, and to how many.
+    """
+
+    name: ClassVar[str] = "random"
+    reads: ClassVar[tuple[str, ...]] = ("noise",)
+    is_inside: ClassVar[bool] = False
+    is_merging: ClassVar[bool] = False
+    is_proportional: ClassVar[bool] = False
+
+    schedule: TowerSchedule = TowerSchedule()
+
+    def places(self, num_patches: int, num_layers: int) -> dict[int, int]:
+        """See `TowerMethod.places`."""
+        return self.schedule.places(self.name, num_patches, num_layers)
+
+    def reduce(self, site: TowerSite, count: int) -> Kept:
+        """Keep the `count` patches with the highest noise.
+
+        Raises:
+            ShapeError: The site brings no noise.
+        """
+        if site.noise is None:
+            raise ShapeError(
+                "the random method got no noise",
+                expected="TowerSite.noise [B, n], uniform in [0, 1)",
+                do="draw it from the request's seed and feed it to the vision graph",
+            )
+        return Kept.of(site, keep_top(site.candidates(site.noise.float()), count), count)

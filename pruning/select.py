@@ -8,12 +8,11 @@ running count over the ties takes the lower raster index first. Counts run in fl
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from patchsieve.errors import PatchsieveError
+from patchsieve.pruning.schedules import num_to_keep
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -31,11 +30,6 @@ def check_keep_ratio(keep_ratio: float) -> None:
             expected="a number in (0, 1]",
             do="give the fraction of visual tokens that is kept (a paper's R prunes: keep 1 - R)",
         )
-
-
-def num_to_keep(keep_ratio: float, num_visual: int) -> int:
-    """Tokens that a fraction of the original count stands for: rounded half up, at least 1."""
-    return max(1, math.floor(keep_ratio * num_visual + 0.5))
 
 
 def keep_top(scores: Tensor, num_keep: Tensor | int) -> Tensor:
@@ -68,6 +62,23 @@ def first_best(scores: Tensor) -> Tensor:
     return best & (best.float().cumsum(-1) <= 1)
 
 
+def ascending(keep: Tensor, count: int) -> Tensor:
+    """Indices of what is kept, ascending, from masks that all hold the same number.
+
+    Args:
+        keep: Masks with `count` true in each row, bool [B, N].
+        count: How many.
+
+    Returns:
+        int64 [B, count].
+    """
+    num_tokens = keep.shape[1]
+    places = torch.arange(num_tokens, device=keep.device).float()  # [N]
+    # The values that are kept differ, so a sort of values has one order.
+    placed = torch.where(keep, places, float(num_tokens))  # [B, N]
+    return torch.sort(placed, dim=-1).values[:, :count].to(torch.int64)
+
+
 def apply_budget(keep: Tensor, priority: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
     """Cut a choice down to a budget.
 
@@ -93,14 +104,42 @@ def keep_fraction(
     Args:
         scores: Higher is kept, ties to the lower index, [B, N].
         keep_ratio: Fraction kept of `num_visual`; all N where fewer are alive.
-        num_visual: Tokens of the image before any pruning.
+        num_visual: Tokens of the image that entered the decoder.
+        budget: Most tokens that may stay, int64 0-d or [1]; below 1 counts as 1.
+
+    Returns:
+        What stays, bool [B, N]; and how many the rule kept, int64 [B].
+    """
+    return keep_count(scores, num_to_keep(keep_ratio, num_visual), budget)
+
+
+def check_num_keep(num_keep: int) -> None:
+    """Refuse a count that keeps nothing.
+
+    Raises:
+        PatchsieveError: `num_keep` is below 1 or no whole number.
+    """
+    if type(num_keep) is not int or num_keep < 1:
+        raise PatchsieveError(
+            "num_keep cannot be used",
+            found=num_keep,
+            expected="a whole number of at least 1",
+            do="give the number of visual tokens per image that are kept",
+        )
+
+
+def keep_count(scores: Tensor, num_keep: int, budget: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep a fixed number, the highest scores, cut down to a budget.
+
+    Args:
+        scores: Higher is kept, ties to the lower index, [B, N].
+        num_keep: How many; all N where fewer are alive.
         budget: Most tokens that may stay, int64 0-d or [1]; below 1 counts as 1.
 
     Returns:
         What stays, bool [B, N]; and how many the rule kept, int64 [B].
     """
     batch, num_tokens = scores.shape
-    num_keep = num_to_keep(keep_ratio, num_visual)
     num_wanted = torch.full((batch,), num_keep, dtype=torch.int64, device=scores.device)
     num_wanted = num_wanted.clamp(max=num_tokens)  # [B]
     return keep_top(scores, torch.minimum(num_wanted, budget.reshape(1))), num_wanted

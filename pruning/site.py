@@ -27,10 +27,16 @@ class Site:
         patch_ids: Raster index of each token on the original grid, -1 for a row that is no patch
             (a CLS row, say); no other id occurs twice; int64 [N].
         grid: Height and width of the original grid, in patches.
-        num_visual: Tokens of the image before any pruning, 576 in LLaVA-1.5.
+        num_visual: Tokens of the image that entered the decoder, 576 in LLaVA-1.5.
         noise: Uniform numbers in [0, 1), for methods that draw, [B, N].
         slot: Key index P of row 0, int64 [1], where `key` is a cache with room behind the rows
             present; None where it ends with them. No row sees what lies behind its own key.
+        value: Values of every row present, of the same layer, [B, G, S, D].
+        lower: Queries and keys of the layers below it, the nearest first, shaped as `query` and
+            `key`. The same rows were fed there.
+        side_row: Row of this image's pseudo-CLS, behind all ordinary rows, int64 [1]. It sees the
+            keys up to the image's last token, and its own.
+        last_row: The last ordinary row, int64 [1]; None where no side row follows it.
 
     Raises:
         ShapeError: A rank, the heads or the grid cannot be.
@@ -45,6 +51,10 @@ class Site:
     num_visual: int
     noise: Tensor | None = None
     slot: Tensor | None = None
+    value: Tensor | None = None
+    lower: tuple[tuple[Tensor, Tensor], ...] = ()
+    side_row: Tensor | None = None
+    last_row: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check what is static; the dynamic sizes are the caller's, a check would freeze them."""
@@ -79,7 +89,17 @@ class Site:
         return self.key.shape[2] - self.query.shape[2] if self.slot is None else self.slot
 
 
-RANKS = {"query": 4, "key": 4, "visual_rows": 1, "text_rows": 1, "patch_ids": 1, "noise": 2}
+RANKS = {
+    "query": 4,
+    "key": 4,
+    "value": 4,
+    "visual_rows": 1,
+    "text_rows": 1,
+    "patch_ids": 1,
+    "noise": 2,
+    "side_row": 1,
+    "last_row": 1,
+}
 
 
 class Decision(NamedTuple):
@@ -101,12 +121,18 @@ class Method(Protocol):
 
     Attributes:
         name: How plans and the command line call it.
-        reads: What it uses beside the rows and ids: of "query", "key", "noise". A graph need not
-            feed the rest.
     """
 
     name: ClassVar[str]
-    reads: ClassVar[tuple[str, ...]]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What it uses beside the rows and ids; a graph need not feed the rest.
+
+        "query", "key" and "value" of the layer before the site, "query.1" and "key.1" of the layer
+        below that one, and so on; "side_row"; "last_row"; "noise".
+        """
+        ...
 
     def decide(self, site: Site, budget: Tensor) -> Decision:
         """Choose the tokens that go on.

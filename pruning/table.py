@@ -1,15 +1,29 @@
-"""Every method of a decoder site. "none" is the absence of a site, not a method."""
+"""Every pruning method by its name. "none" is the absence of a method."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from patchsieve.pruning.atp import ATP
+from patchsieve.pruning.evit import EViT
 from patchsieve.pruning.fastv import FastV
-from patchsieve.pruning.random import Random
+from patchsieve.pruning.gtp import GTP
+from patchsieve.pruning.ivtp import IVTP
+from patchsieve.pruning.pooling import Pooling
+from patchsieve.pruning.random import Random, RandomPatches
 from patchsieve.pruning.site import Method
+from patchsieve.pruning.tome import ToMe
+from patchsieve.pruning.topk import TopK
+from patchsieve.pruning.topk_decoder import DecoderTopK
 
-METHODS: dict[str, type] = {method.name: method for method in (Random, FastV, ATP)}
+# Of a decoder site; inside the vision tower; between tower and decoder.
+METHODS: dict[str, type] = {
+    method.name: method for method in (Random, FastV, ATP, IVTP, DecoderTopK)
+}
+ENCODERS: dict[str, type] = {
+    method.name: method for method in (GTP, TopK, RandomPatches, EViT, ToMe)
+}
+PROJECTORS: dict[str, type] = {method.name: method for method in (Pooling, TopK, RandomPatches)}
 
 
 def settings(method: Method) -> dict[str, object]:

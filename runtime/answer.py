@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from patchsieve.plan import PseudoCls
 from patchsieve.runtime.chat_template import Message
 from patchsieve.runtime.detokenize import TextStream
 from patchsieve.runtime.prompt import Prompt, expand
-from patchsieve.runtime.result import Result, SiteResult, since
-from patchsieve.runtime.rows import TEXT, Rows
+from patchsieve.runtime.pseudo_cls import VisualCls, Words, cosines, pool, to_other_tokens
+from patchsieve.runtime.result import ImageResult, Result, SiteResult, since
+from patchsieve.runtime.rows import TEXT, Rows, number_rows
 from patchsieve.runtime.sampling import Sampler, SamplingOptions
 
 if TYPE_CHECKING:
@@ -41,10 +43,24 @@ class State:
 
 @dataclass
 class Images:
-    """Features of the conversation's images, for a new prefill."""
+    """Features of the conversation's images, for a new prefill.
 
-    features: list[np.ndarray] = field(default_factory=list)  # [N, C] each
-    patch_ids: list[np.ndarray] = field(default_factory=list)  # [N] each
+    Attributes:
+        features: Visual tokens of each image, [N, C].
+        patch_ids: Raster ids of them, [N].
+        reduced: What became of its patches, where the plan prunes before the decoder.
+        cls: What the tower says of each image as a whole, for plans with a pseudo_cls.
+    """
+
+    features: list[np.ndarray] = field(default_factory=list)
+    patch_ids: list[np.ndarray] = field(default_factory=list)
+    reduced: list[ImageResult] = field(default_factory=list)
+    cls: list[VisualCls] = field(default_factory=list)
+
+    def forget(self, count: int) -> None:
+        """Keep the first `count` images only."""
+        for part in (self.features, self.patch_ids, self.reduced, self.cls):
+            del part[count:]
 
 
 class Answer:
@@ -56,13 +72,14 @@ class Answer:
         options: SamplingOptions,
         result: Result,
         start: float,
+        rng: np.random.Generator,
         scores: bool = False,
     ) -> None:
         self.chat, self.options, self.result, self.start = chat, options, result, start
         self.scores = scores
         self.model, self.cache = chat.model, chat._open_cache()
         self.tokens = chat.model.facts.tokens
-        self.rng = np.random.default_rng(options.seed)
+        self.rng = rng
         self.state = chat._state
 
     def run(self, prompt: Prompt, asked: tuple[Message, ...]) -> Iterator[str]:
@@ -101,10 +118,16 @@ class Answer:
         self._settle(asked, history, prompt_mark)
 
     def _prefill(self, prompt: Prompt) -> np.ndarray:
-        chat, result, facts = self.chat, self.result, self.model.facts
-        num_visual = facts.vision.num_visual
-        rows, hidden = self._rows(prompt, num_visual)
-        visual = int((rows.image != TEXT).sum())
+        chat, result = self.chat, self.result
+        rows, hidden = self._rows(prompt)
+        prompt_tokens, visual = len(rows), int((rows.image != TEXT).sum())
+        pseudo = self.model.facts.plans[chat.plan].pseudo_cls
+        if pseudo is not None and visual:
+            start = time.perf_counter()
+            side, result.words = self._side_rows(prompt, rows.images(), pseudo)
+            rows = rows.with_side_rows()
+            hidden = np.concatenate((hidden, side[None]), axis=1)  # [1, L0 + M, C]
+            result.timings_ms["scorer"] = since(start)
         done = self.model.pipeline.prefill(
             hidden, rows, self.cache, chat.plan, self.rng, self.scores
         )
@@ -112,7 +135,7 @@ class Answer:
         if sites and result.selection == "none":
             result.selection = "picked" if done.sites else "kept"
         self.state = State(sites=sites)
-        result.prompt_tokens, result.visual_tokens = len(rows), visual
+        result.prompt_tokens, result.visual_tokens = prompt_tokens, visual
         result.timings_ms |= {
             "prefill": sum(done.stage_ms),
             "decide": sum(done.decide_ms),
@@ -121,13 +144,13 @@ class Answer:
         }
         return done.logits
 
-    def _rows(self, prompt: Prompt, num_visual: int) -> tuple[Rows, np.ndarray]:
+    def _rows(self, prompt: Prompt) -> tuple[Rows, np.ndarray]:
         """Rows to feed and their embeddings, [1, L0, C]: pending tokens, then the prompt."""
-        chat, pending = self.chat, self.state.pending
-        whole = expand(prompt, num_visual)
+        chat, pending, facts = self.chat, self.state.pending, self.model.facts
+        whole = expand(prompt, facts.num_visual(chat.plan))
         ahead = len(pending)
         count = ahead + len(whole.token_ids)
-        image, patch_ids = np.full(count, TEXT), np.full(count, -1)
+        image, patch_ids, places = np.full(count, TEXT), np.full(count, -1), np.full(count, -1)
         is_instruction = np.zeros(count, bool)
         is_instruction[ahead + whole.instruction_rows] = True
         token_ids = np.concatenate((np.array(pending, np.int64), whole.token_ids))
@@ -135,12 +158,46 @@ class Answer:
         is_visual = np.concatenate((np.zeros(ahead, bool), whole.image_index >= 0))
         hidden = chat.model.bundle.embed(np.where(is_visual, 0, token_ids))  # [L0, C]
         first = len(chat._images.features) - len(whole.image_spans)
-        for number, (begin, end) in enumerate(whole.image_spans, first):
-            span = slice(ahead + begin, ahead + end)
+        spans = [slice(ahead + begin, ahead + end) for begin, end in whole.image_spans]
+        for number, span in enumerate(spans, first):
             hidden[span] = chat._images.features[number]
             image[span], patch_ids[span] = number, chat._images.patch_ids[number]
-        positions = self.cache.position + np.arange(count)
-        return Rows(positions, image, patch_ids, is_instruction), hidden[None]
+            places[span] = np.arange(span.stop - span.start)
+        rule = facts.plans[chat.plan].position_rule
+        images = [(span, patch_ids[span]) for span in spans]
+        positions = self.cache.position + number_rows(count, images, facts.vision, rule)
+        following, side_of = int(positions[-1]), np.full(count, TEXT)
+        rows = Rows(positions[:-1], image, patch_ids, places, is_instruction, side_of, following)
+        return rows, hidden[None]
+
+    def _side_rows(
+        self, prompt: Prompt, images: list[int], pseudo: PseudoCls
+    ) -> tuple[np.ndarray, list[Words]]:
+        """The pseudo-CLS of each image, [M, C], and the words that it is made of.
+
+        Where the user asked nothing, it is the visual CLS.
+        """
+        model = self.chat.model
+        asked = prompt.instruction if prompt.has_question else prompt.instruction[:0]
+        embeddings = model.bundle.embed(prompt.token_ids[asked])  # [T, C]
+        question, spans = prompt.question() if prompt.has_question else ("", np.zeros((0, 2), int))
+        if pseudo.needs_scorer:
+            features, places = model.pipeline.score(question)  # [K, E], [K, 2]
+        tokens = tuple(question[a:b] for a, b in spans)
+        rows, words = [], []
+        for image in images:
+            cls, relevance = self.chat._images.cls[image], None
+            if pseudo.needs_scorer:
+                assert cls.joint is not None  # the plan's vision graph gives it
+                relevance = to_other_tokens(cosines(cls.joint, features), places, spans)  # [T]
+            elif pseudo.text == "similarity":
+                relevance = cosines(cls.features, embeddings)  # [T]
+            selected = np.full(len(asked), pseudo.text == "all")
+            if relevance is not None:
+                selected = relevance >= pseudo.tau
+            rows.append(pool(embeddings, selected, cls.features))
+            words.append(Words(image, tokens, relevance, selected))
+        return np.stack(rows), words
 
     def _settle(
         self,

@@ -33,6 +33,9 @@ class Backend(Protocol):
     def key_cache(self, cache: StageCache, layer: int) -> Any:
         """The keys of a layer, to be read by a decision."""
 
+    def value_cache(self, cache: StageCache, layer: int) -> Any:
+        """The values of a layer, likewise."""
+
     def to_numpy(self, tensor: Any) -> np.ndarray:
         """Bring a tensor to the host. On a GPU this waits for it."""
 

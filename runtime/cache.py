@@ -43,7 +43,7 @@ class Cache:
 
     Attributes:
         stages: One cache per stage.
-        position: Rotary position of the next row: rows fed so far, whatever was dropped since.
+        position: Rotary position of the next row, whatever was dropped before or since.
     """
 
     stages: list[StageCache] = field(default_factory=list)

@@ -15,7 +15,7 @@ from patchsieve.runtime.answer import Answer, Images, State
 from patchsieve.runtime.cache import Cache
 from patchsieve.runtime.chat_template import Message
 from patchsieve.runtime.prompt import Prompt
-from patchsieve.runtime.result import Result, since
+from patchsieve.runtime.result import ImageResult, Result, since
 from patchsieve.runtime.sampling import SamplingOptions
 
 if TYPE_CHECKING:
@@ -122,17 +122,18 @@ class Chat:
         self._check_room(tokens, len(sources), options.max_new_tokens, continues)
 
         seen = len(self._images.features)
+        rng = np.random.default_rng(options.seed)
         mark: tuple[int, ...] | None = cache.mark()
         try:
-            self._see(pixels, result)
+            self._see(pixels, result, rng)
             if not continues:
                 mark = None
                 self._is_choice_lost |= bool(self._state.sites)
                 self._restart(cache)
-            answer = Answer(self, options, result, start, scores)
+            answer = Answer(self, options, result, start, rng, scores)
             yield from answer.run(tokens, tuple(messages))
         except BaseException:
-            del self._images.features[seen:], self._images.patch_ids[seen:]
+            self._images.forget(seen)
             if mark is None:
                 self._restart(cache)  # the next turn prefills what `messages` holds
             else:
@@ -142,7 +143,7 @@ class Chat:
         if not raw:
             said = [{"type": "text", "text": result.text}]
             self.messages = [*messages, {"role": "assistant", "content": said}]
-        result.sites = list(self._state.sites)
+        result.images, result.sites = list(self._images.reduced), list(self._state.sites)
         result.notes += [
             f"the budget of layer {site.layer} capped image {site.image}: "
             f"{site.num_wanted} tokens wanted, {len(site.kept)} kept"
@@ -228,10 +229,12 @@ class Chat:
                     do=f"shorten it, or export with a larger {option}",
                 )
         budgets = self.model.facts.budgets(self.plan)
+        side_layer = self.model.facts.side_layer(self.plan)
         for stage, budget in zip(cache.stages, budgets, strict=True):
             used = stage.length if continues else 0
-            # The last new token is answered but never fed.
-            needed = used + text + images * budget + max_new_tokens - 1
+            # The last new token is answered but never fed; new ones take the place of side rows.
+            side = images if stage.stage.last <= side_layer else 0
+            needed = used + text + images * budget + max(max_new_tokens - 1, side)
             if needed > stage.slots:
                 raise CapacityError(
                     "the conversation is full",
@@ -242,12 +245,20 @@ class Chat:
                     "--max-text-tokens",
                 )
 
-    def _see(self, pixels: np.ndarray | None, result: Result) -> None:
-        start = time.perf_counter()
+    def _see(self, pixels: np.ndarray | None, result: Result, rng: np.random.Generator) -> None:
+        start, images = time.perf_counter(), self._images
         if pixels is not None:
-            features, ids = self.model.pipeline.see(pixels)
-            self._images.features += list(features)
-            self._images.patch_ids += list(ids)
+            first = len(images.features)
+            seen = self.model.pipeline.see(pixels, self.plan, rng)
+            images.features += list(seen.features)
+            images.patch_ids += list(seen.ids)
+            images.cls += seen.cls
+            images.reduced += [
+                ImageResult(number, each.tolist(), went.tolist())
+                for number, (each, went) in enumerate(
+                    zip(seen.ids, seen.sources, strict=False), first
+                )
+            ]
         result.timings_ms["vision"] = since(start)
 
     def _restart(self, cache: Cache) -> None:

@@ -69,7 +69,7 @@ class OrtBackend:
             self.options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
         self._sessions: dict[str, Any] = {}
         for graph in (
-            names.VISION,
+            self.facts.vision_graph(self.facts.default_plan),
             names.COMPACT,
             *map(names.stage, range(len(self.facts.stages))),
         ):
@@ -105,7 +105,7 @@ class OrtBackend:
         return Buffers(arrays, values, binding, outputs)
 
     def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Run vision, decide or compact."""
+        """Run a vision graph, decide or compact."""
         session = self._session(graph)
         outputs = [out.name for out in session.get_outputs()]
         wanted = {value.name for value in session.get_inputs()}
@@ -123,6 +123,10 @@ class OrtBackend:
     def key_cache(self, cache: StageCache, layer: int) -> Any:
         """The cache itself, not a copy."""
         return cache.buffers.values[names.key_cache(layer)]
+
+    def value_cache(self, cache: StageCache, layer: int) -> Any:
+        """The cache itself, not a copy."""
+        return cache.buffers.values[names.value_cache(layer)]
 
     def to_numpy(self, tensor: Any) -> np.ndarray:
         """Copy a tensor out."""

@@ -5,17 +5,20 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from patchsieve import names
 from patchsieve.errors import PatchsieveError
+from patchsieve.plan import SitePlan
 from patchsieve.runtime.backend import Backend
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.cache import Cache, StageCache, empty_cache
+from patchsieve.runtime.pseudo_cls import VisualCls
 from patchsieve.runtime.result import SiteResult, since
-from patchsieve.runtime.rows import Rows
+from patchsieve.runtime.rows import TEXT, Rows
+from patchsieve.runtime.scorer import TextScorer
 
 
 @dataclass
@@ -35,6 +38,23 @@ class Prefill:
     decide_ms: list[float] = field(default_factory=list)
 
 
+class Seen(NamedTuple):
+    """What the tower gives of B images.
+
+    Attributes:
+        features: Visual tokens, [B, N, C].
+        ids: Their raster ids, [B, N].
+        sources: Token that each patch went to [B, patches], or [0, patches] where nothing prunes
+            before the decoder.
+        cls: Each image as a whole, where the plan asks for it.
+    """
+
+    features: np.ndarray
+    ids: np.ndarray
+    sources: np.ndarray
+    cls: list[VisualCls]
+
+
 class Pipeline:
     """The graphs of a bundle in their order.
 
@@ -46,16 +66,47 @@ class Pipeline:
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle, self.backend, self.facts = bundle, backend, bundle.manifest
         self._only_row = np.zeros(1, np.int64)
+        self._scorer: TextScorer | None = None
 
     def new_cache(self, plan: str) -> Cache:
         """An empty cache with the reservation of a plan."""
         return empty_cache(self.facts, plan, self.backend.allocate)
 
-    def see(self, pixel_values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Image features [B, N, C] and raster ids [B, N] of pixels [B, 3, h, w]."""
-        out = self.backend.run(names.VISION, {names.PIXEL_VALUES: pixel_values})
-        features, ids = out[names.IMAGE_FEATURES], out[names.IMAGE_IDS]
-        return self.backend.to_numpy(features), self.backend.to_numpy(ids)
+    def see(self, pixel_values: np.ndarray, plan: str, rng: np.random.Generator) -> Seen:
+        """Turn pixels [B, 3, h, w] into the visual tokens of a plan.
+
+        Args:
+            pixel_values: The images.
+            plan: Name of the plan.
+            rng: Noise for methods that draw, a number for each patch.
+        """
+        graph, num_patches = self.facts.vision_graph(plan), self.facts.vision.num_patches
+        inputs = {names.PIXEL_VALUES: pixel_values}
+        if any(t["name"] == names.NOISE for t in self.facts.tensors[graph]["inputs"]):
+            inputs[names.NOISE] = rng.random((len(pixel_values), num_patches), np.float32)
+        out = self.backend.run(graph, inputs)
+        found = {name: self.backend.to_numpy(value) for name, value in out.items()}
+        joint = found.get(names.CLS_JOINT, [None] * len(pixel_values))
+        cls = zip(found.get(names.CLS_FEATURES, ()), joint, strict=False)
+        return Seen(
+            found[names.IMAGE_FEATURES],
+            found[names.IMAGE_IDS],
+            found.get(names.IMAGE_SOURCES, np.empty((0, num_patches), np.int64)),
+            [VisualCls(features, own) for features, own in cls],
+        )
+
+    def score(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """A text's tokens in the space of the image [K, E], and their characters [K, 2]."""
+        if self._scorer is None:
+            facts = self.facts.scorer
+            assert facts is not None  # the manifest was checked: the plan that asks has one
+            path = self.bundle.path / facts.tokenizer
+            self._scorer = TextScorer(facts, path, self._text_features)
+        return self._scorer(text)
+
+    def _text_features(self, text_ids: np.ndarray) -> np.ndarray:
+        out = self.backend.run(names.SCORER, {names.TEXT_IDS: text_ids})
+        return self.backend.to_numpy(out[names.TEXT_FEATURES])
 
     def prefill(
         self,
@@ -98,32 +149,31 @@ class Pipeline:
         sites = {site.layer: site for site in self.facts.plans[plan].sites}
         result = Prefill(np.zeros(0, np.float32))
         keep_indices = np.arange(len(rows))
-        position = cache.position + len(rows)
+        position = rows.next_position
+        queries: dict[str, Any] = {}  # of the rows as they are now
         for index, stage_cache in enumerate(cache.stages):
             start = time.perf_counter()
             slot = stage_cache.length
-            out = self._stage(index, hidden, keep_indices, rows.position_ids, stage_cache)
+            out = self._stage(
+                index,
+                hidden,
+                keep_indices,
+                rows.position_ids,
+                stage_cache,
+                rows.last_seen(),
+                rows.num_side,
+            )
             result.stage_ms.append(since(start))
             hidden = out.get(names.HIDDEN_OUT)
+            queries |= out
             keep_indices = np.arange(len(rows))
             site = sites.get(stage_cache.stage.last)
             if site is not None and rows.images():
                 start = time.perf_counter()
-                query = out[names.query(site.layer - 1)]
-                budget = site.budget or self.facts.vision.num_visual
                 keep_indices = self._decide(
-                    plan,
-                    site.layer,
-                    budget,
-                    query,
-                    slot,
-                    rows,
-                    stage_cache,
-                    rng,
-                    result.sites,
-                    scores,
+                    plan, site, queries, slot, rows, cache, rng, result.sites, scores
                 )
-                rows = rows.take(keep_indices)
+                rows, queries = rows.take(keep_indices), {}
                 result.decide_ms.append(since(start))
         cache.position = position
         result.logits = self._finite(out[names.LOGITS])
@@ -151,48 +201,57 @@ class Pipeline:
         keep_indices: np.ndarray,
         position_ids: np.ndarray,
         cache: StageCache,
+        last_seen: np.ndarray | None = None,
+        num_side: int = 0,
     ) -> dict[str, Any]:
+        """Run a stage; of the rows fed, the last `num_side` do not count as cached."""
         count = len(keep_indices)
+        last_seen = np.arange(count) if last_seen is None else last_seen
         inputs = {
             names.HIDDEN: hidden,
             names.KEEP_INDICES: keep_indices,
             names.POSITION_IDS: position_ids,
             names.SLOT: np.array([cache.length]),
-            names.LAST_KEY: cache.length + np.arange(count),
+            names.LAST_KEY: cache.length + last_seen,
         }
         if index == len(self.facts.stages) - 1:
-            inputs[names.LOGITS_ROW] = np.array([count - 1])
+            inputs[names.LOGITS_ROW] = np.array([count - num_side - 1])
         out = self.backend.run_stage(index, inputs, cache)
-        cache.length += count
+        cache.length += count - num_side
         return out
 
     def _decide(
         self,
         plan: str,
-        layer: int,
-        budget: int,
-        query: Any,
+        site: SitePlan,
+        queries: dict[str, Any],
         slot: int,
         rows: Rows,
-        cache: StageCache,
+        cache: Cache,
         rng: np.random.Generator,
         sites: list[SiteResult],
         scores: bool,
     ) -> np.ndarray:
         """Run a site's decision once per image and return the rows that go on."""
+        graph, layer = names.decide(plan, site.layer), site.layer
+        budget = site.budget or self.facts.num_visual(plan)
+        read = self._read(graph, layer, queries, cache)
         keep: Any = np.ones(len(rows), bool)
+        if layer == self.facts.side_layer(plan):
+            keep = rows.side_of == TEXT  # side rows have done their work
         wanted, scored = {}, {}
         for image in rows.images():
             visual_rows = rows.of_image(image)
             out = self.backend.run(
-                names.decide(plan, layer),
-                {
-                    names.QUERY: query,
-                    names.KEY: self.backend.key_cache(cache, layer - 1),
+                graph,
+                read
+                | {
                     names.SLOT: np.array([slot]),
                     names.VISUAL_ROWS: visual_rows,
                     names.TEXT_ROWS: rows.text_for(image),
                     names.PATCH_IDS: rows.patch_ids[visual_rows],
+                    names.SIDE_ROW: rows.side_row(image),
+                    names.LAST_ROW: rows.last_row(),
                     names.KEEP: keep,
                     names.BUDGET: np.array([budget]),
                     names.NOISE: rng.random((1, len(visual_rows)), np.float32),
@@ -202,7 +261,7 @@ class Pipeline:
             wanted[image] = out[names.NUM_WANTED]
             if scores:
                 values = self.backend.to_numpy(out[names.SCORES])  # [N]
-                pairs = zip(rows.patch_ids[visual_rows].tolist(), values.tolist(), strict=True)
+                pairs = zip(rows.places[visual_rows].tolist(), values.tolist(), strict=True)
                 scored[image] = sorted(pairs, key=itemgetter(0))
         out = self.backend.run(names.COMPACT, {names.KEEP: keep})
         num_keep = int(self.backend.to_numpy(out[names.NUM_KEEP])[0])
@@ -216,10 +275,28 @@ class Pipeline:
                     num_visual_before=len(rows.of_image(image)),
                     kept=np.sort(kept.patch_ids[kept.of_image(image)]).tolist(),
                     num_wanted=int(self.backend.to_numpy(count)[0]),
+                    places=kept.places[kept.of_image(image)].tolist(),
                     scores=scored.get(image),
                 )
             )
         return keep_indices
+
+    def _read(
+        self, graph: str, layer: int, queries: dict[str, Any], cache: Cache
+    ) -> dict[str, Any]:
+        """Queries, keys and values that a decision takes, by its names for them."""
+        top, read = layer - 1, {}
+        for tensor in self.facts.tensors[graph]["inputs"]:
+            name = tensor["name"]
+            what, _, number = name.partition(".")
+            of = int(number) if number else top
+            if what == names.QUERY:
+                read[name] = queries[names.query(of)]
+            elif what in (names.KEY, names.VALUE):
+                stage = next(c for c in cache.stages if c.stage.first <= of < c.stage.last)
+                give = self.backend.key_cache if what == names.KEY else self.backend.value_cache
+                read[name] = give(stage, of)
+        return read
 
     def _undo(self, cache: Cache, mark: tuple[int, ...]) -> None:
         """Forget rows and zero their slots: a mask does not stop a NaN in an unused slot."""

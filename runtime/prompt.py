@@ -27,12 +27,29 @@ class Prompt:
         image_positions: Indices in `token_ids` of the M image tokens, int64 [M].
         instruction: Indices in `token_ids` of the tokens that hold the last user message's text,
             without role markers and image tokens, int64.
+        offsets: First character of each token in `text`, and the one behind its last, int64 [T, 2].
+        has_question: The instruction is the user's words; else it is what stands in for them.
     """
 
     text: str
     token_ids: np.ndarray
     image_positions: np.ndarray
     instruction: np.ndarray
+    offsets: np.ndarray
+    has_question: bool
+
+    def question(self) -> tuple[str, np.ndarray]:
+        """The instruction alone: its text, and each of its tokens' places in it, [T', 2].
+
+        What stands between its parts, an image say, is blank, so that the places fit.
+        """
+        spans = self.offsets[self.instruction]
+        first, last = int(spans[:, 0].min()), int(spans[:, 1].max())
+        own = np.zeros(last - first, bool)
+        for start, stop in spans - first:
+            own[start:stop] = True
+        text = self.text[first:last]
+        return "".join(c if keep else " " for c, keep in zip(text, own, strict=True)), spans - first
 
 
 @dataclass(frozen=True)
@@ -350,7 +367,8 @@ class PromptBuilder:
         for start, stop in spans:
             chosen |= (offsets[:, 0] < stop) & (offsets[:, 1] > np.maximum(offsets[:, 0], start))
         chosen &= ~(is_image | np.isin(ids, self._special_ids))
-        if not chosen.any():
+        has_question = bool(chosen.any())
+        if not has_question:
             last = int(images[-1]) if len(images) else -1
             chosen = np.arange(len(ids)) > last
             if not chosen.any():
@@ -359,7 +377,7 @@ class PromptBuilder:
                     found=repr(text[-40:]),
                     do="add a question behind the image",
                 )
-        return Prompt(text, ids, images, np.flatnonzero(chosen))
+        return Prompt(text, ids, images, np.flatnonzero(chosen), offsets, has_question)
 
 
 def _text_parts(text: str) -> list[dict[str, str]]:

@@ -34,7 +34,10 @@ class Recorder:
         """Run a graph and keep what it was fed and what it returned."""
         out = self.inner.run(graph, inputs)
         if graph not in self.inputs:
-            self.inputs[graph] = {k: self._copy(v) for k, v in inputs.items() if k != names.KEY}
+            caches = (names.KEY, names.VALUE)
+            self.inputs[graph] = {
+                k: self._copy(v) for k, v in inputs.items() if k.partition(".")[0] not in caches
+            }
             self.values |= {f"{graph}/{name}": self._copy(value) for name, value in out.items()}
         return out
 
@@ -57,6 +60,10 @@ class Recorder:
     def key_cache(self, cache: StageCache, layer: int) -> Any:
         """As the backend does."""
         return self.inner.key_cache(cache, layer)
+
+    def value_cache(self, cache: StageCache, layer: int) -> Any:
+        """As the backend does."""
+        return self.inner.value_cache(cache, layer)
 
     def to_numpy(self, tensor: Any) -> np.ndarray:
         """As the backend does."""

@@ -6,12 +6,38 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from patchsieve.runtime.pseudo_cls import Words
+
 SCHEMA_VERSION = 1
 
 
 def since(start: float) -> float:
     """Milliseconds since a reading of time.perf_counter."""
     return (time.perf_counter() - start) * 1e3
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """What the plan's vision graph made of one image.
+
+    Attributes:
+        image: Number of the image in the conversation.
+        ids: Raster id of each token that enters the decoder, -1 for one that is no patch.
+        sources: For each patch of the grid the token that it went to, -1 if it was dropped.
+    """
+
+    image: int
+    ids: list[int]
+    sources: list[int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The image as `run --json` prints it."""
+        return {
+            "image": self.image,
+            "num_visual": len(self.ids),
+            "ids": self.ids,
+            "sources": self.sources,
+        }
 
 
 @dataclass(frozen=True)
@@ -22,9 +48,10 @@ class SiteResult:
         layer: Tokens were dropped at the input of this layer.
         image: Number of the image in the conversation.
         num_visual_before: Its tokens that were alive.
-        kept: Raster ids of the survivors, ascending.
+        kept: Raster ids of the survivors, ascending; -1 for each that is no patch.
         num_wanted: Survivors without a budget.
-        scores: Raster id and score of each token that was alive, ascending by id; None unless the
+        places: Places of the survivors among the image's tokens that entered the decoder.
+        scores: Place and score of each token that was alive, ascending by place; None unless the
             request asked for them.
     """
 
@@ -33,6 +60,7 @@ class SiteResult:
     num_visual_before: int
     kept: list[int]
     num_wanted: int
+    places: list[int] = field(default_factory=list)
     scores: list[tuple[int, float]] | None = None
 
     @property
@@ -48,6 +76,7 @@ class SiteResult:
             "num_visual_before": self.num_visual_before,
             "num_kept": len(self.kept),
             "kept": self.kept,
+            "places": self.places,
             "num_wanted": self.num_wanted,
             "capped": self.is_capped,
         }
@@ -65,9 +94,11 @@ class Result:
         prompt_tokens: Rows that this turn fed before the answer, visual ones included.
         visual_tokens: Visual rows among them.
         plan: The plan that was followed.
-        selection: "picked" in this turn, "kept" from an earlier one, "repicked" by a new prefill,
-            or "none" where nothing was pruned.
+        selection: What the decoder's sites chose: "picked" in this turn, "kept" from an earlier
+            one, "repicked" by a new prefill, or "none" where they pruned nothing.
+        images: What the vision graph left of each image, where the plan prunes there.
         sites: Survivors per site and image, of the whole conversation.
+        words: The question's words that judged each image of this turn, where a plan has them.
         kv_bytes: Reserved and used, in all and per stage.
         timings_ms: Milliseconds of each part; `ttft` is the time to the first token, `decode_steps`
             lists each token behind it.
@@ -81,7 +112,9 @@ class Result:
     visual_tokens: int = 0
     plan: str = ""
     selection: str = "none"
+    images: list[ImageResult] = field(default_factory=list)
     sites: list[SiteResult] = field(default_factory=list)
+    words: list[Words] = field(default_factory=list)
     kv_bytes: dict[str, Any] = field(default_factory=dict)
     timings_ms: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -93,6 +126,8 @@ class Result:
         return {
             "schema_version": SCHEMA_VERSION,
             **vars(self),
+            "images": [image.to_dict() for image in self.images],
             "sites": sites,
+            "words": [one.to_dict() for one in self.words],
             "timings_ms": times,
         }

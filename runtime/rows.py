@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+
+from patchsieve.manifest import VisionModel
 
 TEXT = -1  # image number of a row that belongs to no image
 
@@ -17,13 +20,20 @@ class Rows:
         position_ids: Rotary position, int64 [L].
         image: Number of the row's image in the conversation, TEXT for text, int64 [L].
         patch_ids: Raster index on the image's patch grid, -1 for none, int64 [L].
+        places: Place among the image's tokens that entered the decoder, -1 for text, int64 [L].
         is_instruction: The row holds a token of the last question, bool [L].
+        side_of: For a side row the image that it judges, TEXT for all others, int64 [L]. Side rows
+            stand behind all others; their `image` is TEXT.
+        next_position: Of the row behind them all, dropped or not, side rows not counted.
     """
 
     position_ids: np.ndarray
     image: np.ndarray
     patch_ids: np.ndarray
+    places: np.ndarray
     is_instruction: np.ndarray
+    side_of: np.ndarray
+    next_position: int
 
     def __len__(self) -> int:
         return len(self.position_ids)
@@ -34,8 +44,50 @@ class Rows:
             self.position_ids[indices],
             self.image[indices],
             self.patch_ids[indices],
+            self.places[indices],
             self.is_instruction[indices],
+            self.side_of[indices],
+            self.next_position,
         )
+
+    def with_side_rows(self) -> Rows:
+        """The rows, and behind them a side row for each image that is fed.
+
+        Its position is that of the first text behind the image, which it does not shift.
+        """
+        images = self.images()
+        none = np.full(len(images), TEXT)
+        positions = np.append(self.position_ids, self.next_position)
+        is_text = np.append(self.image == TEXT, True)
+        behind = [
+            self.of_image(image)[-1] + np.argmax(is_text[self.of_image(image)[-1] :])
+            for image in images
+        ]
+        return Rows(
+            np.concatenate((self.position_ids, positions[behind])),
+            np.concatenate((self.image, none)),
+            np.concatenate((self.patch_ids, none)),
+            np.concatenate((self.places, none)),
+            np.concatenate((self.is_instruction, none != TEXT)),
+            np.concatenate((self.side_of, np.array(images, np.int64))),
+            self.next_position,
+        )
+
+    @property
+    def num_side(self) -> int:
+        """Side rows among them."""
+        return int((self.side_of != TEXT).sum())
+
+    def side_row(self, image: int) -> np.ndarray:
+        """Index of an image's side row, [1]; none where there is no such row, [0]."""
+        return np.flatnonzero(self.side_of == image)
+
+    def last_seen(self) -> np.ndarray:
+        """The last row that each row sees besides itself, [L]: a side row, its image's last."""
+        seen = np.arange(len(self))
+        for row in np.flatnonzero(self.side_of != TEXT):
+            seen[row] = self.of_image(self.side_of[row])[-1]
+        return seen
 
     def images(self) -> list[int]:
         """Numbers of the images among the rows, ascending."""
@@ -52,8 +104,56 @@ class Rows:
         the answer, at least); where no text follows, the last row does.
         """
         last = self.of_image(image)[-1]
-        behind = (np.arange(len(self)) > last) & (self.image == TEXT)
+        behind = (np.arange(len(self)) > last) & (self.image == TEXT) & (self.side_of == TEXT)
         for chosen in (behind & self.is_instruction, behind):
             if chosen.any():
                 return np.flatnonzero(chosen)
-        return np.array([len(self) - 1])
+        return self.last_row()
+
+    def last_row(self) -> np.ndarray:
+        """Index of the last row that is no side row, [1]."""
+        return np.array([len(self) - self.num_side - 1])
+
+
+def number_tokens(ids: np.ndarray, vision: VisionModel, rule: str) -> tuple[np.ndarray, int]:
+    """Positions of an image's tokens, counted from its first, and how many the image takes.
+
+    Args:
+        ids: Raster ids of its tokens as the vision graph gives them, int64 [N].
+        vision: The tower.
+        rule: The plan's position rule: "original" leaves the gaps of what was dropped, and numbers
+            tokens that are no patches as if the image had that many, or that many more;
+            "contiguous" leaves no gaps.
+    """
+    is_patch = ids >= 0
+    if rule == "contiguous" or not is_patch.any():
+        return np.arange(len(ids)), len(ids)
+    shift = vision.num_visual - vision.num_patches  # 1 where the class token stands in front
+    is_further = ~is_patch
+    is_further[0] &= shift != 1
+    num_further = int(is_further.sum())
+    positions = ids + shift
+    positions[is_further] = vision.num_visual + np.arange(num_further)
+    return positions, vision.num_visual + num_further
+
+
+def number_rows(
+    count: int,
+    images: Iterable[tuple[slice, np.ndarray]],
+    vision: VisionModel,
+    rule: str,
+) -> np.ndarray:
+    """Positions of `count` rows and of the row behind them, counted from the first, [count + 1].
+
+    Args:
+        count: Rows of text and images.
+        images: Rows of each image, in order, and the raster ids of its tokens.
+        vision: The tower.
+        rule: The plan's position rule.
+    """
+    positions = np.arange(count + 1)
+    for rows, ids in images:
+        offsets, taken = number_tokens(ids, vision, rule)
+        positions[rows] = positions[rows.start] + offsets
+        positions[rows.stop :] += taken - len(ids)
+    return positions

@@ -5,8 +5,10 @@ import torch
 
 from patchsieve.pruning.atp import ATP
 from patchsieve.pruning.fastv import FastV
+from patchsieve.pruning.ivtp import IVTP
 from patchsieve.pruning.random import Random
 from patchsieve.pruning.thresholds import ConstantThresholds, Thresholds
+from patchsieve.pruning.topk_decoder import DecoderTopK
 
 # Scores closer than this may swap between backends and precisions.
 NEAR = 1e-6
@@ -36,6 +38,15 @@ CASES = {
     "atp as printed": ATP(ConstantThresholds(0.0, 0.9), normalisation="none"),
     "atp learned": ATP(learned()),
     "atp learned on another grid": ATP(learned((5, 7), "relu"), causal=True),
+    "ivtp": IVTP(7),
+    "ivtp prefix": IVTP(7, block="prefix"),
+    "ivtp of two layers": IVTP(5, group=2, identity_first=True),
+    "ivtp single": IVTP(9, fusion="single"),
+    "ivtp mean": IVTP(6, fusion="mean"),
+    "ivtp max": IVTP(6, group=2, fusion="max", block="prefix"),
+    "ivtp multiply": IVTP(6, fusion="multiply"),
+    "topk cls": DecoderTopK(6),
+    "topk last": DecoderTopK(8, row="last"),
 }
 
 # The same methods with options that drop nothing.
@@ -43,6 +54,8 @@ KEEP_ALL = {
     "random": Random(1.0),
     "fastv": FastV(1.0),
     "atp": ATP(ConstantThresholds(-1.0, 0.5)),
+    "ivtp": IVTP(999),
+    "topk": DecoderTopK(999),
 }
 
 

@@ -9,7 +9,18 @@ from torch.export import Dim
 from patchsieve.pruning.site import Site
 from patchsieve.pruning.table import modules
 
-INPUTS = ("query", "key", "visual_rows", "text_rows", "patch_ids", "noise", "budget")
+INPUTS = (
+    "query",
+    "key",
+    "value",
+    "visual_rows",
+    "text_rows",
+    "patch_ids",
+    "noise",
+    "side_row",
+    "last_row",
+)
+LOWER = ("query_1", "key_1", "query_2", "key_2")
 
 
 class DecisionGraph(nn.Module):
@@ -21,37 +32,32 @@ class DecisionGraph(nn.Module):
         self.method, self.grid, self.num_visual = method, grid, num_visual
         self.parts = nn.ModuleDict(modules(method))
 
-    def forward(self, query, key, visual_rows, text_rows, patch_ids, noise, budget):
+    def forward(self, given):
         """Decide; the three outputs of a decision."""
-        site = Site(
-            query, key, visual_rows, text_rows, patch_ids, self.grid, self.num_visual, noise
-        )
-        return tuple(self.method.decide(site, budget))
+        lower = tuple((given[LOWER[i]], given[LOWER[i + 1]]) for i in (0, 2))
+        named = {name: given[name] for name in INPUTS}
+        site = Site(**named, lower=lower, grid=self.grid, num_visual=self.num_visual)
+        return tuple(self.method.decide(site, given["budget"]))
 
 
 def feeds(site: Site, budget: int) -> dict:
     """Map the names of the graph's inputs to tensors."""
-    tensors = {name: getattr(site, name) for name in INPUTS[:-1]}
-    return {**tensors, "budget": torch.tensor([budget])}
+    tensors = {name: getattr(site, name) for name in INPUTS}
+    lower = dict(zip(LOWER, (t for pair in site.lower for t in pair), strict=True))
+    return {**tensors, **lower, "budget": torch.tensor([budget])}
 
 
 def export_program(method, site: Site):
     """Trace a method with dynamic rows, keys, tokens and text."""
     graph = DecisionGraph(method, site.grid, site.num_visual)
-    dims = {
-        "query": {2: Dim.DYNAMIC},
-        "key": {2: Dim.DYNAMIC},
-        "visual_rows": {0: Dim.DYNAMIC},
-        "text_rows": {0: Dim.DYNAMIC},
-        "patch_ids": {0: Dim.DYNAMIC},
-        "noise": {1: Dim.DYNAMIC},
-        "budget": None,
-    }
+    axes = {"visual_rows": 0, "text_rows": 0, "patch_ids": 0, "noise": 1}
+    axes |= dict.fromkeys(("query", "key", "value", *LOWER), 2)
     inputs = feeds(site, 5)
+    dims = {n: {axes[n]: Dim.DYNAMIC} if n in axes else None for n in inputs}
     device = next((p.device for p in graph.parameters()), torch.device("cpu"))
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     with torch.no_grad():
-        return torch.export.export(graph, (), inputs, dynamic_shapes=dims)
+        return torch.export.export(graph, (inputs,), dynamic_shapes=(dims,))
 
 
 def export_onnx(method, site: Site, path: Path) -> Path:
@@ -62,7 +68,11 @@ def export_onnx(method, site: Site, path: Path) -> Path:
         opset_version=21,
         optimize=False,
         verbose=False,
+        input_names=list(feeds(site, 1)),
         output_names=["keep", "scores", "num_wanted"],
     )
+    for value in list(program.model.graph.inputs):  # as export does: nobody feeds what is not read
+        if not value.uses():
+            program.model.graph.inputs.remove(value)
     program.save(str(path))
     return path

@@ -22,19 +22,25 @@ def make_site(
     with_cls=False,
     values="normal",
 ):
-    """One image at a site: cached rows, then system | tokens | other image | text | after.
+    """One image at a site: cached rows, then system | tokens | other image | text | after | side.
 
-    `values` is "normal", "small" (integers, so that ties are exact) or "zero".
+    The side row is the image's; methods that know none must not notice it. `values` is "normal",
+    "small" (integers, so that ties are exact) or "zero".
     """
     g = torch.Generator().manual_seed(seed)
     rows = system + tokens + other_image + text + after
-    shapes = (batch, heads, rows, head_dim), (batch, kv_heads, cached + rows, head_dim)
-    if values == "normal":
-        query, key = (torch.randn(shape, generator=g) for shape in shapes)
-    elif values == "small":
-        query, key = (torch.randint(-1, 2, shape, generator=g).float() for shape in shapes)
-    else:
-        query, key = (torch.zeros(shape) for shape in shapes)
+
+    def states(num_heads, num_rows):
+        shape = (batch, num_heads, num_rows, head_dim)
+        if values == "normal":
+            return torch.randn(shape, generator=g)
+        if values == "small":
+            return torch.randint(-1, 2, shape, generator=g).float()
+        return torch.zeros(shape)
+
+    fed, present = rows + 1, cached + rows + 1
+    query, key, value = states(heads, fed), states(kv_heads, present), states(kv_heads, present)
+    lower = tuple((states(heads, fed), states(kv_heads, present)) for _ in range(2))
     patches = grid[0] * grid[1]
     ids = torch.randperm(patches, generator=g)[: tokens - with_cls].sort().values
     if with_cls:
@@ -53,6 +59,10 @@ def make_site(
         grid=grid,
         num_visual=patches,
         noise=noise,
+        value=value,
+        lower=lower,
+        side_row=torch.tensor([rows]),
+        last_row=torch.tensor([rows - 1]),
     )
 
 

@@ -36,9 +36,9 @@ from patchsieve.cost import (
 )
 from patchsieve.cost.flops import decoder_layer, tower_layer
 from patchsieve.cost.methods import DEFAULT_KEEP_RATIO, FIXED_RATIO, layerwise
-from patchsieve.cost.schedules import num_to_keep
 from patchsieve.errors import PatchsieveError, ShapeError, UnsupportedModelError
 from patchsieve.plan import Plan, SitePlan
+from patchsieve.pruning.schedules import num_to_keep
 
 LLAVA = papers.LLAVA_7B
 TOY = ModelShape(
@@ -278,20 +278,14 @@ def test_placement_in_a_tower_layer_orders_the_cost() -> None:
     assert flops[1] / 1e12 == pytest.approx(0.1968, abs=2e-4)
 
 
-def test_keep_ratio_counts_as_the_pruning_methods_do() -> None:
-    from patchsieve.pruning import select
-
-    for ratio in (0.001, 0.1, 0.25, 0.5, 0.0009, 1.0, 64 / 576):
-        for num_visual in (1, 5, 144, 576, 577):
-            assert num_to_keep(ratio, num_visual) == select.num_to_keep(ratio, num_visual)
-
-
 def test_help_says_which_methods_exist() -> None:
-    from patchsieve.pruning.table import METHODS as methods
+    from patchsieve.pruning import table
 
-    assert set(command.METHODS) & {"none", *methods} == set(command.EXPORTED)
+    made = {"decoder": table.METHODS, "tower": table.ENCODERS, "output": table.PROJECTORS}
+    for place, methods in made.items():
+        assert set(command.EXPORTED[place]) == set(methods)
     for name in FIXED_RATIO:
-        assert methods[name]().keep_ratio == DEFAULT_KEEP_RATIO
+        assert table.METHODS[name]().keep_ratio == DEFAULT_KEEP_RATIO
 
 
 def test_plan_costs_its_ratio_its_budget_or_its_survivors() -> None:
@@ -416,7 +410,7 @@ def test_command_counts_every_method_at_every_place(
         assert main([*words, "--json"]) == 0
         told = json.loads(capsys.readouterr().out)
         assert told["ratio"] < 1 or method == "none"
-        is_exported = method in command.EXPORTED and place in ("decoder", "nowhere")
+        is_exported = method in command.EXPORTED[place]
         assert told["is_costs_only"] is not is_exported
         assert told["tokens_per_layer"]["llm"][-1] == (576 if method == "none" else 64)
         assert main(words) == 0

@@ -11,9 +11,11 @@ import torch
 from patchsieve.errors import PatchsieveError, ShapeError
 from patchsieve.pruning.atp import ATP
 from patchsieve.pruning.fastv import FastV
+from patchsieve.pruning.ivtp import IVTP
 from patchsieve.pruning.random import Random
 from patchsieve.pruning.site import Site
 from patchsieve.pruning.table import METHODS, modules, settings
+from patchsieve.pruning.topk_decoder import DecoderTopK
 from tests.pruning_cases import CASES, KEEP_ALL, assert_same_choice
 from tests.pruning_sites import SITES, make_site
 
@@ -63,7 +65,8 @@ def test_every_method_has_a_case():
     assert {method.name for method in CASES.values()} == set(METHODS) == set(KEEP_ALL)
     for name, method in METHODS.items():
         assert method.name == name
-        assert set(method.reads) <= {"query", "key", "noise"}
+    known = {"query", "key", "value", "side_row", "last_row", "noise"}
+    assert {w.partition(".")[0] for m in CASES.values() for w in m.reads} <= known
 
 
 @pytest.mark.parametrize("options", SITES.values(), ids=SITES)
@@ -103,6 +106,8 @@ def test_rows_of_a_batch_do_not_see_each_other(method):
             both,
             query=both.query[b : b + 1],
             key=both.key[b : b + 1],
+            value=both.value[b : b + 1],
+            lower=tuple((q[b : b + 1], k[b : b + 1]) for q, k in both.lower),
             noise=both.noise[b : b + 1],
         )
         assert torch.equal(decide(method, alone, 6).keep[0], together.keep[b])
@@ -114,8 +119,11 @@ def test_rows_cached_before_the_prefill_count_as_if_fed_now(method):
     cached = dataclasses.replace(
         fed,
         query=fed.query[:, :, 4:],
+        lower=tuple((q[:, :, 4:], k) for q, k in fed.lower),
         visual_rows=fed.visual_rows - 4,
         text_rows=fed.text_rows - 4,
+        side_row=fed.side_row - 4,
+        last_row=fed.last_row - 4,
     )
     whole, split = decide(method, fed), decide(method, cached)
     assert torch.equal(whole.keep, split.keep)
@@ -125,8 +133,14 @@ def test_rows_cached_before_the_prefill_count_as_if_fed_now(method):
 @pytest.mark.parametrize("method", CASES.values(), ids=CASES)
 def test_half_precision_is_computed_in_float32(method):
     site = make_site(9)
-    half = dataclasses.replace(site, query=site.query.half(), key=site.key.half())
-    again = dataclasses.replace(half, query=half.query.float(), key=half.key.float())
+
+    def cast(given, dtype):
+        states = {name: getattr(given, name).to(dtype) for name in ("query", "key", "value")}
+        lower = tuple((q.to(dtype), k.to(dtype)) for q, k in given.lower)
+        return dataclasses.replace(given, **states, lower=lower)
+
+    half = cast(site, torch.float16)
+    again = cast(half, torch.float32)
     for got, expected in zip(decide(method, half), decide(method, again), strict=True):
         assert torch.equal(got, expected)
 
@@ -134,10 +148,13 @@ def test_half_precision_is_computed_in_float32(method):
 @pytest.mark.parametrize("method", CASES.values(), ids=CASES)
 def test_a_method_reads_only_what_it_says(method):
     site = make_site(10)
-    unread = {name: None for name in ("noise",) if name not in method.reads}
+    others = ("noise", "value", "side_row")
+    unread = {name: None for name in others if name not in method.reads}
     for name in ("query", "key"):
         if name not in method.reads:
             unread[name] = getattr(site, name) * torch.nan
+    depth = sum(word.startswith("query.") for word in method.reads)
+    unread["lower"] = site.lower[:depth]
     blind = decide(method, dataclasses.replace(site, **unread))
     assert torch.equal(blind.keep, decide(method, site).keep)
 
@@ -161,6 +178,12 @@ def test_settings_are_json_and_rebuild_the_method(method):
         (lambda: ATP(granularities=()), "granularities"),
         (lambda: ATP(granularities=(1, 2)), "spatial score"),
         (lambda: ATP(spatial_lambda=5.0), "spatial score"),
+        (lambda: IVTP(0), "num_keep"),
+        (lambda: IVTP(True), "num_keep"),
+        (lambda: IVTP(group=0), "group"),
+        (lambda: IVTP(fusion="sum"), "fusion"),
+        (lambda: IVTP(block="text"), "block"),
+        (lambda: DecoderTopK(row="first"), "row"),
     ],
 )
 def test_wrong_options_are_refused_with_what_to_do(build, word):
@@ -181,6 +204,14 @@ def test_a_site_of_wrong_shapes_is_refused():
             dataclasses.replace(site, **change)
     with pytest.raises(ShapeError, match="noise"):
         decide(Random(), dataclasses.replace(site, noise=None))
+    for method, absent in (
+        (CASES["ivtp"], {"value": None}),
+        (CASES["ivtp"], {"side_row": None}),
+        (CASES["ivtp"], {"lower": site.lower[:1]}),
+        (CASES["topk cls"], {"side_row": None}),
+    ):
+        with pytest.raises(ShapeError, match="side row|pseudo-CLS"):
+            decide(method, dataclasses.replace(site, **absent))
     with pytest.raises(ShapeError, match="rank"):
         decide(CASES["atp rank"], dataclasses.replace(site, num_visual=5000))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
+
+from patchsieve.manifest import VisionModel
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,11 @@ class TowerSpec:
             has_pre_norm=has_pre_norm,
             patch_bias=patch_bias,
         )
+
+    @classmethod
+    def of_facts(cls, facts: VisionModel) -> TowerSpec:
+        """Read what a manifest says of a tower."""
+        return cls(**{f.name: getattr(facts, f.name) for f in fields(cls)})
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -79,6 +79,15 @@ class Lowering(ABC):
         rows = self.op("Transpose", heads, perm=[0, 2, 1, 3])
         return self.op("Reshape", rows, self.constant([0, 0, -1]))
 
+    def spell_rows(self, bias: ir.Value, query: ir.Value) -> ir.Value:
+        """A bias [B, 1, 1, N] or [B, H, L, N] with its L rows spelt out.
+
+        ONNX Runtime 1.31 broadcasts the axes of images and heads only, in `Attention` too.
+        """
+        rows = self.op("Shape", query, start=1, end=2)  # [1], holding L
+        one = self.constant([1])
+        return self.op("Expand", bias, self.op("Concat", one, one, rows, one, axis=0))
+
     def additive_mask(self, num_slots: ir.Value, dtype: ir.DataType) -> ir.Value:
         """0 where a row sees a slot, a large negative number elsewhere, [1, 1, L, num_slots]."""
         slot, last_key = self.inputs[names.SLOT], self.inputs[names.LAST_KEY]

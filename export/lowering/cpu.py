@@ -45,12 +45,16 @@ class Cpu(Lowering):
         return [self.op("RotaryEmbedding", states, rows, *tables, domain=MICROSOFT)]
 
     def Attention(self, node: ir.Node) -> Sequence[ir.Value]:
-        """Full attention without a mask."""
+        """Full attention; a bias is the operator's `attention_bias`."""
+        query, key, value, *bias = inputs_of(node)
         attributes: dict[str, Any] = {
             "num_heads": node.attributes["num_heads"].as_int(),
             "scale": node.attributes["scale"].as_float(),
         }
-        return [self.op("MultiHeadAttention", *inputs_of(node), domain=MICROSOFT, **attributes)]
+        inputs: list[ir.Value | None] = [query, key, value]
+        if bias:
+            inputs += [None, None, self.spell_rows(bias[0], query)]
+        return [self.op("MultiHeadAttention", *inputs, domain=MICROSOFT, **attributes)]
 
     def CachedAttention(self, node: ir.Node) -> Sequence[ir.Value]:
         """Past and present share their buffer when the caller binds it to both."""

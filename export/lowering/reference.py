@@ -50,10 +50,12 @@ class Reference(Lowering):
         return [self.merge_heads(self.op("RotaryEmbedding", heads, cos, sin))]
 
     def Attention(self, node: ir.Node) -> Sequence[ir.Value]:
-        """Full attention without a mask."""
+        """Full attention; a bias is the operator's additive mask."""
         heads = Heads.of(node)
-        query, *rest = (self.split_heads(rows, heads.num_heads) for rows in inputs_of(node))
-        return [self.merge_heads(self.attend(query, heads, *rest))]
+        query, key, value, *bias = inputs_of(node)
+        rows, keys, values = (self.split_heads(t, heads.num_heads) for t in (query, key, value))
+        mask = [self.spell_rows(each, query) for each in bias]
+        return [self.merge_heads(self.attend(rows, heads, keys, values, *mask))]
 
     def CachedAttention(self, node: ir.Node) -> Sequence[ir.Value]:
         """`is_causal` with a past means two things in two runtimes; the mask means one."""

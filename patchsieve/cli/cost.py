@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 from patchsieve import cost as costs
 from patchsieve.cli.output import print_json, size, table
 from patchsieve.cost.flops import PRECISIONS
-from patchsieve.cost.methods import DEFAULT_KEEP_RATIO, FIXED_RATIO, NUM_KEPT, PLACEMENTS
-from patchsieve.cost.schedules import num_to_keep
+from patchsieve.cost.methods import (
+    DEFAULT_KEEP_RATIO,
+    FIXED_RATIO,
+    NUM_KEPT,
+    OUTPUT_METHODS,
+    PLACEMENTS,
+    TOWER_PLACEMENTS,
+)
 from patchsieve.errors import PatchsieveError
 from patchsieve.manifest import Manifest, read
 from patchsieve.plan import NO_PRUNING, Plan
+from patchsieve.pruning.schedules import group_ends, num_to_keep
 
 # Method -> the places where its cost is known, the usual one first.
 METHODS: dict[str, tuple[str, ...]] = {
@@ -23,6 +30,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "random": ("decoder", "tower", "output"),
     "fastv": ("decoder",),
     "atp": ("decoder",),
+    "gtp": ("tower",),
     "topk": ("tower", "output"),
     "evit": ("tower",),
     "tome": ("tower", "output"),
@@ -30,8 +38,14 @@ METHODS: dict[str, tuple[str, ...]] = {
     "resampler": ("output",),
     "ivtp": ("both",),
 }
-# What `export` takes in this version; the others are costs only.
-EXPORTED = ("none", "random", "fastv", "atp")
+# What `export` takes in this version, and where; all else is costs only.
+EXPORTED: dict[str, tuple[str, ...]] = {
+    "nowhere": ("none",),
+    "decoder": ("random", "fastv", "atp"),
+    "tower": tuple(TOWER_PLACEMENTS),
+    "output": OUTPUT_METHODS,
+    "both": (),
+}
 _CONVENTIONS = {"papers": costs.PAPERS, "runtime": costs.RUNTIME}
 _PLAN_OPTIONS = (
     "plan",
@@ -44,16 +58,17 @@ _PLAN_OPTIONS = (
     "group_layers",
     "decoder_layers",
 )
-_MERGES_INSIDE = ("evit", "tome")  # between attention and MLP, as published
+GTP_GROUP = 3  # tower layers of a group
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    only = [name for name in METHODS if name not in EXPORTED]
+    exported = list(dict.fromkeys(chain(*EXPORTED.values())))
+    only = [name for name in METHODS if name not in exported]
     parser.description = (
         "FLOPs, tokens per layer and KV bytes of a plan, counted from shapes with no weights. A "
         "multiply-accumulate is 2 FLOPs; norms, softmax and the decisions are not counted. "
-        f"Pruning methods of this version: {', '.join(EXPORTED)}. Costs only: {', '.join(only)}."
+        f"Pruning methods of this version: {', '.join(exported)}. Costs only: {', '.join(only)}."
     )
     add = parser.add_argument
     add("bundle", nargs="?", type=Path, help="take the model and its plan from a bundle")
@@ -78,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"tokens left at the end (usually {NUM_KEPT})",
     )
     add("--placement", choices=PLACEMENTS, help="where in a tower layer tokens go (default: start)")
-    add("--group-layers", type=int, metavar="L", help="ivtp: layers of a group (default: 3)")
+    add("--group-layers", type=int, metavar="L", help="gtp, ivtp: layers of a group (3)")
     add(
         "--decoder-layers", type=int, metavar="L", help="ivtp: grouped decoder layers (default: 12)"
     )
@@ -189,7 +204,7 @@ def _schedule(
 
 def _is_exported(args: argparse.Namespace) -> bool:
     place = args.place or METHODS[args.method][0]
-    return args.method in EXPORTED and place in ("nowhere", "decoder")
+    return args.method in EXPORTED[place]
 
 
 def _plan(plan: str | None, manifest: Manifest | None) -> Plan:
@@ -229,16 +244,24 @@ def _in_decoder(args: argparse.Namespace, shape: costs.ModelShape) -> costs.Sche
 
 def _in_tower(args: argparse.Namespace, shape: costs.ModelShape) -> costs.Schedule:
     allowed = {"place", "sites", "survivors", "visual_tokens", "keep_ratio", "placement"}
+    allowed |= {"group_layers"} if args.method == "gtp" else set()
     _refuse(args, allowed=allowed, why=f"with {args.method} in the tower")
     placement = args.placement
     if placement is None and args.convention == "runtime":
-        placement = "mid" if args.method in _MERGES_INSIDE else "end"
+        placement = TOWER_PLACEMENTS[args.method]
+    layers = range(shape.vision.num_layers_run) if args.sites is None else args.sites
     counts = args.survivors
     if counts is None:
         n = shape.vision.num_patches
-        layers = args.sites or range(shape.vision.num_layers_run)
-        counts = costs.linear(n, _last_count(args, n), len(layers))
-    return costs.in_tower(shape, counts, args.sites, placement or "start")
+        if args.method == "gtp":
+            group = args.group_layers or GTP_GROUP
+            layers = (
+                group_ends(shape.vision.num_layers_run, group) if args.sites is None else layers
+            )
+            counts = costs.geometric(n, _last_count(args, n), len(layers))
+        else:
+            counts = costs.linear(n, _last_count(args, n), len(layers))
+    return costs.in_tower(shape, counts, layers, placement or "start")
 
 
 def _after_tower(args: argparse.Namespace, shape: costs.ModelShape) -> costs.Schedule:

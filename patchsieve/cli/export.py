@@ -5,20 +5,23 @@ from __future__ import annotations
 import argparse
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from patchsieve.cli import ivtp
 from patchsieve.cli.output import Progress, print_json, require, size
 from patchsieve.errors import PatchsieveError
 from patchsieve.heads import load_heads
 from patchsieve.manifest import Limits, Manifest, read
-from patchsieve.plan import NO_PRUNING, Plan, SitePlan
+from patchsieve.plan import NO_PRUNING, MethodPlan, Plan, SitePlan
 
 _LIMITS = (512, 256, 1)  # text tokens, new tokens, images
 _OF_A_NEW_BUNDLE = (
     "checkpoint",
     "output",
     "cuts",
+    "scorer",
     "targets",
     "precision",
     "max_text_tokens",
@@ -36,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan = parser.add_argument_group("what prunes where")
     add = plan.add_argument
     add("--plan", type=Path, metavar="JSON", help="a plan file; instead of the shortcuts below")
-    add("--method", default=None, help="none (default), random, fastv or atp")
+    add("--method", default=None, help="none (default), random, fastv, atp, topk or ivtp")
     add("--sites", type=_integers, metavar="LAYERS", help="layers at whose input to prune: 4,14,24")
-    add("--keep-ratio", type=_numbers, metavar="R", help="fraction KEPT, one or one per site")
+    add("--keep-ratio", type=_numbers, metavar="R", help="fraction KEPT of what enters the decoder")
     add(
         "--rows",
         choices=("last", "mean"),
@@ -55,10 +58,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="visual tokens per image to reserve, one per site",
     )
+    add(
+        "--encoder",
+        metavar="METHOD",
+        help="prune inside the vision tower: gtp (IVTP's groups), topk, random, evit or tome",
+    )
+    add("--encoder-keep", type=int, metavar="N", help="tokens that leave the tower (64 of 576)")
+    add(
+        "--encoder-counts",
+        type=_integers,
+        metavar="N",
+        help="tokens left by each pruning: 473,389,320,263,216,178,146,120",
+    )
+    add("--encoder-group", type=int, metavar="L", help="prune behind every L-th layer (gtp: 3)")
+    add(
+        "--encoder-layers",
+        type=_integers,
+        metavar="LAYERS",
+        help="prune at these tower layers; the last one alone is one shot",
+    )
+    add("--encoder-curve", choices=("geometric", "linear"), help="how the tokens fall from first")
+    add(
+        "--encoder-fusion",
+        choices=("rollout", "single", "mean", "max", "multiply"),
+        help="gtp: how a group's layers become one score (default: rollout)",
+    )
+    add("--encoder-score", choices=("attention", "cosine"), help="topk: what of the class token")
+    add(
+        "--projector",
+        metavar="METHOD",
+        help="prune between tower and decoder: pooling, topk or random",
+    )
+    add("--projector-keep", type=int, metavar="N", help="tokens left there; pooling: a square")
+    add("--projector-score", choices=("attention", "cosine"), help="topk: what of the class token")
+    add(
+        "--projector-place",
+        choices=("before", "after"),
+        help="pooling: before (default) or after the projection",
+    )
+    add(
+        "--positions",
+        choices=("original", "contiguous"),
+        help="of survivors that enter the decoder: original (default) leaves the gaps",
+    )
+    ivtp.add_arguments(plan)
     add("--plan-name", metavar="NAME", help="what requests call the plan")
     bundle = parser.add_argument_group("the bundle")
     add = bundle.add_argument
     add("--cuts", type=_integers, metavar="LAYERS", help="further layers to divide at")
+    add(
+        "--scorer",
+        metavar="SOURCE",
+        help="ivtp: the CLIP that the tower was taken from: open_clip, "
+        "open_clip:MODEL:TAG_OR_FILE, a Hugging Face directory or hub id",
+    )
     add("--targets", help="comma-separated: cpu (default), reference, tensorrt-rtx")
     add("--precision", choices=("float32", "float16"), help="default: float32")
     add("--max-text-tokens", type=int, metavar="N", help="default: 512")
@@ -108,44 +161,107 @@ def _export(args: argparse.Namespace, plan: Plan, name: str, progress: Progress)
         limits=Limits(
             *(usual if n is None else n for n, usual in zip(limits, _LIMITS, strict=True))
         ),
+        scorer=args.scorer,
     )
     return export(args.checkpoint, args.output, options, progress)
 
 
+_DECODER_OPTIONS = (
+    "method",
+    "sites",
+    "keep_ratio",
+    "rows",
+    "heads",
+    "theta_r",
+    "theta_s",
+    "normalisation",
+    "causal",
+    "budget",
+    *ivtp.OPTIONS,
+)
+# Option behind --encoder- or --projector-, and the parameter that it sets.
+_METHOD_OPTIONS = {
+    "encoder": {
+        "keep": "keep",
+        "counts": "counts",
+        "group": "group_layers",
+        "layers": "layers",
+        "curve": "curve",
+        "fusion": "fusion",
+        "score": "score",
+    },
+    "projector": {"keep": "keep", "score": "score", "place": "place"},
+}
+
+
 def _plan(args: argparse.Namespace) -> Plan:
     """The plan of a file, or of the shortcuts."""
-    given = {
-        "--method": args.method,
-        "--sites": args.sites,
-        "--keep-ratio": args.keep_ratio,
-        "--rows": args.rows,
-        "--heads": args.heads,
-        "--theta-r": args.theta_r,
-        "--theta-s": args.theta_s,
-        "--normalisation": args.normalisation,
-        "--causal": args.causal,
-        "--budget": args.budget,
-    }
-    used = [option for option, value in given.items() if value is not None]
+    of_methods = [
+        f"{place}{option}"
+        for place, options in _METHOD_OPTIONS.items()
+        for option in ("", *(f"_{name}" for name in options))
+    ]
+    shortcuts = (*_DECODER_OPTIONS, *of_methods, "positions")
+    used = [_option(name) for name in shortcuts if getattr(args, name) is not None]
     if args.plan is not None:
         if used:
             raise PatchsieveError("--plan says it all", found=", ".join(used), do="leave them away")
         return Plan.from_file(args.plan)
+    if args.method == "ivtp":
+        return ivtp.plan(args, used)
+    plan = Plan(
+        _sites(args),
+        _method(args, "encoder"),
+        _method(args, "projector"),
+        args.positions or "original",
+        ivtp.pseudo_cls(args) if args.method == "topk" else None,
+    )
+    if args.positions is not None and not plan.prunes_before:
+        raise PatchsieveError(
+            "--positions has no effect", expected="--encoder or --projector beside it"
+        )
+    return plan
+
+
+def _method(args: argparse.Namespace, place: str) -> MethodPlan | None:
+    """What prunes inside the tower, or behind it."""
+    given = {
+        parameter: getattr(args, f"{place}_{option}")
+        for option, parameter in _METHOD_OPTIONS[place].items()
+        if getattr(args, f"{place}_{option}") is not None
+    }
+    method = getattr(args, place)
+    if method is not None:
+        return MethodPlan(method, given)
+    if given:
+        raise PatchsieveError(
+            "options of a pruning method, but no method",
+            found=", ".join(given),
+            do=f"add --{place} METHOD",
+        )
+    return None
+
+
+def _sites(args: argparse.Namespace) -> tuple[SitePlan, ...]:
+    """What prunes in the decoder."""
+    used = [_option(name) for name in _DECODER_OPTIONS if getattr(args, name) is not None]
     if args.method in (None, NO_PRUNING):
         rest = [option for option in used if option != "--method"]
         if rest:
             raise PatchsieveError(
                 "options of a pruning method, but no method",
                 found=", ".join(rest),
-                do="add --method random, fastv or atp",
+                do="add --method random, fastv, atp, topk or ivtp",
             )
-        return Plan()
+        return ()
+    ivtp.check_other_method(args)
     sites = args.sites
     if sites is None and args.heads is not None:
         sites = load_heads(args.heads)[0].sites
     if sites is None:
         raise PatchsieveError(f"--method {args.method} needs --sites", expected="e.g. --sites 2")
     params: dict[str, Any] = {
+        "num_keep": args.num_keep,
         "rows": args.rows,
         "heads": None if args.heads is None else str(args.heads),
         "theta_r": args.theta_r,
@@ -156,17 +272,19 @@ def _plan(args: argparse.Namespace) -> Plan:
     params = {key: value for key, value in params.items() if value is not None}
     ratios = _per_site("--keep-ratio", args.keep_ratio, len(sites))
     budgets = _per_site("--budget", args.budget, len(sites))
-    return Plan(
-        tuple(
-            SitePlan(
-                layer,
-                args.method,
-                params | ({} if ratio is None else {"keep_ratio": ratio}),
-                budget,
-            )
-            for layer, ratio, budget in zip(sites, ratios, budgets, strict=True)
+    return tuple(
+        SitePlan(
+            layer,
+            args.method,
+            params | ({} if ratio is None else {"keep_ratio": ratio}),
+            budget,
         )
+        for layer, ratio, budget in zip(sites, ratios, budgets, strict=True)
     )
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _per_site(option: str, values: list[Any] | None, count: int) -> list[Any]:
@@ -182,16 +300,22 @@ def _per_site(option: str, values: list[Any] | None, count: int) -> list[Any]:
 
 
 def _name(plan: Plan) -> str:
-    """A name that says what a plan does: fastv-2-50."""
-    if not plan.sites:
-        return NO_PRUNING
-    methods = "-".join(dict.fromkeys(site.method for site in plan.sites))
-    layers = "-".join(str(layer) for layer in plan.layers)
-    ratios = [site.params.get("keep_ratio") for site in plan.sites]
-    if len(set(map(repr, ratios))) == 1:
-        ratios = ratios[:1]
-    percent = "".join(f"-{ratio * 100:.0f}" for ratio in ratios if isinstance(ratio, (int, float)))
-    return f"{methods}-{layers}{percent}"[:56]
+    """A name that says what a plan does: gtp64-fastv-2-50, ivtp-64."""
+    if plan.sites and all(site.method == "ivtp" for site in plan.sites):
+        return f"ivtp-{plan.sites[-1].params.get('num_keep', '')}".rstrip("-")
+    parts = [
+        f"{method.method}{method.params.get('keep', '')}"
+        for method in (plan.encoder, plan.projector)
+        if method is not None
+    ]
+    if plan.sites:
+        parts += dict.fromkeys(site.method for site in plan.sites)
+        parts += [str(layer) for layer in plan.layers]
+        ratios = [site.params.get("keep_ratio") for site in plan.sites]
+        if len(set(map(repr, ratios))) == 1:
+            ratios = ratios[:1]
+        parts += [f"{ratio * 100:.0f}" for ratio in ratios if isinstance(ratio, (int, float))]
+    return "-".join(parts)[:56] or NO_PRUNING
 
 
 def _free_name(plan: Plan, bundle: Path | None) -> str:
@@ -203,6 +327,8 @@ def _free_name(plan: Plan, bundle: Path | None) -> str:
 
 def _is_same(plan: Plan, stored: Plan) -> bool:
     """Whether a plan is the stored one, whose budgets export may have worked out."""
+    if replace(plan, sites=()) != replace(stored, sites=()):
+        return False
     return len(plan.sites) == len(stored.sites) and all(
         (a.layer, a.method, a.params) == (b.layer, b.method, b.params)
         and a.budget in (None, b.budget)
@@ -233,6 +359,7 @@ def _report(args: argparse.Namespace, bundle: Path, facts: Manifest, seconds: fl
                 "bundle": str(bundle),
                 "plan": plan,
                 "plans": list(facts.plans),
+                "num_visual": facts.num_visual(plan),
                 "cuts": facts.cuts,
                 "budgets": facts.budgets(plan),
                 "slots": slots,
@@ -248,6 +375,9 @@ def _report(args: argparse.Namespace, bundle: Path, facts: Manifest, seconds: fl
     print(f"{bundle}: plan {plan}, {size(total)}, {seconds:.1f} s")
     for target, count in per_target.items():
         print(f"  {target}: graphs of {size(count)} on the shared weights")
+    if facts.plans[plan].has_vision:
+        left, full_count = facts.num_visual(plan), facts.vision.num_visual
+        print(f"  tower: {left} of {full_count} visual tokens an image enter the decoder")
     for stage, budget, count in zip(facts.stages, facts.budgets(plan), slots, strict=True):
         print(
             f"  layers {stage.first}-{stage.last - 1}: "
@@ -259,7 +389,7 @@ def _report(args: argparse.Namespace, bundle: Path, facts: Manifest, seconds: fl
         print(
             f"  engines of fixed size reserve {engines}: this plan runs on the other targets only"
         )
-    if reserved == unpruned and facts.plans[plan].sites:
+    if reserved == unpruned and facts.plans[plan].prunes:
         print("  the plan reserves as much as no pruning: lower it with --budget")
 
 

@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("bundle", type=Path)
     add("--plan", metavar="NAME", help="show only this plan; all by default")
+    add("--text-tokens", type=int, default=64, metavar="T", help="of the request counted (64)")
     add("--tensors", action="store_true", help="names, dtypes and shapes of each graph's tensors")
     add("--files", action="store_true", help="every file with its size")
     add("--check", action="store_true", help="compare every file with its hash")
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what the manifest says."""
-    facts = inspection.inspect(args.bundle, args.plan)
+    facts = inspection.inspect(args.bundle, args.plan, args.text_tokens)
     if args.tensors:
         facts["tensors"] = inspection.tensors(args.bundle)
     if args.check:
@@ -86,9 +87,13 @@ def _plan(facts: dict[str, Any], name: str, costs: dict[str, Any]) -> str:
     lines = [f"plan {name}" + (" (default)" if name == facts["default_plan"] else "")]
     if name != NO_PRUNING:
         lines[0] += f", positions: {costs['position_rule']}"
-    for site in costs["sites"]:
-        params = ", ".join(f"{key} {value}" for key, value in site["params"].items())
-        lines.append(f"  before layer {site['layer']}: {site['method']} {params}".rstrip())
+    where = {"encoder": "inside the tower", "projector": "behind the tower"}
+    pruning = [(text, costs[place]) for place, text in where.items() if costs[place]]
+    pruning += [(f"before layer {site['layer']}", site) for site in costs["sites"]]
+    for text, method in pruning:
+        params = ", ".join(f"{key} {value}" for key, value in method["params"].items())
+        lines.append(f"  {text}: {method['method']} {params}".rstrip())
+    lines.append(_flops(costs, facts["text_tokens"]))
     rows: list[tuple[Any, ...]] = [
         (
             f"  {stage['layers'][0]}-{stage['layers'][1]}",
@@ -104,6 +109,16 @@ def _plan(facts: dict[str, Any], name: str, costs: dict[str, Any]) -> str:
     rows.append((f"  all, {used / full:.0%}", "", "", "", size(used), size(full)))
     header = ("  layers", "tokens an image", "slots", "unpruned", "KV bytes", "unpruned")
     return "\n".join([*lines, table(header, rows)])
+
+
+def _flops(costs: dict[str, Any], text_tokens: int) -> str:
+    pruned, full = costs["flops"], costs["flops_unpruned"]
+    parts = [
+        f"{part} {pruned[part] / 1e9:.2f} ({pruned[part] / full[part]:.0%})"
+        for part in ("vision", "llm", "total")
+    ]
+    bound = ", at most" if costs["is_upper_bound"] else ""
+    return f"  GFLOP of an image and {text_tokens} text tokens{bound}: {', '.join(parts)}"
 
 
 def _sizes(facts: dict[str, Any]) -> str:

@@ -26,7 +26,6 @@ from patchsieve.cost.methods import (
     of_plan,
     resampler,
 )
-from patchsieve.cost.schedules import geometric, linear
 from patchsieve.cost.shapes import (
     DecoderShape,
     ModelShape,
@@ -36,6 +35,7 @@ from patchsieve.cost.shapes import (
     read_shape,
     shape_of_config,
 )
+from patchsieve.pruning.schedules import geometric, linear
 
 __all__ = [
     "PAPERS",

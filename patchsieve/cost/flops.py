@@ -49,6 +49,7 @@ class Schedule:
         side_layers: Decoder layers, from the first, that carry one side row per image (IVTP).
         windows: Windows of the text scorer, over all of a request's text.
         queries: Learned queries of a resampler between tower and decoder; 0 for none.
+        projected: Rows of one image that the projector takes; 0: those that enter the decoder.
     """
 
     vision: tuple[int, ...]
@@ -57,6 +58,7 @@ class Schedule:
     side_layers: int = 0
     windows: int = 0
     queries: int = 0
+    projected: int = 0
 
     def __post_init__(self) -> None:
         for name in ("vision", "vision_mlp", "llm"):
@@ -201,7 +203,7 @@ def cost(
         vision += tower_layer(shape.vision, n, n_mlp)
     if convention.projections:  # two linear layers
         width, d = shape.projector_in, shape.text.hidden_size
-        vision += 2 * schedule.llm[0] * (width * d + d * d)
+        vision += 2 * (schedule.projected or schedule.llm[0]) * (width * d + d * d)
 
     extra = schedule.windows * scorer_window(scorer, convention)
     if schedule.queries:

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 from patchsieve.cost.flops import Schedule
-from patchsieve.cost.schedules import geometric, linear, num_to_keep
 from patchsieve.cost.shapes import ModelShape, ScorerShape
 from patchsieve.errors import PatchsieveError, ShapeError
 from patchsieve.plan import Plan
+from patchsieve.pruning.schedules import (
+    IVTP_TOWER_SHARE,
+    SCHEDULE_OPTIONS,
+    TowerSchedule,
+    geometric,
+    group_ends,
+    linear,
+    num_to_keep,
+    pooled_side,
+)
 
 PLACEMENTS = ("start", "mid", "end")
 NUM_KEPT = 64  # what the papers' tables keep of 576
 DEFAULT_KEEP_RATIO = 0.5  # of the decoder methods that keep a fixed fraction
 FIXED_RATIO = ("random", "fastv")
-# IVTP does not print its schedule. On a log scale the tower takes this share of the way from all
-# tokens to the last count: 576 -> 120 -> 64, which its FLOPs fit.
-IVTP_TOWER_SHARE = 5 / 7
+# Methods that `export` has, and where in its tower layer each of them acts.
+TOWER_PLACEMENTS = {"gtp": "end", "topk": "end", "random": "end", "evit": "mid", "tome": "mid"}
+OUTPUT_METHODS = ("pooling", "topk", "random")
 
 
 def no_pruning(shape: ModelShape) -> Schedule:
@@ -57,6 +67,7 @@ def in_tower(
         before, n = n, left.get(layer, n)
         attention.append((n if placement == "start" else before) + shape.vision.has_cls)
         mlp.append((before if placement == "end" else n) + shape.vision.has_cls)
+    n += shape.num_visual - shape.vision.num_patches  # a class token that leaves the tower too
     return Schedule(tuple(attention), tuple(mlp), (n,) * shape.text.num_layers)
 
 
@@ -139,7 +150,7 @@ def ivtp(
             do="group fewer decoder layers",
         )
     run = shape.vision.num_layers_run
-    ends = [min(end, run) - 1 for end in range(group_layers, run + group_layers, group_layers)]
+    ends = group_ends(run, group_layers)
     sites = list(range(group_layers, decoder_layers, group_layers)) + [decoder_layers]
     if counts is None:
         n = shape.vision.num_patches
@@ -163,20 +174,22 @@ def ivtp(
 def of_plan(
     shape: ModelShape, plan: Plan, survivors: Sequence[int] | None = None
 ) -> tuple[Schedule, bool]:
-    """Tokens per layer of a plan of decoder sites, and whether they are known or only bounded.
+    """Tokens per layer of a plan, and whether they are known or only bounded.
 
     Args:
         shape: The model.
         plan: The plan.
-        survivors: Tokens left at each site, where the method adapts them to the image.
+        survivors: Tokens left at each decoder site, where the method adapts them to the image.
 
     Raises:
-        PatchsieveError: A site has neither a ratio nor a budget, and no survivors are given.
+        PatchsieveError: A site has neither a ratio nor a budget, and no survivors are given; or the
+            cost of a method is not known.
     """
+    before = before_decoder(shape, plan)
     if not plan.sites:
-        return no_pruning(shape), True
+        return before, True
     counts, is_exact = list(survivors or ()), True
-    n = shape.num_visual
+    n = entering = before.llm[0]
     for site in plan.sites if survivors is None else ():
         default = DEFAULT_KEEP_RATIO if site.method in FIXED_RATIO else None
         ratio = site.params.get("keep_ratio", default)
@@ -187,10 +200,51 @@ def of_plan(
                 do="give --survivors, one for each site, as `run --json` reports them",
             )
         is_exact = is_exact and ratio is not None
-        kept = num_to_keep(ratio, shape.num_visual) if ratio is not None else n
+        kept = num_to_keep(ratio, entering) if ratio is not None else n
         n = min(n, kept, site.budget or n)
         counts.append(n)
-    return in_decoder(shape, counts, plan.layers), is_exact
+    return in_decoder(shape, counts, plan.layers, before), is_exact
+
+
+def before_decoder(shape: ModelShape, plan: Plan) -> Schedule:
+    """Tokens per layer of what a plan prunes inside the tower and behind it.
+
+    Raises:
+        PatchsieveError: The cost of a method is not known, or its options do not fit.
+    """
+    run, patches = shape.vision.num_layers_run, shape.vision.num_patches
+    schedule, further = no_pruning(shape), shape.num_visual - patches
+    if plan.encoder is not None:
+        _check_known("inside the tower", plan.encoder.method, TOWER_PLACEMENTS)
+        params = plan.encoder.params
+        options = {name: params[name] for name in SCHEDULE_OPTIONS if name in params}
+        places = TowerSchedule(**options).places(plan.encoder.method, patches, run)
+        placement = TOWER_PLACEMENTS[plan.encoder.method]
+        schedule = in_tower(shape, list(places.values()), list(places), placement)
+    if plan.projector is None:
+        return schedule
+    method, params = plan.projector.method, plan.projector.params
+    _check_known("behind the tower", method, OUTPUT_METHODS)
+    keep = params.get("keep")
+    if method == "pooling":
+        side = math.isqrt(patches)
+        count = pooled_side(keep, (side, side)) ** 2
+    else:
+        places = TowerSchedule(keep=keep, layers=(run - 1,)).places(method, patches, run)
+        count = places[run - 1]
+    is_late = params.get("place") == "after"  # pooled behind the projector
+    return replace(
+        schedule,
+        llm=(count + further,) * shape.text.num_layers,
+        projected=schedule.llm[0] if is_late else 0,
+    )
+
+
+def _check_known(where: str, method: str, known: Iterable[str]) -> None:
+    if method not in known:
+        raise PatchsieveError(
+            f"the cost of this method {where} is not known", found=method, expected=", ".join(known)
+        )
 
 
 def _at(

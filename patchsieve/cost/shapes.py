@@ -201,7 +201,7 @@ def from_manifest(manifest: Manifest) -> ModelShape:
             num_layers_run=vision.num_layers_run,
             image_size=vision.image_size,
             patch_size=vision.patch_size,
-            has_cls=vision.model_type.startswith("clip"),
+            has_cls=vision.has_cls,
         ),
         text=DecoderShape(
             vocab_size=text.vocab_size,
@@ -213,7 +213,7 @@ def from_manifest(manifest: Manifest) -> ModelShape:
             head_dim=text.head_dim,
         ),
         num_visual=vision.num_visual,
-        projector_in=vision.hidden_size,
+        projector_in=vision.hidden_size * len(vision.feature_layers),
     )
 
 

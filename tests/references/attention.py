@@ -27,3 +27,9 @@ def attention_map(site):
         e = np.exp(seen - seen.max(-1, keepdims=True))
         out[..., m, : cached + m + 1] = e / e.sum(-1, keepdims=True)
     return out
+
+
+def softmax(logits):
+    """Rows of probabilities over the last axis, all of it visible."""
+    e = np.exp(logits - logits.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)

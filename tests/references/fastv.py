@@ -12,8 +12,14 @@ def scores(site, rows):
     cached = site.key.shape[2] - site.query.shape[2]
     columns = cached + site.visual_rows.numpy()
     if rows == "last":
-        return attention[:, -1][:, columns]
+        return attention[:, last_row(site)][:, columns]
     return np.mean([attention[:, t][:, columns] for t in site.text_rows.tolist()], axis=0)
+
+
+def last_row(site):
+    """The last row that is no side row."""
+    given = getattr(site, "last_row", None)
+    return site.query.shape[2] - 1 if given is None else int(given)
 
 
 def decide(method, site, budget):

@@ -1,0 +1,87 @@
+"""`export --method ivtp`: the whole of IVTP, fitted to the model, and its options."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from patchsieve.errors import PatchsieveError
+from patchsieve.manifest import read
+from patchsieve.plan import CLS_SOURCES, TEXTS, Plan, PseudoCls
+
+_RECIPE = {"num_keep": "num_keep", "group": "group_layers", "fusion": "fusion", "block": "block"}
+_PSEUDO_CLS = {"text": "text", "tau": "tau", "cls": "visual_cls"}
+OPTIONS = (*_RECIPE.values(), *_PSEUDO_CLS.values())  # by their names in the parsed arguments
+
+
+def add_arguments(group: Any) -> None:
+    """Declare the options."""
+    add = group.add_argument
+    add("--num-keep", type=int, metavar="N", help="ivtp, topk: tokens kept of an image (64)")
+    add("--group-layers", type=int, metavar="L", help="ivtp: layers of a group (3)")
+    add(
+        "--fusion",
+        choices=("rollout", "single", "mean", "max", "multiply"),
+        help="ivtp: how a group's layers become one score (rollout)",
+    )
+    add("--block", choices=("visual", "prefix"), help="ivtp: rows of its maps in the decoder")
+    add("--text", choices=TEXTS, help="ivtp: which words of the question judge (clip)")
+    add("--tau", type=float, help="ivtp: least cosine of a word that judges (0.2)")
+    add("--visual-cls", choices=CLS_SOURCES, help="ivtp: the layer that words are compared behind")
+
+
+def plan(args: argparse.Namespace, used: list[str]) -> Plan:
+    """The plan of `--method ivtp`.
+
+    Args:
+        args: The parsed arguments.
+        used: Options of the plan that were given.
+
+    Raises:
+        PatchsieveError: An option of another method was given, or the model is too small.
+    """
+    from patchsieve.export.recipes import Size, ivtp
+
+    own = ["--method", *("--" + name.replace("_", "-") for name in OPTIONS)]
+    if others := [option for option in used if option not in own]:
+        raise PatchsieveError(
+            "ivtp chooses its sites and counts by the model",
+            found=", ".join(others),
+            expected=", ".join(own),
+            do="leave them away, or write the plan into a file for --plan",
+        )
+    if args.reuse is not None:
+        facts = read(args.reuse)
+        size = Size(facts.vision.num_patches, facts.text.num_layers)
+    elif args.checkpoint is not None:
+        from patchsieve.export.checkpoint import locate, read_config
+
+        config = read_config(locate(args.checkpoint))
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        size = Size(side * side, config.text_config.num_hidden_layers)
+    else:
+        raise PatchsieveError("export needs a checkpoint and -o BUNDLE, or --reuse BUNDLE")
+    judge = PseudoCls(**_given(args, _PSEUDO_CLS))
+    return ivtp(size, pseudo_cls=judge, **_given(args, _RECIPE))
+
+
+def pseudo_cls(args: argparse.Namespace) -> PseudoCls:
+    """The pseudo-CLS of `--method topk`: the visual CLS, unless words are asked for."""
+    return PseudoCls(**{"text": "none"} | _given(args, _PSEUDO_CLS))
+
+
+def check_other_method(args: argparse.Namespace) -> None:
+    """Refuse options of IVTP beside another method."""
+    allowed = {"num_keep", *_PSEUDO_CLS.values()} if args.method == "topk" else set()
+    given = [name for name in OPTIONS if getattr(args, name) is not None and name not in allowed]
+    if given:
+        raise PatchsieveError(
+            f"{args.method} has no such options",
+            found=", ".join("--" + name.replace("_", "-") for name in given),
+            do="leave them away, or take --method ivtp",
+        )
+
+
+def _given(args: argparse.Namespace, options: dict[str, str]) -> dict[str, Any]:
+    values = {name: getattr(args, option) for name, option in options.items()}
+    return {name: value for name, value in values.items() if value is not None}
