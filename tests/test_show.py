@@ -289,7 +289,7 @@ def test_every_patch_has_one_depth() -> None:
     places = pages.shown().places
     depths = colours.depths(places, 48)
     assert sorted(patch for _, _, patches in depths for patch in patches) == list(range(48))
-    assert depths[0][0] == "dropped in the tower" and depths[0][2] == [3]
+    assert depths[0][0] == "dropped before the decoder" and depths[0][2] == [3]
     assert depths[-1][2] == list(places[-1].kept)
 
 

@@ -144,7 +144,7 @@ def test_the_slider_moves_all_panels_by_key(browser: Chromium, files: dict[str, 
         seen.append((told, places[0]))
     assert seen == [
         ("all tokens", "0"),
-        ("vision tower", "1"),
+        ("before the decoder", "1"),
         ("before layer 2", "2"),
         ("before layer 14", "3"),
         ("before layer 14", "3"),

@@ -94,7 +94,7 @@ def _table(summary: dict[str, Any]) -> str:
     rows = [
         (
             f"prompt {number}, image {index}, "
-            + ("vision tower" if place["layer"] is None else f"layer {place['layer']}"),
+            + ("decoder" if place["layer"] is None else f"layer {place['layer']}"),
             place["num_before"],
             place["num_after"],
             "capped by the budget" if place["capped"] else "",
@@ -105,5 +105,5 @@ def _table(summary: dict[str, Any]) -> str:
     ]
     notes = summary["notes"]
     return "\n".join(
-        [*([table(("tokens at", "before", "kept", ""), rows)] if rows else []), *notes]
+        [*([table(("tokens at the input of", "before", "kept", ""), rows)] if rows else []), *notes]
     )

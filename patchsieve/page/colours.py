@@ -85,8 +85,7 @@ def depths(places: Sequence[Place], num_patches: int) -> list[tuple[str, Colour,
     for number, place in enumerate(places):
         gone = sorted(left - set(place.kept))
         left &= set(place.kept)
-        words = "dropped in the tower" if place.layer is None else f"dropped {place.name}"
-        out.append((words, scale(number / len(places)), gone))
+        out.append((f"dropped {place.name}", scale(number / len(places)), gone))
     return [*out, ("in every layer", scale(1.0), sorted(left))]
 
 

@@ -38,7 +38,7 @@ def render(shown: Shown) -> str:
         script_hash=_hash(script),
         stops=[colours.css(colours.scale(step / 9)) for step in range(10)],
         route=_route(shown.places),
-        ticks=["all", *("tower" if p.layer is None else p.layer for p in shown.places)],
+        ticks=["all", *("decoder" if p.layer is None else p.layer for p in shown.places)],
         prompts=[_prompt(shown, asked, number) for number, asked in enumerate(shown.asked)],
         data=_data(shown),
     )
@@ -54,13 +54,13 @@ def _hash(text: str) -> str:
 
 
 def _route(places: tuple[Place, ...]) -> str:
-    """Methods and layers in words: "tome in the vision tower, fastv before layers 2 and 8"."""
+    """Methods and layers in words: "tome before the decoder, fastv before layers 2 and 8"."""
     parts = []
-    for (method, is_tower), same in groupby(places, lambda p: (p.method, p.layer is None)):
+    for (method, is_early), same in groupby(places, lambda p: (p.method, p.layer is None)):
         layers = [str(place.layer) for place in same]
         joined = " and ".join(filter(None, (", ".join(layers[:-1]), layers[-1])))
         where = f"before layer{'s' if len(layers) > 1 else ''} {joined}"
-        parts.append(f"{method} {'in the vision tower' if is_tower else where}")
+        parts.append(f"{method} {'before the decoder' if is_early else where}")
     return ", ".join(parts)
 
 

@@ -43,7 +43,8 @@ class Place:
     """One place where an image's tokens are dropped or merged.
 
     Attributes:
-        layer: Tokens go at the input of this decoder layer; None for the vision tower.
+        layer: Tokens go at the input of this decoder layer; None for the vision tower and
+            what follows it.
         method: Name of the method.
         num_before: Tokens that were alive. More than patches where a CLS token counts.
         num_after: Tokens that go on.
@@ -66,7 +67,7 @@ class Place:
     @property
     def name(self) -> str:
         """Where it is, in words."""
-        return "vision tower" if self.layer is None else f"before layer {self.layer}"
+        return f"before {'the decoder' if self.layer is None else f'layer {self.layer}'}"
 
     @property
     def is_capped(self) -> bool:
