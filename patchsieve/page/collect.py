@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from patchsieve.errors import CapacityError
+from patchsieve.manifest import Manifest
 from patchsieve.page.shown import Answer, Asked, Picture, Place, Shown, View, Word
 from patchsieve.plan import NO_PRUNING, Plan
 from patchsieve.runtime.model import Model
@@ -56,7 +57,7 @@ def collect(
         if facts.plans[plan].prunes:
             progress(f"prompt {number + 1}, unpruned", (number + 0.5) / len(prompts))
             unpruned = _unpruned(model, images, prompt, options, notes)
-        views = [_view(model, plan, prompt, result, i) for i in range(len(images))]
+        views = [view(facts, result, prompt, number) for number in range(len(images))]
         asked.append(Asked(prompt, _answer(result), unpruned, tuple(views)))
         notes += result.notes
     if not facts.plans[plan].prunes:
@@ -102,21 +103,27 @@ def _answer(result: Result) -> Answer:
     )
 
 
-def _view(model: Model, plan: str, prompt: str, result: Result, image: int) -> View:
-    """What became of one image, first before the decoder, then at its sites."""
-    facts = model.facts
-    path, vision = facts.plans[plan], facts.vision
+def view(facts: Manifest, result: Result, prompt: str, image: int) -> View:
+    """What became of one image, first before the decoder, then at its sites.
+
+    Args:
+        facts: The bundle's manifest.
+        result: Of a request that asked for scores.
+        prompt: Its words.
+        image: Number of the image.
+    """
+    plan, vision = facts.plans[result.plan], facts.vision
     reduced = next((one for one in result.images if one.image == image), None)
     # The token that each patch is part of; a class token may stand in front of them.
     owner = np.arange(vision.num_patches) + vision.num_visual - vision.num_patches  # [R * C]
     kept = owner >= 0
     places = []
-    if reduced is not None and path.prunes_before:
+    if reduced is not None and plan.prunes_before:
         owner = np.array(reduced.sources)
-        early = _before_the_decoder(path, reduced, vision.num_visual)
+        early = _before_the_decoder(plan, reduced, vision.num_visual)
         kept = np.isin(np.arange(len(owner)), early.kept)
         places.append(early)
-    methods = {site.layer: site.method for site in path.sites}
+    methods = {site.layer: site.method for site in plan.sites}
     for site in (site for site in result.sites if site.image == image):
         places.append(_place(site, methods[site.layer], owner, kept))
         kept = kept & np.isin(owner, site.places)

@@ -79,6 +79,7 @@ def _prompt(shown: Shown, asked: Asked, number: int) -> dict[str, Any]:
                 "name": picture.name,
                 "grid": picture.grid,
                 "words": view.words,
+                "told": view.told,
                 "overview": _overview(picture, view.places),
                 "places": [_place(place, picture, shown.num_visual) for place in view.places],
             }
@@ -120,7 +121,9 @@ def _overview(picture: Picture, places: tuple[Place, ...]) -> dict[str, Any]:
     depths = colours.depths(places, picture.num_patches)
     return {
         "layers": [(colours.css(c), shapes.squares(patches, columns)) for _, c, patches in depths],
-        "legend": [(colours.css(c), words, len(patches)) for words, c, patches in depths],
+        "legend": [
+            (colours.css(c), words, len(patches)) for words, c, patches in depths if patches
+        ],
     }
 
 

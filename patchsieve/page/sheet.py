@@ -115,8 +115,8 @@ def _prompt(sheet: _Sheet, shown: Shown, asked: Asked) -> None:
     is_alone = len(asked.views) == 1
     words = asked.views[0].words if is_alone else ()
     sheet.text(_pieces(words) if words else asked.prompt, LARGE)
-    if any(view.words for view in asked.views):
-        sheet.text("Marked words judged the image.", SMALL, QUIET)
+    if is_alone and words:
+        sheet.text(asked.views[0].told, SMALL, QUIET)
     sheet.y += SPACE
     answers = [(f"Plan {asked.answer.plan}", asked.answer)]
     if asked.unpruned is not None:
@@ -128,6 +128,7 @@ def _prompt(sheet: _Sheet, shown: Shown, asked: Asked) -> None:
         if not is_alone:
             sheet.text(f"Image {number}, {picture.name}", NORMAL, QUIET)
             sheet.text(_pieces(view.words), NORMAL)
+            sheet.text(view.told, SMALL, QUIET)
             sheet.y += SPACE
         writers = [partial(_whole, sheet, shown, picture, view)]
         writers += [partial(_place, sheet, shown, picture, place) for place in view.places]
@@ -156,6 +157,8 @@ def _whole(sheet: _Sheet, shown: Shown, picture: Picture, view: View) -> None:
         return
     sheet.paste(panels.depths(picture, view.places))
     for words, colour, patches in colours.depths(view.places, picture.num_patches):
+        if not patches:
+            continue
         square = Image.new("RGB", (SMALL - 4, SMALL - 4), colour)
         sheet.room(SMALL)
         sheet.image.paste(square, (sheet.x, sheet.y + 4))

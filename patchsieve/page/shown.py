@@ -112,6 +112,15 @@ class View:
     places: tuple[Place, ...]
     words: tuple[Word, ...] = ()
 
+    @property
+    def told(self) -> str:
+        """What the marks on the words mean; nothing where there are no words."""
+        if not self.words:
+            return ""
+        if any(word.is_selected for word in self.words):
+            return "Marked words judged this image."
+        return "No word passed the threshold: the image's class token judged it."
+
 
 @dataclass(frozen=True)
 class Answer:
