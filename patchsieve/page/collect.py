@@ -124,9 +124,11 @@ def view(facts: Manifest, result: Result, prompt: str, image: int) -> View:
         kept = np.isin(np.arange(len(owner)), early.kept)
         places.append(early)
     methods = {site.layer: site.method for site in plan.sites}
-    for site in (site for site in result.sites if site.image == image):
-        places.append(_place(site, methods[site.layer], owner, kept))
-        kept = kept & np.isin(owner, site.places)
+    places += [
+        _place(site, methods[site.layer], owner, kept)
+        for site in result.sites
+        if site.image == image
+    ]
     words = next((one for one in result.words if one.image == image), None)
     return View(tuple(places), () if words is None else _words(prompt, words))
 
@@ -160,7 +162,7 @@ def _place(site: SiteResult, method: str, owner: np.ndarray, alive: np.ndarray) 
         site: What was decided.
         method: By which method.
         owner: Token that each patch is part of, [R * C].
-        alive: Patches that came so far, bool [R * C].
+        alive: Patches that entered the decoder, bool [R * C].
     """
     scores = dict(site.scores or [])
     kept = alive & np.isin(owner, site.places)
