@@ -58,9 +58,8 @@ def answer(text: str, plan: str = "half", scale: int = 1) -> Answer:
 
 
 def words(text: str) -> list[Word]:
-    """A text in pieces, of which some are selected."""
-    pieces = [part + " " for part in text.split(" ")]
-    return [Word(part, len(part) / 30, len(part) > 4) for part in pieces]
+    """A text in pieces, of which those of more than four letters are selected."""
+    return [Word(part + " ", len(part) / 30, len(part) > 4) for part in text.split(" ")]
 
 
 def shown(

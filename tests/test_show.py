@@ -228,6 +228,21 @@ def test_a_page_of_a_long_run_stays_below_two_megabytes() -> None:
     assert len(page.encode()) < 2_000_000
 
 
+def test_words_are_marked_in_the_prompt_or_above_each_image() -> None:
+    alone, several = (Parsed(render(pages.shown((PROMPT,), count))) for count in (1, 2))
+    marked = ["table?"]  # the words of more than four letters
+    for parsed, times in ((alone, 1), (several, 2)):
+        assert len(parsed.of("mark")) == times * len(marked)
+        assert parsed.of("mark")[0]["title"] == "weight 0.2"
+        assert parsed.texts.count("Marked words judged this image.") == times
+        assert [text for text in parsed.texts if text in marked] == times * marked
+    base = pages.shown((PROMPT,))
+    none = [replace(word, is_selected=False) for word in base.asked[0].views[0].words]
+    views = (replace(base.asked[0].views[0], words=tuple(none)),)
+    page = render(replace(base, asked=(replace(base.asked[0], views=views),)))
+    assert "No word passed the threshold" in page and "<mark" not in page
+
+
 def test_a_plan_that_prunes_nothing_has_no_slider() -> None:
     parsed = Parsed(render(pages.unpruned()))
     assert not parsed.of("nav") and not parsed.of("input")
