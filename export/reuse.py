@@ -15,6 +15,7 @@ from patchsieve.export.decision import decide_graph
 from patchsieve.export.families.specs import HeadShape
 from patchsieve.export.graphs import GraphWriter
 from patchsieve.export.joint import JointCls
+from patchsieve.export.lowering import LOWERINGS
 from patchsieve.export.methods import (
     HEADS,
     build_encoder,
@@ -113,6 +114,15 @@ def _check_queries(old: manifest.Manifest, plan: Plan) -> None:
                 found=f"no queries of layers {sorted(absent)}",
                 expected=f"those of layers {sorted(read)}",
                 do="export a new bundle with this plan; stages give what its plan reads",
+            )
+        lengths = {s.slots for s in old.stages for k in read if s.first <= k < s.last}
+        if len(lengths) > 1 and any(LOWERINGS[target].static_slots for target in old.targets):
+            raise PatchsieveError(
+                f"the group of {site.method} at layer {site.layer} lies over stages of the bundle "
+                "whose engines reserve different numbers of slots",
+                found=sorted(lengths),
+                expected="one number",
+                do="export a new bundle with this plan, or lower its group",
             )
 
 

@@ -184,12 +184,12 @@ class Reference:
 
         out = Layers(cache=transformers.DynamicCache(config=self.config.text_config))
         x = torch.from_numpy(embeddings)
-        out.position, positions = int(positions[-1]), torch.from_numpy(positions[:-1])
+        out.position, places = int(positions[-1]), torch.from_numpy(positions[:-1])
         for index in range(len(self.decoder.layers)):
             if index in drop:
                 kept = torch.from_numpy(drop[index](index, out.query[-1], out.key[-1]))
-                x, positions = x[:, kept], positions[kept]
-            x, query = self._layer(index, x, positions, out.cache)
+                x, places = x[:, kept], places[kept]
+            x, query = self._layer(index, x, places, out.cache)
             made = out.cache.layers[index]
             out.hidden.append(x.numpy())
             out.query.append(query.numpy())

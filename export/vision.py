@@ -48,10 +48,12 @@ class TowerLayer(nn.Module):
         """[B, n, C] -> [B, n', C], pruned on the way where `walk` says so for layer `index`."""
         rows, attn = self.layer_norm1(x), self.self_attn
         query, key, value = (attn[name](rows) for name in ("q_proj", "k_proj", "v_proj"))
-        mixed = ops.attention(query, key, value, self.num_heads, self.scale, walk.bias())
+        bias = walk.bias()
+        bias = None if bias is None else bias.to(query.dtype)
+        mixed = ops.attention(query, key, value, self.num_heads, self.scale, bias)
         if walk.methods:
-            heads = (self._split(states) for states in (query, key))
-            walk.remember(Layer(*heads, self.scale, value=self._split(value)))
+            heads = [self._split(states) for states in (query, key, value)]
+            walk.remember(Layer(heads[0], heads[1], self.scale, value=heads[2]))
         x = walk.prune(index, x + attn["out_proj"](mixed), is_inside=True)
         x = x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x))))
         return walk.prune(index, x, is_inside=False)
@@ -184,7 +186,7 @@ class Vision(nn.Module):
         if self.pooling is not None:
             return self._pooled(self.pooling, rows[:, first:])
         if self.is_plain:
-            ids = torch.arange(first - self.facts.has_cls, self.facts.num_patches)  # CLS: -1
+            ids = torch.arange(self.facts.raster_ids.start, self.facts.raster_ids.stop)
             return self._project(rows[:, first:]), ids.expand(rows.shape[0], -1)
         tokens = walk.finish(rows)
         sources = torch.where(tokens.sources < 0, NOWHERE, tokens.sources - first)
@@ -299,7 +301,7 @@ def tokens_left(
     return left + facts.has_cls - facts.num_dropped
 
 
-def vision_graph(vision: Vision, mode: FakeTensorMode) -> ir.Model:
+def vision_graph(vision: Vision, mode: FakeTensorMode | None = None) -> ir.Model:
     """Trace a vision graph whose weights are not yet bound."""
     facts = vision.facts
     side = facts.image_size

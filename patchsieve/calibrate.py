@@ -18,10 +18,9 @@ from patchsieve.calibration.records import Record
 from patchsieve.calibration.samples import Sample
 from patchsieve.errors import PatchsieveError
 from patchsieve.export.checkpoint import locate, read_config
-from patchsieve.export.families import tower_spec
 from patchsieve.export.processor import preprocessor_from_checkpoint
 from patchsieve.export.tokenizer import write_tokenizer
-from patchsieve.export.vision import Vision
+from patchsieve.export.vision import vision_model
 from patchsieve.runtime.images import load_image
 from patchsieve.runtime.preprocess import Preprocessor
 from patchsieve.runtime.prompt import Prompt, PromptBuilder, expand
@@ -43,10 +42,8 @@ class Encoder:
     def __init__(self, checkpoint: str) -> None:
         self.directory = locate(checkpoint)
         config: Any = read_config(self.directory)
-        tower = tower_spec(config.vision_config)
-        with torch.device("meta"):
-            vision = Vision(tower, config)
-        self.patch_ids, self.grid = vision.patch_ids, tower.grid
+        tower = vision_model(config)
+        self.patch_ids, self.grid = np.array(tower.raster_ids), tower.grid
         self.preprocessor = Preprocessor.from_dict(_plain(self.directory))
         with tempfile.TemporaryDirectory() as folder:
             made = write_tokenizer(self.directory, Path(folder))
@@ -79,7 +76,8 @@ class Encoder:
         is_instruction = np.zeros(len(rows.token_ids), bool)
         is_instruction[rows.instruction_rows] = True
         where = np.arange(len(rows.token_ids))
-        facts = Rows(where, rows.image_index, np.full_like(where, -1), is_instruction)
+        none = np.full_like(where, -1)
+        facts = Rows(where, rows.image_index, none, none, is_instruction, none, len(where))
         assert TEXT == -1  # as `expand` marks text
         visual = [facts.of_image(image) for image in facts.images()]
         text = [facts.text_for(image) for image in facts.images()]

@@ -226,10 +226,10 @@ def _tensors(facts: Manifest) -> dict[str, dict[str, _Shape]]:
     }
     for name, plan in facts.plans.items():
         if plan.pseudo_cls is not None:
-            shapes = tensors[names.vision(name)]
-            shapes[names.CLS_FEATURES] = [None, text.hidden_size]
+            made = tensors[names.vision(name)]
+            made[names.CLS_FEATURES] = [None, text.hidden_size]
             if plan.pseudo_cls.needs_scorer and facts.scorer is not None:
-                shapes[names.CLS_JOINT] = [None, facts.scorer.width]
+                made[names.CLS_JOINT] = [None, facts.scorer.width]
     if facts.scorer is not None:
         tensors[names.SCORER] = {
             names.TEXT_IDS: [None, facts.scorer.window],
@@ -256,8 +256,8 @@ def _visual_counts(facts: Manifest) -> dict[str, int]:
     for name in (name for name, plan in facts.plans.items() if plan.has_vision):
         graph = names.vision(name)
         outputs = facts.tensors.get(graph, {}).get("outputs", [])
-        shapes = [t.get("shape") for t in outputs if t.get("name") == names.IMAGE_FEATURES]
-        found = shapes[0][1] if shapes and is_shape(shapes[0]) and len(shapes[0]) == 3 else None
+        shape = next((t["shape"] for t in outputs if _is_features(t)), [None, None])
+        found = shape[1]
         if type(found) is not int or not 0 < found <= facts.vision.num_visual:
             raise BundleError(
                 f"the manifest does not say how many tokens {graph} gives",
@@ -266,6 +266,12 @@ def _visual_counts(facts: Manifest) -> dict[str, int]:
             )
         counts[graph] = found
     return counts
+
+
+def _is_features(tensor: dict[str, Any]) -> bool:
+    shape = tensor.get("shape")
+    is_listed = isinstance(shape, list) and is_shape(shape) and len(shape) == 3
+    return is_listed and tensor.get("name") == names.IMAGE_FEATURES
 
 
 def is_shape(shape: Any) -> bool:

@@ -77,6 +77,11 @@ class VisionModel:
         """Patches of an image."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def raster_ids(self) -> range:
+        """Raster index of each token where nothing prunes before the decoder, -1 for CLS."""
+        return range(self.num_dropped - self.has_cls, self.num_patches)
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -48,6 +48,7 @@ CLS_FEATURES = "cls_features"  # [B, C] class token through the projector
 # Tensors of `scorer`: CLIP's text tower.
 TEXT_IDS = "text_ids"  # [W, P] windows of tokens, P with the marks of beginning and end
 TEXT_FEATURES = "text_features"  # [W, P, E] every position in the joint space
+MOST_WINDOWS = 8  # that one run takes
 
 # Tensors of `stage_i`. L0 rows come in, L rows are kept and fed.
 HIDDEN = "hidden"  # [1, L0, C]

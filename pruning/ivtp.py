@@ -140,7 +140,7 @@ def block_layer(site: Site, query: Tensor, key: Tensor, block: str = "prefix") -
         key_slots = torch.arange(key.shape[2], device=key.device)
     mask = (key_slots[None] <= limit[:, None]) | (key_slots[None] == slots[:, None])  # [n, S]
     scale = query.shape[-1] ** -0.5
-    return Layer(query.index_select(2, rows), key, scale, mask, columns)
+    return Layer(query.index_select(2, rows), key, scale, mask, columns=columns)
 
 
 def cls_row(site: Site, layer: Layer) -> Tensor:

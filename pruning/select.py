@@ -44,15 +44,16 @@ def keep_top(scores: Tensor, num_keep: Tensor | int) -> Tensor:
     """
     batch, num_tokens = scores.shape
     ordered = torch.sort(scores, dim=-1, descending=True).values  # [B, N]
-    if isinstance(num_keep, Tensor):
-        num_keep = num_keep.reshape(-1, 1).expand(batch, 1)
+    if isinstance(num_keep, int):
+        num_keep = min(max(num_keep, 1), num_tokens)
+        last_kept, wanted = ordered[:, num_keep - 1 : num_keep], float(num_keep)  # [B, 1]
     else:
-        num_keep = torch.full((batch, 1), num_keep, dtype=torch.int64, device=scores.device)
-    num_keep = num_keep.clamp(min=1).clamp(max=num_tokens)  # [B, 1]
-    last_kept = ordered.gather(1, num_keep - 1)  # [B, 1]
+        num_keep = num_keep.reshape(-1, 1).expand(batch, 1)
+        num_keep = num_keep.clamp(min=1).clamp(max=num_tokens)  # [B, 1]
+        last_kept, wanted = ordered.gather(1, num_keep - 1), num_keep.float()  # [B, 1]
     above = scores > last_kept  # [B, N]
     tied = scores == last_kept  # [B, N]
-    places = num_keep.float() - above.float().sum(-1, keepdim=True)  # [B, 1]
+    places = wanted - above.float().sum(-1, keepdim=True)  # [B, 1]
     return above | (tied & (tied.float().cumsum(-1) <= places))
 
 

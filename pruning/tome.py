@@ -95,7 +95,7 @@ class ToMe:
                     f"tome merges at most every other token in a layer, not at layer {layer}",
                     found=f"{before} to {count}",
                     expected=f"at least {before - before // 2} left",
-                    do="keep more, or merge in more layers",
+                    do="keep more, merge in more layers, or let the counts fall geometrically",
                 )
             before = count
         return places

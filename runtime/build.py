@@ -154,6 +154,7 @@ def profiles(facts: Manifest, graph: str) -> list[Profile]:
     ranges: dict[str, tuple[int, int, int]] = {
         names.AXIS_IMAGES: (1, 1, limits.max_images),
         names.AXIS_ROWS: (1, most[0], most[0]),
+        names.AXIS_WINDOWS: (1, 1, names.MOST_WINDOWS),
     }
     decode = None
     if graph.startswith("stage_"):
@@ -163,7 +164,7 @@ def profiles(facts: Manifest, graph: str) -> list[Profile]:
         usual_in = _budget(facts, before) + USUAL_TEXT
         ranges[names.AXIS_ROWS_IN] = (1, min(usual_in, most[before]), most[before])
         decode = ranges | {axis: (1, 1, 2) for axis in (names.AXIS_ROWS, names.AXIS_ROWS_IN)}
-    elif graph != names.COMPACT and not names.is_vision(graph):
+    elif graph not in (names.COMPACT, names.SCORER) and not names.is_vision(graph):
         _, layer = names.decided(graph) or ("", 0)
         index = next(i for i, stage in enumerate(facts.stages) if stage.last == layer)
         tokens = _budget(facts, index)

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from patchsieve import names
 from patchsieve.manifest import Scorer
-
-MOST_WINDOWS = 8  # that one run takes; engines are built for as many
 
 
 class TextScorer:
@@ -52,8 +51,9 @@ class TextScorer:
         if not len(ids):
             return np.zeros((0, self.facts.width), np.float32), spans
         windows, is_content = self._windows(ids)
-        parts = range(0, len(windows), MOST_WINDOWS)
-        features = [self._run(windows[first : first + MOST_WINDOWS]) for first in parts]
+        most = names.MOST_WINDOWS
+        parts = range(0, len(windows), most)
+        features = [self._run(windows[first : first + most]) for first in parts]
         return np.concatenate(features)[is_content], spans
 
     def _windows(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -448,7 +448,9 @@ def test_mistakes_of_the_command_are_one_line(
 def make_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A manifest without graphs: the cost of a bundle needs nothing else."""
     text = manifest.TextModel("llama", 17, 8, 12, 3, 4, 2, 3)
-    tower = manifest.VisionModel("clip_vision_model", 6, 10, 4, 3, 2, 12, 4, (3, 3), 9)
+    sizes = (6, 10, 4, 3, 2, 12, 4, (3, 3), 9, 1)
+    kinds = (True, True, False, 1e-5, "quick_gelu", (3,), "gelu", True)
+    tower = manifest.VisionModel("clip_vision_model", *sizes, *kinds)
     half = Plan((SitePlan(1, "fastv", {"keep_ratio": 0.5}, 5),))
     adaptive = Plan((SitePlan(1, "atp", {"theta_r": 0.5, "theta_s": 0.9}, 4),))
     facts = manifest.Manifest(
@@ -465,7 +467,7 @@ def make_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         default_plan="half",
         preprocessor="preprocessor.json",
         targets={},
-        tensors={},
+        tensors={"vision": {"outputs": [{"name": "image_features", "shape": ["images", 9, 8]}]}},
     )
     folder.mkdir()
     manifest.write(folder, facts)

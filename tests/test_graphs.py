@@ -139,7 +139,7 @@ def expected_names(facts: manifest.Manifest, graph: str) -> tuple[set[str], set[
         scored = always | {names.QUERY, names.KEY, names.SLOT}
         reads = {
             "random": always | {names.NOISE},
-            "fastv last": scored,
+            "fastv last": scored | {names.LAST_ROW},
             "fastv mean": scored | {names.TEXT_ROWS},
             "atp": scored | {names.TEXT_ROWS, names.PATCH_IDS},
         }
@@ -297,6 +297,7 @@ def decision_inputs(model: onnx.ModelProto, rows: int, visual: int) -> dict[str,
         names.VISUAL_ROWS: np.arange(4, 4 + visual),
         names.TEXT_ROWS: np.arange(rows - 16, rows),  # scores of text x rows are no map
         names.PATCH_IDS: np.arange(visual),
+        names.LAST_ROW: np.array([rows - 1]),
         names.KEEP: np.ones(rows, bool),
         names.BUDGET: np.array([visual]),
     }

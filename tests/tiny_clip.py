@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,12 @@ def save_clip(path: Path, llava: Any, *, seed: int = 7, std: float = 0.16) -> Pa
     return path
 
 
+@cache
 def make_tokenizer() -> Any:
-    """CLIP's kind of tokenizer: lower case, byte-level pieces that know where a word ends."""
+    """CLIP's kind of tokenizer: lower case, byte-level pieces that know where a word ends.
+
+    The trainer numbers its alphabet otherwise each time, hence the cache.
+    """
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     learner.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]

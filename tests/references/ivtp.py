@@ -30,18 +30,22 @@ def block_maps(site, block):
     return maps, np.isin(rows, visual)
 
 
-def scores(method, site):
-    """Eq. 4 of the visual tokens, [B, N]."""
-    maps, is_visual = block_maps(site, method.block)
-    maps = maps[-(1 if method.fusion == "single" else method.group) :]
-    lines = np.stack([each[:, -1] for each in maps])
-    row = {
-        "rollout": lambda: rollout.rollout(maps, method.identity_first)[:, -1],
+def cls_row(maps, fusion, cls, identity_first=False):
+    """Row `cls` of a group's maps [B, n, n], lowest first, joined by eq. 3 or as table 5 has it."""
+    lines = np.stack([each[:, cls] for each in maps])
+    return {
+        "rollout": lambda: rollout.rollout(maps, identity_first)[:, cls],
         "single": lambda: lines[-1],
         "mean": lambda: lines.mean(0),
         "max": lambda: lines.max(0),
         "multiply": lambda: lines.prod(0),
-    }[method.fusion]()
+    }[fusion]()
+
+
+def scores(method, site):
+    """Eq. 4 of the visual tokens, [B, N]."""
+    maps, is_visual = block_maps(site, method.block)
+    row = cls_row(maps[-method.group :], method.fusion, -1, method.identity_first)
     cached = site.key.shape[2] - site.query.shape[2]
     value = site.value.double().numpy()[:, :, site.visual_rows.numpy() + cached]
     return rollout.scores(row[:, is_visual], value)

@@ -1,0 +1,165 @@
+"""The graphs of a bundle do as much work as the cost model says, counted at the shapes of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+import pytest
+
+from patchsieve import names
+from patchsieve.cost import RUNTIME, cost, from_manifest, in_decoder, no_pruning, of_plan
+from patchsieve.cost.methods import before_decoder
+from patchsieve.plan import NO_PRUNING
+from patchsieve.runtime.bundle import Bundle
+from patchsieve.runtime.model import Model
+from patchsieve.runtime.ort import OrtBackend
+from patchsieve.runtime.record import Recorder
+from tests.bundles import PROMPT
+from tests.tiny_bundles import pictures
+from tests.tower_bundles import PLANS, Towers, towers
+
+__all__ = ["towers"]
+PRODUCTS = ("MatMul", "Gemm", "Conv", "MultiHeadAttention", "GroupQueryAttention")
+
+
+@dataclass
+class Work:
+    """FLOPs of one graph.
+
+    Attributes:
+        model: Products with weights, and attention: what the cost model counts.
+        decisions: Products of two activations outside attention.
+    """
+
+    model: int = 0
+    decisions: int = 0
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+class Tap:
+    """A model whose graphs give the inputs and outputs of every product."""
+
+    def __init__(self, towers: Towers) -> None:
+        self.graphs: dict[str, onnx.ModelProto] = {}
+
+        def recorder(opened: Bundle) -> Recorder:
+            facts = opened.manifest
+            graphs = {facts.vision_graph(plan) for plan in facts.plans}
+            graphs |= {names.stage(index) for index in range(len(facts.stages))}
+            models = {graph: self._tapped(opened, graph) for graph in graphs}
+            self.recorder = Recorder(OrtBackend(opened, threads=1, models=models))
+            return self.recorder
+
+        self.model = Model(towers.bundle, backend=recorder, check="size")
+
+    def _tapped(self, opened: Bundle, graph: str) -> bytes:
+        model = onnx.load(opened.graph_path(graph), load_external_data=False)
+        self.graphs[graph] = onnx.ModelProto()
+        self.graphs[graph].CopyFrom(model)
+        known = {v.name for v in (*model.graph.output, *model.graph.input)}
+        known |= {tensor.name for tensor in model.graph.initializer}
+        for node in products(model):
+            for name in (*node.input[:3], node.output[0]):
+                if name and name not in known:
+                    known.add(name)
+                    model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+        return model.SerializeToString()
+
+    def count(self, graph: str) -> Work:
+        """FLOPs of one graph in the last run, two for a multiply-accumulate."""
+        work, model = Work(), self.graphs[graph]
+        weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+        for node in products(model):
+            shapes = [
+                weights[name] if name in weights else self._shape(graph, name)
+                for name in (*node.input[:2], node.output[0])
+            ]
+            flops = flops_of(node, *shapes)
+            is_model = node.input[1] in weights or "Attention" in node.op_type
+            if is_model:
+                work.model += flops
+            else:
+                work.decisions += flops
+        return work
+
+    def _shape(self, graph: str, name: str) -> tuple[int, ...]:
+        seen = self.recorder
+        if name in seen.inputs[graph]:
+            return seen.inputs[graph][name].shape
+        own = f"{graph}/{name}"
+        if own in seen.values:
+            return seen.values[own].shape
+        layer = {names.HIDDEN_OUT}
+        assert name not in layer
+        return seen.values[name].shape
+
+
+def products(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Nodes that multiply."""
+    for node in model.graph.node:
+        if node.op_type in PRODUCTS:
+            yield node
+
+
+def flops_of(node: onnx.NodeProto, left: Any, right: Any, out: Any) -> int:
+    """FLOPs of one node from the shapes of its first two inputs and its output."""
+    if node.op_type == "Conv":  # kernel [out, in, h, w]
+        return 2 * math.prod(out) * math.prod(right[1:])
+    if "Attention" in node.op_type:  # all pairs, twice: with the keys and with the values
+        return 2 * 2 * left[0] * left[1] * right[1] * left[2]
+    return 2 * math.prod(out) * left[-1]
+
+
+@pytest.fixture(scope="module")
+def tap(towers: Towers) -> Iterator[Tap]:
+    tap = Tap(towers)
+    yield tap
+    tap.model.close()
+
+
+@pytest.mark.parametrize("plan", [NO_PRUNING, *PLANS])
+def test_executed_shapes_and_the_cost_model_agree(tap: Tap, plan: str) -> None:
+    facts = tap.model.facts
+    tap.recorder.forget()
+    result = tap.model.generate(pictures(1), PROMPT, plan=plan, max_new_tokens=1)
+    text_tokens = result.prompt_tokens - result.visual_tokens
+    shape, survivors = from_manifest(facts), [len(site.kept) for site in result.sites]
+    schedule, is_exact = of_plan(shape, facts.plans[plan], survivors or None)
+    expected = cost(shape, schedule, text_tokens, convention=RUNTIME).flops
+    vision = tap.count(facts.vision_graph(plan))
+    stages = [tap.count(names.stage(index)) for index in range(len(facts.stages))]
+    assert vision.model == expected.vision
+    assert sum(stage.model for stage in stages) == expected.llm
+    assert not any(stage.decisions for stage in stages)
+    if plan == NO_PRUNING:
+        assert vision.decisions == 0 and schedule == no_pruning(shape)
+    else:
+        full = cost(shape, no_pruning(shape), text_tokens, convention=RUNTIME).flops
+        assert expected.total < full.total
+    print(f"{plan}: decisions {vision.decisions / vision.model:.1%} of the tower")
+
+
+def test_decisions_of_rollout_cost_what_the_chain_costs(tap: Tap) -> None:
+    facts = tap.model.facts
+    tap.recorder.forget()
+    tap.model.generate(pictures(1), PROMPT, plan="gtp", max_new_tokens=1)
+    places = {1: 37, 3: 21}  # rows of each group's layers
+    width, heads = facts.vision.hidden_size, facts.vision.num_heads
+    expected = 0
+    for rows in places.values():
+        first = 2 * rows * width + 2 * heads * rows  # one row of the top layer
+        below = 2 * rows * rows * width + 2 * heads * rows * rows  # a column sum of the lower one
+        expected += first + below
+    assert tap.count(names.vision("gtp")).decisions == expected
+
+
+def test_a_site_behind_the_tower_is_counted_from_what_enters(towers: Towers) -> None:
+    facts = towers.model.facts
+    shape, plan = from_manifest(facts), facts.plans["topk"]
+    schedule, is_exact = of_plan(shape, plan)
+    assert is_exact and schedule.llm == (9, 5)
+    assert schedule == in_decoder(shape, [5], [1], before_decoder(shape, plan))
