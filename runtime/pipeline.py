@@ -298,7 +298,7 @@ class Pipeline:
                     kept=np.sort(kept.patch_ids[kept.of_image(image)]).tolist(),
                     num_wanted=int(next(values)[0]),
                     places=kept.places[kept.of_image(image)].tolist(),
-                    scores=_by_patch(rows, image, next(values)) if scores else None,
+                    scores=_by_place(rows, image, next(values)) if scores else None,
                 )
             )
         return keep_indices
@@ -327,10 +327,10 @@ class Pipeline:
             self.backend.clear(stage_cache)
 
 
-def _by_patch(rows: Rows, image: int, scores: np.ndarray) -> list[tuple[int, float]]:
-    """Raster id and score of an image's tokens that were alive, by id. scores: [N]."""
-    ids = rows.patch_ids[rows.of_image(image)].tolist()
-    return sorted(zip(ids, scores.tolist(), strict=True), key=itemgetter(0))
+def _by_place(rows: Rows, image: int, scores: np.ndarray) -> list[tuple[int, float]]:
+    """Place and score of an image's tokens that were alive, by place. scores: [N]."""
+    places = rows.places[rows.of_image(image)].tolist()
+    return sorted(zip(places, scores.tolist(), strict=True), key=itemgetter(0))
 
 
 def _finite(logits: np.ndarray) -> np.ndarray:

@@ -51,7 +51,7 @@ class SiteResult:
         kept: Raster ids of the survivors, ascending; -1 for each that is no patch.
         num_wanted: Survivors without a budget.
         places: Places of the survivors among the image's tokens that entered the decoder.
-        scores: Raster id and score of each token that was alive, ascending by id; None unless the
+        scores: Place and score of each token that was alive, ascending by place; None unless the
             request asked for them.
     """
 

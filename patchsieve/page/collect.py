@@ -7,11 +7,15 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from patchsieve.errors import CapacityError
-from patchsieve.page.shown import Answer, Asked, Picture, Place, Shown, View
-from patchsieve.plan import NO_PRUNING
+from patchsieve.manifest import Manifest
+from patchsieve.page.shown import Answer, Asked, Picture, Place, Shown, View, Word
+from patchsieve.plan import NO_PRUNING, Plan
 from patchsieve.runtime.model import Model
-from patchsieve.runtime.result import Result, SiteResult
+from patchsieve.runtime.pseudo_cls import Words
+from patchsieve.runtime.result import ImageResult, Result, SiteResult
 
 
 def collect(
@@ -50,13 +54,13 @@ def collect(
         progress(f"prompt {number + 1}, plan {plan}", number / len(prompts))
         result = model.generate(list(images), prompt, plan=plan, scores=True, **options)
         unpruned = None
-        if facts.plans[plan].sites:
+        if facts.plans[plan].prunes:
             progress(f"prompt {number + 1}, unpruned", (number + 0.5) / len(prompts))
             unpruned = _unpruned(model, images, prompt, options, notes)
-        views = [_view(facts.plans[plan], facts.vision, result, i) for i in range(len(images))]
+        views = [view(facts, result, prompt, number) for number in range(len(images))]
         asked.append(Asked(prompt, _answer(result), unpruned, tuple(views)))
         notes += result.notes
-    if not facts.plans[plan].sites:
+    if not facts.plans[plan].prunes:
         notes.append(f"the plan {plan} prunes nothing: every token reaches every layer")
     pixels = model.preprocess(images)  # [M, 3, h, w]
     device = model.backend.describe()
@@ -99,32 +103,100 @@ def _answer(result: Result) -> Answer:
     )
 
 
-def _view(plan: Any, vision: Any, result: Result, image: int) -> View:
+def view(facts: Manifest, result: Result, prompt: str, image: int) -> View:
+    """What became of one image, first before the decoder, then at its sites.
+
+    Args:
+        facts: The bundle's manifest.
+        result: Of a request that asked for scores.
+        prompt: Its words.
+        image: Number of the image.
+    """
+    plan, vision = facts.plans[result.plan], facts.vision
+    reduced = next((one for one in result.images if one.image == image), None)
+    # The token that each patch is part of; a class token may stand in front of them.
+    owner = np.arange(vision.num_patches) + vision.num_visual - vision.num_patches  # [R * C]
+    kept = owner >= 0
+    places = []
+    if reduced is not None and plan.prunes_before:
+        owner = np.array(reduced.sources)
+        early = _before_the_decoder(plan, reduced, vision.num_visual)
+        kept = np.isin(np.arange(len(owner)), early.kept)
+        places.append(early)
     methods = {site.layer: site.method for site in plan.sites}
-    num_patches = vision.grid[0] * vision.grid[1]
-    return View(
-        tuple(
-            _place(site, methods[site.layer], num_patches)
-            for site in result.sites
-            if site.image == image
-        )
+    places += [
+        _place(site, methods[site.layer], owner, kept)
+        for site in result.sites
+        if site.image == image
+    ]
+    words = next((one for one in result.words if one.image == image), None)
+    return View(tuple(places), () if words is None else _words(prompt, words))
+
+
+def _before_the_decoder(plan: Plan, reduced: ImageResult, num_visual: int) -> Place:
+    """What the tower and the projector left of an image.
+
+    Where some tokens are still patches, only these go on by themselves, and the rest is fused into
+    others; where none is, every patch that is part of a token goes on.
+    """
+    ids, sources = np.array(reduced.ids), np.array(reduced.sources)
+    own = ids[ids >= 0]
+    kept = np.sort(own) if len(own) else np.flatnonzero(sources >= 0)
+    is_merged = np.bincount(sources[sources >= 0]).max() > 1
+    methods = [part.method for part in (plan.encoder, plan.projector) if part is not None]
+    return Place(
+        layer=None,
+        method=" and ".join(methods),
+        num_before=num_visual,
+        num_after=len(ids),
+        num_wanted=len(ids),
+        kept=tuple(kept.tolist()),
+        groups=tuple(reduced.sources) if is_merged else None,
     )
 
 
-def _place(site: SiteResult, method: str, num_patches: int) -> Place:
-    scores: list[float | None] = [None] * num_patches
-    for patch, score in site.scores or []:
-        if patch >= 0:  # a CLS row is no patch
-            scores[patch] = score
+def _place(site: SiteResult, method: str, owner: np.ndarray, alive: np.ndarray) -> Place:
+    """A decoder's site.
+
+    Args:
+        site: What was decided.
+        method: By which method.
+        owner: Token that each patch is part of, [R * C].
+        alive: Patches that entered the decoder, bool [R * C].
+    """
+    scores = dict(site.scores or [])
+    kept = alive & np.isin(owner, site.places)
     return Place(
         layer=site.layer,
         method=method,
         num_before=site.num_visual_before,
         num_after=len(site.kept),
         num_wanted=site.num_wanted,
-        kept=tuple(patch for patch in site.kept if patch >= 0),
-        scores=tuple(scores),
+        kept=tuple(np.flatnonzero(kept).tolist()),
+        scores=tuple(
+            scores.get(token) if is_alive else None
+            for token, is_alive in zip(owner.tolist(), alive, strict=True)
+        ),
     )
+
+
+def _words(prompt: str, words: Words) -> tuple[Word, ...]:
+    """The prompt in pieces: the question's tokens where they stand in it, and what lies between.
+
+    A token that is not found (a byte of a character, say) is part of the text around it.
+    """
+    relevance = [None] * len(words.tokens) if words.relevance is None else words.relevance.tolist()
+    pieces, end = [], 0
+    for text, weight, is_selected in zip(words.tokens, relevance, words.selected, strict=True):
+        start = prompt.find(text, end) if text else -1
+        if start < 0:
+            continue
+        is_known = weight is not None and np.isfinite(weight)
+        pieces.append(Word(prompt[end:start], None, False))
+        pieces.append(Word(text, weight if is_known else None, bool(is_selected)))
+        end = start + len(text)
+    pieces.append(Word(prompt[end:], None, False))
+    return tuple(piece for piece in pieces if piece.text)
 
 
 def _picture(model: Model, source: Any, values: Any) -> Picture:
