@@ -8,7 +8,7 @@ FOLDERS = ("pruning", "export", "runtime", "calibration")  # at the top here, pa
 
 CPU = ["onnxruntime>=1.23"]  # 1.23 is the newest for Python 3.10
 RTX = ["tensorrt-rtx>=1.7; sys_platform != 'darwin'"]  # compiles ahead of time, without a GPU
-CUDA = ["cuda-python>=12.6"]  # memory and streams beside TensorRT
+CUDA = ["cuda-python>=12.6; sys_platform != 'darwin'"]  # memory and streams beside TensorRT
 EXPORT = [
     "torch>=2.8",
     "transformers>=5.0",
@@ -24,7 +24,7 @@ EXTRAS = {
     "cpu": CPU,
     "gpu": ["onnxruntime-gpu>=1.23"],
     "tensorrt": ["tensorrt>=10.3", *CUDA],
-    "rtx": RTX,
+    "rtx": [*RTX, *CUDA],
     "jetson": CUDA,  # TensorRT itself comes with JetPack
     # What makes one.
     "export": EXPORT,
@@ -36,6 +36,7 @@ EXTRAS = {
     "dev": [
         *CPU,
         *RTX,
+        *CUDA,
         *EXPORT,
         *CALIBRATION,
         "coverage>=7",

@@ -140,6 +140,7 @@ class Vision(nn.Module):
         has_cls_outputs: bool = False,
         joint: nn.Module | None = None,
     ) -> None:
+        """Build the modules."""
         super().__init__()
         self.has_cls_outputs, self.joint = has_cls_outputs, joint
         self.out_dtype = out_dtype or torch.get_default_dtype()

@@ -196,7 +196,7 @@ class Verification:
         common = len(np.intersect1d(ours, theirs))
         note = f"{common} ids in common of {len(np.unique(ours))} and {len(np.unique(theirs))}"
         # float16 may swap patches whose scores are as good as equal; float32 seldom does.
-        fewest = 1.0 if set(self.facts.precision.kinds) == {"float32"} else 0.99
+        fewest = 1.0 if self.facts.precision.tower == "float32" else 0.99
         departs = common < fewest * len(np.unique(theirs))
         return Part(plan, "survivors of the tower", departs=departs, note=note)
 

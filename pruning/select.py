@@ -47,7 +47,8 @@ def keep_top(scores: Tensor, num_keep: Tensor | int) -> Tensor:
     wanted: float | Tensor
     if isinstance(num_keep, int):
         num_keep = min(max(num_keep, 1), num_tokens)
-        last_kept, wanted = ordered[:, num_keep - 1 : num_keep], float(num_keep)  # [B, 1]
+        last_kept = ordered[:, num_keep - 1 : num_keep]  # [B, 1]
+        wanted = torch.full_like(last_kept, num_keep, dtype=torch.float32)
     else:
         num_keep = num_keep.reshape(-1, 1).expand(batch, 1)
         num_keep = num_keep.clamp(min=1).clamp(max=num_tokens)  # [B, 1]

@@ -91,6 +91,7 @@ class Answer:
         stream = TextStream(self.model.bundle.prompts.tokenizer, self.options.stop)
         history = [*before.history, *before.pending, *prompt.token_ids.tolist()]
         decode_ms: list[float] = []
+        device_ms: list[float] = []  # the same steps on the GPU's clock
         while True:
             token = sampler.next_token(logits, history + result.token_ids)
             result.token_ids.append(token)
@@ -109,11 +110,14 @@ class Answer:
             step = time.perf_counter()
             logits = self.model.pipeline.decode(token, self.cache)
             decode_ms.append(since(step))
+            device_ms += self.model.backend.device_ms().values()
         if piece := stream.finish():
             yield piece
         result.text = stream.text
         result.timings_ms["decode_per_token"] = float(np.median(decode_ms)) if decode_ms else None
         result.timings_ms["decode_steps"] = decode_ms
+        if device_ms:
+            result.timings_ms["device"]["decode_per_token"] = float(np.median(device_ms))
         result.kv_bytes = self.cache.kv_bytes()
         self._settle(asked, history, prompt_mark)
 
@@ -141,6 +145,7 @@ class Answer:
             "decide": sum(done.decide_ms),
             "prefill_per_stage": done.stage_ms,
             "decide_per_site": done.decide_ms,
+            "device": self.model.backend.device_ms(),
         }
         return done.logits
 

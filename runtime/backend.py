@@ -6,14 +6,17 @@ next and never looks in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from patchsieve.errors import BackendMissingError, PatchsieveError
+from patchsieve import names
+from patchsieve.errors import BackendMissingError, PatchsieveError, RequestError
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.cache import StageCache
+
+GPU_TARGETS = ("tensorrt-rtx", "tensorrt", "tensorrt10", "jetpack6")
 
 
 class Backend(Protocol):
@@ -30,17 +33,40 @@ class Backend(Protocol):
     def run_stage(self, stage: int, inputs: Mapping[str, Any], cache: StageCache) -> dict[str, Any]:
         """Run a stage; its caches are updated in place."""
 
+    def decode(
+        self, hidden: np.ndarray, steps: Sequence[Mapping[str, Any]], caches: Sequence[StageCache]
+    ) -> np.ndarray:
+        """Feed one row through all stages.
+
+        Args:
+            hidden: Its embedding, [1, 1, C].
+            steps: The other inputs of each stage, all known before the first one runs.
+            caches: Each stage's cache, updated in place.
+
+        Returns:
+            Logits, with V elements.
+        """
+
     def key_cache(self, cache: StageCache, layer: int) -> Any:
         """The keys of a layer, to be read by a decision."""
 
     def value_cache(self, cache: StageCache, layer: int) -> Any:
         """The values of a layer, likewise."""
 
+    def fetch(self, reason: str, *tensors: Any) -> list[np.ndarray]:
+        """Bring tensors to the host together. A GPU is waited for once, under this reason."""
+
     def to_numpy(self, tensor: Any) -> np.ndarray:
-        """Bring a tensor to the host. On a GPU this waits for it."""
+        """Bring one tensor to the host, for tools and tests."""
 
     def clear(self, cache: StageCache) -> None:
         """Zero the slots behind the cache's length, after a request that failed."""
+
+    def device_ms(self) -> dict[str, float]:
+        """Time that a GPU took for each graph since the last call; nothing on a CPU.
+
+        Called when the host has just waited.
+        """
 
     def describe(self) -> dict[str, Any]:
         """Library, version and device, for reports."""
@@ -60,11 +86,36 @@ def open_backend(bundle: Bundle, *, threads: int | None = None) -> Backend:
         from patchsieve.runtime.ort import OrtBackend
 
         return OrtBackend(bundle, threads=threads)
+    if bundle.target in GPU_TARGETS:
+        from patchsieve.runtime.trt_backend import TensorRTBackend
+
+        if threads is not None:
+            raise RequestError(
+                "threads are those of the CPU",
+                found=f"{threads} for the target {bundle.target}",
+                do="leave --threads out",
+            )
+        return TensorRTBackend(bundle)
     raise PatchsieveError(
-        f"this version builds engines for {bundle.target} but does not run them",
-        expected="cpu, cuda or reference",
-        do="run the bundle with --target cpu; `patchsieve verify` checks the graphs of jetpack6",
+        "this version does not run the target",
+        found=bundle.target,
+        expected=", ".join(("cpu", "cuda", "reference", *GPU_TARGETS)),
+        do="run the bundle with --target cpu",
     )
+
+
+def decode_by_stages(
+    backend: Backend,
+    hidden: np.ndarray,
+    steps: Sequence[Mapping[str, Any]],
+    caches: Sequence[StageCache],
+) -> np.ndarray:
+    """`Backend.decode` for a backend that has nothing better than one stage after the other."""
+    rows: Any = hidden
+    for index, (inputs, cache) in enumerate(zip(steps, caches, strict=True)):
+        out = backend.run_stage(index, {names.HIDDEN: rows, **inputs}, cache)
+        rows = out.get(names.HIDDEN_OUT)
+    return backend.fetch("logits of a new token", out[names.LOGITS])[0]
 
 
 def missing(library: str, extra: str) -> BackendMissingError:

@@ -40,6 +40,10 @@ def set_options(trt: ModuleType, config: Any, options: Options, target: str) -> 
                 do="build with --weight-streaming off",
             )
         config.set_flag(flag)
+    # Else a context may allocate while it runs, and decoding cannot be captured as a CUDA graph.
+    own = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
+    if own is not None and not options.weight_streaming:
+        config.set_flag(own)
     _set_compute_capabilities(trt, config, options.compute_capabilities, target)
 
 

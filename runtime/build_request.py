@@ -95,5 +95,5 @@ def should_stream(facts: Manifest, request: Request, device: Device | None) -> t
 
 def options_of(request: Request, graph: str, streams: bool) -> Options:
     """The options of a graph's engine; only those with weights stream them."""
-    has_weights = graph == names.VISION or graph.startswith("stage_")
+    has_weights = names.is_vision(graph) or graph.startswith("stage_")
     return replace(request.options, weight_streaming=streams and has_weights)

@@ -43,7 +43,7 @@ class Bundle:
             raise RequestError(
                 "bad check", found=repr(check), expected=" or ".join(map(repr, _CHECKS))
             )
-        self.path, self.target = path, target
+        self.path, self.target, self.check = path, target, check
         self.manifest = manifest.read(path)
         if target not in self.manifest.targets:
             raise BundleError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,13 +75,11 @@ class Cache:
         return total | {"per_stage": per_stage}
 
 
-def empty_cache(facts: Manifest, plan: str, allocate: Any) -> Cache:
-    """A cache for a plan; `allocate(index, slots)` makes a stage's buffers."""
+def empty_cache(facts: Manifest, slots: Sequence[int], allocate: Any) -> Cache:
+    """A cache of so many slots per stage; `allocate(index, slots)` makes a stage's buffers."""
     return Cache(
         [
-            StageCache(stage, slots, facts.row_bytes(stage), allocate(index, slots))
-            for index, (stage, slots) in enumerate(
-                zip(facts.stages, facts.slots(plan), strict=True)
-            )
+            StageCache(stage, count, facts.row_bytes(stage), allocate(index, count))
+            for index, (stage, count) in enumerate(zip(facts.stages, slots, strict=True))
         ]
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from patchsieve import names
 from patchsieve.errors import BackendMissingError, BundleError, CapacityError, RequestError
-from patchsieve.runtime.backend import missing
+from patchsieve.runtime.backend import decode_by_stages, missing
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.cache import StageCache
 
@@ -118,6 +118,12 @@ class OrtBackend:
         with _one_line(graph):
             return self._run(self._session(graph), buffers.binding, inputs, buffers.outputs)
 
+    def decode(
+        self, hidden: np.ndarray, steps: Sequence[Mapping[str, Any]], caches: Sequence[StageCache]
+    ) -> np.ndarray:
+        """Feed one row through the stages, one after the other."""
+        return decode_by_stages(self, hidden, steps, caches)
+
     def key_cache(self, cache: StageCache, layer: int) -> Any:
         """The cache itself, not a copy."""
         return cache.buffers.read(names.key_cache(layer), cache.present)
@@ -126,6 +132,10 @@ class OrtBackend:
         """The cache itself, not a copy."""
         return cache.buffers.read(names.value_cache(layer), cache.present)
 
+    def fetch(self, reason: str, *tensors: Any) -> list[np.ndarray]:
+        """Copy tensors out; there is nothing to wait for."""
+        return [self.to_numpy(tensor) for tensor in tensors]
+
     def to_numpy(self, tensor: Any) -> np.ndarray:
         """Copy a tensor out."""
         return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
@@ -133,6 +143,10 @@ class OrtBackend:
     def clear(self, cache: StageCache) -> None:
         """Make the slots behind the cache's length harmless."""
         cache.buffers.clear(cache.length)
+
+    def device_ms(self) -> dict[str, float]:
+        """Nothing: the host's clock tells all."""
+        return {}
 
     def describe(self) -> dict[str, Any]:
         """Library and device."""

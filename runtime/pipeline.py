@@ -69,8 +69,11 @@ class Pipeline:
         self._scorer: TextScorer | None = None
 
     def new_cache(self, plan: str) -> Cache:
-        """An empty cache with the reservation of a plan."""
-        return empty_cache(self.facts, plan, self.backend.allocate)
+        """An empty cache with the reservation of a plan; an engine's own is the same for all."""
+        slots = self.facts.slots(plan)
+        if self.backend.has_fixed_slots:
+            slots = [stage.slots for stage in self.facts.stages]
+        return empty_cache(self.facts, slots, self.backend.allocate)
 
     def see(self, pixel_values: np.ndarray, plan: str, rng: np.random.Generator) -> Seen:
         """Turn pixels [B, 3, h, w] into the visual tokens of a plan.
@@ -85,7 +88,7 @@ class Pipeline:
         if any(t["name"] == names.NOISE for t in self.facts.tensors[graph]["inputs"]):
             inputs[names.NOISE] = rng.random((len(pixel_values), num_patches), np.float32)
         out = self.backend.run(graph, inputs)
-        found = {name: self.backend.to_numpy(value) for name, value in out.items()}
+        found = dict(zip(out, self.backend.fetch("image features", *out.values()), strict=True))
         joint = found.get(names.CLS_JOINT, [None] * len(pixel_values))
         cls = zip(found.get(names.CLS_FEATURES, ()), joint, strict=False)
         return Seen(
@@ -106,7 +109,7 @@ class Pipeline:
 
     def _text_features(self, text_ids: np.ndarray) -> np.ndarray:
         out = self.backend.run(names.SCORER, {names.TEXT_IDS: text_ids})
-        return self.backend.to_numpy(out[names.TEXT_FEATURES])
+        return self.backend.fetch("text features", out[names.TEXT_FEATURES])[0]
 
     def prefill(
         self,
@@ -163,6 +166,8 @@ class Pipeline:
                 rows.last_seen(),
                 rows.num_side,
             )
+            if names.LOGITS in out:
+                (result.logits,) = self.backend.fetch("logits of the prompt", out[names.LOGITS])
             result.stage_ms.append(since(start))
             hidden = out.get(names.HIDDEN_OUT)
             queries |= out
@@ -176,20 +181,24 @@ class Pipeline:
                 rows, queries = rows.take(keep_indices), {}
                 result.decide_ms.append(since(start))
         cache.position = position
-        result.logits = self._finite(out[names.LOGITS])
+        result.logits = _finite(result.logits)
         return result
 
     def decode(self, token_id: int, cache: Cache) -> np.ndarray:
         """Feed one token and return the logits behind it, float32 [V]."""
         mark = cache.mark()
         try:
-            hidden: Any = self.bundle.embed(np.array([token_id]))[None]  # [1, 1, C]
+            hidden = self.bundle.embed(np.array([token_id]))[None]  # [1, 1, C]
             position = np.array([cache.position])
-            for index, stage_cache in enumerate(cache.stages):
-                out = self._stage(index, hidden, self._only_row, position, stage_cache)
-                hidden = out.get(names.HIDDEN_OUT)
+            steps = [
+                self._inputs(index, self._only_row, position, stage_cache)
+                for index, stage_cache in enumerate(cache.stages)
+            ]
+            logits = self.backend.decode(hidden, steps, cache.stages)
+            for stage_cache in cache.stages:
+                stage_cache.length += 1
             cache.position += 1
-            return self._finite(out[names.LOGITS])
+            return _finite(logits)
         except BaseException:
             self._undo(cache, mark)
             raise
@@ -205,10 +214,24 @@ class Pipeline:
         num_side: int = 0,
     ) -> dict[str, Any]:
         """Run a stage; of the rows fed, the last `num_side` do not count as cached."""
+        inputs = self._inputs(index, keep_indices, position_ids, cache, last_seen, num_side)
+        out = self.backend.run_stage(index, {names.HIDDEN: hidden, **inputs}, cache)
+        cache.length, cache.num_side = cache.length + len(keep_indices) - num_side, num_side
+        return out
+
+    def _inputs(
+        self,
+        index: int,
+        keep_indices: np.ndarray,
+        position_ids: np.ndarray,
+        cache: StageCache,
+        last_seen: np.ndarray | None = None,
+        num_side: int = 0,
+    ) -> dict[str, np.ndarray]:
+        """All inputs of a stage but the rows themselves."""
         count = len(keep_indices)
         last_seen = np.arange(count) if last_seen is None else last_seen
         inputs = {
-            names.HIDDEN: hidden,
             names.KEEP_INDICES: keep_indices,
             names.POSITION_IDS: position_ids,
             names.SLOT: np.array([cache.length]),
@@ -216,9 +239,7 @@ class Pipeline:
         }
         if index == len(self.facts.stages) - 1:
             inputs[names.LOGITS_ROW] = np.array([count - num_side - 1])
-        out = self.backend.run_stage(index, inputs, cache)
-        cache.length, cache.num_side = cache.length + count - num_side, num_side
-        return out
+        return inputs
 
     def _decide(
         self,
@@ -239,7 +260,7 @@ class Pipeline:
         keep: Any = np.ones(len(rows), bool)
         if layer == self.facts.side_layer(plan):
             keep = rows.side_of == TEXT  # side rows have done their work
-        wanted, scored = {}, {}
+        told: list[Any] = []  # of each image: tokens wanted and, where asked for, their scores
         for image in rows.images():
             visual_rows = rows.of_image(image)
             out = self.backend.run(
@@ -258,25 +279,26 @@ class Pipeline:
                 },
             )
             keep = out[names.KEEP_OUT]
-            wanted[image] = out[names.NUM_WANTED]
+            told.append(out[names.NUM_WANTED])
             if scores:
-                values = self.backend.to_numpy(out[names.SCORES])  # [N]
-                pairs = zip(rows.patch_ids[visual_rows].tolist(), values.tolist(), strict=True)
-                scored[image] = sorted(pairs, key=itemgetter(0))
+                told.append(out[names.SCORES])
         out = self.backend.run(names.COMPACT, {names.KEEP: keep})
-        num_keep = int(self.backend.to_numpy(out[names.NUM_KEEP])[0])
-        keep_indices = self.backend.to_numpy(out[names.KEEP_INDICES])[:num_keep]
+        num_keep, keep_indices, *told = self.backend.fetch(
+            "survivors of a site", out[names.NUM_KEEP], out[names.KEEP_INDICES], *told
+        )
+        keep_indices = keep_indices[: int(num_keep[0])]
         kept = rows.take(keep_indices)
-        for image, count in wanted.items():
+        values = iter(told)
+        for image in rows.images():
             sites.append(
                 SiteResult(
                     layer=layer,
                     image=image,
                     num_visual_before=len(rows.of_image(image)),
                     kept=np.sort(kept.patch_ids[kept.of_image(image)]).tolist(),
-                    num_wanted=int(self.backend.to_numpy(count)[0]),
+                    num_wanted=int(next(values)[0]),
                     places=kept.places[kept.of_image(image)].tolist(),
-                    scores=scored.get(image),
+                    scores=_by_patch(rows, image, next(values)) if scores else None,
                 )
             )
         return keep_indices
@@ -304,12 +326,20 @@ class Pipeline:
         for stage_cache in cache.stages:
             self.backend.clear(stage_cache)
 
-    def _finite(self, logits: Any) -> np.ndarray:
-        values = self.backend.to_numpy(logits).reshape(-1)
-        if not np.isfinite(values).all():
-            raise PatchsieveError(
-                "the model's output is not finite",
-                found="NaN or infinity in the logits",
-                do="check the checkpoint; in float16 try --precision float32",
-            )
-        return values
+
+def _by_patch(rows: Rows, image: int, scores: np.ndarray) -> list[tuple[int, float]]:
+    """Raster id and score of an image's tokens that were alive, by id. scores: [N]."""
+    ids = rows.patch_ids[rows.of_image(image)].tolist()
+    return sorted(zip(ids, scores.tolist(), strict=True), key=itemgetter(0))
+
+
+def _finite(logits: np.ndarray) -> np.ndarray:
+    """Logits as one row [V], refused where one is NaN or infinite."""
+    values = logits.reshape(-1)
+    if not np.isfinite(values).all():
+        raise PatchsieveError(
+            "the model's output is not finite",
+            found="NaN or infinity in the logits",
+            do="check the checkpoint; in float16 try --precision float32",
+        )
+    return values

@@ -26,7 +26,7 @@ class Runs:
 
     Attributes:
         times_ms: By part: preprocess, vision, prefill, decide, prefill.<stage>, decide.<site>,
-            ttft, total.
+            ttft, total; by the GPU's own clock gpu.<graph> and gpu.decode_per_token.
         decode_ms: Steps of each run, [runs][steps].
         survivors: By site, "layer.image".
         energy: Mean and peak watts and joules of each run; empty where nothing measures power.
@@ -48,6 +48,8 @@ class Runs:
             times[f"prefill.{index}"] = value
         for layer, value in zip(sites, times.pop("decide_per_site"), strict=False):
             times[f"decide.{layer}"] = value
+        for graph, value in times.pop("device").items():
+            times[f"gpu.{graph}"] = value
         for name, value in times.items():
             self.times_ms.setdefault(name, []).append(value)
         for site in result.sites:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,12 @@ class Recorder:
                     self.values[name] = self._copy(cache.buffers.rows(name, rows))
         return out
 
+    def decode(
+        self, hidden: np.ndarray, steps: Sequence[Mapping[str, Any]], caches: Sequence[StageCache]
+    ) -> np.ndarray:
+        """As the backend does; what a later token leaves is not kept."""
+        return self.inner.decode(hidden, steps, caches)
+
     def key_cache(self, cache: StageCache, layer: int) -> Any:
         """As the backend does."""
         return self.inner.key_cache(cache, layer)
@@ -65,6 +71,10 @@ class Recorder:
         """As the backend does."""
         return self.inner.value_cache(cache, layer)
 
+    def fetch(self, reason: str, *tensors: Any) -> list[np.ndarray]:
+        """As the backend does."""
+        return self.inner.fetch(reason, *tensors)
+
     def to_numpy(self, tensor: Any) -> np.ndarray:
         """As the backend does."""
         return self.inner.to_numpy(tensor)
@@ -72,6 +82,10 @@ class Recorder:
     def clear(self, cache: StageCache) -> None:
         """As the backend does."""
         self.inner.clear(cache)
+
+    def device_ms(self) -> dict[str, float]:
+        """As the backend does."""
+        return self.inner.device_ms()
 
     def describe(self) -> dict[str, Any]:
         """As the backend does."""

@@ -101,7 +101,8 @@ class Result:
         words: The question's words that judged each image of this turn, where a plan has them.
         kv_bytes: Reserved and used, in all and per stage.
         timings_ms: Milliseconds of each part; `ttft` is the time to the first token, `decode_steps`
-            lists each token behind it.
+            lists each token behind it. `device` holds what a GPU took for each graph, by its own
+            clock; it is empty on a CPU.
         notes: What the user should know, in sentences.
     """
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import onnx
@@ -15,6 +15,7 @@ from patchsieve.cost import RUNTIME, cost, from_manifest, in_decoder, no_pruning
 from patchsieve.cost.methods import before_decoder
 from patchsieve.plan import NO_PRUNING
 from patchsieve.runtime.bundle import Bundle
+from patchsieve.runtime.cache import StageCache
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.ort import OrtBackend
 from patchsieve.runtime.record import Recorder
@@ -37,7 +38,29 @@ class Work:
 
     model: int = 0
     decisions: int = 0
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+class Shapes(Recorder):
+    """A backend that keeps the shapes of what each graph was fed and returned at first."""
+
+    def forget(self) -> None:
+        """Start anew, for another request."""
+        super().forget()
+        self.shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+
+    def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Run a graph without caches."""
+        return self._noted(graph, inputs, super().run(graph, inputs))
+
+    def run_stage(self, stage: int, inputs: Mapping[str, Any], cache: StageCache) -> dict[str, Any]:
+        """Run a stage."""
+        return self._noted(names.stage(stage), inputs, super().run_stage(stage, inputs, cache))
+
+    def _noted(self, graph: str, inputs: Mapping[str, Any], out: dict[str, Any]) -> dict[str, Any]:
+        seen = {**inputs, **out}
+        shapes = {name: self.inner.to_numpy(value).shape for name, value in seen.items()}
+        self.shapes.setdefault(graph, shapes)
+        return out
 
 
 class Tap:
@@ -46,12 +69,12 @@ class Tap:
     def __init__(self, towers: Towers) -> None:
         self.graphs: dict[str, onnx.ModelProto] = {}
 
-        def recorder(opened: Bundle) -> Recorder:
+        def recorder(opened: Bundle) -> Shapes:
             facts = opened.manifest
             graphs = {facts.vision_graph(plan) for plan in facts.plans}
             graphs |= {names.stage(index) for index in range(len(facts.stages))}
             models = {graph: self._tapped(opened, graph) for graph in graphs}
-            self.recorder = Recorder(OrtBackend(opened, threads=1, models=models))
+            self.recorder = Shapes(OrtBackend(opened, threads=1, models=models))
             return self.recorder
 
         self.model = Model(towers.bundle, backend=recorder, check="size")
@@ -74,28 +97,14 @@ class Tap:
         work, model = Work(), self.graphs[graph]
         weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
         for node in products(model):
-            shapes = [
-                weights[name] if name in weights else self._shape(graph, name)
-                for name in (*node.input[:2], node.output[0])
-            ]
+            known = self.recorder.shapes[graph] | weights
+            shapes = [known[name] for name in (*node.input[:2], node.output[0])]
             flops = flops_of(node, *shapes)
-            is_model = node.input[1] in weights or "Attention" in node.op_type
-            if is_model:
+            if node.input[1] in weights or "Attention" in node.op_type:
                 work.model += flops
             else:
                 work.decisions += flops
         return work
-
-    def _shape(self, graph: str, name: str) -> tuple[int, ...]:
-        seen = self.recorder
-        if name in seen.inputs[graph]:
-            return seen.inputs[graph][name].shape
-        own = f"{graph}/{name}"
-        if own in seen.values:
-            return seen.values[own].shape
-        layer = {names.HIDDEN_OUT}
-        assert name not in layer
-        return seen.values[name].shape
 
 
 def products(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:

@@ -168,7 +168,7 @@ def tower_session(checkpoint: Path, plan: dict[str, Any], dtype: torch.dtype) ->
     config: Any = read_config(checkpoint)
     facts, stored = vision_model(config), Checkpoint(checkpoint)
     before = Plan.from_dict(plan)
-    module = plan_vision(before, facts, config.text_config.hidden_size)
+    module = plan_vision(before, facts, config.text_config.hidden_size, dtype)
     state = {}
     for weight in weights_of(module):
         tensor = stored.read(weight.source).float()
@@ -219,8 +219,9 @@ def test_a_tower_without_a_class_token_prunes_by_received_attention(tmp_path: Pa
 @pytest.mark.tensorrt
 def test_every_vision_graph_builds_in_tensorrt_rtx(towers: Towers, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    from patchsieve.runtime.build import profiles
-    from patchsieve.runtime.tensorrt import build_engine, parse_network
+    from patchsieve.runtime.compile import build_engine
+    from patchsieve.runtime.profiles import profiles
+    from patchsieve.runtime.tensorrt import parse_network
 
     facts = towers.model.facts
     for plan in PLANS:
@@ -233,7 +234,9 @@ def test_every_vision_graph_builds_in_tensorrt_rtx(towers: Towers, tmp_path: Pat
         assert {tensor.name for tensor in network.inputs} == {names.PIXEL_VALUES} | (
             {names.NOISE} if plan == "draw" else set()
         )
-        report = build_engine(path, tmp_path / plan, profiles(facts, graph), target="tensorrt-rtx")
+        report = build_engine(
+            path, tmp_path / plan, profiles(facts, graph, "tensorrt-rtx"), target="tensorrt-rtx"
+        )
         assert report.engine_bytes and not report.warnings
 
 

@@ -82,7 +82,9 @@ def make_bundle(folder: Path, row: str, **overrides: Any) -> TinyBundle:
     checkpoint = save_checkpoint(folder / "checkpoint", row, **overrides)
     options = ExportOptions(
         cuts=(1, 2, 3) if is_pruned else (),
-        targets=("cpu", "reference") if row in REFERENCE_ROWS else ("cpu",),
+        targets=("cpu", "reference", "jetpack6", "tensorrt-rtx")
+        if row in REFERENCE_ROWS
+        else ("cpu",),
         limits=LIMITS,
     )
     export(str(checkpoint), folder / "bundle", options)

@@ -125,7 +125,7 @@ def _order(report: dict[str, Any], times: dict[str, Any]) -> list[str]:
     names = ["preprocess", "vision"]
     for index, (_, last) in enumerate(report["stages"]):
         names += [f"prefill.{index}", f"decide.{last + 1}"]
-    names += ["ttft", "per_token", "total"]
+    names += ["ttft", "per_token", "total", *(n for n in times if n.startswith("gpu."))]
     return [name for name in names if name in times]
 
 
@@ -136,6 +136,8 @@ def _label(report: dict[str, Any], name: str) -> str:
         return f"prefill, layers {first}-{last}"
     if kind == "decide":
         return f"decision before layer {number}"
+    if kind == "gpu":
+        return f"{number} on the GPU's clock"
     words = {"ttft": "time to first token", "per_token": "time per token"}
     return words.get(name, name)
 

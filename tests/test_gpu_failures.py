@@ -1,0 +1,382 @@
+"""What fails on a GPU is told in one line, and leaves the bundle usable and the memory free."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from patchsieve import names
+from patchsieve.errors import (
+    BackendMissingError,
+    BundleError,
+    CapacityError,
+    PatchsieveError,
+    RequestError,
+)
+from patchsieve.runtime import backend as backend_module
+from patchsieve.runtime import engines
+from patchsieve.runtime.driver import ContextLostError, Driver, load_cudart
+from patchsieve.runtime.memory import Memory, rounded
+from patchsieve.runtime.model import Model
+from patchsieve.runtime.trt_engine import PREFILL
+from tests.fake_cuda import TOTAL, FakeGpu, cudaError_t
+from tests.gpu import FASTV, QUESTION, ROW, TARGET, Machine
+from tests.tiny_bundles import pictures
+
+pytest_plugins = ["tests.gpu"]
+
+LOST = cudaError_t.cudaErrorIllegalAddress
+
+
+def ask(model: Model, **options: Any) -> list[int]:
+    return model.generate(
+        pictures(1), QUESTION, **{"max_new_tokens": 12, "ignore_eos": True} | options
+    ).token_ids
+
+
+def refused(do: Callable[[], Any], kind: type[PatchsieveError], words: str) -> None:
+    with pytest.raises(kind, match=words) as caught:
+        do()
+    assert "\n" not in str(caught.value)
+
+
+def caches_are_finite(model: Model, machine: Machine) -> bool:
+    """Whether a mask stops all that stands in the spare cache: read past the driver."""
+    machine.gpu.wait()
+    (cache,) = model._spare.values()
+    blocks = [stage.buffers.block for stage in cache.stages]
+    contents = [machine.gpu.bytes_at(block.address, block.size) for block in blocks]
+    return all(np.isfinite(content.view(np.float32)).all() for content in contents)
+
+
+# Requests.
+
+
+@pytest.mark.parametrize("row", (2, -1), ids=("early", "last"))
+@pytest.mark.parametrize("target", (TARGET, "jetpack6"))
+def test_output_that_is_not_finite_leaves_no_trace(tiny, machine, target: str, row: int) -> None:
+    gpu = machine(is_rtx=target == TARGET)
+    model = gpu.load(tiny(ROW), FASTV, target)
+    right = ask(model)
+    embed = model.bundle.embed
+
+    def poisoned(ids: np.ndarray) -> np.ndarray:
+        rows = np.array(embed(ids))
+        rows[row % len(rows)] = np.nan
+        return rows
+
+    model.bundle.embed = poisoned  # type: ignore[method-assign]
+    refused(lambda: ask(model), PatchsieveError, "not finite")
+    del model.bundle.embed
+    assert caches_are_finite(model, gpu)
+    assert ask(model) == right
+    model.close()
+
+
+@pytest.mark.parametrize("graph", ("vision", "stage_2", "compact"))
+def test_an_engine_that_fails_leaves_the_bundle_usable(tiny, machine, graph: str) -> None:
+    gpu = machine()
+    model = gpu.load(tiny(ROW), FASTV)
+    right = ask(model)
+    gpu.trt.refuses = graph
+    refused(lambda: ask(model), BundleError, f"fails at the engine {graph}.*no kernel fits")
+    gpu.trt.refuses = ""
+    assert ask(model) == right
+    model.close()
+
+
+@pytest.mark.parametrize("function", ("cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync"))
+def test_a_call_that_fails_leaves_the_bundle_usable(tiny, machine, function: str) -> None:
+    gpu = machine()
+    model = gpu.load(tiny(ROW), FASTV)
+    right = ask(model)
+    gpu.gpu.fail(function, cudaError_t.cudaErrorInvalidValue, after=1)
+    if function == "cudaMemsetAsync":  # used where a new cache is made
+        model._spare.clear()
+    refused(lambda: ask(model), PatchsieveError, f"refuses {function}.*cudaErrorInvalidValue")
+    assert ask(model) == right
+    model.close()
+
+
+def test_a_stream_that_nobody_finishes_leaves_the_conversation_as_it_was(tiny, machine) -> None:
+    gpu = machine()
+    model = gpu.load(tiny(ROW), FASTV)
+    right = ask(model)
+    chat = model.chat()
+    stream = chat.stream(QUESTION, pictures(1), max_new_tokens=12)
+    for _ in range(3):
+        next(stream)
+    stream.close()
+    result = chat.ask(QUESTION, pictures(1), max_new_tokens=12, ignore_eos=True)
+    assert result.token_ids == right
+    model.close()
+
+
+def test_a_request_outside_the_profile_is_refused_before_it_runs(tiny, machine) -> None:
+    gpu = machine()
+    model = gpu.load(tiny(ROW))
+    context = model.backend._contexts[names.stage(1), PREFILL]
+    port = context.engine.ports[names.KEEP_INDICES]
+    object.__setattr__(port, "ranges", (((1,), (10,)), port.ranges[1]))
+    words = r"does not fit the engine of stage_1.*keep_indices \[\d\d\].*\[1\] to \[10\]"
+    refused(lambda: ask(model), CapacityError, words)
+    assert not context.has_run
+    object.__setattr__(port, "ranges", (((1,), (500,)), port.ranges[1]))
+    assert ask(model) == ask(tiny(ROW).model())
+    model.close()
+
+
+# The context.
+
+
+@pytest.mark.parametrize(
+    "function",
+    ("cudaMemcpyAsync", "cudaGraphLaunch", "cudaStreamSynchronize", "cudaEventElapsedTime"),
+)
+def test_a_lost_context_is_told_at_once_and_ever_after(tiny, machine, function: str) -> None:
+    gpu = machine()
+    model = gpu.load(tiny(ROW), FASTV)
+    ask(model)
+    gpu.gpu.fail(function, LOST)
+    words = "the GPU context is lost.*cudaErrorIllegalAddress.*load the bundle again"
+    refused(lambda: ask(model), ContextLostError, words)
+    refused(lambda: ask(model), ContextLostError, words)
+    model.close()  # and closing does not fail
+
+
+def test_work_on_memory_that_was_given_back_would_be_found() -> None:
+    """The double itself: a program that goes wrong is caught."""
+    gpu = FakeGpu()
+    driver = Driver(gpu.module())
+    address = driver.allocate(64)
+    driver.zero(address, 64)
+    driver.free(address)
+    assert not gpu.wrong  # CUDA waits for the device before it frees
+    driver.zero(address, 64)
+    with pytest.raises(ContextLostError):
+        driver.synchronise("a test")
+    assert gpu.wrong
+
+
+# Memory.
+
+
+def test_everything_is_given_back_on_close(tiny, machine) -> None:
+    gpu = machine()
+    model = gpu.load(tiny(ROW), FASTV)
+    chat = model.chat()
+    chat.ask(QUESTION, pictures(1), max_new_tokens=12)
+    model.generate(pictures(1), QUESTION, max_new_tokens=4, plan="none")
+    assert all(
+        gpu.gpu.live[kind] for kind in ("device memory", "pinned memory", "context", "event")
+    )
+    model.close()  # the conversation still holds its cache
+    assert not any(gpu.gpu.live.values()), gpu.gpu.live
+    refused(lambda: chat.ask("Why?"), RequestError, "closed")
+    chat.close()
+    gc.collect()
+    assert not gpu.gpu.wrong
+
+
+def test_two_hundred_requests_leave_no_memory_behind(tiny, machine) -> None:
+    gpu = machine()
+    model = gpu.load(tiny(ROW), FASTV)
+
+    def fifty() -> tuple[int, int]:
+        rng = np.random.default_rng(0)
+        for number in range(50):  # a fifth of them fail, half-way
+            image = rng.integers(0, 256, (20, 20, 3), np.uint8)
+            words = " ".join(["Why?"] * int(rng.integers(1, 40)))
+            if number % 5 == 0:
+                gpu.trt.refuses = "stage_3"
+                refused(lambda i=image, w=words: model.generate(i, w), BundleError, "fails")
+                gpu.trt.refuses = ""
+            model.generate([image] * (1 + number % 3), words, max_new_tokens=3)
+        return gpu.gpu.used, sum(gpu.gpu.live.values())
+
+    used, pieces = fifty()
+    for _ in range(3):
+        now_used, now_pieces = fifty()
+    # A traceback may hold a block until Python collects it, so that the pool makes another; what
+    # leaked with every request would be 150 pieces.
+    assert now_pieces < pieces + 15 and now_used < 1.2 * used
+    model.close()
+    assert not any(gpu.gpu.live.values()), gpu.gpu.live
+
+
+def test_a_cache_goes_back_when_nobody_holds_it(tiny, machine) -> None:
+    gpu = machine()
+    model = gpu.load(tiny(ROW))
+    ask(model)
+    before = gpu.gpu.used
+    cache = model.pipeline.new_cache("none")
+    reserved = cache.kv_bytes()["reserved"]
+    assert gpu.gpu.used - before >= reserved > 0
+    del cache
+    assert gpu.gpu.used == before
+    model.close()
+
+
+def test_full_memory_refuses_one_request_and_not_the_next(tiny, machine) -> None:
+    gpu = machine()
+    model = gpu.load(tiny(ROW), FASTV)
+    right = ask(model)
+    gpu.gpu.total = gpu.gpu.used  # not a byte left
+    refused(
+        lambda: model.pipeline.new_cache("none"), CapacityError, "GPU's memory is full.*GB free"
+    )
+    longer = "Why? " * 60  # needs rows that no idle block holds
+    refused(lambda: model.generate(pictures(3), longer), CapacityError, "GPU's memory is full")
+    gpu.gpu.total = TOTAL
+    assert ask(model) == right
+    model.close()
+    assert not any(gpu.gpu.live.values()), gpu.gpu.live
+
+
+def test_idle_blocks_are_given_up_before_memory_is_called_full() -> None:
+    gpu = FakeGpu()
+    memory = Memory(Driver(gpu.module()))
+    gpu.total = 1 << 20
+    small = [memory.empty((100,), np.dtype(np.float32)) for _ in range(100)]
+    del small
+    idle = memory.device.bytes()
+    assert idle > 40_000
+    large = memory.empty(((1 << 20) - 1000,), np.dtype(np.uint8))
+    assert memory.device.bytes() == large.owner.size == gpu.used
+    memory.close()
+    assert gpu.used == 0
+
+
+def test_sizes_near_each_other_share_blocks() -> None:
+    for size in (1, 255, 256, 257, 5000, 999_999, 12_345_678):
+        assert size <= rounded(size) <= max(size + 255, size * 5 // 4)
+        assert rounded(size) % 256 == 0
+    gpu = FakeGpu()
+    memory = Memory(Driver(gpu.module()))
+    for rows in range(3000, 3100):
+        memory.empty((rows,), np.dtype(np.float32))
+    assert gpu.calls["cudaMalloc"] == 2
+
+
+# Loading.
+
+_STEPS = (
+    "cudaStreamCreateWithFlags",
+    "cudaGetDeviceProperties",
+    "cudaMalloc",
+    "cudaMallocHost",
+    "cudaStreamSynchronize",
+)
+
+
+@pytest.mark.parametrize("function", _STEPS)
+def test_a_load_that_fails_half_way_gives_everything_back(tiny, machine, function: str) -> None:
+    gpu = machine()
+    gpu.gpu.fail(function, cudaError_t.cudaErrorMemoryAllocation)
+    refused(lambda: gpu.load(tiny(ROW), FASTV), CapacityError, "GPU's memory is full")
+    gc.collect()
+    assert not any(gpu.gpu.live.values()), gpu.gpu.live
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [("engine", "cannot load the engine.*damaged"), ("context", "cannot prepare.*out of memory")],
+)
+def test_an_engine_that_does_not_load_is_one_line(tiny, machine, what: str, words: str) -> None:
+    gpu = machine()
+    gpu.trt.refuses = what
+    refused(lambda: gpu.load(tiny(ROW)), BundleError, words)
+    gc.collect()
+    assert not any(gpu.gpu.live.values()), gpu.gpu.live
+
+
+def test_an_engine_that_copies_its_cache_is_refused(tiny, machine) -> None:
+    gpu = machine()
+    gpu.trt.copies_caches = True
+    refused(lambda: ask(gpu.load(tiny(ROW))), BundleError, "copies its cache")
+
+
+def test_engines_of_another_library_are_refused(tiny, machine) -> None:
+    gpu = machine()
+    gpu.load(tiny(ROW)).close()
+    gpu.trt.__version__ = "1.8.0"
+    refused(
+        lambda: Model(tiny(ROW).path, target=TARGET, check="size", backend=gpu.backend),
+        BundleError,
+        "built by another library.*patchsieve build",
+    )
+
+
+def test_damaged_engines_are_refused(tiny, machine) -> None:
+    gpu, path = machine(), engines.engine_path(tiny(ROW).path, TARGET, "compact")
+    gpu.load(tiny(ROW)).close()
+    path.write_bytes(path.read_bytes() + b" ")
+    refused(
+        lambda: Model(tiny(ROW).path, target=TARGET, check="size", backend=gpu.backend),
+        BundleError,
+        "compact.engine is damaged.*patchsieve build",
+    )
+
+
+# What is absent.
+
+
+@pytest.mark.parametrize(
+    ("target", "install"),
+    [
+        ("tensorrt-rtx", r'pip install "patchsieve\[rtx\]"'),
+        ("tensorrt", r'pip install "patchsieve\[tensorrt\]"'),
+        ("tensorrt10", r'pip install "patchsieve\[tensorrt\]"'),
+        ("jetpack6", "--system-site-packages"),
+    ],
+)
+def test_absent_cuda_python_names_the_install_line(monkeypatch, target: str, install: str) -> None:
+    for name in ("cuda", "cuda.bindings", "cuda.bindings.runtime", "cuda.cudart"):
+        monkeypatch.setitem(sys.modules, name, None)
+    refused(lambda: load_cudart(target), BackendMissingError, f"cuda-python.*{install}")
+
+
+def test_older_cuda_python_is_found_under_its_own_name(monkeypatch) -> None:
+    older = SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace(cudart=older, __path__=[]))
+    monkeypatch.setitem(sys.modules, "cuda.cudart", older)
+    assert load_cudart("jetpack6") is older
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (cudaError_t.cudaErrorInsufficientDriver, "driver is absent or older.*cuda-python<13"),
+        (cudaError_t.cudaErrorNoDevice, "no NVIDIA GPU.*--target cpu"),
+    ],
+)
+def test_an_absent_gpu_or_driver_is_one_line(error: cudaError_t, words: str) -> None:
+    gpu = FakeGpu()
+    gpu.fail("cudaGetDeviceCount", error)
+    refused(lambda: Driver(gpu.module()), BackendMissingError, words)
+
+
+@pytest.mark.parametrize("target", backend_module.GPU_TARGETS)
+def test_absent_tensorrt_is_one_line_for_each_target(monkeypatch, target: str) -> None:
+    for name in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, name, None)
+    bundle: Any = SimpleNamespace(target=target, manifest=None, path=Path("b"))
+    refused(
+        lambda: backend_module.open_backend(bundle), BackendMissingError, f"target {target} needs"
+    )
+
+
+def test_threads_are_no_option_of_a_gpu() -> None:
+    bundle: Any = SimpleNamespace(target=TARGET)
+    refused(
+        lambda: backend_module.open_backend(bundle, threads=2), RequestError, "leave --threads out"
+    )
