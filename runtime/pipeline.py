@@ -109,7 +109,7 @@ class Pipeline:
 
     def _text_features(self, text_ids: np.ndarray) -> np.ndarray:
         out = self.backend.run(names.SCORER, {names.TEXT_IDS: text_ids})
-        return self.backend.to_numpy(out[names.TEXT_FEATURES])
+        return self.backend.fetch("text features", out[names.TEXT_FEATURES])[0]
 
     def prefill(
         self,
