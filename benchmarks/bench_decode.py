@@ -33,7 +33,7 @@ import make_checkpoint  # noqa: E402  (beside this folder)
 
 from patchsieve import manifest  # noqa: E402
 from patchsieve.export.exporter import ExportOptions, export  # noqa: E402
-from patchsieve.runtime import machine  # noqa: E402
+from patchsieve.runtime.board import machine  # noqa: E402
 from patchsieve.runtime.model import Model  # noqa: E402
 
 NEW_TOKENS = 64  # of each capacity; the rest is text

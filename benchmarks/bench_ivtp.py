@@ -33,7 +33,7 @@ from patchsieve.export.exporter import ExportOptions, export  # noqa: E402
 from patchsieve.export.recipes import Size, ivtp  # noqa: E402
 from patchsieve.manifest import Limits  # noqa: E402
 from patchsieve.plan import PseudoCls  # noqa: E402
-from patchsieve.runtime import machine  # noqa: E402
+from patchsieve.runtime.board import machine  # noqa: E402
 from patchsieve.runtime.model import Model  # noqa: E402
 
 PARTS = ("vision", "scorer", "prefill", "decide", "ttft")

@@ -31,9 +31,9 @@ from onnx.external_data_helper import uses_external_data
 
 from benchmarks.checkpoint import LLAVA_7B, ROOT, Shape, write_checkpoint
 from patchsieve import manifest
-from patchsieve.runtime.builder_process import Job, build_in_process, memory_of
-from patchsieve.runtime.engines import Options, misfit
-from patchsieve.runtime.profiles import profiles
+from patchsieve.runtime.building.builder_process import Job, build_in_process, memory_of
+from patchsieve.runtime.building.profiles import profiles
+from patchsieve.runtime.gpu.engines import Options, misfit
 
 TARGET = "tensorrt-rtx"
 PROMISE = 1.5e9  # bytes of extra memory for a model of 1 GB
@@ -133,7 +133,7 @@ def measure(bundle: Path, facts: manifest.Manifest, graph: str, out: Path) -> Co
 
 
 _IDLE = """
-from patchsieve.runtime import builder_process as b
+from patchsieve.runtime.building import builder_process as b
 b.load_tensorrt("tensorrt-rtx")
 print(b.memory_of("RssAnon"), b.memory_of("RssFile"))
 """

@@ -87,7 +87,7 @@ def open_backend(bundle: Bundle, *, threads: int | None = None) -> Backend:
 
         return OrtBackend(bundle, threads=threads)
     if bundle.target in GPU_TARGETS:
-        from patchsieve.runtime.trt_backend import TensorRTBackend
+        from patchsieve.runtime.gpu.trt_backend import TensorRTBackend
 
         if threads is not None:
             raise RequestError(

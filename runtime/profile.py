@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from patchsieve.errors import RequestError
-from patchsieve.runtime import machine, power
+from patchsieve.runtime.board import machine, power
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.result import Result
 

@@ -22,8 +22,8 @@ import onnxruntime as ort
 
 from patchsieve import manifest, names
 from patchsieve.manifest import Manifest
-from patchsieve.runtime import engines
-from patchsieve.runtime.profiles import profiles
+from patchsieve.runtime.building.profiles import profiles
+from patchsieve.runtime.gpu import engines
 from tests.fake_cuda import FakeGpu
 
 SCRATCH = 4096

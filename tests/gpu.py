@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from patchsieve.runtime.gpu.trt_backend import TensorRTBackend
 from patchsieve.runtime.model import Model
-from patchsieve.runtime.trt_backend import TensorRTBackend
 from tests.fake_cuda import FakeGpu
 from tests.fake_tensorrt import FakeTensorRT, build_fakes
 from tests.tiny_bundles import TinyBundle

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from patchsieve.export import ops
 from patchsieve.export.lowering import lower, lowering
 from patchsieve.export.trace import Input, trace
-from patchsieve.runtime.compile import build_engine
-from patchsieve.runtime.tensorrt import parse_network
+from patchsieve.runtime.building.compile import build_engine
+from patchsieve.runtime.gpu.tensorrt import parse_network
 from tests.references.attention import softmax
 
 HEADS, WIDTH, ROWS = 4, 32, 9

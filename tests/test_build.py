@@ -20,10 +20,10 @@ from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.reuse import reuse
 from patchsieve.manifest import Limits
 from patchsieve.plan import Plan, SitePlan
-from patchsieve.runtime.build import Built, build
-from patchsieve.runtime.build_request import Request
-from patchsieve.runtime.engines import FILE_NAME, Gpu, Library, open_engines, read_record
-from patchsieve.runtime.profiles import profiles
+from patchsieve.runtime.building.build import Built, build
+from patchsieve.runtime.building.build_request import Request
+from patchsieve.runtime.building.profiles import profiles
+from patchsieve.runtime.gpu.engines import FILE_NAME, Gpu, Library, open_engines, read_record
 from tests.models import save_checkpoint
 
 TARGET = "tensorrt-rtx"
@@ -62,7 +62,7 @@ def engines(bundle: Path) -> list[Built]:
 
 def parsed(bundle: Path, graph: str):
     """The parsed network of a graph."""
-    from patchsieve.runtime.tensorrt import parse_network
+    from patchsieve.runtime.gpu.tensorrt import parse_network
 
     return parse_network(bundle / manifest.read(bundle).targets[TARGET][graph])
 
@@ -171,8 +171,8 @@ def test_a_killed_build_goes_on_where_it_was(bundle, engines, tmp_path) -> None:
     script = f"""
 import os, signal
 from pathlib import Path
-from patchsieve.runtime.build import build
-from patchsieve.runtime.build_request import Request
+from patchsieve.runtime.building.build import build
+from patchsieve.runtime.building.build_request import Request
 for number, one in enumerate(build(Path({str(own)!r}), Request({TARGET!r}))):
     if number == 1:
         os.kill(os.getpid(), signal.SIGKILL)

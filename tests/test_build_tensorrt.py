@@ -17,16 +17,16 @@ import pytest
 
 from patchsieve import manifest
 from patchsieve.errors import BackendMissingError, BundleError, PatchsieveError
-from patchsieve.runtime import build as build_module
-from patchsieve.runtime.build import Built, build
-from patchsieve.runtime.build_config import TIMING_CACHE
-from patchsieve.runtime.build_request import Request
-from patchsieve.runtime.builder_process import Job, build_in_process
-from patchsieve.runtime.compile import build_engine
-from patchsieve.runtime.cuda_device import Device, find_device
-from patchsieve.runtime.engines import Gpu, Options, engine_path, folder_of, read_record
-from patchsieve.runtime.ladder import LADDER, OutOfMemoryError, climb
-from patchsieve.runtime.profiles import profiles
+from patchsieve.runtime.building import build as build_module
+from patchsieve.runtime.building.build import Built, build
+from patchsieve.runtime.building.build_config import TIMING_CACHE
+from patchsieve.runtime.building.build_request import Request
+from patchsieve.runtime.building.builder_process import Job, build_in_process
+from patchsieve.runtime.building.compile import build_engine
+from patchsieve.runtime.building.ladder import LADDER, OutOfMemoryError, climb
+from patchsieve.runtime.building.profiles import profiles
+from patchsieve.runtime.gpu.cuda_device import Device, find_device
+from patchsieve.runtime.gpu.engines import Gpu, Options, engine_path, folder_of, read_record
 from tests.bundles import command, command_json
 from tests.tensorrt_double import Kind, install, module
 
@@ -70,7 +70,7 @@ def tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def in_this_process(job: Job, progress: Any) -> Any:
     """Builds as a process of its own would, but quicker."""
-    from patchsieve.runtime.builder_process import Done
+    from patchsieve.runtime.building.builder_process import Done
 
     report = build_engine(
         job.onnx_path,

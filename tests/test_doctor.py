@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from patchsieve.export.lowering import LOWERINGS
-from patchsieve.runtime.abilities import EXPORT, INSTALL, TENSORRT, install_line, target_of
-from patchsieve.runtime.doctor import diagnose
-from patchsieve.runtime.machine import Probes
-from patchsieve.runtime.pitfalls import bundle_pitfalls
+from patchsieve.runtime.board.abilities import EXPORT, INSTALL, TENSORRT, install_line, target_of
+from patchsieve.runtime.board.doctor import diagnose
+from patchsieve.runtime.board.machine import Probes
+from patchsieve.runtime.board.pitfalls import bundle_pitfalls
 from tests.bundles import PHOTO, command, command_json
 
 pytest_plugins = ["tests.bundles"]

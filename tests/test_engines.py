@@ -11,7 +11,7 @@ import pytest
 from patchsieve import manifest
 from patchsieve.errors import BackendMissingError, BundleError
 from patchsieve.manifest import Manifest
-from patchsieve.runtime.engines import (
+from patchsieve.runtime.gpu.engines import (
     Attempt,
     Engine,
     Gpu,

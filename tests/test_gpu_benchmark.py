@@ -21,7 +21,7 @@ from patchsieve import cost as costs
 from patchsieve.errors import BackendMissingError, PatchsieveError
 from patchsieve.plan import NO_PRUNING
 from patchsieve.pruning.select import num_to_keep
-from patchsieve.runtime.doctor import diagnose
+from patchsieve.runtime.board.doctor import diagnose
 from tests.test_doctor import CPU_ONLY, CUDA, HOPPER, READY, RTX, probes
 
 

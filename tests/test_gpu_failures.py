@@ -21,11 +21,11 @@ from patchsieve.errors import (
     RequestError,
 )
 from patchsieve.runtime import backend as backend_module
-from patchsieve.runtime import engines
-from patchsieve.runtime.driver import ContextLostError, Driver, load_cudart
-from patchsieve.runtime.memory import Memory, rounded
+from patchsieve.runtime.gpu import engines
+from patchsieve.runtime.gpu.driver import ContextLostError, Driver, load_cudart
+from patchsieve.runtime.gpu.memory import Memory, rounded
+from patchsieve.runtime.gpu.trt_engine import PREFILL
 from patchsieve.runtime.model import Model
-from patchsieve.runtime.trt_engine import PREFILL
 from tests.fake_cuda import TOTAL, FakeGpu, cudaError_t
 from tests.gpu import FASTV, QUESTION, ROW, TARGET, Machine
 from tests.tiny_bundles import pictures

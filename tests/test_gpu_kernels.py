@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from patchsieve import names
-from patchsieve.runtime import engines
-from patchsieve.runtime.kernel_cache import FILE_NAME
+from patchsieve.runtime.gpu import engines
+from patchsieve.runtime.gpu.kernel_cache import FILE_NAME
 from patchsieve.runtime.model import Model
 from tests.fake_tensorrt import (
     CudaGraphStrategy,
@@ -67,7 +67,7 @@ def test_kernels_of_another_library_are_compiled_anew(own, machine) -> None:
 def test_a_bundle_that_cannot_be_written_keeps_them_in_the_cache_directory(
     own, machine, tmp_path: Path, monkeypatch, caplog
 ) -> None:
-    from patchsieve.runtime import kernel_cache
+    from patchsieve.runtime.gpu import kernel_cache
 
     write = kernel_cache.write_whole
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from patchsieve.errors import BackendMissingError
-from patchsieve.runtime import (
+from patchsieve.runtime.gpu import (
     decode_row,
     device_cache,
     device_times,
@@ -89,7 +89,7 @@ def test_tensorrt_rtx_takes_a_mapped_file_and_says_why_it_is_no_engine(tmp_path:
     """Of all calls, these need no GPU."""
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
     from patchsieve.errors import BundleError
-    from patchsieve.runtime.tensorrt import shared_logger
+    from patchsieve.runtime.gpu.tensorrt import shared_logger
 
     path = tmp_path / "stage_0.engine"
     path.write_bytes(b"no engine " * 500)

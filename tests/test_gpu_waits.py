@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from patchsieve import names
-from patchsieve.runtime.decode_row import WAIT, why_not_captured
-from patchsieve.runtime.weight_streaming import budgets
+from patchsieve.runtime.gpu.decode_row import WAIT, why_not_captured
+from patchsieve.runtime.gpu.weight_streaming import budgets
 from tests.fake_cuda import cudaError_t
 from tests.gpu import FASTV, QUESTION, ROW, TARGET
 from tests.tiny_bundles import pictures
@@ -202,7 +202,7 @@ def test_streamed_weights_share_the_room_that_is_left() -> None:
 
 def test_host_numbers_of_another_width_are_cast_and_other_types_refused() -> None:
     from patchsieve.errors import ShapeError
-    from patchsieve.runtime.trt_engine import Port, as_port
+    from patchsieve.runtime.gpu.trt_engine import Port, as_port
 
     port = Port("slot", np.dtype(np.int32), (1,), True, False, ())
     assert as_port(np.array([7]), port).dtype == np.int32

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from patchsieve.runtime import jetson
+from patchsieve.runtime.board import jetson
 
 RECORDED = Path(__file__).parent / "recorded" / "jetson"
 

@@ -21,7 +21,7 @@ from patchsieve.export.lowering import LOWERINGS
 from patchsieve.export.reuse import reuse
 from patchsieve.manifest import Limits
 from patchsieve.plan import Plan, SitePlan
-from patchsieve.runtime.doctor import diagnose
+from patchsieve.runtime.board.doctor import diagnose
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.result import Result
 from tests.bundles import command

@@ -209,9 +209,9 @@ def test_a_mistake_in_a_pseudo_cls_keeps_other_tokens(bundle, monkeypatch, mista
 @pytest.mark.tensorrt
 def test_the_graphs_of_ivtp_build_in_tensorrt_rtx(bundle: Bundle, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    from patchsieve.runtime.compile import build_engine
-    from patchsieve.runtime.profiles import profiles
-    from patchsieve.runtime.tensorrt import parse_network
+    from patchsieve.runtime.building.compile import build_engine
+    from patchsieve.runtime.building.profiles import profiles
+    from patchsieve.runtime.gpu.tensorrt import parse_network
 
     facts = bundle.model().facts
     graphs = {

@@ -84,8 +84,8 @@ def test_an_engine_of_other_weights_is_built_again(tmp_path: Path) -> None:
     import shutil
 
     from patchsieve.export.exporter import ExportOptions, export
-    from patchsieve.runtime.build import build
-    from patchsieve.runtime.build_request import Request
+    from patchsieve.runtime.building.build import build
+    from patchsieve.runtime.building.build_request import Request
 
     options = ExportOptions(targets=("tensorrt-rtx",))
     for seed in (0, 1):

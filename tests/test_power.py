@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import patchsieve
-from patchsieve.runtime import power
-from patchsieve.runtime.power import PowerReader
+from patchsieve.runtime.board import power
+from patchsieve.runtime.board.power import PowerReader
 from patchsieve.runtime.profile import Conditions, profile
 from tests.bundles import PHOTO, PROMPT
 

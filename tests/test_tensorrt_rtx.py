@@ -42,9 +42,9 @@ from benchmarks.settle.graphs import (
     stage_weights,
 )
 from patchsieve.errors import BackendMissingError, BundleError, ShapeError
-from patchsieve.runtime import tensorrt as ours
-from patchsieve.runtime.compile import build_engine
-from patchsieve.runtime.engines import Options
+from patchsieve.runtime.building.compile import build_engine
+from patchsieve.runtime.gpu import tensorrt as ours
+from patchsieve.runtime.gpu.engines import Options
 
 RTX = "tensorrt-rtx"
 # Relative to the largest value: float32 sums in another order; fp16 rounds after every operator.

@@ -219,9 +219,9 @@ def test_a_tower_without_a_class_token_prunes_by_received_attention(tmp_path: Pa
 @pytest.mark.tensorrt
 def test_every_vision_graph_builds_in_tensorrt_rtx(towers: Towers, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    from patchsieve.runtime.compile import build_engine
-    from patchsieve.runtime.profiles import profiles
-    from patchsieve.runtime.tensorrt import parse_network
+    from patchsieve.runtime.building.compile import build_engine
+    from patchsieve.runtime.building.profiles import profiles
+    from patchsieve.runtime.gpu.tensorrt import parse_network
 
     facts = towers.model.facts
     for plan in PLANS:

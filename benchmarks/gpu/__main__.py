@@ -26,7 +26,7 @@ from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.choice import CPU_TARGETS, TARGETS, absent, choose
 from benchmarks.gpu.report import write_report
 from patchsieve.errors import BackendMissingError, PatchsieveError
-from patchsieve.runtime.doctor import diagnose
+from patchsieve.runtime.board.doctor import diagnose
 
 PARTS = ("settle", "parity", "bench")
 SCHEMA_VERSION = 1

@@ -28,9 +28,9 @@ from benchmarks.settle import onnxruntime_cuda, questions
 from benchmarks.settle.cuda import Cuda
 from benchmarks.settle.questions import BUILDS, NO, NOT_RUN, PORTABLE, YES, Answer, Setup
 from patchsieve.errors import BackendMissingError, PatchsieveError
-from patchsieve.runtime.compile import build_engine
-from patchsieve.runtime.engines import Options
-from patchsieve.runtime.tensorrt import load_tensorrt
+from patchsieve.runtime.building.compile import build_engine
+from patchsieve.runtime.gpu.engines import Options
+from patchsieve.runtime.gpu.tensorrt import load_tensorrt
 
 SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from patchsieve.errors import BackendMissingError, PatchsieveError
-from patchsieve.runtime.tensorrt import collect_messages, load_tensorrt, shared_logger
+from patchsieve.runtime.gpu.tensorrt import collect_messages, load_tensorrt, shared_logger
 
 TO_DEVICE, TO_HOST = 1, 2  # cudaMemcpyKind
 CAPTURE_THREAD = 1  # cudaStreamCaptureModeThreadLocal

@@ -22,8 +22,8 @@ from benchmarks.settle import reference as ref
 from benchmarks.settle.cuda import Cuda, Engine
 from benchmarks.settle.graphs import AttentionSize, Profile, StageSize
 from patchsieve.errors import PatchsieveError
-from patchsieve.runtime.compile import build_engine
-from patchsieve.runtime.engines import Options
+from patchsieve.runtime.building.compile import build_engine
+from patchsieve.runtime.gpu.engines import Options
 
 YES, NO, NOT_RUN = "yes", "no", "not-run"
 PREFILL, DECODE = 0, 1  # profile and, in Setup.stage, context

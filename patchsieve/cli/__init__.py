@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from patchsieve import __version__
 from patchsieve.errors import PatchsieveError
-from patchsieve.runtime.abilities import install_line
+from patchsieve.runtime.board.abilities import install_line
 
 COMMANDS = {
     "export": "turn a LLaVA checkpoint into a bundle",

@@ -15,8 +15,8 @@ from patchsieve.cli.output import Progress, print_json, size, table
 from patchsieve.errors import PatchsieveError
 
 if TYPE_CHECKING:
-    from patchsieve.runtime.build import Built
-    from patchsieve.runtime.build_request import Request
+    from patchsieve.runtime.building.build import Built
+    from patchsieve.runtime.building.build_request import Request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,9 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compile, and report what each engine cost."""
-    from patchsieve.runtime.build import build
-    from patchsieve.runtime.build_request import Request
-    from patchsieve.runtime.engines import Options
+    from patchsieve.runtime.building.build import build
+    from patchsieve.runtime.building.build_request import Request
+    from patchsieve.runtime.gpu.engines import Options
 
     request = Request(
         target=args.target,
@@ -94,10 +94,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _dry_run(args: argparse.Namespace, request: Request) -> int:
-    from patchsieve.runtime.build_request import graphs_of, options_of, should_stream
-    from patchsieve.runtime.cuda_device import find_device
-    from patchsieve.runtime.engines import misfit
-    from patchsieve.runtime.trtexec import command_line
+    from patchsieve.runtime.building.build_request import graphs_of, options_of, should_stream
+    from patchsieve.runtime.building.trtexec import command_line
+    from patchsieve.runtime.gpu.cuda_device import find_device
+    from patchsieve.runtime.gpu.engines import misfit
 
     facts, target = manifest.read(args.bundle), request.target
     streams, _ = should_stream(facts, request, find_device())

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Examine and print."""
-    from patchsieve.runtime.doctor import diagnose
+    from patchsieve.runtime.board.doctor import diagnose
 
     report = diagnose(bundle=args.bundle)
     if args.json:

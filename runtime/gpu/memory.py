@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from patchsieve.errors import CapacityError
-from patchsieve.runtime.driver import ContextLostError, Driver
+from patchsieve.runtime.gpu.driver import ContextLostError, Driver
 
 ALIGNMENT = 256  # bytes; what TensorRT asks of every address
 _LARGEST_WASTE = 4  # an idle block serves requests of at least a quarter of it

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from patchsieve.runtime.jetson import OFFLINE_C, whole_rails
+from patchsieve.runtime.board.jetson import OFFLINE_C, whole_rails
 
 HWMON = "sys/class/hwmon"
 THERMAL = "sys/class/thermal"

@@ -9,10 +9,10 @@ from typing import Any
 
 from patchsieve import __version__, manifest
 from patchsieve.manifest import Manifest
-from patchsieve.runtime import machine
-from patchsieve.runtime.abilities import MODULES, TENSORRT, Libraries, abilities_of
-from patchsieve.runtime.machine import Probes
-from patchsieve.runtime.pitfalls import bundle_pitfalls, pitfalls
+from patchsieve.runtime.board import machine
+from patchsieve.runtime.board.abilities import MODULES, TENSORRT, Libraries, abilities_of
+from patchsieve.runtime.board.machine import Probes
+from patchsieve.runtime.board.pitfalls import bundle_pitfalls, pitfalls
 
 # What a row of the report calls a library: its distributions, the first that is there counts.
 LIBRARIES = {

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from patchsieve.runtime.driver import Driver
+from patchsieve.runtime.gpu.driver import Driver
 
 
 class DeviceTimes:

@@ -23,11 +23,11 @@ from typing import IO, Any
 
 from patchsieve.errors import BackendMissingError, BundleError, PatchsieveError, ShapeError
 from patchsieve.reading import read_as
-from patchsieve.runtime.compile import Progress, build_engine, part_of
-from patchsieve.runtime.engines import Options
-from patchsieve.runtime.ladder import OutOfMemoryError
-from patchsieve.runtime.profiles import Profile
-from patchsieve.runtime.tensorrt import load_tensorrt
+from patchsieve.runtime.building.compile import Progress, build_engine, part_of
+from patchsieve.runtime.building.ladder import OutOfMemoryError
+from patchsieve.runtime.building.profiles import Profile
+from patchsieve.runtime.gpu.engines import Options
+from patchsieve.runtime.gpu.tensorrt import load_tensorrt
 
 _EVERY = 0.1  # seconds between two messages about the same phase
 # The errors that cross from the child to its parent, by name.

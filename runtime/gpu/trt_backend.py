@@ -17,16 +17,16 @@ from patchsieve import names
 from patchsieve.errors import BundleError
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.cache import StageCache
-from patchsieve.runtime.decode_row import RowDecoder
-from patchsieve.runtime.device_cache import FORMS, DeviceCache
-from patchsieve.runtime.device_times import DeviceTimes
-from patchsieve.runtime.driver import Driver, load_cudart
-from patchsieve.runtime.engines import Library, folder_of, open_engines
-from patchsieve.runtime.kernel_cache import KernelCache
-from patchsieve.runtime.memory import DeviceTensor, Memory
-from patchsieve.runtime.tensorrt import load_tensorrt, shared_logger
-from patchsieve.runtime.trt_engine import DECODE, PREFILL, Context, Engine, as_port
-from patchsieve.runtime.weight_streaming import set_budgets
+from patchsieve.runtime.gpu.decode_row import RowDecoder
+from patchsieve.runtime.gpu.device_cache import FORMS, DeviceCache
+from patchsieve.runtime.gpu.device_times import DeviceTimes
+from patchsieve.runtime.gpu.driver import Driver, load_cudart
+from patchsieve.runtime.gpu.engines import Library, folder_of, open_engines
+from patchsieve.runtime.gpu.kernel_cache import KernelCache
+from patchsieve.runtime.gpu.memory import DeviceTensor, Memory
+from patchsieve.runtime.gpu.tensorrt import load_tensorrt, shared_logger
+from patchsieve.runtime.gpu.trt_engine import DECODE, PREFILL, Context, Engine, as_port
+from patchsieve.runtime.gpu.weight_streaming import set_budgets
 
 
 class TensorRTBackend:

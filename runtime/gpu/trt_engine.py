@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from patchsieve.errors import BundleError, CapacityError, ShapeError
-from patchsieve.runtime.driver import Driver
-from patchsieve.runtime.memory import DeviceTensor
-from patchsieve.runtime.tensorrt import Messages, collect_messages
+from patchsieve.runtime.gpu.driver import Driver
+from patchsieve.runtime.gpu.memory import DeviceTensor
+from patchsieve.runtime.gpu.tensorrt import Messages, collect_messages
 
 PREFILL, DECODE = 0, 1  # profiles of a stage, in the order in which they are built
 

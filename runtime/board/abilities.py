@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from patchsieve.runtime.machine import Probes
+from patchsieve.runtime.board.machine import Probes
 
 Libraries = dict[str, str | None]
 

@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any
 
 from patchsieve.errors import BackendMissingError, CapacityError, PatchsieveError
-from patchsieve.runtime.engines import Gpu
+from patchsieve.runtime.gpu.engines import Gpu
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class Driver:
             raise self._error(name, error)
         return values[0] if values else None
 
-    # Memory. A caller outside runtime/memory.py holds blocks, never addresses of its own.
+    # Memory. A caller outside runtime/gpu/memory.py holds blocks, never addresses of its own.
 
     def allocate(self, size: int) -> int:
         """Address of new device memory, not initialised."""

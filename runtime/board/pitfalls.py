@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from patchsieve.runtime.abilities import RTX_CAPABILITIES, Libraries, numbers_of
-from patchsieve.runtime.machine import Probes
+from patchsieve.runtime.board.abilities import RTX_CAPABILITIES, Libraries, numbers_of
+from patchsieve.runtime.board.machine import Probes
 
 ONE_ONNXRUNTIME = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install --no-cache-dir {}"
 SWAPFILE = (

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from patchsieve.runtime import jetson as board
-from patchsieve.runtime.power import throttling
+from patchsieve.runtime.board import jetson as board
+from patchsieve.runtime.board.power import throttling
 
 # Debian packages that tell the version of JetPack's TensorRT; the first that is there counts.
 TENSORRT_PACKAGES = ("python3-libnvinfer", "libnvinfer10", "libnvinfer8")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from patchsieve.runtime.engines import Gpu
+from patchsieve.runtime.gpu.engines import Gpu
 
 _DRIVER = "libcuda.so.1"
 # Attributes of cuDeviceGetAttribute, as cuda.h numbers them.

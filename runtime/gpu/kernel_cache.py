@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from patchsieve.runtime.trt_engine import DECODE, Engine
+from patchsieve.runtime.gpu.trt_engine import DECODE, Engine
 from patchsieve.writing import write_whole
 
 log = logging.getLogger(__name__)

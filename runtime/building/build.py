@@ -13,12 +13,14 @@ from pathlib import Path
 from patchsieve import manifest
 from patchsieve.errors import BackendMissingError, BundleError, PatchsieveError
 from patchsieve.manifest import Manifest
-from patchsieve.runtime import engines as record_module
-from patchsieve.runtime.build_config import TIMING_CACHE
-from patchsieve.runtime.build_request import Request, graphs_of, options_of, should_stream
-from patchsieve.runtime.builder_process import Done, Job, build_in_process
-from patchsieve.runtime.cuda_device import find_device
-from patchsieve.runtime.engines import (
+from patchsieve.runtime.building.build_config import TIMING_CACHE
+from patchsieve.runtime.building.build_request import Request, graphs_of, options_of, should_stream
+from patchsieve.runtime.building.builder_process import Done, Job, build_in_process
+from patchsieve.runtime.building.ladder import LADDER, ONE_RUNG, climb
+from patchsieve.runtime.building.profiles import profiles
+from patchsieve.runtime.gpu import engines as record_module
+from patchsieve.runtime.gpu.cuda_device import find_device
+from patchsieve.runtime.gpu.engines import (
     Engine,
     Gpu,
     Library,
@@ -27,9 +29,7 @@ from patchsieve.runtime.engines import (
     engine_path,
     misfit,
 )
-from patchsieve.runtime.ladder import LADDER, ONE_RUNG, climb
-from patchsieve.runtime.profiles import profiles
-from patchsieve.runtime.tensorrt import load_tensorrt
+from patchsieve.runtime.gpu.tensorrt import load_tensorrt
 from patchsieve.writing import one_line
 
 _SECONDS = 5.0  # between two words on one engine: its phases change many times a second

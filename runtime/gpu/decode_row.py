@@ -16,10 +16,10 @@ import numpy as np
 
 from patchsieve import names
 from patchsieve.errors import BundleError
-from patchsieve.runtime.device_cache import DeviceCache, is_cache
-from patchsieve.runtime.driver import CudaError
-from patchsieve.runtime.memory import DeviceTensor, Memory, aligned, host_bytes, part
-from patchsieve.runtime.trt_engine import Context
+from patchsieve.runtime.gpu.device_cache import DeviceCache, is_cache
+from patchsieve.runtime.gpu.driver import CudaError
+from patchsieve.runtime.gpu.memory import DeviceTensor, Memory, aligned, host_bytes, part
+from patchsieve.runtime.gpu.trt_engine import Context
 
 log = logging.getLogger(__name__)
 

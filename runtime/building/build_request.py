@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from patchsieve import manifest, names
 from patchsieve.errors import BundleError, PatchsieveError
 from patchsieve.manifest import Manifest
-from patchsieve.runtime.cuda_device import Device
-from patchsieve.runtime.engines import Options
+from patchsieve.runtime.gpu.cuda_device import Device
+from patchsieve.runtime.gpu.engines import Options
 
 TARGETS = ("tensorrt-rtx", "tensorrt", "tensorrt10", "jetpack6")
 STREAMING = ("auto", "on", "off")

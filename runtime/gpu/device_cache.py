@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 
 from patchsieve import names
 from patchsieve.errors import BundleError
-from patchsieve.runtime.memory import ALIGNMENT, Block, DeviceTensor, Memory, aligned
-from patchsieve.runtime.trt_engine import Context, Engine, Port
+from patchsieve.runtime.gpu.memory import ALIGNMENT, Block, DeviceTensor, Memory, aligned
+from patchsieve.runtime.gpu.trt_engine import Context, Engine, Port
 
 
 def is_cache(port: Port) -> bool:

@@ -13,9 +13,9 @@ from types import ModuleType
 from typing import Any
 
 from patchsieve.errors import BundleError, ShapeError
-from patchsieve.runtime.engines import Options
-from patchsieve.runtime.profiles import Profile
-from patchsieve.runtime.tensorrt import Messages
+from patchsieve.runtime.building.profiles import Profile
+from patchsieve.runtime.gpu.engines import Options
+from patchsieve.runtime.gpu.tensorrt import Messages
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from patchsieve.errors import BundleError
-from patchsieve.runtime.engines import Attempt, Options
+from patchsieve.runtime.gpu.engines import Attempt, Options
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")

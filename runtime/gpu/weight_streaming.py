@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from patchsieve.runtime.driver import Driver
-from patchsieve.runtime.trt_engine import Engine
+from patchsieve.runtime.gpu.driver import Driver
+from patchsieve.runtime.gpu.trt_engine import Engine
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from types import ModuleType
 from typing import Any
 
 from patchsieve.errors import BundleError, PatchsieveError
-from patchsieve.runtime.build_config import add_profile, set_options, take_timing_cache
-from patchsieve.runtime.engines import Options
-from patchsieve.runtime.ladder import OutOfMemoryError
-from patchsieve.runtime.profiles import Profile
-from patchsieve.runtime.tensorrt import Messages, collect_messages, load_tensorrt, parse
+from patchsieve.runtime.building.build_config import add_profile, set_options, take_timing_cache
+from patchsieve.runtime.building.ladder import OutOfMemoryError
+from patchsieve.runtime.building.profiles import Profile
+from patchsieve.runtime.gpu.engines import Options
+from patchsieve.runtime.gpu.tensorrt import Messages, collect_messages, load_tensorrt, parse
 from patchsieve.writing import one_line, write_whole
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from patchsieve.errors import BackendMissingError, BundleError
-from patchsieve.runtime.tensorrt_network import NetworkSummary, summarize
+from patchsieve.runtime.building.tensorrt_network import NetworkSummary, summarize
 
 log = logging.getLogger(__name__)
 

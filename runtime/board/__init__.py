@@ -1,0 +1,1 @@
+"""What this machine is: its libraries, its GPU, its power, and what it can do."""

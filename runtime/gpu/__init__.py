@@ -1,0 +1,1 @@
+"""TensorRT on a GPU: the driver, its memory, engines and what runs them."""
