@@ -197,7 +197,7 @@ def test_a_repick_that_fails_before_it_begins_keeps_the_choice(model, monkeypatc
     for one in (chat, twin):
         one.ask(QUESTION, pictures(1), **FEW)
 
-    def fails(pixels: Any) -> Any:
+    def fails(*_: Any) -> Any:
         raise PatchsieveError("the tower fails")
 
     with monkeypatch.context() as patch:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from patchsieve.errors import PatchsieveError, UnsupportedModelError
 from patchsieve.export.exporter import export
 from patchsieve.manifest import Limits
-from patchsieve.plan import Plan, SitePlan
+from patchsieve.plan import MethodPlan, Plan, SitePlan
 from tests import damage
 from tests.damage import refused
 from tests.models import save_checkpoint
@@ -372,8 +372,8 @@ def site(layer: Any, method: Any = "fastv", budget: Any = None, **params: Any) -
         (lambda: site(2, "atp", theta_r=0.5, theta_s=0.9, wrong=1), "do not fit"),
         (lambda: site(2, "atp", theta_r="x", theta_s=0.9), "."),
         (lambda: site(2, "atp", theta_r=float("nan"), theta_s=0.9), "."),
-        (lambda: Plan(encoder="gtp"), "no encoder methods"),
-        (lambda: Plan(projector="x"), "no projector methods"),
+        (lambda: Plan(encoder=MethodPlan("x")), "unknown method inside the vision tower"),
+        (lambda: Plan(projector=MethodPlan("x")), "unknown method between tower and decoder"),
         (lambda: Plan(position_rule="compact"), "unknown position rule"),
     ],
 )

@@ -41,10 +41,10 @@ METHODS: dict[str, tuple[str, ...]] = {
 # What `export` takes in this version, and where; all else is costs only.
 EXPORTED: dict[str, tuple[str, ...]] = {
     "nowhere": ("none",),
-    "decoder": ("random", "fastv", "atp"),
+    "decoder": ("random", "fastv", "atp", "topk", "ivtp"),
     "tower": tuple(TOWER_PLACEMENTS),
     "output": OUTPUT_METHODS,
-    "both": (),
+    "both": ("ivtp",),
 }
 _CONVENTIONS = {"papers": costs.PAPERS, "runtime": costs.RUNTIME}
 _PLAN_OPTIONS = (
