@@ -14,7 +14,7 @@ endif
 
 FOLDERS := pruning export runtime calibration
 PATCHSIEVE := $(PY) -m patchsieve
-NEEDS := torch transformers accelerate onnx onnxruntime tokenizers pytest ruff mypy psutil
+NEEDS := torch transformers accelerate onnx onnxruntime tokenizers pytest xdist ruff mypy psutil
 PHOTO := examples/photo.jpg
 QUESTION := What is on the table?
 OTHER := Describe the image.
@@ -61,7 +61,7 @@ demo: demo/bundle/manifest.json
 		--max-new-tokens 16 --quiet -o demo/page.html
 
 test: $(ENVIRONMENT)
-	@$(PY) -m pytest -q $(TESTS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n logical --dist loadfile $(TESTS)
 
 lint: lint-ruff types
 

@@ -44,6 +44,7 @@ EXTRAS = {
         "pre-commit>=4",
         "psutil>=6",
         "pytest>=8",
+        "pytest-xdist>=3.5",
         "ruff>=0.12",
         "setuptools>=70.1",  # builds the wheel that tests/test_packaging.py unpacks
     ],
