@@ -168,7 +168,7 @@ def tower_session(checkpoint: Path, plan: dict[str, Any], dtype: torch.dtype) ->
     config: Any = read_config(checkpoint)
     facts, stored = vision_model(config), Checkpoint(checkpoint)
     before = Plan.from_dict(plan)
-    module = plan_vision(before, facts, config.text_config.hidden_size, dtype)
+    module = plan_vision(before, facts, config.text_config.hidden_size, None, dtype)
     state = {}
     for weight in weights_of(module):
         tensor = stored.read(weight.source).float()
