@@ -224,8 +224,9 @@ def test_the_runtime_hands_bfloat16_over_as_its_bits(bundle_of, small_checkpoint
 @pytest.mark.tensorrt
 def test_tensorrt_rtx_parses_and_builds_bfloat16(bundle_of, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    from patchsieve.runtime.building.build import profiles
-    from patchsieve.runtime.gpu.tensorrt import build_engine, parse_network
+    from patchsieve.runtime.building.compile import build_engine
+    from patchsieve.runtime.building.profiles import profiles
+    from patchsieve.runtime.gpu.tensorrt import parse_network
 
     bundle = bundle_of(BFLOAT16)
     facts = manifest.read(bundle)
