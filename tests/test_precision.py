@@ -240,10 +240,10 @@ def test_tensorrt_rtx_parses_and_builds_bfloat16(bundle_of, tmp_path: Path) -> N
     vision = parse_network(paths[names.VISION])
     (features,) = (t.dtype for t in vision.outputs if t.name == names.IMAGE_FEATURES)
     assert features == "BF16"
+    target = "tensorrt-rtx"
     for name in (names.VISION, "stage_1", "decide.fastv.1"):
-        report = build_engine(
-            paths[name], tmp_path / "engine", profiles(facts, name), target="tensorrt-rtx"
-        )
+        shapes = profiles(facts, name, target)
+        report = build_engine(paths[name], tmp_path / "engine", shapes, target=target)
         assert report.engine_bytes, name
 
 
