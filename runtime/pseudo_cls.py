@@ -69,7 +69,7 @@ def cosines(cls: np.ndarray, text: np.ndarray) -> np.ndarray:
         cls: Visual CLS in the joint space, [E].
         text: Text tokens in the same space, [K, E].
     """
-    cls, text = cls.astype(np.float64), text.astype(np.float64)
+    cls, text = as_numbers(cls), as_numbers(text)
     lengths = np.linalg.norm(cls) * np.linalg.norm(text, axis=-1)  # [K]
     return (text @ cls) / np.maximum(lengths, np.finfo(np.float64).tiny)
 
@@ -106,6 +106,20 @@ def pool(embeddings: np.ndarray, selected: np.ndarray, visual_cls: np.ndarray) -
         visual_cls: Projected visual CLS, which takes the part where none does, [C].
     """
     if not selected.any():
-        return visual_cls.astype(embeddings.dtype)
-    mean = embeddings[selected].astype(np.float64).mean(axis=0)
-    return mean.astype(embeddings.dtype)
+        return as_stored(as_numbers(visual_cls), embeddings.dtype)
+    return as_stored(as_numbers(embeddings[selected]).mean(axis=0), embeddings.dtype)
+
+
+def as_numbers(stored: np.ndarray) -> np.ndarray:
+    """What a tensor holds, as float64; bfloat16, which NumPy lacks, is bits in uint16."""
+    if stored.dtype == np.uint16:
+        stored = (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float64)
+
+
+def as_stored(numbers: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Numbers in the type of the decoder's tensors; bfloat16 rounds to nearest, ties to even."""
+    if dtype != np.uint16:
+        return numbers.astype(dtype)
+    bits = numbers.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from patchsieve.manifest import Scorer
 from patchsieve.runtime.prompt import Prompt
@@ -66,6 +67,22 @@ def scorer(tmp_path, run) -> TextScorer:
     (tmp_path / "t.json").write_text(made.backend_tokenizer.to_str(), encoding="utf-8")
     facts = Scorer("", "t.json", made.bos_token_id, made.eos_token_id, window=12, width=2)
     return TextScorer(facts, tmp_path / "t.json", run)
+
+
+def test_bfloat16_rows_are_pooled_as_torch_pools_them() -> None:
+    """The host holds their bits; the mean rounds as torch rounds, ties to even."""
+    rows = (torch.randn(9, 33, generator=torch.manual_seed(0)) * 3).to(torch.bfloat16)
+    cls = rows[0] * 2
+    bits = rows.view(torch.uint16).numpy()
+    chosen = np.arange(9) % 2 == 0
+    mean = rows.double()[torch.from_numpy(chosen)].mean(0).to(torch.bfloat16)
+    pooled = pool(bits, chosen, cls.view(torch.uint16).numpy())
+    np.testing.assert_array_equal(pooled, mean.view(torch.uint16).numpy())
+    none = pool(bits, np.zeros(9, bool), cls.view(torch.uint16).numpy())
+    np.testing.assert_array_equal(none, cls.view(torch.uint16).numpy())
+    found = cosines(cls.view(torch.uint16).numpy(), bits)
+    expected = torch.nn.functional.cosine_similarity(cls.double()[None], rows.double())
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-12)
 
 
 def test_long_texts_are_cut_into_windows_whose_marks_are_left_out(tmp_path) -> None:
