@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from patchsieve.cli import ivtp
+from patchsieve.cli.arguments import integers, numbers
 from patchsieve.cli.output import Progress, print_json, require, size
 from patchsieve.errors import PatchsieveError
 from patchsieve.heads import load_heads
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = plan.add_argument
     add("--plan", type=Path, metavar="JSON", help="a plan file; instead of the shortcuts below")
     add("--method", default=None, help="none (default), random, fastv, atp, topk or ivtp")
-    add("--sites", type=_integers, metavar="LAYERS", help="layers at whose input to prune: 4,14,24")
-    add("--keep-ratio", type=_numbers, metavar="R", help="fraction KEPT of what enters the decoder")
+    add("--sites", type=integers, metavar="LAYERS", help="layers at whose input to prune: 4,14,24")
+    add("--keep-ratio", type=numbers, metavar="R", help="fraction KEPT of what enters the decoder")
     add(
         "--rows",
         choices=("last", "mean"),
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--causal", action="store_true", default=None, help="atp: eq 3 over causal pairs only")
     add(
         "--budget",
-        type=_integers,
+        type=integers,
         metavar="N",
         help="visual tokens per image to reserve, one per site",
     )
@@ -66,14 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--encoder-keep", type=int, metavar="N", help="tokens that leave the tower (64 of 576)")
     add(
         "--encoder-counts",
-        type=_integers,
+        type=integers,
         metavar="N",
         help="tokens left by each pruning: 473,389,320,263,216,178,146,120",
     )
     add("--encoder-group", type=int, metavar="L", help="prune behind every L-th layer (gtp: 3)")
     add(
         "--encoder-layers",
-        type=_integers,
+        type=integers,
         metavar="LAYERS",
         help="prune at these tower layers; the last one alone is one shot",
     )
@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plan-name", metavar="NAME", help="what requests call the plan")
     bundle = parser.add_argument_group("the bundle")
     add = bundle.add_argument
-    add("--cuts", type=_integers, metavar="LAYERS", help="further layers to divide at")
+    add("--cuts", type=integers, metavar="LAYERS", help="further layers to divide at")
     add(
         "--scorer",
         metavar="SOURCE",
@@ -414,18 +414,3 @@ def _report(
         )
     if reserved == unpruned and facts.plans[plan].prunes:
         print("  the plan reserves as much as no pruning: lower it with --budget")
-
-
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in _parts(text, r"\d+", "whole numbers such as 4,14,24")]
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in _parts(text, r"\d*\.?\d+", "numbers such as 0.5,0.25")]
-
-
-def _parts(text: str, pattern: str, expected: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(pattern, part) for part in parts):
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected {expected}")
-    return parts
