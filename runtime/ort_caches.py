@@ -5,6 +5,7 @@ Both are bound to their session once and live as long as the binding. Neither is
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ class View:
         binding.bind_output(name, self.device, 0, self.dtype, self.shape, self.address)
 
 
-class Buffers:
+class Buffers(ABC):
     """Caches of a stage and their binding.
 
     Args:
@@ -62,21 +63,21 @@ class Buffers:
         for name in self.outputs:
             self.binding.bind_output(name, device)
 
+    @abstractmethod
     def bind(self, slot: int, count: int) -> None:
         """Prepare the binding for `count` rows behind the `slot` rows present."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, name: str, length: int) -> Any:
         """The cache as a decision takes it; the first `length` rows count."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rows(self, name: str, length: int) -> np.ndarray:
         """A copy of the first rows on the host, [1, G, length, D]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def clear(self, length: int) -> None:
         """Make the slots from `length` on harmless."""
-        raise NotImplementedError
 
 
 class InPlace(Buffers):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve import cost as costs
+from patchsieve.cli.arguments import integers, numbers
 from patchsieve.cli.output import print_json, size, table
 from patchsieve.cost.methods import (
     DEFAULT_KEEP_RATIO,
@@ -78,14 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plan", metavar="PLAN", help="a plan file or, with a bundle, the name of its plan")
     add("--method", choices=tuple(METHODS), help="none (default), or one of these")
     add("--place", choices=("tower", "output", "decoder"), help="where, for methods with a choice")
-    add("--sites", type=_integers, metavar="LAYERS", help="layers of the decoder or the tower")
+    add("--sites", type=integers, metavar="LAYERS", help="layers of the decoder or the tower")
     add(
         "--keep-ratio",
-        type=_numbers,
+        type=numbers,
         metavar="R",
         help="fraction KEPT, one or one per site (random, fastv: 0.5)",
     )
-    add("--survivors", type=_integers, metavar="N", help="tokens left behind each site: 126,88,20")
+    add("--survivors", type=integers, metavar="N", help="tokens left behind each site: 126,88,20")
     add(
         "--visual-tokens",
         type=int,
@@ -359,11 +360,3 @@ def _flops(count: float) -> str:
 
 def _mean(count: float) -> str:
     return f"{count:.4f}".rstrip("0").rstrip(".")
-
-
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
