@@ -1,6 +1,6 @@
 """Write scenes and their questions as LLaVA's conversations, one question a record.
 
-    python -m examples.demo_model.make_data demo/held-out --split held-out --questions 4000
+python -m examples.demo_model.make_data demo/held-out --split held-out --questions 4000
 """
 
 from __future__ import annotations

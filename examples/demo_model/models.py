@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, LlavaConfig, LlavaForConditionalGeneration
 
 from examples.make_checkpoint import make_config, make_processor
 
-from .scenes import PATCH, SIDE
+from .scenes import PATCH, SIDE, Scene, render
 from .tokens import VOCABULARY, clip_tokenizer, language_tokenizer
+
+# Of CLIP, as LLaVA's image processor applies them.
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 WIDTH, JOINT = 128, 64  # of every tower; of the space that image and text share
 VISION_LAYERS = 7  # LLaVA reads the output of the sixth; the seventh serves the CLS row alone
@@ -87,3 +93,9 @@ def make_llava(clip: CLIPModel) -> tuple[LlavaForConditionalGeneration, Any]:
         pad_token_id=tokenizer.pad_token_id,
     )
     return model, make_processor(config, tokenizer)
+
+
+def pixels(scene: Scene) -> Tensor:
+    """What the image processor makes of a scene of the tower's own size, [3, SIDE, SIDE]."""
+    image = torch.from_numpy(np.asarray(render(scene)).copy()).permute(2, 0, 1) / 255
+    return (image - MEAN) / STD

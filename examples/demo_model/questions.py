@@ -134,8 +134,15 @@ def _extreme(scene: Scene, random: np.random.Generator, is_largest: bool) -> Ite
     words = ("largest", "biggest") if is_largest else ("smallest", "tiniest")
     word = _one_of(random, *words)
     thing = ranked[0]
-    yield Question(kind, f"What colour is the {word} shape?", thing.colour, f"The {word} shape is {thing.colour}.")
-    yield Question(kind, f"What is the {word} shape?", thing.shape, f"The {word} shape is a {thing.shape}.")
+    yield Question(
+        kind,
+        f"What colour is the {word} shape?",
+        thing.colour,
+        f"The {word} shape is {thing.colour}.",
+    )
+    yield Question(
+        kind, f"What is the {word} shape?", thing.shape, f"The {word} shape is a {thing.shape}."
+    )
 
 
 def _relation(scene: Scene, random: np.random.Generator) -> Iterator[Question]:
@@ -158,7 +165,9 @@ def _relate(
     if relation == second:
         is_so = not is_first
     text = f"Is the {name} {relation} the {other}?"
-    yield Question("relation", text, "yes" if is_so else "no", "Yes, it is." if is_so else "No, it is not.")
+    yield Question(
+        "relation", text, "yes" if is_so else "no", "Yes, it is." if is_so else "No, it is not."
+    )
 
 
 def _position(scene: Scene, random: np.random.Generator) -> Iterator[Question]:
@@ -168,12 +177,16 @@ def _position(scene: Scene, random: np.random.Generator) -> Iterator[Question]:
             continue
         rows, columns = ("top", "bottom")[thing.y > middle], ("left", "right")[thing.x > middle]
         text = _one_of(random, f"Where is the {name}?", f"In which corner is the {name}?")
-        yield Question("position", text, f"{rows} {columns}", f"The {name} is at the {rows} {columns}.")
+        yield Question(
+            "position", text, f"{rows} {columns}", f"The {name} is at the {rows} {columns}."
+        )
 
 
 def _texture(scene: Scene, random: np.random.Generator) -> Iterator[Question]:
     for name, thing in _unique(scene):
-        text = _one_of(random, f"Is the {name} plain, striped or dotted?", f"What texture has the {name}?")
+        text = _one_of(
+            random, f"Is the {name} plain, striped or dotted?", f"What texture has the {name}?"
+        )
         yield Question("texture", text, thing.texture, f"The {name} is {thing.texture}.")
 
 
@@ -210,7 +223,9 @@ def _common(scene: Scene, random: np.random.Generator) -> Iterator[Question]:
         ranked = Counter(values).most_common(2)
         if ranked[0][1] == 1 or len(ranked) == 2 and ranked[1][1] == ranked[0][1]:
             continue
-        text = _one_of(random, f"What is the most common {name}?", f"Which {name} is seen most often?")
+        text = _one_of(
+            random, f"What is the most common {name}?", f"Which {name} is seen most often?"
+        )
         yield Question("common", text, ranked[0][0], f"The most common {name} is {ranked[0][0]}.")
 
 
@@ -218,7 +233,9 @@ def _amount(scene: Scene, random: np.random.Generator) -> Iterator[Question]:
     number = len(scene.things)
     if number in (4, 5):
         return
-    text = _one_of(random, "Are there many shapes or few?", "Is the picture crowded or are there few shapes?")
+    text = _one_of(
+        random, "Are there many shapes or few?", "Is the picture crowded or are there few shapes?"
+    )
     word = "many" if number > 5 else "few"
     yield Question("amount", text, word, f"There are {word} shapes.")
 

@@ -1,6 +1,6 @@
 """Save the trained demo model as Hugging Face does, in float16: the LLaVA, and its CLIP as scorer.
 
-    python -m examples.demo_model.save demo/training examples/demo_model
+python -m examples.demo_model.save demo/training examples/demo_model
 """
 
 from __future__ import annotations

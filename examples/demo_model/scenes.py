@@ -133,8 +133,12 @@ def owner_map(scene: Scene) -> np.ndarray:
     edges = np.arange(GRID) * PATCH
     for index, thing in enumerate(scene.things):
         half = thing.across / 2
-        wide = np.clip(np.minimum(edges + PATCH, thing.x + half) - np.maximum(edges, thing.x - half), 0, None)
-        high = np.clip(np.minimum(edges + PATCH, thing.y + half) - np.maximum(edges, thing.y - half), 0, None)
+        wide = np.clip(
+            np.minimum(edges + PATCH, thing.x + half) - np.maximum(edges, thing.x - half), 0, None
+        )
+        high = np.clip(
+            np.minimum(edges + PATCH, thing.y + half) - np.maximum(edges, thing.y - half), 0, None
+        )
         cover = high[:, None] * wide[None, :] / PATCH**2
         owners = np.where(cover >= best, index, owners)
         best = np.maximum(best, cover)
@@ -216,9 +220,11 @@ def _outline(draw: ImageDraw.ImageDraw, thing: Thing, size: int) -> None:
         reach = [radius, radius * 0.42] * 5
         points = [(r * math.cos(a), r * math.sin(a)) for r, a in zip(reach, angles, strict=True)]
     else:
-        sides, start = {"square": (4, math.pi / 4), "diamond": (4, 0.0), "triangle": (3, -math.pi / 2)}[
-            thing.shape
-        ]
+        sides, start = {
+            "square": (4, math.pi / 4),
+            "diamond": (4, 0.0),
+            "triangle": (3, -math.pi / 2),
+        }[thing.shape]
         angles = [start + 2 * math.pi * k / sides for k in range(sides)]
         points = [(radius * math.cos(a), radius * math.sin(a)) for a in angles]
     c, s = math.cos(thing.turn), math.sin(thing.turn)

@@ -20,11 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .models import make_clip, make_llava
+from .models import make_clip, make_llava, pixels
 from .questions import KINDS, Asker, Question, as_prompt
 from .scenes import make_scene
 from .shared_prefix import run_layer, run_questions
-from .train_tower import pixels
 from .training import Log, Optimiser, save, start_process
 
 LENGTH = 20  # tokens of a question and its answer at most, the last one not counted
@@ -52,7 +51,9 @@ class Words:
         if ids[: len(asked)] != asked or asked[:start] != self.prefix:
             raise RuntimeError(f"{prompt!r} is not the beginning of its tokens with the answer")
         if len(ids) - start > LENGTH + 1:
-            raise RuntimeError(f"{prompt!r} | found: {len(ids) - start} tokens | expected: {LENGTH + 1}")
+            raise RuntimeError(
+                f"{prompt!r} | found: {len(ids) - start} tokens | expected: {LENGTH + 1}"
+            )
         return ids[start:], len(ids) - len(asked)
 
     def batch(

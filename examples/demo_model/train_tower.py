@@ -20,15 +20,11 @@ from open_clip import ClipLoss
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .models import WIDTH, WINDOW, make_clip
+from .models import WIDTH, WINDOW, make_clip, pixels
 from .questions import NUMBERS, Asker
 from .scenes import COLOURS, GRID, GROUNDS, MOST, PATCH, PATTERNS, SHAPES, SIZES, TEXTURES
-from .scenes import Scene, make_scene, owner_map, render
+from .scenes import Scene, make_scene, owner_map
 from .training import Log, Optimiser, save, start_process
-
-# Of CLIP, as LLaVA's image processor applies them.
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 NAMES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "texture": TEXTURES}
 GROUND_NAMES = {"ground": tuple(GROUNDS), "pattern": PATTERNS}
@@ -49,12 +45,6 @@ class Heads(nn.Module):
         self.whole = nn.ModuleDict({n: nn.Linear(WIDTH, size) for n, size in grounds.items()})
         self.counts = nn.Linear(WIDTH, COUNTED * _AMONG)
         self.amount = nn.Linear(WIDTH, MOST + 1)
-
-
-def pixels(scene: Scene) -> Tensor:
-    """What the image processor makes of a scene of the tower's own size, [3, SIDE, SIDE]."""
-    image = torch.from_numpy(np.asarray(render(scene)).copy()).permute(2, 0, 1) / 255
-    return (image - MEAN) / STD
 
 
 def patch_targets(scene: Scene) -> tuple[Tensor, Tensor]:
@@ -102,7 +92,9 @@ def batches(rank: int, ranks: int, size: int, tokenizer: Any) -> Iterator[dict[s
         words = [caption(asker, scene, random) for scene in scenes]
         text = tokenizer(words, padding="max_length", max_length=WINDOW - 2, truncation=True)
         ids = torch.tensor(text["input_ids"])
-        bos, eos = (torch.full((size, 1), i) for i in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+        bos, eos = (
+            torch.full((size, 1), i) for i in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        )
         yield {
             "pixels": torch.stack([pixels(scene) for scene in scenes]),
             "classes": torch.stack([classes for classes, _ in targets]),
@@ -118,7 +110,9 @@ def losses(clip: Any, heads: Heads, batch: dict[str, Tensor]) -> dict[str, Tenso
     rows = seen.hidden_states[-2][:, 1:]  # [B, N, C]: what LLaVA will read
     told = [head(rows).float() for head in heads.patch.values()]
     classes, parts = batch["classes"], {}
-    dense = sum(cross_entropy(t.flatten(0, 1), classes[..., k].flatten()) for k, t in enumerate(told))
+    dense = sum(
+        cross_entropy(t.flatten(0, 1), classes[..., k].flatten()) for k, t in enumerate(told)
+    )
     is_thing = classes[..., 0] > 0
     off = (heads.centre(rows).float() - batch["centres"]).abs().sum(-1)
     parts["dense"] = dense + (off * is_thing).sum() / is_thing.sum() * 0.5
@@ -167,9 +161,16 @@ def main() -> None:
         optimiser.step(step / options.steps)
         if step % 20 == 0 or step == options.steps - 1:
             values = {key: parts[key].item() for key in ("dense", "whole", "right")}
-            log.write(step=step, images=(step + 1) * options.batch * ranks, contrast=pairs.item(), **values)
+            log.write(
+                step=step,
+                images=(step + 1) * options.batch * ranks,
+                contrast=pairs.item(),
+                **values,
+            )
         if rank == 0 and (step % 200 == 199 or step == options.steps - 1):
-            save(options.path / "tower.pt", {"clip": clip.state_dict(), "heads": heads.state_dict()})
+            save(
+                options.path / "tower.pt", {"clip": clip.state_dict(), "heads": heads.state_dict()}
+            )
 
 
 if __name__ == "__main__":
