@@ -26,7 +26,7 @@ def main() -> None:
     model, processor = make_llava(clip)
     model.load_state_dict(torch.load(options.training / "language.pt"))
     save_llava(options.path / "checkpoint", model.half(), processor)
-    # The LLaVA holds the vision tower; of CLIP's, a scorer reads the projections and the text tower.
+    # The LLaVA holds the vision tower; a scorer reads CLIP's projections and its text tower.
     clip.half().save_pretrained(options.path / "clip")
     clip_tokenizer.save_pretrained(options.path / "clip")
 

@@ -19,7 +19,7 @@ _SCENES = 400  # scenes whose questions are read
 
 @cache
 def corpus() -> tuple[str, ...]:
-    """What users and the model say, as it stands in the chat template; an answer follows a space."""
+    """What users and the model say, as the chat template has it; an answer follows a space."""
     asker = Asker(seed=0)
     lines = ["USER: ", " ASSISTANT:", SHORT]
     for index in range(_SCENES):

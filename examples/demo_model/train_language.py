@@ -82,8 +82,10 @@ def embed_prefix(model: Any, words: Words, images: Tensor) -> Tensor:
 
 
 def are_right(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Whether greedy decoding gives the whole answer, [B, Q]: each of its tokens is the likeliest
-    after the ones before it."""
+    """Whether greedy decoding gives the whole answer, [B, Q].
+
+    It does where each token of the answer is the likeliest after the ones before it.
+    """
     told = model.lm_head(hidden.float()).argmax(-1)  # [B, Q, T]
     return ((told == targets) | (targets == -100)).all(-1)
 

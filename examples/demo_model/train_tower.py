@@ -22,8 +22,20 @@ from torch.nn.functional import cross_entropy
 
 from .models import WIDTH, WINDOW, make_clip, pixels
 from .questions import NUMBERS, Asker
-from .scenes import COLOURS, GRID, GROUNDS, MOST, PATCH, PATTERNS, SHAPES, SIZES, TEXTURES
-from .scenes import Scene, make_scene, owner_map
+from .scenes import (
+    COLOURS,
+    GRID,
+    GROUNDS,
+    MOST,
+    PATCH,
+    PATTERNS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scene,
+    make_scene,
+    owner_map,
+)
 from .training import Log, Optimiser, save, start_process
 
 NAMES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "texture": TEXTURES}
@@ -48,8 +60,12 @@ class Heads(nn.Module):
 
 
 def patch_targets(scene: Scene) -> tuple[Tensor, Tensor]:
-    """Classes of each patch, [N, 6], in the order of the heads, and the object's centre from it,
-    [N, 2], in patches; zero where there is none."""
+    """What each patch shows.
+
+    Returns:
+        Its classes in the order of the heads, [N, 6]; and where its object's centre is from its
+        own, in patches, [N, 2], zero where there is no object.
+    """
     owners = owner_map(scene).ravel()
     classes = np.zeros((GRID * GRID, len(NAMES) + 2), dtype=np.int64)
     centres = np.zeros((GRID * GRID, 2), dtype=np.float32)

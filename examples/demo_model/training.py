@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-
 WARMUP = 0.06  # share of the training
 
 
