@@ -14,15 +14,17 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from patchsieve import __version__, manifest, names
+from patchsieve import __version__, build_memory, manifest, names
 from patchsieve.errors import PatchsieveError, UnsupportedModelError
 from patchsieve.export import weights as weights_module
 from patchsieve.export.checkpoint import Checkpoint, locate, read_config
 from patchsieve.export.clip_source import ClipSource, open_source
+from patchsieve.export.cuts import divide, num_bytes
 from patchsieve.export.decision import compact_graph
 from patchsieve.export.families import decoder_spec
 from patchsieve.export.graphs import GraphWriter
 from patchsieve.export.joint import JointCls, JointWeights
+from patchsieve.export.layers import RMSNorm
 from patchsieve.export.lowering import lowering
 from patchsieve.export.methods import (
     build_method,
@@ -34,7 +36,7 @@ from patchsieve.export.methods import (
 from patchsieve.export.processor import preprocessor_from_checkpoint
 from patchsieve.export.reuse import decide_graphs, plan_vision
 from patchsieve.export.scorer import TextScorer, scorer_graph
-from patchsieve.export.stage import Stage
+from patchsieve.export.stage import DecoderLayer, Head, Stage
 from patchsieve.export.tokenizer import write_tokenizer
 from patchsieve.export.trace import bind, fake_weights, trace
 from patchsieve.export.vision import Vision, vision_graph, vision_model
@@ -57,6 +59,8 @@ class ExportOptions:
         plan: What prunes where.
         plan_name: The plan's name in the bundle.
         cuts: Further layers at which to divide the decoder, for plans to come.
+        build_memory: Bytes that building any engine may take: the decoder is divided at as many
+            more layers as that needs. None leaves it at the sites and `cuts`.
         targets: For which to write graphs.
         precision: Type of each part, as `Precision.parse` reads it.
         limits: What requests may ask for.
@@ -67,6 +71,7 @@ class ExportOptions:
     plan: Plan = field(default_factory=Plan)
     plan_name: str = NO_PRUNING
     cuts: tuple[int, ...] = ()
+    build_memory: int | None = None
     targets: tuple[str, ...] = ("cpu",)
     precision: str = "float32"
     limits: manifest.Limits = field(default_factory=lambda: manifest.Limits(512, 256, 1))
@@ -88,6 +93,12 @@ class ExportOptions:
             )
         if not self.targets:
             raise PatchsieveError("a bundle needs a target", expected="cpu, reference, ...")
+        if self.build_memory is not None and not set(self.targets) & set(build_memory.TARGETS):
+            raise PatchsieveError(
+                "--build-memory has no effect: no engine is built for these targets",
+                found=", ".join(self.targets),
+                expected=f"one of {', '.join(build_memory.TARGETS)} among --targets",
+            )
         precision = Precision.parse(self.precision)
         for target in self.targets:
             taken = lowering(target).precisions
@@ -166,7 +177,6 @@ class _Job:
         self.side_layer = side_layer(options.plan, methods)
         pairs = zip(options.plan.sites, methods, strict=True)
         queries = {layer for site, m in pairs for layer in layers_read(m, site.layer)}
-        edges = [0, *cuts, self.spec.num_layers]
         with fake_weights() as self.mode:
             with default_dtype(tower_dtype):
                 width = None if self.clip is None else self.clip.text.width
@@ -177,6 +187,7 @@ class _Job:
                     self.scorer = TextScorer(self.clip.text)
                     self.joint = JointCls(self.vision_facts, self.clip.text.width)
             with default_dtype(self.dtype):
+                edges = [0, *self._cuts(cuts, head_dtype), self.spec.num_layers]
                 self.stages = [
                     Stage(self.spec, a, b, head_dtype, queries)
                     for a, b in zip(edges, edges[1:], strict=False)
@@ -213,6 +224,19 @@ class _Job:
             self.plan_vision.num_visual,
             self.dtype,
         )
+
+    def _cuts(self, cuts: list[int], head_dtype: torch.dtype) -> list[int]:
+        """The given cuts, and those that the memory of a build asks for."""
+        memory = self.options.build_memory
+        if memory is None:
+            return cuts
+        others = {"the vision tower": num_bytes(self.plan_vision)}
+        if self.clip is not None:
+            others["the scorer"] = num_bytes(self.scorer)
+        spec = self.spec
+        norm = RMSNorm(spec.hidden_size, spec.norm_eps, head_dtype)
+        sizes = num_bytes(DecoderLayer(spec)), num_bytes(norm, Head(spec, head_dtype))
+        return divide(spec.num_layers, cuts, *sizes, memory, others)
 
     def write(self, partial: Path, progress: Progress) -> None:
         """Write tokenizer, preprocessor, weights and graphs."""

@@ -8,8 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from patchsieve import build_memory
 from patchsieve.cli import ivtp
-from patchsieve.cli.arguments import integers, numbers
+from patchsieve.cli.arguments import gigabytes, integers, numbers
 from patchsieve.cli.output import Progress, print_json, require, size
 from patchsieve.errors import PatchsieveError
 from patchsieve.heads import load_heads
@@ -21,6 +22,7 @@ _OF_A_NEW_BUNDLE = (
     "checkpoint",
     "output",
     "cuts",
+    "build_memory",
     "scorer",
     "targets",
     "precision",
@@ -107,6 +109,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = bundle.add_argument
     add("--cuts", type=integers, metavar="LAYERS", help="further layers to divide at")
     add(
+        "--build-memory",
+        type=gigabytes,
+        metavar="GB",
+        help="divide at as many more layers as it takes to build every engine in this much memory "
+        "(a rule measured with TensorRT-RTX); beside --cuts",
+    )
+    add(
         "--scorer",
         metavar="SOURCE",
         help="ivtp: the CLIP that the tower was taken from: open_clip, "
@@ -169,6 +178,7 @@ def _export(
         plan=plan,
         plan_name=name,
         cuts=tuple(args.cuts or ()),
+        build_memory=args.build_memory,
         targets=tuple(dict.fromkeys(target.strip() for target in targets)),
         precision=args.precision or "float32",
         limits=Limits(
@@ -369,6 +379,7 @@ def _report(
     bytes_of = [facts.row_bytes(stage) for stage in facts.stages]
     reserved = sum(a * b for a, b in zip(slots, bytes_of, strict=True))
     unpruned = sum(a * b for a, b in zip(full, bytes_of, strict=True))
+    building = build_memory.expectations(facts)
     fits = not is_fixed or all(
         needed <= stage.slots for needed, stage in zip(slots, facts.stages, strict=True)
     )
@@ -383,6 +394,7 @@ def _report(
                 "budgets": facts.budgets(plan),
                 "slots": slots,
                 "fits_engines": fits,
+                "build_memory_bytes": building,
                 "kv_bytes_reserved": reserved,
                 "kv_bytes_reserved_unpruned": unpruned,
                 "bytes": total,
@@ -407,6 +419,12 @@ def _report(
             f"at most {budget} visual tokens an image, {count} KV slots"
         )
     print(f"  KV reservation {size(reserved)}, unpruned {size(unpruned)}")
+    if building:
+        largest = max(building, key=lambda graph: building[graph])
+        print(
+            f"  building engines takes at most about {size(building[largest])} of memory, for "
+            f"{largest} (measured for {build_memory.MEASURED}; --build-memory sets it)"
+        )
     if not fits:
         engines = [stage.slots for stage in facts.stages]
         print(
