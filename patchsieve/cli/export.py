@@ -14,7 +14,7 @@ from patchsieve.cli.output import Progress, print_json, require, size
 from patchsieve.errors import PatchsieveError
 from patchsieve.heads import load_heads
 from patchsieve.manifest import Limits, Manifest, read
-from patchsieve.plan import NO_PRUNING, MethodPlan, Plan, SitePlan
+from patchsieve.plan import NO_PRUNING, POSITION_RULES, MethodPlan, Plan, SitePlan
 
 _LIMITS = (512, 256, 1)  # text tokens, new tokens, images
 _OF_A_NEW_BUNDLE = (
@@ -98,8 +98,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--positions",
-        choices=("original", "contiguous"),
-        help="of survivors that enter the decoder: original (default) leaves the gaps",
+        choices=POSITION_RULES,
+        help="of survivors that enter the decoder: what the checkpoint was trained with (default), "
+        "original with gaps as every plain one, grid2d by row and column; or contiguous",
     )
     ivtp.add_arguments(plan)
     add("--plan-name", metavar="NAME", help="what requests call the plan")
@@ -226,12 +227,12 @@ def _plan(args: argparse.Namespace) -> Plan:
         _sites(args),
         _method(args, "encoder"),
         _method(args, "projector"),
-        args.positions or "original",
+        args.positions,
         ivtp.pseudo_cls(args) if args.method == "topk" else None,
     )
-    if args.positions is not None and not plan.prunes_before:
+    if args.positions == "contiguous" and not plan.prunes_before:
         raise PatchsieveError(
-            "--positions has no effect", expected="--encoder or --projector beside it"
+            "--positions contiguous has no effect", expected="--encoder or --projector beside it"
         )
     return plan
 
@@ -340,7 +341,8 @@ def _free_name(plan: Plan, bundle: Path | None) -> str:
 
 def _is_same(plan: Plan, stored: Plan) -> bool:
     """Whether a plan is the stored one, whose budgets export may have worked out."""
-    if replace(plan, sites=()) != replace(stored, sites=()):
+    rule = plan.position_rule or stored.position_rule
+    if replace(plan, sites=(), position_rule=rule) != replace(stored, sites=()):
         return False
     return len(plan.sites) == len(stored.sites) and all(
         (a.layer, a.method, a.params) == (b.layer, b.method, b.params)
