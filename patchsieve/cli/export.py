@@ -15,6 +15,7 @@ from patchsieve.errors import PatchsieveError
 from patchsieve.heads import load_heads
 from patchsieve.manifest import Limits, Manifest, read
 from patchsieve.plan import NO_PRUNING, POSITION_RULES, MethodPlan, Plan, SitePlan
+from patchsieve.trained import Trained
 
 _LIMITS = (512, 256, 1)  # text tokens, new tokens, images
 _OF_A_NEW_BUNDLE = (
@@ -47,7 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("last", "mean"),
         help="fastv: attention of the last row or the question",
     )
-    add("--heads", type=Path, metavar="DIR", help="atp: learned thresholds")
+    add(
+        "--heads",
+        type=Path,
+        metavar="DIR",
+        help="atp: learned thresholds (those of the checkpoint, if it holds any)",
+    )
     add("--theta-r", type=float, help="atp without heads: constant redundancy threshold")
     add("--theta-s", type=float, help="atp without heads: constant spatial threshold")
     add("--normalisation", choices=("minmax", "rank", "softmax", "none"), help="atp: of its scores")
@@ -269,15 +275,15 @@ def _sites(args: argparse.Namespace) -> tuple[SitePlan, ...]:
             )
         return ()
     ivtp.check_other_method(args)
-    sites = args.sites
-    if sites is None and args.heads is not None:
-        sites = load_heads(args.heads)[0].sites
+    sites, heads = args.sites, _heads(args)
+    if sites is None and heads is not None:
+        sites = load_heads(heads)[0].sites
     if sites is None:
         raise PatchsieveError(f"--method {args.method} needs --sites", expected="e.g. --sites 2")
     params: dict[str, Any] = {
         "num_keep": args.num_keep,
         "rows": args.rows,
-        "heads": None if args.heads is None else str(args.heads),
+        "heads": None if heads is None else str(heads),
         "theta_r": args.theta_r,
         "theta_s": args.theta_s,
         "normalisation": args.normalisation,
@@ -295,6 +301,18 @@ def _sites(args: argparse.Namespace) -> tuple[SitePlan, ...]:
         )
         for layer, ratio, budget in zip(sites, ratios, budgets, strict=True)
     )
+
+
+def _heads(args: argparse.Namespace) -> Path | None:
+    """Where ATP's thresholds lie: as asked, or inside a checkpoint that was trained with them."""
+    has_constants = args.theta_r is not None or args.theta_s is not None
+    if args.heads is not None or args.method != "atp" or has_constants or args.checkpoint is None:
+        return args.heads
+    from patchsieve.export.checkpoint import locate, read_config
+
+    directory = locate(args.checkpoint)
+    folder = Trained.of(read_config(directory)).heads
+    return None if folder is None else directory / folder
 
 
 def _option(name: str) -> str:
