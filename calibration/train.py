@@ -22,7 +22,7 @@ LANGUAGE_MODEL = "language_model.safetensors"  # of a checkpoint from which trai
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How is trained; see `transformers.TrainingArguments` for what they become.
+    """How training goes; see `transformers.TrainingArguments` for what they become.
 
     Attributes:
         steps: Optimiser steps; None takes the epochs.
@@ -121,6 +121,7 @@ class HeadsTrainer(Trainer):
                         if p.requires_grad and (id(p) in heads) == is_heads
                     ],
                     "lr": rate,
+                    "weight_decay": self.args.weight_decay,
                 }
                 for is_heads, rate in rates.items()
             ]

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from patchsieve import manifest
+from patchsieve.calibration.rotary import GridRotary
 from patchsieve.errors import BundleError, PatchsieveError
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.reuse import reuse
@@ -24,7 +25,7 @@ from patchsieve.plan import Plan, SitePlan
 from patchsieve.pruning.rotary import angles
 from patchsieve.runtime.backend import GPU_TARGETS
 from patchsieve.runtime.model import Model
-from patchsieve.runtime.rows import number_rows
+from patchsieve.runtime.rows import Rows, number_grid, number_rows
 from patchsieve.trained import Trained, sections
 from tests.bundles import PHOTO, command, command_json
 from tests.fake_tensorrt import build_fakes
@@ -202,6 +203,17 @@ def test_what_was_dropped_leaves_its_gaps_and_merged_tokens_follow_the_grid() ->
     assert pooled.tolist() == [[n] * 3 for n in range(6)]
 
 
+def test_a_side_row_stands_where_the_text_behind_its_image_does() -> None:
+    ids = np.array([0, 1, 2, 3])
+    image = np.array([-1, 0, 0, 0, 0, -1, -1])
+    positions = number_rows(7, [(slice(1, 5), ids)], vision((2, 2)), "grid2d", 3)
+    none = np.full(7, -1)
+    rows = Rows(positions[:-1], image, none, none, image < 0, none, int(positions[-1].max()))
+    assert rows.with_side_rows().position_ids[7:].tolist() == [[3, 3, 3]]
+    ends = rows.take(np.arange(5)).with_side_rows()  # no text behind: that of the next row
+    assert ends.position_ids[5:].tolist() == [[5, 5, 5]]
+
+
 @pytest.mark.parametrize("parts", [(2, 3, 3), (4, 4)])
 def test_each_section_turns_by_its_axis(parts: tuple[int, ...]) -> None:
     ids = np.random.default_rng(0).integers(0, 50, (7, 3))
@@ -210,6 +222,22 @@ def test_each_section_turns_by_its_axis(parts: tuple[int, ...]) -> None:
     turned = angles(torch.from_numpy(ids[:, 3 - len(parts) :]), torch.from_numpy(inv_freq), parts)
     assert np.abs(turned.cos().numpy() - cos[:, :8]).max() < 1e-6
     assert np.abs(turned.sin().numpy() - sin[:, 8:]).max() < 1e-6
+
+
+def test_positions_and_angles_are_those_of_qwen2_vl() -> None:
+    from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen
+    from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
+
+    theirs = qwen.Qwen2VLModel.get_vision_position_ids(None, 5, torch.tensor([1, 3, 4]))  # [3, 12]
+    ours, taken = number_grid(np.arange(12), vision((3, 4)))
+    assert (ours + 5).T.tolist() == theirs.tolist()
+    assert taken + 5 == int(theirs.max()) + 1
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [16, 24, 24]}
+    config = Qwen2VLTextConfig(hidden_size=256, num_attention_heads=2, rope_parameters=rope)
+    rotary, rows = qwen.Qwen2VLRotaryEmbedding(config), torch.zeros(1, 12, 256)
+    cos, sin = rotary(rows, theirs[:, None])  # [1, 12, 128]
+    turned = GridRotary(rotary, sections(128))(rows, theirs.T[None])
+    assert torch.equal(turned[0], cos) and torch.equal(turned[1], sin)
 
 
 def test_sections_scale_with_the_width_of_a_head() -> None:

@@ -111,6 +111,24 @@ def test_a_batch_without_images_gives_every_trained_part_a_gradient(
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("train_lm", (True, False))
+def test_heads_and_language_model_have_rates_of_their_own(
+    checkpoint: Path, data: Path, tmp_path: Path, train_lm: bool
+) -> None:
+    encoder = Encoder(str(checkpoint))
+    model = pruned(checkpoint, encoder, train_lm=train_lm)
+    options = train.TrainingOptions(learning_rate=3e-4, lm_learning_rate=7e-6)
+    samples = Samples(Records(data), encoder)
+    made = train.HeadsTrainer(model, samples, options, tmp_path, quiet=True).create_optimizer()
+    rates = {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
+    heads = {id(p) for p in model.thresholds.parameters()}
+    assert all(rates[one] == 3e-4 for one in heads)
+    others = {id(p) for p in model.parameters() if p.requires_grad} - heads
+    assert bool(others) == train_lm and all(rates[one] == 7e-6 for one in others)
+    assert len(rates) == len(heads | others)
+    assert all(group["weight_decay"] == 0 for group in made.param_groups)
+
+
 def test_positions_of_a_sample_do_not_change_beside_a_longer_one(
     checkpoint: Path, data: Path
 ) -> None:
