@@ -130,13 +130,9 @@ class PrunedLlava(nn.Module):
             `loss` 0-d: language loss + lambda_atp L_ATP + lambda_target L_target (eq. 14);
             `logits` [B, L, V].
         """
-        images = []
-        if image_sample is not None and visual_rows is not None and text_rows is not None:
-            for sample, visual, text in zip(image_sample, visual_rows, text_rows, strict=True):
-                images.append(ImageRows(int(sample), visual, text[text >= 0]))
         self.last = pruning = PruningPass(
             self.methods,
-            images,
+            _images(image_sample, visual_rows, text_rows),
             attention_mask.bool(),
             self.patch_ids,
             self.grid,
@@ -190,3 +186,13 @@ class PrunedLlava(nn.Module):
         sites, num_visual = list(self.last.sites), len(self.patch_ids)
         average = average_tokens(counts, sites, self.num_layers, num_visual)  # [M]
         return facts | {"average_tokens": float(average.mean())}
+
+
+def _images(samples: Tensor | None, visual: Tensor | None, text: Tensor | None) -> list[ImageRows]:
+    """Where the images of a batch lie; see `PrunedLlava.forward`."""
+    if samples is None or visual is None or text is None:
+        return []
+    return [
+        ImageRows(int(sample), rows, judges[judges >= 0])
+        for sample, rows, judges in zip(samples, visual, text, strict=True)
+    ]

@@ -116,7 +116,6 @@ def run(args: argparse.Namespace) -> int:
     """Calibrate, save the heads or the checkpoint, print what survives."""
     libraries = ("torch", "transformers", "accelerate", "safetensors")
     require(libraries, "cpu,export,calibration", "calibrate")
-
     _check_options(args)
     if os.path.lexists(args.out):
         raise PatchsieveError(
@@ -146,14 +145,20 @@ def run(args: argparse.Namespace) -> int:
         "records_without_image": samples.missing,
         "seconds": round(time.monotonic() - started, 3),
     }
+    _tell(args, report)
+    return 0
+
+
+def _tell(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Print what was learned, and how to use it."""
     if args.json:
         print_json(report)
-        return 0
+        return
     what = "language model and heads" if args.train_lm else "heads"
     seconds = f"{report['seconds']:.1f} s"
-    print(f"{args.out}: {args.method} {what} from {len(samples)} records, {seconds}")
-    if samples.missing:
-        print(f"  {samples.missing} records left out: their images are not there")
+    print(f"{args.out}: {args.method} {what} from {report['records']} records, {seconds}")
+    if missing := report["records_without_image"]:
+        print(f"  {missing} records left out: their images are not there")
     columns = ("layer", "mean tokens", "fewest", "most", "reserved")
     rows = [tuple(site[key] for key in columns) for site in report["sites"]]
     print(table(columns, rows))
@@ -166,7 +171,6 @@ def run(args: argparse.Namespace) -> int:
             else f"export with: --method atp --heads {args.out}  ({CONFIG} holds the sites)"
         )
     )
-    return 0
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -212,14 +216,7 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
     llava: Any = LlavaForConditionalGeneration.from_pretrained(
         encoder.directory, dtype=torch.bfloat16 if is_half else torch.float32
     )
-    layers = llava.config.text_config.num_hidden_layers
-    sites = args.sites
-    if sites != sorted(set(sites)) or not 0 < sites[0] <= sites[-1] < layers:
-        raise PatchsieveError(
-            "the sites cannot be used",
-            found=sites,
-            expected=f"ascending layers from 1 to {layers - 1}",
-        )
+    _check_sites(args.sites, llava.config.text_config.num_hidden_layers)
     torch.manual_seed(args.seed)
     methods = {
         site: ATP(
@@ -229,7 +226,7 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
             normalisation=args.normalisation,
             causal=args.causal,
         )
-        for site in sites
+        for site in args.sites
     }
     losses = Losses(args.target_tokens, args.lambda_atp, args.lambda_target, args.temperature)
     model = PrunedLlava(
@@ -242,6 +239,15 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
         train_lm=args.train_lm,
     )
     return model, samples, held_out, encoder
+
+
+def _check_sites(sites: list[int], layers: int) -> None:
+    if sites != sorted(set(sites)) or not 0 < sites[0] <= sites[-1] < layers:
+        raise PatchsieveError(
+            "the sites cannot be used",
+            found=sites,
+            expected=f"ascending layers from 1 to {layers - 1}",
+        )
 
 
 def _train(
