@@ -15,11 +15,11 @@ import pytest
 
 from benchmarks.accuracy import asking
 from benchmarks.accuracy.asking import Task
-from benchmarks.accuracy.figures import draw_curves
+from benchmarks.accuracy.figures import draw_curves, draw_kinds
 from benchmarks.accuracy.marks import Marks, verdict
 from benchmarks.accuracy.plans import Budgets
 from benchmarks.accuracy.report import to_dict, to_text
-from benchmarks.accuracy.tables import TABLES
+from benchmarks.accuracy.tables import LEARNED, TABLES
 from patchsieve.evaluation.metrics import Interval
 from patchsieve.export.recipes import Size
 from patchsieve.runtime.model import Model
@@ -198,6 +198,13 @@ def test_a_report_tells_marks_differences_and_what_was_not_run() -> None:
     assert "--train-lm" in text and "50.0 %" in text and "no different from" in text
     header, rule, line = text.split("\n\n")[3].splitlines()[:3]
     assert len(header) == len(rule) == len(line)
+
+
+def test_tokens_by_kind_are_a_figure_with_a_bar_each() -> None:
+    root = ElementTree.fromstring(draw_kinds(synthetic("atp-ratios"), LEARNED))
+    bars = [e for e in root.iter("{http://www.w3.org/2000/svg}rect") if e.get("height") == "17"]
+    assert len(bars) == 2  # count and ground
+    assert bars[0].get("fill") != bars[1].get("fill")
 
 
 def test_curves_are_a_figure_for_light_and_dark_pages() -> None:

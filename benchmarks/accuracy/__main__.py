@@ -6,8 +6,8 @@
 
 Heads, bundles and answers are made by patchsieve's own export, calibrate and evaluation, on the CPU
 backend, and kept in --work: an interrupted run goes on, another table asks only what is new. Each
-table is printed as Markdown and written to benchmarks/results/accuracy-TABLE.json and .md, the
-figures of the curves to docs/.
+table is printed as Markdown and written to benchmarks/results/accuracy-TABLE.json and .md, figures
+of two of them to docs/.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ import sys
 from concurrent.futures import Future
 from dataclasses import asdict
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
+import torch
+
 from benchmarks.accuracy.asking import Askers, Task, load_questions
-from benchmarks.accuracy.figures import draw_curves
+from benchmarks.accuracy.figures import draw_curves, draw_kinds
 from benchmarks.accuracy.marks import Marks
 from benchmarks.accuracy.plans import Budgets, Row
 from benchmarks.accuracy.report import to_dict, to_text
-from benchmarks.accuracy.tables import TABLES, Table
-from benchmarks.accuracy.workshop import Training, Workshop, log
+from benchmarks.accuracy.tables import LEARNED, TABLES, Table
+from benchmarks.accuracy.workshop import Training, Workshop, digest, log
 from patchsieve.evaluation.answers import Answer
 from patchsieve.evaluation.questions import Question
 from patchsieve.runtime.board import machine
@@ -35,6 +38,7 @@ from patchsieve.runtime.board import machine
 ROOT = Path(__file__).resolve().parents[2]
 _MODEL = ROOT / "examples" / "demo_model"
 _DRAWN = 4000  # questions of the file, of which fewer may be asked
+FIGURES = {"curves": draw_curves, "atp-ratios": partial(draw_kinds, label=LEARNED)}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -76,6 +80,7 @@ def measure(
 
     Plans are exported while others are asked already.
     """
+    drawn = digest(data.read_bytes())
     futures: dict[Row, Future[list[Answer]]] = {}
     by_plan: dict[tuple[str, bool], Future[list[Answer]]] = {}  # the same plan is asked once
     for row in table.rows:
@@ -85,7 +90,7 @@ def measure(
         key = (work.about, row.is_blind)
         if key not in by_plan:
             name = work.plan + ("-blind" if row.is_blind else "")
-            path = shop.folder / "answers" / f"{name}.jsonl"
+            path = shop.folder / "answers" / f"{name}-{drawn}.jsonl"
             path.parent.mkdir(exist_ok=True)
             image = shop.grey if row.is_blind else None
             about = (len(questions), path, work.about, image)
@@ -102,6 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     how = Training(
         steps=args.steps, rate=args.learning_rate, weight=args.lambda_atp, pull=args.lambda_target
     )
+    torch.set_num_threads(1)  # heads are learned while other processes ask
     shop = Workshop(args.checkpoint, args.clip, args.work, how)
     data = shop.questions("held-out", max(args.questions, _DRAWN))
     questions = load_questions(data, args.questions)
@@ -120,10 +126,10 @@ def main(argv: list[str] | None = None) -> int:
             path = args.results / f"accuracy-{name}.json"
             path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             path.with_suffix(".md").write_text(text, encoding="utf-8")
-            if name == "curves":
+            if name in FIGURES:
                 args.figures.mkdir(parents=True, exist_ok=True)
-                drawn = draw_curves(found)
-                (args.figures / "accuracy-curves.svg").write_text(drawn, encoding="utf-8")
+                drawn = FIGURES[name](found)
+                (args.figures / f"accuracy-{name}.svg").write_text(drawn, encoding="utf-8")
             print(json.dumps(found) if args.json else text, flush=True)
     return 0
 

@@ -1,4 +1,4 @@
-"""Accuracy against tokens, as an SVG that reads on a light page and on a dark one."""
+"""Figures as SVG that read on a light page and on a dark one."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from examples.demo_model.questions import FINE
+
 Point = tuple[float, float, float, float]  # tokens, accuracy, its interval
 
 _WIDTH, _HEIGHT = 760, 430
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 190, 46, 48
-# Okabe and Ito's colours, told apart by every kind of eye, and a mark of its own for each line.
-_COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#0072b2", "#999999", "#b8a800")
-_MARKS = ("circle", "square", "diamond", "up", "down", "cross", "plus", "bar")
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 226, 46, 48
+# Okabe and Ito's colours and two more, and a mark of its own for each line.
+_COLOURS = (
+    *("#e69f00", "#56b4e9", "#009e73", "#d55e00", "#cc79a7"),
+    *("#0072b2", "#999999", "#b8a800", "#8a6fd1"),
+)
+_MARKS = ("circle", "square", "diamond", "up", "down", "cross", "plus", "bar", "ring")
 _STYLE = (
     ":root{color-scheme:light dark}"
     "text{font:12px system-ui,sans-serif;fill:#24292f}.h{font-weight:600;font-size:14px}"
@@ -35,6 +40,39 @@ def draw_curves(found: Mapping[str, Any]) -> str:
             lines.setdefault(row["label"], []).append(point)
     title = f"Accuracy against visual tokens, {found['questions']} questions"
     return draw(title, {name: sorted(points) for name, points in lines.items()}, full)
+
+
+def draw_kinds(found: Mapping[str, Any], label: str) -> str:
+    """Tokens that a method keeps by kind of question, as the table `atp-ratios` holds them.
+
+    Args:
+        found: The table.
+        label: The row, of the table's second part.
+    """
+    part = found["parts"][1]
+    row = next(row for row in part["rows"] if row.get("label") == label)
+    kinds = sorted(row["tokens_by_kind"].items(), key=lambda pair: -pair[1])
+    most, step, edge = max(value for _, value in kinds), 24, _LEFT + 40
+    height = _TOP + step * len(kinds) + 40
+    title = f"{label}: visual tokens by kind of question"
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img">',
+        f"<title>{escape(title)}</title><style>{_STYLE}</style>",
+        f'<text class="h" x="{_LEFT}" y="24">{escape(title)}</text>',
+    ]
+    for number, (kind, tokens) in enumerate(kinds):
+        at, width = _TOP + step * number, (_WIDTH - edge - 60) * tokens / most
+        colour = _COLOURS[3] if kind in FINE else _COLOURS[1]
+        out += [
+            f'<text x="{edge - 8}" y="{at + 13}" text-anchor="end">{escape(kind)}</text>',
+            f'<rect x="{edge}" y="{at}" width="{width:.1f}" height="17" rx="2" fill="{colour}"/>',
+            f'<text x="{edge + width + 6:.1f}" y="{at + 13}">{tokens:.1f}</text>',
+        ]
+    for place, colour, words in ((0, _COLOURS[3], "fine-grained"), (130, _COLOURS[1], "coarse")):
+        x, y = edge + place, height - 24
+        out.append(f'<rect x="{x}" y="{y}" width="12" height="12" rx="2" fill="{colour}"/>')
+        out.append(f'<text x="{x + 18}" y="{y + 10}">{words}</text>')
+    return "\n".join([*out, "</svg>"]) + "\n"
 
 
 def draw(title: str, lines: Mapping[str, Sequence[Point]], full: float) -> str:
@@ -118,9 +156,9 @@ def _mark(kind: str, x: float, y: float, colour: str) -> str:
         "cross": "M-4-4l8 8M4-4l-8 8",
         "plus": "M-5 0h10M0-5v10",
         "bar": "M-5-2h10v4h-10z",
-        "circle": "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
     }
-    fill = "none" if kind in ("cross", "plus") else colour
+    shapes["circle"] = shapes["ring"] = "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z"
+    fill = "none" if kind in ("cross", "plus", "ring") else colour
     style = f'fill="{fill}" stroke="{colour}" stroke-width="1.5"'
     return f'<path transform="translate({x:.1f} {y:.1f})" d="{shapes[kind]}" {style}/>'
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from benchmarks.accuracy.marks import GROUPS, Marks, verdict
@@ -36,7 +37,9 @@ def _part(part: Part, marks: Mapping[Row, Marks], full: Marks) -> dict[str, Any]
             rows.append({"label": row.label, "not_run": row.not_run})
             continue
         own = marks[row]
-        entry = {"label": row.label} | own.to_dict()
+        entry = {"label": row.label, "plan": row.plan.to_dict()} | own.to_dict()
+        if row.heads is not None:
+            entry["heads"] = asdict(row.heads)
         if own is not full:
             entry["difference"] = {g: own.minus(full, g).to_dict() for g in GROUPS}
             entry["kept"] = own.share() / full.share() if full.share() else 0.0

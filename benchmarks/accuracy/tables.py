@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from benchmarks.accuracy.plans import KEEP_ALL, OFF, Budgets, Heads, Row
 from patchsieve.plan import Plan, PseudoCls, SitePlan
 
-NEEDS_TRAINING = "not run: needs a language model that is trained with it (calibrate --train-lm)"
+NEEDS_TRAINING = "not run: `calibrate --train-lm` makes it, a training of the whole decoder"
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,8 @@ class Workshop:
             words += ["--lambda-atp", str(how.weight), "--lambda-target", str(how.pull)]
         else:
             words += ["--data", few, "--batch-size", "8"]
-        run(words)
+        found = json.loads(run([*words, "--json"]).splitlines()[-1])
+        log(f"  {found['average_tokens']:.1f} tokens on average, target {wanted.target}")
         return path
 
     def _export(self, plan: Plan, bundle: Path, name: str | None) -> None:
@@ -175,8 +176,11 @@ class Workshop:
         run([*words, "--quiet"])
 
 
-def run(words: list[str]) -> None:
-    """Run a patchsieve command in this process; its words are told, so that a reader can too."""
+def run(words: list[str]) -> str:
+    """Run a patchsieve command in this process, and return what it prints.
+
+    Its words are told, so that a reader can run it too.
+    """
     log(f"patchsieve {shlex.join(words)}")
     start, said = time.monotonic(), io.StringIO()
     with redirect_stdout(said):
@@ -184,6 +188,7 @@ def run(words: list[str]) -> None:
     if code:
         sys.exit(f"the command failed: patchsieve {shlex.join(words)}\n{said.getvalue()}")
     log(f"  {time.monotonic() - start:.0f} s")
+    return said.getvalue()
 
 
 def log(text: str) -> None:
