@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from patchsieve.export.vision import Vision, vision_graph, vision_model
 from patchsieve.export.weights import DTYPES, Weight, default_dtype, weights_of
 from patchsieve.plan import NO_PRUNING, Plan, check_plan_name
 from patchsieve.precision import BYTES, Precision
+from patchsieve.trained import Trained
 from patchsieve.writing import whole_or_nothing
 
 Progress = Callable[[str, float], None]
@@ -158,7 +159,13 @@ class _Job:
         self.directory, self.config, self.options = directory, config, options
         self.precision = Precision.parse(options.precision)
         tower_dtype, self.dtype, head_dtype = (DTYPES[kind][0] for kind in self.precision.kinds)
-        self.spec = decoder_spec(config.text_config)  # type: ignore[attr-defined]
+        trained = Trained.of(config)
+        self.spec = replace(
+            decoder_spec(config.text_config),  # type: ignore[attr-defined]
+            rotary_sections=trained.rotary_sections,
+        )
+        self.plan = options.plan.with_positions(trained.position_rule)
+        self.no_pruning = Plan().with_positions(trained.position_rule)
         self.vision_facts = vision_model(config)
         self.preprocessor = preprocessor_from_checkpoint(directory)
         self._check_image_size()
@@ -217,7 +224,7 @@ class _Job:
             self._add_scorer(self.clip)
         # Last, because tracing takes seconds and all else is refused at once.
         self.plan, self.graphs = decide_graphs(
-            options.plan,
+            self.plan,
             options.plan_name,
             self.spec.heads,
             self.vision_facts,
@@ -271,7 +278,7 @@ class _Job:
         """Hash every file and write the manifest."""
         options = self.options
         text = self.config.text_config  # type: ignore[attr-defined]
-        plans = {NO_PRUNING: Plan()} | {options.plan_name: self.plan}
+        plans = {NO_PRUNING: self.no_pruning} | {options.plan_name: self.plan}
         facts = manifest.Manifest(
             patchsieve_version=__version__,
             checkpoint=checkpoint,
@@ -285,6 +292,7 @@ class _Job:
                 num_heads=self.spec.num_heads,
                 num_kv_heads=self.spec.num_kv_heads,
                 head_dim=self.spec.head_dim,
+                rotary_sections=self.spec.rotary_sections,
             ),
             vision=self.vision_facts,
             tokens=self._tokens(),

@@ -15,7 +15,8 @@ from patchsieve.cli.output import Progress, print_json, require, size
 from patchsieve.errors import PatchsieveError
 from patchsieve.heads import load_heads
 from patchsieve.manifest import Limits, Manifest, read
-from patchsieve.plan import NO_PRUNING, MethodPlan, Plan, SitePlan
+from patchsieve.plan import NO_PRUNING, POSITION_RULES, MethodPlan, Plan, SitePlan
+from patchsieve.trained import Trained
 
 _LIMITS = (512, 256, 1)  # text tokens, new tokens, images
 _OF_A_NEW_BUNDLE = (
@@ -49,7 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("last", "mean"),
         help="fastv: attention of the last row or the question",
     )
-    add("--heads", type=Path, metavar="DIR", help="atp: learned thresholds")
+    add(
+        "--heads",
+        type=Path,
+        metavar="DIR",
+        help="atp: learned thresholds (those of the checkpoint, if it holds any)",
+    )
     add("--theta-r", type=float, help="atp without heads: constant redundancy threshold")
     add("--theta-s", type=float, help="atp without heads: constant spatial threshold")
     add("--normalisation", choices=("minmax", "rank", "softmax", "none"), help="atp: of its scores")
@@ -100,8 +106,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--positions",
-        choices=("original", "contiguous"),
-        help="of survivors that enter the decoder: original (default) leaves the gaps",
+        choices=POSITION_RULES,
+        help="of survivors that enter the decoder: what the checkpoint was trained with (default), "
+        "original with gaps as every plain one, grid2d by row and column; or contiguous",
     )
     ivtp.add_arguments(plan)
     add("--plan-name", metavar="NAME", help="what requests call the plan")
@@ -236,12 +243,12 @@ def _plan(args: argparse.Namespace) -> Plan:
         _sites(args),
         _method(args, "encoder"),
         _method(args, "projector"),
-        args.positions or "original",
+        args.positions,
         ivtp.pseudo_cls(args) if args.method == "topk" else None,
     )
-    if args.positions is not None and not plan.prunes_before:
+    if args.positions == "contiguous" and not plan.prunes_before:
         raise PatchsieveError(
-            "--positions has no effect", expected="--encoder or --projector beside it"
+            "--positions contiguous has no effect", expected="--encoder or --projector beside it"
         )
     return plan
 
@@ -278,15 +285,15 @@ def _sites(args: argparse.Namespace) -> tuple[SitePlan, ...]:
             )
         return ()
     ivtp.check_other_method(args)
-    sites = args.sites
-    if sites is None and args.heads is not None:
-        sites = load_heads(args.heads)[0].sites
+    sites, heads = args.sites, _heads(args)
+    if sites is None and heads is not None:
+        sites = load_heads(heads)[0].sites
     if sites is None:
         raise PatchsieveError(f"--method {args.method} needs --sites", expected="e.g. --sites 2")
     params: dict[str, Any] = {
         "num_keep": args.num_keep,
         "rows": args.rows,
-        "heads": None if args.heads is None else str(args.heads),
+        "heads": None if heads is None else str(heads),
         "theta_r": args.theta_r,
         "theta_s": args.theta_s,
         "normalisation": args.normalisation,
@@ -304,6 +311,18 @@ def _sites(args: argparse.Namespace) -> tuple[SitePlan, ...]:
         )
         for layer, ratio, budget in zip(sites, ratios, budgets, strict=True)
     )
+
+
+def _heads(args: argparse.Namespace) -> Path | None:
+    """Where ATP's thresholds lie: as asked, or inside a checkpoint that was trained with them."""
+    has_constants = args.theta_r is not None or args.theta_s is not None
+    if args.heads is not None or args.method != "atp" or has_constants or args.checkpoint is None:
+        return args.heads
+    from patchsieve.export.checkpoint import locate, read_config
+
+    directory = locate(args.checkpoint)
+    folder = Trained.of(read_config(directory)).heads
+    return None if folder is None else directory / folder
 
 
 def _option(name: str) -> str:
@@ -350,7 +369,8 @@ def _free_name(plan: Plan, bundle: Path | None) -> str:
 
 def _is_same(plan: Plan, stored: Plan) -> bool:
     """Whether a plan is the stored one, whose budgets export may have worked out."""
-    if replace(plan, sites=()) != replace(stored, sites=()):
+    rule = plan.position_rule or stored.position_rule
+    if replace(plan, sites=(), position_rule=rule) != replace(stored, sites=()):
         return False
     return len(plan.sites) == len(stored.sites) and all(
         (a.layer, a.method, a.params) == (b.layer, b.method, b.params)
