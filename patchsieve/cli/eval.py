@@ -90,7 +90,7 @@ def _table(found: dict[str, Any]) -> str:
             name,
             _percent(plan["exact_match"]),
             _percent(plan["difference"], sign="+", unit="") if "difference" in plan else None,
-            f"{plan['agreement']['text']:.1%}" if "agreement" in plan else None,
+            f"{100 * plan['agreement']['text']:.1f} %" if "agreement" in plan else None,
             f"{plan['visual_tokens']:.1f}",
             size(plan["kv_bytes"]),
             f"{plan['ttft_ms']:.0f}",
@@ -111,7 +111,7 @@ def _categories(found: dict[str, Any], kinds: list[str]) -> str:
             kind,
             next(iter(found.values()))["categories"][kind]["questions"],
             *(
-                f"{plan['categories'][kind]['exact_match']['mean']:.1%} of "
+                f"{100 * plan['categories'][kind]['exact_match']['mean']:.1f} % of "
                 f"{plan['categories'][kind]['visual_tokens']:.0f}"
                 for plan in found.values()
             ),
