@@ -27,6 +27,7 @@ from patchsieve.export.vision import vision_model
 from patchsieve.export.weights import weights_of
 from patchsieve.plan import Plan
 from patchsieve.pruning.site import Site
+from patchsieve.trained import Trained
 
 Drop = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
 
@@ -69,6 +70,7 @@ class Reference:
 
         directory = locate(checkpoint)
         self.config = read_config(directory)
+        self.sections = Trained.of(self.config).rotary_sections
         try:
             self.processor = transformers.AutoProcessor.from_pretrained(directory, backend="pil")
             self.llava = transformers.LlavaForConditionalGeneration.from_pretrained(
@@ -176,7 +178,8 @@ class Reference:
 
         Args:
             embeddings: [1, L0, C].
-            positions: Of the rows, and of the one behind them, [L0 + 1].
+            positions: Of the rows, and of the one behind them, [L0 + 1]; [L0 + 1, A] for a model
+                with A rotary sections.
             drop: For a layer, what is asked before it: given the queries and keys of the layer
                 before, the rows that go on.
         """
@@ -184,7 +187,7 @@ class Reference:
 
         out = Layers(cache=transformers.DynamicCache(config=self.config.text_config))
         x = torch.from_numpy(embeddings)
-        out.position, places = int(positions[-1]), torch.from_numpy(positions[:-1])
+        out.position, places = int(positions[-1].max()), torch.from_numpy(positions[:-1])
         for index in range(len(self.decoder.layers)):
             if index in drop:
                 kept = torch.from_numpy(drop[index](index, out.query[-1], out.key[-1]))
@@ -227,7 +230,7 @@ class Reference:
         """One decoder layer: rows [1, L, C] behind it and its rotated queries [1, L, H * D]."""
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-        angles = self.decoder.rotary_emb(x, position_ids=positions[None])
+        angles = self._angles(x, positions)
         rows = x.shape[1]
         mask = None
         if rows > 1:  # rows are in order of position: causal among those that are left
@@ -242,11 +245,27 @@ class Reference:
             x,
             attention_mask=mask,
             position_embeddings=angles,
-            position_ids=positions[None],
             past_key_values=cache,
             use_cache=True,
         )
         return x, query
+
+    def _angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Cosines and sines of rows, [1, L, D] each; positions: [L] or [L, A]."""
+        if positions.ndim == 1:
+            return self.decoder.rotary_emb(x, position_ids=positions[None])
+        by_axis = [self.decoder.rotary_emb(x, position_ids=axis[None]) for axis in positions.T]
+        sections = list(self.sections) * 2  # both halves of a head turn by the same frequencies
+        return tuple(
+            torch.cat(
+                [
+                    each[i % len(each)].split(sections, dim=-1)[i]  # [1, L, section]
+                    for i in range(len(sections))
+                ],
+                dim=-1,
+            )
+            for each in zip(*by_axis, strict=True)
+        )
 
     def _logits(self, x: Tensor) -> np.ndarray:
         return self.llava.lm_head(self.decoder.norm(x[:, -1]))[0].numpy()

@@ -129,9 +129,9 @@ class Verification:
         decisions: dict[int, Part] = {}
         sites = self.facts.plans[plan].layers
         spans = [slice(*span) for span in rows.image_spans]
-        rule = self.facts.plans[plan].position_rule
+        rule, axes = self.facts.position_rule(plan), len(self.facts.text.rotary_sections)
         images = list(zip(spans, patch_ids, strict=True))
-        positions = number_rows(len(rows.token_ids), images, self.facts.vision, rule)
+        positions = number_rows(len(rows.token_ids), images, self.facts.vision, rule, axes)
         layers = self.reference.prefill(
             embeddings, positions, {site: self._judge(plan, decisions) for site in sites}
         )
@@ -143,7 +143,7 @@ class Verification:
         if failure:
             yield Part(plan, "greedy tokens", departs=True, note=failure)
             return
-        if plan == NO_PRUNING:
+        if plan == NO_PRUNING and not axes:
             said, by = self.reference.generate(inputs, count), "generate"
         else:
             said, by = self.reference.decode(layers, count), "eager decoding of the survivors"
@@ -294,13 +294,15 @@ class Verification:
     def _check_shapes(self, checkpoint: str) -> None:
         """Refuse another model's checkpoint at once."""
         text = self.reference.config.text_config
-        ours = {
+        ours: dict[str, Any] = {
             "hidden_size": self.facts.text.hidden_size,
             "num_hidden_layers": self.facts.text.num_layers,
             "vocab_size": self.facts.text.vocab_size,
             "num_attention_heads": self.facts.text.num_heads,
         }
         theirs = {name: getattr(text, name) for name in ours}
+        ours["rotary_sections"] = list(self.facts.text.rotary_sections)
+        theirs["rotary_sections"] = list(self.reference.sections)
         if ours != theirs:
             raise PatchsieveError(
                 f"the bundle was not made from {checkpoint}", found=ours, expected=theirs

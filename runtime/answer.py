@@ -168,10 +168,10 @@ class Answer:
             hidden[span] = chat._images.features[number]
             image[span], patch_ids[span] = number, chat._images.patch_ids[number]
             places[span] = np.arange(span.stop - span.start)
-        rule = facts.plans[chat.plan].position_rule
+        rule, axes = facts.position_rule(chat.plan), len(facts.text.rotary_sections)
         images = [(span, patch_ids[span]) for span in spans]
-        positions = self.cache.position + number_rows(count, images, facts.vision, rule)
-        following, side_of = int(positions[-1]), np.full(count, TEXT)
+        positions = self.cache.position + number_rows(count, images, facts.vision, rule, axes)
+        following, side_of = int(positions[-1].max()), np.full(count, TEXT)
         rows = Rows(positions[:-1], image, patch_ids, places, is_instruction, side_of, following)
         return rows, hidden[None]
 

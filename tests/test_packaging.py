@@ -19,7 +19,16 @@ STDLIB = set(sys.stdlib_module_names)
 # Folder -> the parts of patchsieve that it may import, besides itself.
 INSIDE = {
     "pruning": {"errors"},
-    "runtime": {"errors", "manifest", "names", "plan", "precision", "reading", "writing"},
+    "runtime": {
+        "build_memory",
+        "errors",
+        "manifest",
+        "names",
+        "plan",
+        "precision",
+        "reading",
+        "writing",
+    },
     "calibration": {"errors", "heads", "pruning"},
 }
 # Folder -> the parts that it may not import.
