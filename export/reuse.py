@@ -76,7 +76,8 @@ def reuse(
     try:
         with one_line(bundle):
             plan, graphs = decide_graphs(
-                plan, plan_name, heads, old.vision, vision.num_visual, dtype, progress
+                plan, plan_name, old.text.hidden_size, heads, old.vision, vision.num_visual, dtype,
+                progress,
             )
             if plan.has_vision:
                 progress("tracing the vision tower", 0.8)
@@ -136,13 +137,17 @@ def _check_queries(old: manifest.Manifest, plan: Plan) -> None:
 def decide_graphs(
     plan: Plan,
     plan_name: str,
+    size: int,
     heads: HeadShape,
     vision: manifest.VisionModel,
     num_visual: int,
     dtype: torch.dtype,
     progress: Progress = lambda *_: None,
 ) -> tuple[Plan, dict[str, ir.Model]]:
-    """Resolve a plan's budgets and trace its decisions on images of `num_visual` tokens."""
+    """Resolve a plan's budgets and trace its decisions on images of `num_visual` tokens.
+
+    The decoder is `size` wide.
+    """
     methods = [build_method(site) for site in plan.sites]
     check_sites(plan, methods)
     plan = resolve_budgets(plan, methods, num_visual)
@@ -150,7 +155,7 @@ def decide_graphs(
     for done, (site, method) in enumerate(zip(plan.sites, methods, strict=True)):
         progress(f"tracing {site.method} at layer {site.layer}", done / len(methods))
         graphs[names.decide(plan_name, site.layer)] = decide_graph(
-            method, site.layer, heads, vision.grid, num_visual, dtype
+            method, site.layer, heads, vision.grid, num_visual, size, dtype
         )
     return plan, graphs
 

@@ -48,6 +48,9 @@ PLANS: dict[str, list[dict[str, Any]]] = {
     "atp-none": [site(2, "atp", normalisation="none", theta_r=-0.05, theta_s=0.9)],
     "atp-spatial": [site(2, "atp", theta_r=0.8, theta_s=0.2)],
     "atp-budget": [site(2, "atp", budget=4, theta_r=0.3, theta_s=0.9)],
+    "topk-last": [site(1, "topk", num_keep=9, row="last"), site(3, "topk", num_keep=4, row="last")],
+    "tome": [site(2, "tome", num_keep=9)],
+    "tome-two-sites": [site(1, "tome", num_keep=10), site(3, "tome", num_keep=6)],
     "mixed": [site(1, "fastv", keep_ratio=0.75), site(2, "atp", **ATP), site(3, "random")],
 }
 
