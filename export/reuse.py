@@ -76,7 +76,13 @@ def reuse(
     try:
         with one_line(bundle):
             plan, graphs = decide_graphs(
-                plan, plan_name, old.text.hidden_size, heads, old.vision, vision.num_visual, dtype,
+                plan,
+                plan_name,
+                old.text.hidden_size,
+                heads,
+                old.vision,
+                vision.num_visual,
+                dtype,
                 progress,
             )
             if plan.has_vision:

@@ -14,10 +14,10 @@ from patchsieve.errors import ShapeError
 class Site:
     """One image at one pruning site, as the layer before the site left it.
 
-    Letters: B batch, H query heads, G KV heads (G divides H), D head dim, C width, L rows fed in this
-    prefill, P rows cached before it, S = P + L, N alive visual tokens of this image, T instruction
-    tokens. Row m (0..L-1) lies at key index P + m and sees the keys j <= P + m. The sizes L, P, N
-    and T may be dynamic in a trace; N, T and L are at least 1, P may be 0.
+    Letters: B batch, H query heads, G KV heads (G divides H), D head dim, C width, L rows fed in
+    this prefill, P rows cached before it, S = P + L, N alive visual tokens of this image, T
+    instruction tokens. Row m (0..L-1) lies at key index P + m and sees the keys j <= P + m. The
+    sizes L, P, N and T may be dynamic in a trace; N, T and L are at least 1, P may be 0.
 
     Attributes:
         query: Rotated queries of the rows fed, of layer s-1 for a site s, [B, H, L, D].

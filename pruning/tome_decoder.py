@@ -69,7 +69,8 @@ class DecoderToMe:
         key = site.key.index_select(2, site.visual_rows + site.first_key)  # [B, G, N, D]
         metric = unit(mean_over(key.float(), 1))  # [B, N, D]
         place = torch.arange(metric.shape[1], device=metric.device)  # [N]
-        is_target = place % 2 == 1  # [N]
+        half = place.float() / 2  # no remainder: export/operators lists none for CUDA
+        is_target = half.floor() < half  # [N]
         similar = metric @ metric.transpose(1, 2)  # [B, N, N]
         similar = torch.where(is_target, similar, LOWEST)
         dissimilar = (-similar.amax(-1)).clamp(max=NEVER)  # of a lone token there is no pair

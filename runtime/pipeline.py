@@ -305,9 +305,7 @@ class Pipeline:
             sites.append(_told(before, rows.take(keep_indices), layer, image, found))
         return rows.take(keep_indices), keep_indices, read.get(names.HIDDEN, made[names.HIDDEN])
 
-    def _read(
-        self, graph: str, layer: int, made: dict[str, Any], cache: Cache
-    ) -> dict[str, Any]:
+    def _read(self, graph: str, layer: int, made: dict[str, Any], cache: Cache) -> dict[str, Any]:
         """Rows, queries, keys and values that a decision takes, by its names for them."""
         top, read = layer - 1, {}
         for tensor in self.facts.tensors[graph]["inputs"]:

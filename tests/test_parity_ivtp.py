@@ -16,9 +16,10 @@ from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.recipes import Size, ivtp
 from patchsieve.export.reuse import reuse
 from patchsieve.manifest import Limits
-from patchsieve.plan import Plan, PseudoCls, SitePlan
+from patchsieve.plan import MethodPlan, Plan, PseudoCls, SitePlan
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.rows import Rows
+from patchsieve.verify import Verification
 from tests.models import make_checkpoint, tiny_llava
 from tests.references.masked_ivtp import MaskedIvtp
 from tests.references.masked_llava import answer_message, user_message
@@ -40,6 +41,12 @@ PLANS = {
         block="prefix",
         pseudo_cls=PseudoCls(tau=TAU, cls="penultimate"),
     ),
+    # TopK+ of table 7: IVTP's two stages, each judged by one layer's attention of the visual CLS.
+    "topk": Plan(
+        tuple(SitePlan(layer, "topk", {"num_keep": n}) for layer, n in ((3, 9), (6, 6))),
+        encoder=MethodPlan("topk", {"keep": 12, "group_layers": 3}),
+        pseudo_cls=PseudoCls("none"),
+    ),
 }
 
 
@@ -50,17 +57,18 @@ class Bundle:
         llava, processor = tiny_llava("llama", layers=7, vision_layers=5, image_size=48)
         make_checkpoint.save_llava(folder / "checkpoint", llava, processor)
         save_clip(folder / "clip", llava)
-        self.path = folder / "bundle"
+        self.checkpoint, self.path = folder / "checkpoint", folder / "bundle"
         options = ExportOptions(
             plan=PLANS["ivtp"],
             plan_name="ivtp",
             limits=Limits(400, 80, 3),
-            targets=("cpu", "tensorrt-rtx"),
+            targets=("cpu", "tensorrt-rtx", "jetpack6", "cuda"),
             scorer=str(folder / "clip"),
             cuts=(2,),  # within a group: queries of several stages are read
         )
         export(str(folder / "checkpoint"), self.path, options)
-        reuse(self.path, PLANS["ablation"], "ablation")
+        for plan in ("ablation", "topk"):
+            reuse(self.path, PLANS[plan], plan)
         keeping = SitePlan(3, "ivtp", {"num_keep": 99})
         reuse(self.path, Plan((keeping,), pseudo_cls=PseudoCls("all")), "keep-all")
         self.hugging_face = MaskedIvtp(folder / "checkpoint", folder / "clip")
@@ -99,6 +107,7 @@ CASES = {
     "one-image": ("ivtp", 1, None),
     "three-images": ("ivtp", 3, None),
     "ablation": ("ablation", 2, None),
+    "topk": ("topk", 3, None),
     "similarity": ("ivtp", 1, PseudoCls("similarity", tau=0.05)),
     "all-words": ("ivtp", 1, PseudoCls("all")),
     "no-words": ("ivtp", 2, PseudoCls("none")),
@@ -142,6 +151,32 @@ def test_later_turns_continue_and_new_images_are_judged_by_their_own_question(bu
         int(reference.seen[stage.stage.first].sum()) for stage in chat.cache.stages
     ]
     chat.close()
+
+
+@pytest.mark.parametrize("plan", ["ivtp", "ablation", "topk"])
+def test_verify_follows_pseudo_cls_rows_through_the_decoder(bundle: Bundle, plan: str) -> None:
+    verification = Verification(bundle.path, str(bundle.checkpoint), threads=1)
+    parts = list(verification.compare(pictures(2), QUESTION, plan, count=8))
+    verification.close()
+    assert not [part for part in parts if part.departs]
+    notes = {part.name: part.note for part in parts}
+    order = ["survivors of the tower", "embeddings", "pseudo-CLS", "layer 0 keys"]
+    order += ["layer 2 hidden rows", "survivors at layer 3 of image 1", "layer 3 keys"]
+    order += ["survivors at layer 6 of image 0", "layer 6 hidden rows", "logits", "greedy tokens"]
+    places = [list(notes).index(name) for name in order]
+    assert places == sorted(places)
+    assert "6 in common of 6 and 6" in notes["survivors at layer 6 of image 0"]
+    chosen = "0 and 0 of" if plan == "topk" else "which the bundle's scorer chose"
+    assert chosen in notes["pseudo-CLS"]
+
+
+def test_verify_names_the_layer_where_a_pseudo_cls_sees_too_much(bundle, monkeypatch) -> None:
+    monkeypatch.setattr(Rows, "last_seen", lambda rows: np.arange(len(rows)))
+    verification = Verification(bundle.path, str(bundle.checkpoint), threads=1)
+    parts = verification.compare(pictures(1), QUESTION, "ivtp", count=2)
+    first = next(part for part in parts if part.departs)
+    verification.close()
+    assert first.name == "layer 0 hidden rows"
 
 
 def test_pseudo_cls_rows_are_seen_by_nobody_and_leave_no_trace(bundle: Bundle) -> None:

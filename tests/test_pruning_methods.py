@@ -189,7 +189,9 @@ def test_what_merges_is_the_mean_of_its_parts_and_nothing_is_lost(method, option
         sizes = torch.zeros_like(site.sizes).scatter_add(1, moved, site.sizes)
         assert torch.equal(sizes.sum(-1), site.sizes.sum(-1))
         before = (rows * site.sizes[:, :, None]).sum(1)
-        torch.testing.assert_close((hidden * sizes[:, :, None]).sum(1), before, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(
+            (hidden * sizes[:, :, None]).sum(1), before, atol=1e-4, rtol=1e-5
+        )
         alone = stays & (sizes == site.sizes)
         assert torch.equal(hidden[alone], rows[alone])  # to the last bit
     assert torch.equal(decide(KEEP_ALL[method.name], site).hidden, rows)

@@ -281,7 +281,7 @@ class MaskedLlava:
             text = np.flatnonzero(behind & instruction_of)
             text = text if len(text) else np.flatnonzero(behind)
             text = text if len(text) else np.array([len(rows) - 1])
-            ids = self.patch_ids[self._raster(image, rows[visual])]
+            ids = self._patch_ids(int(number), self._raster(image, rows[visual]))
             noise = rng.random((1, len(visual)), np.float32)
             view = SimpleNamespace(
                 query=query,
@@ -313,6 +313,10 @@ class MaskedLlava:
                 for old, new in enumerate(goes[0]):
                     self.sizes[rows[visual[new]]] += self.sizes[rows[visual[old]]] * (old != new)
         return alive, hidden
+
+    def _patch_ids(self, number: int, places: np.ndarray) -> np.ndarray:
+        """Raster ids of an image's tokens, by their places among those that entered."""
+        return self.patch_ids[places]
 
     def _raster(self, image: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Place of each row within its image."""
