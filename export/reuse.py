@@ -60,7 +60,7 @@ def reuse(
         )
     if plan_name == NO_PRUNING and plan.prunes:
         raise PatchsieveError("the plan named none prunes nothing", do="choose another --plan-name")
-    _check_queries(old, plan)
+    check_queries(old, plan)
     manifest.check_files(bundle, old, hashes=False)
     heads = HeadShape(old.text.num_heads, old.text.num_kv_heads, old.text.head_dim)
     dtype = DTYPES[old.precision.decoder][0]
@@ -112,7 +112,7 @@ def reuse(
     return new
 
 
-def _check_queries(old: manifest.Manifest, plan: Plan) -> None:
+def check_queries(old: manifest.Manifest, plan: Plan) -> None:
     """Refuse a plan that reads queries which the bundle's stages do not give."""
     given = {
         tensor["name"]
@@ -129,14 +129,17 @@ def _check_queries(old: manifest.Manifest, plan: Plan) -> None:
                 expected=f"those of layers {sorted(read)}",
                 do="export a new bundle with this plan; stages give what its plan reads",
             )
-        lengths = {s.slots for s in old.stages for k in read if s.first <= k < s.last}
-        if len(lengths) > 1 and any(LOWERINGS[target].static_slots for target in old.targets):
+        over = [s for s in old.stages if any(s.first <= k < s.last for k in read)]
+        fixed = [target for target in old.targets if LOWERINGS[target].static_slots]
+        if len({s.slots for s in over}) > 1 and fixed:
+            same = min(s.first for s in over if s.slots == over[-1].slots)
             raise PatchsieveError(
                 f"the group of {site.method} at layer {site.layer} lies over stages of the bundle "
-                "whose engines reserve different numbers of slots",
-                found=sorted(lengths),
-                expected="one number",
-                do="export a new bundle with this plan, or lower its group",
+                f"that reserve different numbers of slots, which {fixed[0]} fixes in its engines",
+                found=", ".join(f"{s.slots} in layers {s.first} to {s.last - 1}" for s in over),
+                expected=f"one number in layers {read[-1]} to {read[0]}",
+                do=f"export a new bundle with this plan, or give the site a group of at most "
+                f"{site.layer - same}",
             )
 
 

@@ -154,6 +154,21 @@ def test_half_precision_is_computed_in_float32(method):
 
 
 @pytest.mark.parametrize("method", CASES.values(), ids=CASES)
+def test_half_precision_keeps_the_same_tokens(method):
+    same = total = 0
+    for seed in range(40):
+        whole = make_site(seed, tokens=36)
+        named = {n: getattr(whole, n).half() for n in ("query", "key", "value", "hidden")}
+        lower = tuple((q.half(), k.half()) for q, k in whole.lower)
+        keep = decide(method, whole).keep
+        same += int(
+            (keep & decide(method, dataclasses.replace(whole, lower=lower, **named)).keep).sum()
+        )
+        total += int(keep.sum())
+    assert same >= 0.99 * total
+
+
+@pytest.mark.parametrize("method", CASES.values(), ids=CASES)
 def test_a_method_reads_only_what_it_says(method):
     site = make_site(10)
     others = ("noise", "value", "side_row", "hidden", "sizes")
