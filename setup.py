@@ -5,6 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 FOLDERS = ("pruning", "export", "runtime", "calibration")  # at the top here, patchsieve.* installed
+# A folder that several distributions share (PEP 420); optimum-cli loads what lies in it.
+OPTIMUM_DOOR = {"optimum.commands.register": "patchsieve/doors/optimum"}
 
 CPU = ["onnxruntime>=1.23"]  # 1.23 is the newest for Python 3.10
 RTX = ["tensorrt-rtx>=1.7; sys_platform != 'darwin'"]  # compiles ahead of time, without a GPU
@@ -18,6 +20,7 @@ EXPORT = [
 ]
 
 CALIBRATION = ["accelerate>=1.1", "torch>=2.8", "transformers>=5.0", "safetensors>=0.5"]
+OPTIMUM = ["optimum>=2.0"]  # 1.6 MB beside what export needs
 
 EXTRAS = {
     # What runs a bundle. Never cpu and gpu together: the two packages overwrite each other.
@@ -30,8 +33,8 @@ EXTRAS = {
     "export": EXPORT,
     "clip": ["open_clip_torch>=3.0"],
     "calibration": CALIBRATION,
-    "eval": ["lmms-eval>=0.7"],
-    "optimum": ["optimum>=2.0"],
+    "eval": ["lmms-eval>=0.7.1"],
+    "optimum": [*EXPORT, *OPTIMUM],
     # All that `make lint`, `make test` and `make bench` need, on any machine.
     "dev": [
         *CPU,
@@ -39,6 +42,7 @@ EXTRAS = {
         *CUDA,
         *EXPORT,
         *CALIBRATION,
+        *OPTIMUM,
         "coverage>=7",
         "mypy>=1.15",
         "pre-commit>=4",
@@ -59,15 +63,23 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["patchsieve", "patchsieve.*"])
-    + [f"patchsieve.{p}" for f in FOLDERS for p in find_packages(include=[f, f"{f}.*"])],
-    package_dir={"patchsieve": "patchsieve", **{f"patchsieve.{f}": f for f in FOLDERS}},
+    + [f"patchsieve.{p}" for f in FOLDERS for p in find_packages(include=[f, f"{f}.*"])]
+    + list(OPTIMUM_DOOR),
+    package_dir={
+        "patchsieve": "patchsieve",
+        **{f"patchsieve.{f}": f for f in FOLDERS},
+        **OPTIMUM_DOOR,
+    },
     package_data={
         "patchsieve": ["py.typed", "page/page.*"],
         "patchsieve.export.operators": ["*.json"],
     },
     install_requires=["numpy>=1.24", "pillow>=10.1", "tokenizers>=0.21", "jinja2>=3.1"],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["patchsieve = patchsieve.cli:main"]},
+    entry_points={
+        "console_scripts": ["patchsieve = patchsieve.cli:main"],
+        "lmms_eval.models": ["patchsieve = patchsieve.doors.lmms_eval_entry:manifest"],
+    },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",

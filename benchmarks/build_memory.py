@@ -8,8 +8,8 @@ in a process of its own, as `patchsieve build` does. With --layers 12, 7b has th
 its first and last stage (4 layers; 8 layers and the head) in less than half of the time.
 
 Extra memory is what that process has resident above what it had before it parsed the graph. It is
-told in two parts: memory of its own, and pages of the weights' files, which TensorRT maps. The
-latter are counted by VmHWM, but the kernel drops them when memory is short. With --limit builds run
+told in two parts: memory of its own, and pages of the weights' files, which TensorRT maps and the
+build gives back as it goes (runtime/building/mapped_weights.py). With --limit builds run
 under RLIMIT_DATA: the kernel itself refuses a process more private memory than that, all included.
 """
 

@@ -1,10 +1,11 @@
 """Export (and, if asked, build) at LLaVA-1.5-7B's real shape with random weights: time and memory.
 
-    python -m benchmarks.export_7b WORKDIR [--layers 32] [--build] [--keep]
+    python -m benchmarks.export_7b WORKDIR [--layers 32] [--build] [--build-memory GB] [--keep]
 
 Writes a checkpoint of that shape in float16 shards (13.5 GB at 32 layers), exports it in float16 in
 a process of its own and prints that process's peak resident memory beside the promise: 2 GB plus
-the largest tensor. With --build it compiles every TensorRT-RTX engine, one process per graph.
+the largest tensor. With --build it compiles every TensorRT-RTX engine, one process per graph; with
+--build-memory the decoder is divided so that each takes at most so much.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--build", action="store_true")
+    parser.add_argument("--build-memory", metavar="GB", help="as `patchsieve export` takes it")
     parser.add_argument("--keep", action="store_true", help="leave checkpoint and bundle there")
     args = parser.parse_args()
     checkpoint, bundle = args.workdir / "checkpoint", args.workdir / "bundle"
@@ -57,6 +59,8 @@ def main() -> None:
     options = f"--method atp --theta-r 0.5 --theta-s 0.9 --sites {','.join(map(str, sites))}"
     options += f" --budget {','.join(map(str, [144, 96, 24][: len(sites)]))}"
     options += " --precision float16 --targets cpu,tensorrt-rtx --quiet --json"
+    if args.build_memory is not None:
+        options += f" --build-memory {args.build_memory}"
     command = ["export", str(checkpoint), "-o", str(bundle), *options.split()]
     seconds, peak, _ = measured(command)
     limit = PROMISE + largest

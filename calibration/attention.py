@@ -87,6 +87,8 @@ def _with_pass(kernel: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         pruning = kwargs.pop(PASS, None)
+        if (positions := kwargs.get("position_ids")) is not None and positions.ndim > 2:
+            del kwargs["position_ids"]  # Flash looks there for the ends of packed sequences
         layer: int = module.layer_idx  # type: ignore[assignment]
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         bias = None if pruning is None else pruning.bias(layer)  # [B, S]
@@ -100,7 +102,8 @@ def _with_pass(kernel: Callable[..., Any]) -> Callable[..., Any]:
             out, weights = kernel(module, *wide, attention_mask, scaling=scale, **kwargs)
             out = out[..., :width]  # [B, L, H, D]
         if pruning is not None:
-            pruning.see(layer, query, key)
+            with torch.autocast(query.device.type, enabled=False):  # decisions are float32
+                pruning.see(layer, query, key)
         return out, weights
 
     return attention

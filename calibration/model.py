@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from patchsieve.calibration.attention import PASS, install
 from patchsieve.calibration.passes import ImageRows, PruningPass
+from patchsieve.calibration.rotary import install_sections
 from patchsieve.errors import PatchsieveError
 from patchsieve.pruning.atp import ATP
 from patchsieve.pruning.training import atp_loss, average_tokens, target_loss
@@ -43,7 +44,10 @@ class Losses:
 
 
 class PrunedLlava(nn.Module):
-    """A frozen LLaVA and the threshold modules that learn when to drop its visual tokens.
+    """A LLaVA and the threshold modules that learn when to drop its visual tokens.
+
+    The LLaVA is frozen, or learns to do with fewer tokens: decoder, output matrix and projector,
+    as LLaVA's own instruction tuning has it; never the tower.
 
     Args:
         llava: `LlavaForConditionalGeneration`.
@@ -51,6 +55,8 @@ class PrunedLlava(nn.Module):
         patch_ids: Raster index of each of an image's N tokens, -1 for a class token.
         grid: Patch rows and columns.
         losses: Weights of the budget losses.
+        sections: Rotary frequencies of each axis, where positions lie on several (grid2d).
+        train_lm: Train the language model too.
     """
 
     accepts_loss_kwargs = False  # the budget losses are means of a batch: so is the language loss
@@ -62,11 +68,19 @@ class PrunedLlava(nn.Module):
         patch_ids: Sequence[int],
         grid: tuple[int, int],
         losses: Losses | None = None,
+        *,
+        sections: Sequence[int] = (),
+        train_lm: bool = False,
     ) -> None:
         super().__init__()
         self.llava: Any = llava.requires_grad_(False)
+        if train_lm:
+            for part in (llava.model.language_model, llava.lm_head, self.projector):
+                part.requires_grad_(True)
+        self.trains_lm = train_lm
         self.config = llava.config  # the Trainer looks for it
         install(self.llava.model.language_model)
+        install_sections(self.llava.model.language_model, sections)
         self.methods, self.grid = dict(sorted(methods.items())), grid
         self.thresholds = nn.ModuleDict({str(k): m.thresholds for k, m in self.methods.items()})
         self.patch_ids = nn.Buffer(torch.tensor(list(patch_ids)), persistent=False)
@@ -75,6 +89,11 @@ class PrunedLlava(nn.Module):
         self.is_hard = False
         self.budgets: dict[int, int] = {}
         self.last: PruningPass | None = None  # the pass of the last forward, for who reports on it
+
+    @property
+    def projector(self) -> nn.Module:
+        """From the tower to the decoder."""
+        return self.llava.model.multi_modal_projector
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Recompute the decoder's layers in the backward pass (the Trainer calls this)."""
@@ -93,6 +112,7 @@ class PrunedLlava(nn.Module):
         image_sample: Tensor | None = None,
         visual_rows: Tensor | None = None,
         text_rows: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Run a batch, padded on the right, through the masked model.
 
@@ -104,18 +124,15 @@ class PrunedLlava(nn.Module):
             image_sample: The sample of each image, int64 [M].
             visual_rows: Rows of each image's tokens, int64 [M, N].
             text_rows: Rows of the instruction that judges it, -1 for padding, int64 [M, T].
+            position_ids: On A axes, int64 [B, L, A]; by default a row's place.
 
         Returns:
             `loss` 0-d: language loss + lambda_atp L_ATP + lambda_target L_target (eq. 14);
             `logits` [B, L, V].
         """
-        images = []
-        if image_sample is not None and visual_rows is not None and text_rows is not None:
-            for sample, visual, text in zip(image_sample, visual_rows, text_rows, strict=True):
-                images.append(ImageRows(int(sample), visual, text[text >= 0]))
         self.last = pruning = PruningPass(
             self.methods,
-            images,
+            _images(image_sample, visual_rows, text_rows),
             attention_mask.bool(),
             self.patch_ids,
             self.grid,
@@ -128,6 +145,7 @@ class PrunedLlava(nn.Module):
             attention_mask=attention_mask,
             labels=labels,
             pixel_values=pixel_values,
+            position_ids=position_ids,
             use_cache=False,
             **{PASS: pruning},
         )
@@ -135,8 +153,9 @@ class PrunedLlava(nn.Module):
 
     def _budget_loss(self, pruning: PruningPass) -> Tensor:
         """Lambda_atp L_ATP + lambda_target L_target (eqs. 12 and 13), 0-d; 0 without images."""
-        if not pruning.sites:  # heads that took no part still need a gradient, on every device
-            return sum(p.sum() for p in self.thresholds.parameters()) * torch.zeros(())
+        if not pruning.sites:  # what took no part still needs a gradient, on every device
+            idle = [*self.thresholds.parameters(), *self.projector.parameters()]
+            return sum(p.sum() for p in idle if p.requires_grad) * torch.zeros(())
         sites, num_visual = list(pruning.sites), len(self.patch_ids)
         masks = [record.mask for record in pruning.sites.values()]
         loss = self.losses.lambda_atp * atp_loss(masks, sites, num_visual)
@@ -167,3 +186,13 @@ class PrunedLlava(nn.Module):
         sites, num_visual = list(self.last.sites), len(self.patch_ids)
         average = average_tokens(counts, sites, self.num_layers, num_visual)  # [M]
         return facts | {"average_tokens": float(average.mean())}
+
+
+def _images(samples: Tensor | None, visual: Tensor | None, text: Tensor | None) -> list[ImageRows]:
+    """Where the images of a batch lie; see `PrunedLlava.forward`."""
+    if samples is None or visual is None or text is None:
+        return []
+    return [
+        ImageRows(int(sample), rows, judges[judges >= 0])
+        for sample, rows, judges in zip(samples, visual, text, strict=True)
+    ]

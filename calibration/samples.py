@@ -22,6 +22,7 @@ class Sample:
         visual: Rows of each image, int64 [N] each.
         text: Rows of the instruction that judges each image, int64 [T] each.
         pixel_values: float32 [M, 3, h, w]; None without images.
+        position_ids: Rotary positions, int64 [L, A]; None where they are a row's place.
     """
 
     input_ids: Tensor
@@ -29,6 +30,7 @@ class Sample:
     visual: list[Tensor]
     text: list[Tensor]
     pixel_values: Tensor | None
+    position_ids: Tensor | None = None
 
 
 Encode = Callable[[Record], Sample]
@@ -88,6 +90,9 @@ def collate(samples: Sequence[Sample]) -> dict[str, Tensor]:
         "attention_mask": pad([torch.ones_like(row) for row in ids], batch_first=True),
         "labels": pad([s.labels for s in samples], batch_first=True, padding_value=-100),
     }
+    positions = [sample.position_ids for sample in samples if sample.position_ids is not None]
+    if positions:
+        batch["position_ids"] = pad(positions, batch_first=True)
     pixels = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
     if pixels:
         owners = [number for number, sample in enumerate(samples) for _ in sample.visual]

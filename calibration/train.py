@@ -1,7 +1,8 @@
-"""Train the thresholds on the Hugging Face Trainer; the language model stands still."""
+"""Train the thresholds on the Hugging Face Trainer, alone or together with the language model."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from patchsieve.calibration.model import PrunedLlava
 from patchsieve.calibration.samples import Samples, collate
 from patchsieve.heads import TENSORS
 
+LANGUAGE_MODEL = "language_model.safetensors"  # of a checkpoint from which training resumes
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How the heads are trained; see `transformers.TrainingArguments` for what they become.
+    """How training goes; see `transformers.TrainingArguments` for what they become.
 
     Attributes:
         steps: Optimiser steps; None takes the epochs.
@@ -26,6 +30,8 @@ class TrainingOptions:
         batch_size: Samples of one device at a time.
         accumulate: Batches that one step sums.
         learning_rate: Of the heads; the paper's is 1e-4.
+        lm_learning_rate: Of the language model and the projector, where they are trained; the
+            paper's is 2e-5.
         bf16: Compute in bfloat16; thresholds and losses stay float32.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
         workers: Processes that load data.
@@ -38,6 +44,7 @@ class TrainingOptions:
     batch_size: int = 4
     accumulate: int = 1
     learning_rate: float = 1e-4
+    lm_learning_rate: float = 2e-5
     bf16: bool = False
     gradient_checkpointing: bool = False
     workers: int = 0
@@ -73,11 +80,58 @@ class TrainingOptions:
 
 
 class HeadsTrainer(Trainer):
-    """A Trainer that steps, saves and loads the threshold modules alone."""
+    """A Trainer that steps, saves and loads what is trained: heads, and the language model.
 
-    def __init__(self, model: PrunedLlava, samples: Samples, arguments: TrainingArguments) -> None:
-        super().__init__(model=model, args=arguments, train_dataset=samples, data_collator=collate)
-        self.pruned = model
+    Args:
+        model: The model.
+        samples: What it learns from.
+        options: How it learns.
+        folder: Where checkpoints go.
+        quiet: No progress bar.
+    """
+
+    def __init__(
+        self,
+        model: PrunedLlava,
+        samples: Samples,
+        options: TrainingOptions,
+        folder: Path,
+        *,
+        quiet: bool = False,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=options.arguments(folder, quiet=quiet),
+            train_dataset=samples,
+            data_collator=collate,
+        )
+        self.pruned, self.options = model, options
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """One rate for the heads, another for the language model."""
+        if self.optimizer is None:
+            kind, given = self.get_optimizer_cls_and_kwargs(self.args)
+            rates = {True: self.options.learning_rate, False: self.options.lm_learning_rate}
+            heads = {id(p) for p in self.pruned.thresholds.parameters()}
+            groups = [
+                {
+                    "params": [
+                        p
+                        for p in self.pruned.parameters()
+                        if p.requires_grad and (id(p) in heads) == is_heads
+                    ],
+                    "lr": rate,
+                    "weight_decay": self.args.weight_decay,
+                }
+                for is_heads, rate in rates.items()
+            ]
+            self.optimizer = kind([group for group in groups if group["params"]], **given)
+        return self.optimizer
+
+    def release(self) -> PrunedLlava:
+        """The model, computing in its weights' own type again."""
+        self.accelerator.unwrap_model(self.model_wrapped, keep_fp32_wrapper=False)
+        return self.pruned
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add tokens and thresholds of the last batch to a training line."""
@@ -89,9 +143,33 @@ class HeadsTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_file(head_tensors(self.pruned), folder / TENSORS)
+        if self.pruned.trains_lm:
+            save_file(_trained(self.pruned), folder / LANGUAGE_MODEL)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_heads_into(self.pruned, load_file(Path(resume_from_checkpoint) / TENSORS))
+        if self.pruned.trains_lm:
+            stored = load_file(Path(resume_from_checkpoint) / LANGUAGE_MODEL)
+            with torch.no_grad():
+                for name, tensor in _trained(self.pruned).items():
+                    tensor.copy_(stored[name])
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written whole: the Trainer's state is its last file."""
+    found = {}
+    for path in folder.glob("checkpoint-*"):
+        try:
+            step = json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            found[int(step["global_step"])] = path
+        except (OSError, ValueError, KeyError, TypeError):  # cut off, or never written
+            continue
+    return found[max(found)] if found else None
+
+
+def _trained(model: PrunedLlava) -> dict[str, Tensor]:
+    """Parameters of the language model that are trained; tied ones once."""
+    return {n: p.detach() for n, p in model.llava.named_parameters() if p.requires_grad}
 
 
 def head_tensors(model: PrunedLlava) -> dict[str, Tensor]:

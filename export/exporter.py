@@ -7,22 +7,24 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
 
-from patchsieve import __version__, manifest, names
+from patchsieve import __version__, build_memory, manifest, names
 from patchsieve.errors import PatchsieveError, UnsupportedModelError
 from patchsieve.export import weights as weights_module
 from patchsieve.export.checkpoint import Checkpoint, locate, read_config
 from patchsieve.export.clip_source import ClipSource, open_source
+from patchsieve.export.cuts import divide, num_bytes
 from patchsieve.export.decision import compact_graph
 from patchsieve.export.families import decoder_spec
 from patchsieve.export.graphs import GraphWriter
 from patchsieve.export.joint import JointCls, JointWeights
+from patchsieve.export.layers import RMSNorm
 from patchsieve.export.lowering import lowering
 from patchsieve.export.methods import (
     build_method,
@@ -34,13 +36,14 @@ from patchsieve.export.methods import (
 from patchsieve.export.processor import preprocessor_from_checkpoint
 from patchsieve.export.reuse import decide_graphs, plan_vision
 from patchsieve.export.scorer import TextScorer, scorer_graph
-from patchsieve.export.stage import Stage
+from patchsieve.export.stage import DecoderLayer, Head, Stage
 from patchsieve.export.tokenizer import write_tokenizer
 from patchsieve.export.trace import bind, fake_weights, trace
 from patchsieve.export.vision import Vision, vision_graph, vision_model
 from patchsieve.export.weights import DTYPES, Weight, default_dtype, weights_of
 from patchsieve.plan import NO_PRUNING, Plan, check_plan_name
 from patchsieve.precision import BYTES, Precision
+from patchsieve.trained import Trained
 from patchsieve.writing import whole_or_nothing
 
 Progress = Callable[[str, float], None]
@@ -57,6 +60,8 @@ class ExportOptions:
         plan: What prunes where.
         plan_name: The plan's name in the bundle.
         cuts: Further layers at which to divide the decoder, for plans to come.
+        build_memory: Bytes that building any engine may take: the decoder is divided at as many
+            more layers as that needs. None leaves it at the sites and `cuts`.
         targets: For which to write graphs.
         precision: Type of each part, as `Precision.parse` reads it.
         limits: What requests may ask for.
@@ -67,6 +72,7 @@ class ExportOptions:
     plan: Plan = field(default_factory=Plan)
     plan_name: str = NO_PRUNING
     cuts: tuple[int, ...] = ()
+    build_memory: int | None = None
     targets: tuple[str, ...] = ("cpu",)
     precision: str = "float32"
     limits: manifest.Limits = field(default_factory=lambda: manifest.Limits(512, 256, 1))
@@ -88,6 +94,12 @@ class ExportOptions:
             )
         if not self.targets:
             raise PatchsieveError("a bundle needs a target", expected="cpu, reference, ...")
+        if self.build_memory is not None and not set(self.targets) & set(build_memory.TARGETS):
+            raise PatchsieveError(
+                "--build-memory has no effect: no engine is built for these targets",
+                found=", ".join(self.targets),
+                expected=f"one of {', '.join(build_memory.TARGETS)} among --targets",
+            )
         precision = Precision.parse(self.precision)
         for target in self.targets:
             taken = lowering(target).precisions
@@ -147,7 +159,13 @@ class _Job:
         self.directory, self.config, self.options = directory, config, options
         self.precision = Precision.parse(options.precision)
         tower_dtype, self.dtype, head_dtype = (DTYPES[kind][0] for kind in self.precision.kinds)
-        self.spec = decoder_spec(config.text_config)  # type: ignore[attr-defined]
+        trained = Trained.of(config)
+        self.spec = replace(
+            decoder_spec(config.text_config),  # type: ignore[attr-defined]
+            rotary_sections=trained.rotary_sections,
+        )
+        self.plan = options.plan.with_positions(trained.position_rule)
+        self.no_pruning = Plan().with_positions(trained.position_rule)
         self.vision_facts = vision_model(config)
         self.preprocessor = preprocessor_from_checkpoint(directory)
         self._check_image_size()
@@ -166,7 +184,6 @@ class _Job:
         self.side_layer = side_layer(options.plan, methods)
         pairs = zip(options.plan.sites, methods, strict=True)
         queries = {layer for site, m in pairs for layer in layers_read(m, site.layer)}
-        edges = [0, *cuts, self.spec.num_layers]
         with fake_weights() as self.mode:
             with default_dtype(tower_dtype):
                 width = None if self.clip is None else self.clip.text.width
@@ -177,6 +194,7 @@ class _Job:
                     self.scorer = TextScorer(self.clip.text)
                     self.joint = JointCls(self.vision_facts, self.clip.text.width)
             with default_dtype(self.dtype):
+                edges = [0, *self._cuts(cuts, head_dtype), self.spec.num_layers]
                 self.stages = [
                     Stage(self.spec, a, b, head_dtype, queries)
                     for a, b in zip(edges, edges[1:], strict=False)
@@ -206,7 +224,7 @@ class _Job:
             self._add_scorer(self.clip)
         # Last, because tracing takes seconds and all else is refused at once.
         self.plan, self.graphs = decide_graphs(
-            options.plan,
+            self.plan,
             options.plan_name,
             self.spec.hidden_size,
             self.spec.heads,
@@ -214,6 +232,19 @@ class _Job:
             self.plan_vision.num_visual,
             self.dtype,
         )
+
+    def _cuts(self, cuts: list[int], head_dtype: torch.dtype) -> list[int]:
+        """The given cuts, and those that the memory of a build asks for."""
+        memory = self.options.build_memory
+        if memory is None:
+            return cuts
+        others = {"the vision tower": num_bytes(self.plan_vision)}
+        if self.clip is not None:
+            others["the scorer"] = num_bytes(self.scorer)
+        spec = self.spec
+        norm = RMSNorm(spec.hidden_size, spec.norm_eps, head_dtype)
+        sizes = num_bytes(DecoderLayer(spec)), num_bytes(norm, Head(spec, head_dtype))
+        return divide(spec.num_layers, cuts, *sizes, memory, others)
 
     def write(self, partial: Path, progress: Progress) -> None:
         """Write tokenizer, preprocessor, weights and graphs."""
@@ -248,7 +279,7 @@ class _Job:
         """Hash every file and write the manifest."""
         options = self.options
         text = self.config.text_config  # type: ignore[attr-defined]
-        plans = {NO_PRUNING: Plan()} | {options.plan_name: self.plan}
+        plans = {NO_PRUNING: self.no_pruning} | {options.plan_name: self.plan}
         facts = manifest.Manifest(
             patchsieve_version=__version__,
             checkpoint=checkpoint,
@@ -262,6 +293,7 @@ class _Job:
                 num_heads=self.spec.num_heads,
                 num_kv_heads=self.spec.num_kv_heads,
                 head_dim=self.spec.head_dim,
+                rotary_sections=self.spec.rotary_sections,
             ),
             vision=self.vision_facts,
             tokens=self._tokens(),

@@ -50,6 +50,7 @@ def reuse(
     """
     check_plan_name(plan_name)
     old = manifest.read(bundle)
+    plan = plan.with_positions(old.text.trained_rule)
     missing = [layer for layer in plan.layers if layer not in old.cuts]
     if missing:
         raise PatchsieveError(

@@ -13,6 +13,7 @@ from patchsieve.export import ops
 from patchsieve.export.families.specs import DecoderSpec
 from patchsieve.export.layers import Linear, RMSNorm, activation
 from patchsieve.export.trace import Input
+from patchsieve.pruning.rotary import angles
 
 
 class Attention(nn.Module):
@@ -136,7 +137,7 @@ class Stage(nn.Module):
         Args:
             hidden: Rows behind the stage before, [1, L0, C].
             keep_indices: Those of them that go on, ascending, [L].
-            position_ids: Rotary positions of the kept rows, [L].
+            position_ids: Rotary positions of the kept rows, [L]; with A rotary sections [L, A].
             slot: Cache slot of the first kept row, [1].
             last_key: Last slot that each row sees besides its own, [L].
             caches: Keys and values of each layer, [1, G, S, D] twice.
@@ -147,9 +148,9 @@ class Stage(nn.Module):
             decisions may read, [1, L, H * D] each; then the caches.
         """
         x = hidden.index_select(1, keep_indices)  # [1, L, C]
-        angles = position_ids.float()[:, None] * self.inv_freq  # [L, D / 2], radians
-        cos = (angles.cos() * self.spec.rotary_scale).to(x.dtype).unsqueeze(0)  # [1, L, D / 2]
-        sin = (angles.sin() * self.spec.rotary_scale).to(x.dtype).unsqueeze(0)
+        turn = angles(position_ids, self.inv_freq, self.spec.rotary_sections)  # [L, D / 2]
+        cos = (turn.cos() * self.spec.rotary_scale).to(x.dtype).unsqueeze(0)  # [1, L, D / 2]
+        sin = (turn.sin() * self.spec.rotary_scale).to(x.dtype).unsqueeze(0)
         queries: list[Tensor] = []
         updated: list[Tensor] = []
         for (number, layer), cache in zip(self.layers.items(), caches, strict=True):
@@ -167,7 +168,8 @@ class Stage(nn.Module):
     def inputs(self, dtype: torch.dtype) -> tuple[Any, ...]:
         """Dtypes and shapes of the arguments of `forward`."""
         spec, rows = self.spec, names.AXIS_ROWS
-        integers = [Input(torch.int64, (axis,)) for axis in (rows, rows, 1, rows)]
+        position = (rows, axes) if (axes := len(spec.rotary_sections)) else (rows,)
+        integers = [Input(torch.int64, shape) for shape in ((rows,), position, (1,), (rows,))]
         cache = Input(dtype, (1, spec.num_kv_heads, names.AXIS_SLOTS, spec.head_dim))
         hidden = Input(dtype, (1, names.AXIS_ROWS_IN, spec.hidden_size))
         caches = [(cache, cache)] * (self.last - self.first)

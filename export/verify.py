@@ -25,6 +25,7 @@ from patchsieve.export.reuse import plan_vision
 from patchsieve.export.vision import vision_model
 from patchsieve.export.weights import weights_of
 from patchsieve.plan import Plan, PseudoCls
+from patchsieve.trained import Trained
 
 
 @dataclass
@@ -70,6 +71,7 @@ class Reference:
 
         directory = locate(checkpoint)
         self.config = read_config(directory)
+        self.sections = Trained.of(self.config).rotary_sections
         try:
             self.processor = transformers.AutoProcessor.from_pretrained(directory, backend="pil")
             self.llava = transformers.LlavaForConditionalGeneration.from_pretrained(
@@ -187,7 +189,8 @@ class Reference:
 
         Args:
             embeddings: Rows, and behind them a side row for each image, if any; [1, L0 + M, C].
-            positions: Of the L0 rows, and of the one behind them, [L0 + 1].
+            positions: Of the L0 rows, and of the one behind them, [L0 + 1]; [L0 + 1, A] for a model
+                with A rotary sections.
             image_index: Image of each row, -1 for text, [L0]; None where there are no side rows.
             judges: What is asked before a layer.
         """
@@ -195,11 +198,11 @@ class Reference:
 
         out = Layers(cache=transformers.DynamicCache(config=self.config.text_config))
         x, count = torch.from_numpy(embeddings), len(positions) - 1
-        out.position = int(positions[-1])
+        out.position = int(positions[-1].max())
         places, last_seen = positions[:-1], np.arange(count)
         if image_index is not None:
             side, seen = side_rows(positions, image_index)
-            places, last_seen = np.append(places, side), np.append(last_seen, seen)
+            places, last_seen = np.concatenate((places, side)), np.append(last_seen, seen)
         row = np.arange(len(places))  # each row's place among those that came in
         for index in range(len(self.decoder.layers)):
             if index in judges:
@@ -252,7 +255,7 @@ class Reference:
         """
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-        angles = self.decoder.rotary_emb(x, position_ids=positions[None])
+        angles = self._angles(x, positions)
         rows = x.shape[1]
         mask = None
         if seen is not None:
@@ -266,11 +269,27 @@ class Reference:
             x,
             attention_mask=mask,
             position_embeddings=angles,
-            position_ids=positions[None],
             past_key_values=cache,
             use_cache=True,
         )
         return x, query
+
+    def _angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Cosines and sines of rows, [1, L, D] each; positions: [L] or [L, A]."""
+        if positions.ndim == 1:
+            return self.decoder.rotary_emb(x, position_ids=positions[None])
+        by_axis = [self.decoder.rotary_emb(x, position_ids=axis[None]) for axis in positions.T]
+        sections = list(self.sections) * 2  # both halves of a head turn by the same frequencies
+        return tuple(
+            torch.cat(
+                [
+                    each[i % len(each)].split(sections, dim=-1)[i]  # [1, L, section]
+                    for i in range(len(sections))
+                ],
+                dim=-1,
+            )
+            for each in zip(*by_axis, strict=True)
+        )
 
     def _logits(self, x: Tensor) -> np.ndarray:
         return self.llava.lm_head(self.decoder.norm(x[:, -1]))[0].numpy()

@@ -6,25 +6,53 @@ from export, the rest from calibration.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
+from patchsieve.calibration.model import PrunedLlava
 from patchsieve.calibration.records import Record
 from patchsieve.calibration.samples import Sample
 from patchsieve.errors import PatchsieveError
 from patchsieve.export.checkpoint import locate, read_config
+from patchsieve.export.families import decoder_spec
 from patchsieve.export.processor import preprocessor_from_checkpoint
 from patchsieve.export.tokenizer import write_tokenizer
 from patchsieve.export.vision import vision_model
+from patchsieve.heads import HeadsConfig, save_heads
+from patchsieve.plan import GRID2D
 from patchsieve.runtime.images import load_image
 from patchsieve.runtime.preprocess import Preprocessor
 from patchsieve.runtime.prompt import Prompt, PromptBuilder, expand
-from patchsieve.runtime.rows import TEXT, Rows
+from patchsieve.runtime.rows import TEXT, Rows, number_rows
+from patchsieve.trained import KEY, LAYOUTS, Trained, sections
+
+HEADS = "heads"  # folder of a checkpoint
+# Files of a checkpoint that training does not change.
+_CARRIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "tekken.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
 
 
 class Encoder:
@@ -32,17 +60,25 @@ class Encoder:
 
     Args:
         checkpoint: Directory or hub id.
+        positions: How rows are to be numbered, where not as the checkpoint was trained: "original"
+            or "grid2d".
+        layout: Of the sections of "grid2d", if the checkpoint has none (`patchsieve.trained`).
 
     Attributes:
         directory: Where the checkpoint lies.
+        trained: The positions that samples have.
         patch_ids: Raster index of each visual token, -1 for a class token, [N].
         grid: Patch rows and columns.
     """
 
-    def __init__(self, checkpoint: str) -> None:
+    def __init__(
+        self, checkpoint: str, positions: str | None = None, layout: str | None = None
+    ) -> None:
         self.directory = locate(checkpoint)
         config: Any = read_config(self.directory)
-        tower = vision_model(config)
+        head_dim = decoder_spec(config.text_config).head_dim  # refuses what export would refuse
+        self.trained = _positions(Trained.of(config), head_dim, positions, layout)
+        self.tower = tower = vision_model(config)
         self.patch_ids, self.grid = np.array(tower.raster_ids), tower.grid
         self.preprocessor = Preprocessor.from_dict(_plain(self.directory))
         with tempfile.TemporaryDirectory() as folder:
@@ -90,6 +126,7 @@ class Encoder:
             answer = self._answer(record.messages[end])
             ids.append(answer)
             labels.append(answer)
+        length = sum(map(len, ids))
         pixels = [self.preprocessor(load_image(path)) for path in record.images]
         return Sample(
             input_ids=torch.from_numpy(np.concatenate(ids)),
@@ -97,7 +134,16 @@ class Encoder:
             visual=[torch.from_numpy(rows) for rows in visual],
             text=[torch.from_numpy(rows) for rows in text],
             pixel_values=torch.from_numpy(np.stack(pixels)) if pixels else None,
+            position_ids=self._number(length, rows.image_spans),
         )
+
+    def _number(self, length: int, spans: Sequence[tuple[int, int]]) -> torch.Tensor | None:
+        """Positions of all rows as a bundle numbers them, [L, A]; None for their places."""
+        rule, parts = self.trained.position_rule, self.trained.rotary_sections
+        if not parts:
+            return None
+        images = [(slice(*span), self.patch_ids) for span in spans]
+        return torch.from_numpy(number_rows(length, images, self.tower, rule, len(parts))[:-1])
 
     def _question(self, record: Record, end: int) -> Prompt:
         """The tokens of a later question, as the next turn of a chat feeds them."""
@@ -120,6 +166,51 @@ class Encoder:
         text = "".join(part["text"] for part in message["content"] if "text" in part).strip()
         said = self.prompts.tokenize_suffix(f" {text}" if text else " ").token_ids
         return np.concatenate((said, self.eos)).astype(np.int64)
+
+
+def _positions(found: Trained, head_dim: int, positions: str | None, layout: str | None) -> Trained:
+    """What the checkpoint says of positions, or what is asked instead."""
+    rule = found.position_rule if positions is None else positions
+    if rule != GRID2D:
+        return Trained()
+    if layout is None and found.rotary_sections:
+        return Trained(GRID2D, found.rotary_sections)
+    return Trained(GRID2D, sections(head_dim, layout or LAYOUTS[0]))
+
+
+def save_checkpoint(
+    folder: Path,
+    model: PrunedLlava,
+    heads: HeadsConfig,
+    tensors: dict[str, torch.Tensor],
+    encoder: Encoder,
+) -> None:
+    """Write a trained model as `save_pretrained` does, its heads inside.
+
+    Weights are float32, as training had them; export rounds. Tokenizer, processor and chat template
+    are the files of the checkpoint that training began with.
+
+    Args:
+        folder: Which is there.
+        model: The trained model.
+        heads: What its thresholds were learned with.
+        tensors: The thresholds.
+        encoder: Of the checkpoint that training began with.
+    """
+    llava = model.llava
+    # Of a chat model it may hold what save_pretrained refuses to write; the file is copied below.
+    llava.generation_config = GenerationConfig.from_model_config(llava.config)
+    llava.save_pretrained(folder, max_shard_size="5GB")
+    config = read_config(encoder.directory)  # training changed the model's own
+    setattr(config, KEY, replace(encoder.trained, heads=HEADS).to_dict())
+    config.architectures = [type(llava).__name__]
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = llava.dtype
+    config.save_pretrained(folder)
+    for name in _CARRIED:
+        if (encoder.directory / name).is_file():
+            shutil.copyfile(encoder.directory / name, folder / name)
+    save_heads(folder / HEADS, heads, tensors)
 
 
 def _plain(directory: Path) -> dict[str, Any]:

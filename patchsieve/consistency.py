@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from patchsieve import names
 from patchsieve.errors import BundleError
-from patchsieve.plan import NO_PRUNING, check_plan_name
+from patchsieve.plan import GRID2D, NO_PRUNING, check_plan_name
+from patchsieve.trained import are_sections
 
 if TYPE_CHECKING:
     from patchsieve.manifest import Manifest
@@ -81,6 +82,12 @@ def _check_sizes(facts: Manifest) -> None:
             found=f"text.num_layers = {text.num_layers}",
             expected=f"at most {_MOST_LAYERS}",
         )
+    if not are_sections(text.rotary_sections, text.head_dim, bool(text.rotary_sections)):
+        raise BundleError(
+            "the decoder's rotary sections do not divide its heads",
+            found=list(text.rotary_sections)[:8],
+            expected=f"2 or 3 numbers whose sum is {text.head_dim // 2}, or none",
+        )
     if vision.num_visual != vision.num_patches + vision.has_cls - vision.num_dropped:
         raise BundleError(
             "the visual tokens of an image are not those of its tower",
@@ -127,6 +134,8 @@ def _check_plans(facts: Manifest) -> None:
             raise BundleError(
                 f"the plan {name} holds a budget that cannot be", expected=f"below {_MOST}"
             )
+        if facts.position_rule(name) == GRID2D and not facts.text.rotary_sections:
+            raise BundleError(f"the plan {name} numbers by a grid, which the decoder does not know")
         if plan.pseudo_cls is not None and plan.pseudo_cls.needs_scorer and facts.scorer is None:
             raise BundleError(f"the plan {name} compares words with an image, but has no scorer")
     if facts.plans[NO_PRUNING].prunes:
@@ -241,8 +250,12 @@ def _tensors(facts: Manifest, caches: str) -> dict[str, dict[str, _Shape]]:
     is_rows = caches == names.NEW_ROWS
     cache: _Shape = [1, text.num_kv_heads, None, text.head_dim]
     rows: _Shape = [1, None, text.num_kv_heads * text.head_dim]
+    axes = [len(text.rotary_sections)] if text.rotary_sections else []
     for index, stage in enumerate(facts.stages):
-        shapes: dict[str, _Shape] = {names.HIDDEN: [1, None, text.hidden_size]}
+        shapes: dict[str, _Shape] = {
+            names.HIDDEN: [1, None, text.hidden_size],
+            names.POSITION_IDS: [None, *axes],
+        }
         for layer in range(stage.first, stage.last):
             for name in (names.key_cache(layer), names.value_cache(layer)):
                 shapes[name] = rows if is_rows else cache

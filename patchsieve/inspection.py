@@ -91,7 +91,7 @@ def plan_costs(facts: Manifest, name: str, text_tokens: int) -> dict[str, Any]:
             }
         )
     return {
-        "position_rule": plan.position_rule,
+        "position_rule": facts.position_rule(name),
         **{place: plan.to_dict()[place] for place in PLACES},
         "num_visual": facts.num_visual(name),
         "sites": [asdict(site) for site in plan.sites],

@@ -13,11 +13,12 @@ from typing import Any
 from patchsieve import names
 from patchsieve.consistency import check
 from patchsieve.errors import BundleError, PatchsieveError
-from patchsieve.plan import Plan
+from patchsieve.plan import GRID2D, TRAINED_RULES, Plan
 from patchsieve.precision import BYTES, Precision
 from patchsieve.reading import read_as
 
-SCHEMA_VERSION = 2  # 2 added `needs` and `target_tensors`; 1 is still read
+# 2 added `needs` and `target_tensors`, 3 `text.rotary_sections`; the older ones are still read.
+SCHEMA_VERSION = 3
 FILE_NAME = "manifest.json"
 WEIGHTS = "graphs/weights/"
 _LARGEST_MANIFEST = 16 << 20
@@ -29,7 +30,12 @@ Tensors = dict[str, dict[str, list[dict[str, Any]]]]
 
 @dataclass(frozen=True)
 class TextModel:
-    """The decoder's measures: H query heads, G KV heads, D head dim, C hidden, V vocabulary."""
+    """The decoder's measures: H query heads, G KV heads, D head dim, C hidden, V vocabulary.
+
+    Attributes:
+        rotary_sections: Rotary frequencies that turn by each axis of a position, where the decoder
+            was trained with the position rule "grid2d"; empty otherwise.
+    """
 
     model_type: str
     vocab_size: int
@@ -39,6 +45,12 @@ class TextModel:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    rotary_sections: tuple[int, ...] = ()
+
+    @property
+    def trained_rule(self) -> str:
+        """The position rule that the decoder was trained with."""
+        return GRID2D if self.rotary_sections else TRAINED_RULES[0]
 
 
 @dataclass(frozen=True)
@@ -235,6 +247,10 @@ class Manifest:
     def vision_graph(self, plan: str) -> str:
         """The graph that makes a plan's visual tokens."""
         return names.vision(plan) if self.plans[plan].has_vision else names.VISION
+
+    def position_rule(self, plan: str) -> str:
+        """How a plan numbers the tokens of an image."""
+        return self.plans[plan].position_rule or self.text.trained_rule
 
     def num_visual(self, plan: str) -> int:
         """Visual tokens that enter the decoder for each image under a plan."""

@@ -74,7 +74,8 @@ MOST_WINDOWS = 8  # that one run takes
 # Tensors of `stage_i`. L0 rows come in, L rows are kept and fed.
 HIDDEN = "hidden"  # [1, L0, C]
 KEEP_INDICES = "keep_indices"  # [L] rows of `hidden` that this stage keeps, ascending
-POSITION_IDS = "position_ids"  # [L] rotary position of each kept row
+# [L] rotary position of each kept row; [L, A] for a model with A rotary sections.
+POSITION_IDS = "position_ids"
 SLOT = "slot"  # [1] cache slot of the first kept row
 LAST_KEY = "last_key"  # [L] last slot that a row sees, besides its own
 LOGITS_ROW = "logits_row"  # [1] kept row whose logits are wanted (last stage)

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from patchsieve.errors import PatchsieveError
 
-POSITION_RULES = ("original", "contiguous")
+GRID2D = "grid2d"
+TRAINED_RULES = ("original", GRID2D)  # that a language model can have been trained with
+POSITION_RULES = ("original", "contiguous", GRID2D)
 PLACES = ("encoder", "projector")  # inside the vision tower, and between it and the decoder
 TEXTS = ("clip", "similarity", "all", "none")
 CLS_SOURCES = ("last", "penultimate")
@@ -144,14 +146,16 @@ class Plan:
         projector: Method between the tower and the decoder.
         position_rule: How the tokens that enter the decoder are numbered. "original": a patch by
             its raster index, with gaps; tokens that are no patches as if the image had that many.
-            "contiguous": every token by its place. What the decoder drops renumbers nothing.
+            "contiguous": every token by its place. "grid2d": a patch by its row and column, for a
+            model that was trained so. What the decoder drops renumbers nothing. None until export
+            has taken what the checkpoint says.
         pseudo_cls: The side row that some sites judge by; None where none does.
     """
 
     sites: tuple[SitePlan, ...] = ()
     encoder: MethodPlan | None = None
     projector: MethodPlan | None = None
-    position_rule: str = "original"
+    position_rule: str | None = None
     pseudo_cls: PseudoCls | None = None
 
     def __post_init__(self) -> None:
@@ -162,12 +166,33 @@ class Plan:
                 found=layers,
                 expected="ascending layers, each once",
             )
-        if self.position_rule not in POSITION_RULES:
+        if self.position_rule not in (None, *POSITION_RULES):
             raise PatchsieveError(
                 "unknown position rule",
                 found=repr(self.position_rule)[:80],
                 expected=" or ".join(POSITION_RULES),
             )
+
+    def with_positions(self, trained: str) -> Plan:
+        """The plan with its position rule worked out.
+
+        Args:
+            trained: The rule that the language model was trained with.
+
+        Raises:
+            PatchsieveError: The plan asks for one that the model does not know.
+        """
+        rule = trained if self.position_rule is None else self.position_rule
+        if rule != trained and GRID2D in (rule, trained):
+            raise PatchsieveError(
+                "the language model was not trained with these positions",
+                found=rule,
+                expected=trained,
+                do="leave --positions and position_rule away"
+                if trained == GRID2D
+                else "train it with them: patchsieve calibrate --train-lm --positions grid2d",
+            )
+        return replace(self, position_rule=rule)
 
     @property
     def layers(self) -> list[int]:
@@ -219,7 +244,7 @@ class Plan:
         return cls(
             sites=tuple(SitePlan(**site) for site in sites),
             **{place: MethodPlan.from_dict(data.get(place), place) for place in PLACES},
-            position_rule=data.get("position_rule", "original"),
+            position_rule=data.get("position_rule"),
             pseudo_cls=None if pseudo_cls is None else PseudoCls(**pseudo_cls),
         )
 

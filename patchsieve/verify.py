@@ -118,7 +118,7 @@ class Verification:
         if failure:
             yield Part(plan, "greedy tokens", departs=True, note=failure)
             return
-        if plan == NO_PRUNING:
+        if plan == NO_PRUNING and not self.facts.text.rotary_sections:
             said, by = self.reference.generate(inputs, count), "generate"
         else:
             said, by = self.reference.decode(self._layers, count), "eager decoding of the survivors"
@@ -139,8 +139,9 @@ class Verification:
         facts, judge = self.facts, self._judge(plan, decisions)
         spans = [slice(*span) for span in rows.image_spans]
         given = list(zip(spans, patch_ids, strict=True))
-        count, rule = len(rows.token_ids), facts.plans[plan].position_rule
-        positions = number_rows(count, given, facts.vision, rule)
+        count, rule = len(rows.token_ids), facts.position_rule(plan)
+        axes = len(facts.text.rotary_sections)
+        positions = number_rows(count, given, facts.vision, rule, axes)
         side = embeddings.shape[1] - count
         self._layers = layers = self.reference.prefill(
             embeddings,
@@ -320,13 +321,15 @@ class Verification:
     def _check_shapes(self, checkpoint: str) -> None:
         """Refuse another model's checkpoint at once."""
         text = self.reference.config.text_config
-        ours = {
+        ours: dict[str, Any] = {
             "hidden_size": self.facts.text.hidden_size,
             "num_hidden_layers": self.facts.text.num_layers,
             "vocab_size": self.facts.text.vocab_size,
             "num_attention_heads": self.facts.text.num_heads,
         }
         theirs = {name: getattr(text, name) for name in ours}
+        ours["rotary_sections"] = list(self.facts.text.rotary_sections)
+        theirs["rotary_sections"] = list(self.reference.sections)
         if ours != theirs:
             raise PatchsieveError(
                 f"the bundle was not made from {checkpoint}", found=ours, expected=theirs

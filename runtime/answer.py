@@ -170,10 +170,10 @@ class Answer:
             places[span] = np.arange(span.stop - span.start)
             if chat._images.reduced:
                 sizes[span] = chat._images.reduced[number].sizes()
-        rule = facts.plans[chat.plan].position_rule
+        rule, axes = facts.position_rule(chat.plan), len(facts.text.rotary_sections)
         images = [(span, patch_ids[span]) for span in spans]
-        positions = self.cache.position + number_rows(count, images, facts.vision, rule)
-        following, side_of = int(positions[-1]), np.full(count, TEXT)
+        positions = self.cache.position + number_rows(count, images, facts.vision, rule, axes)
+        following, side_of = int(positions[-1].max()), np.full(count, TEXT)
         known = (positions[:-1], image, patch_ids, places, is_instruction, sizes)
         return Rows(*known, side_of, following), hidden[None]
 

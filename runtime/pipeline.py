@@ -190,7 +190,8 @@ class Pipeline:
         mark = cache.mark()
         try:
             hidden = self.bundle.embed(np.array([token_id]))[None]  # [1, 1, C]
-            position = np.array([cache.position])
+            axes = len(self.facts.text.rotary_sections)
+            position = np.full((1, axes) if axes else 1, cache.position)
             steps = [
                 self._inputs(index, self._only_row, position, stage_cache)
                 for index, stage_cache in enumerate(cache.stages)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from patchsieve.manifest import VisionModel
+from patchsieve.plan import GRID2D
 
 TEXT = -1  # image number of a row that belongs to no image
 
@@ -17,7 +18,7 @@ class Rows:
     """Rows of one prefill, or those of them that a stage kept.
 
     Attributes:
-        position_ids: Rotary position, int64 [L].
+        position_ids: Rotary position, int64 [L]; for a model with A rotary sections [L, A].
         image: Number of the row's image in the conversation, TEXT for text, int64 [L].
         patch_ids: Raster index on the image's patch grid, -1 for none, int64 [L].
         places: Place among the image's tokens that entered the decoder, -1 for text, int64 [L].
@@ -60,7 +61,8 @@ class Rows:
         """
         images = self.images()
         none = np.full(len(images), TEXT)
-        positions = np.append(self.position_ids, self.next_position)
+        behind_all = np.full_like(self.position_ids[:1], self.next_position)
+        positions = np.concatenate((self.position_ids, behind_all))
         is_text = np.append(self.image == TEXT, True)
         behind = [
             self.of_image(image)[-1] + np.argmax(is_text[self.of_image(image)[-1] :])
@@ -138,8 +140,13 @@ def number_tokens(ids: np.ndarray, vision: VisionModel, rule: str) -> tuple[np.n
         vision: The tower.
         rule: The plan's position rule: "original" leaves the gaps of what was dropped, and numbers
             tokens that are no patches as if the image had that many, or that many more;
-            "contiguous" leaves no gaps.
+            "contiguous" leaves no gaps. "grid2d" leaves the gaps too (see `number_grid`).
+
+    Returns:
+        int64 [N], by "grid2d" [N, 3]; and the number.
     """
+    if rule == GRID2D:
+        return number_grid(ids, vision)
     is_patch = ids >= 0
     if rule == "contiguous" or not is_patch.any():
         return np.arange(len(ids)), len(ids)
@@ -152,23 +159,56 @@ def number_tokens(ids: np.ndarray, vision: VisionModel, rule: str) -> tuple[np.n
     return positions, vision.num_visual + num_further
 
 
+def number_grid(ids: np.ndarray, vision: VisionModel) -> tuple[np.ndarray, int]:
+    """Positions of an image's tokens in time, row and column, and how many the image takes.
+
+    Patches have one time and their place on the grid, as in Qwen2-VL; an image takes as many
+    positions as the longer side of the whole grid, whatever of it was dropped. The same on all axes
+    are the positions of a class token in front, which takes one more, and of tokens that are no
+    patches, which follow the grid one by one.
+
+    Args:
+        ids: Raster ids of its tokens, int64 [N].
+        vision: The tower.
+    """
+    is_patch = ids >= 0
+    if not is_patch.any():
+        return np.repeat(np.arange(len(ids))[:, None], 3, axis=1), len(ids)
+    height, width = vision.grid
+    front = int(vision.num_visual > vision.num_patches)
+    row, column = np.divmod(np.maximum(ids, 0), width)
+    positions = front + np.stack((np.zeros_like(ids), row, column), axis=1)
+    behind = np.flatnonzero(~is_patch)
+    if front and behind[:1] == 0:  # the class token, which a method may have dropped
+        positions[0], behind = 0, behind[1:]
+    taken = front + max(height, width)
+    positions[behind] = taken + np.arange(len(behind))[:, None]
+    return positions, taken + len(behind)
+
+
 def number_rows(
     count: int,
     images: Iterable[tuple[slice, np.ndarray]],
     vision: VisionModel,
     rule: str,
+    num_axes: int = 0,
 ) -> np.ndarray:
-    """Positions of `count` rows and of the row behind them, counted from the first, [count + 1].
+    """Positions of `count` rows and of the row behind them, counted from the first.
 
     Args:
         count: Rows of text and images.
         images: Rows of each image, in order, and the raster ids of its tokens.
         vision: The tower.
         rule: The plan's position rule.
+        num_axes: Rotary sections of the model, A: 3 for time, row and column, 2 for row and column.
+
+    Returns:
+        int64 [count + 1]; with rotary sections [count + 1, A], of text the same on every axis.
     """
-    positions = np.arange(count + 1)
+    positions = np.repeat(np.arange(count + 1)[:, None], max(1, num_axes), axis=1)
     for rows, ids in images:
         offsets, taken = number_tokens(ids, vision, rule)
-        positions[rows] = positions[rows.start] + offsets
+        by_axis = offsets[:, -num_axes:] if offsets.ndim == 2 else offsets[:, None]
+        positions[rows] = positions[rows.start] + by_axis
         positions[rows.stop :] += taken - len(ids)
-    return positions
+    return positions if num_axes else positions[:, 0]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from patchsieve import manifest, names
+from patchsieve import build_memory, manifest, names
 from patchsieve.cli import main
 from patchsieve.errors import BackendMissingError, BundleError, PatchsieveError
 from patchsieve.export.exporter import ExportOptions, export
@@ -126,6 +126,18 @@ def test_a_stage_has_a_prefill_and_a_decode_profile(bundle) -> None:
     assert prefill[names.HIDDEN][2] == (1, 64 + 2 * 16, facts.text.hidden_size)
     assert prefill[names.KEEP_INDICES][2] == (64 + 2 * 8,)
     assert names.key_cache(1) not in prefill and names.SLOT not in prefill
+
+
+def test_building_takes_no_more_memory_than_export_says(bundle, engines, capsys) -> None:
+    expected = build_memory.expectations(manifest.read(bundle))
+    for one in engines:
+        assert one.engine.peak_bytes <= expected[one.graph]
+    assert main(["build", str(bundle), "--target", TARGET, "--quiet", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["engines"]
+    assert {one["graph"]: one["expected_memory_bytes"] for one in told} == expected
+    assert main(["build", str(bundle), "--target", TARGET, "--dry-run"]) == 0
+    comments = [line for line in capsys.readouterr().out.splitlines() if line.startswith("# ")]
+    assert {line.split(":")[0].removeprefix("# ") for line in comments} == set(expected)
 
 
 def test_a_second_build_takes_what_stands_there_and_mends_what_does_not(bundle, engines) -> None:

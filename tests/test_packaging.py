@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,15 +11,23 @@ from pathlib import Path
 import pytest
 
 import patchsieve
+from tests.installs import FOLDERS, ROOT, build_wheel, environment, unpack
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("pruning", "export", "runtime", "calibration")
 STDLIB = set(sys.stdlib_module_names)
 
 # Folder -> the parts of patchsieve that it may import, besides itself.
 INSIDE = {
     "pruning": {"errors"},
-    "runtime": {"errors", "manifest", "names", "plan", "precision", "reading", "writing"},
+    "runtime": {
+        "build_memory",
+        "errors",
+        "manifest",
+        "names",
+        "plan",
+        "precision",
+        "reading",
+        "writing",
+    },
     "calibration": {"errors", "heads", "pruning"},
 }
 # Folder -> the parts that it may not import.
@@ -71,11 +77,6 @@ def imports_in(folder: str) -> list[tuple[str, list[str]]]:
     return found
 
 
-def environment() -> dict[str, str]:
-    """The environment without what would let a child find this checkout."""
-    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-
-
 def test_setup_and_package_agree_on_the_version() -> None:
     tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
     versions = [
@@ -118,41 +119,28 @@ def test_import_rules_see_relative_and_nested_imports(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy: a build/ left in the tree would ship deleted modules."""
-    place = tmp_path_factory.mktemp("wheel")
-    tracked = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if tracked.returncode == 0:
-        files = [name for name in tracked.stdout.split("\0") if name and (ROOT / name).is_file()]
-    else:  # an unpacked archive
-        folders = ("patchsieve", *FOLDERS)
-        files = ["setup.py", "pyproject.toml", "README.md", "LICENSE"]
-        files += [str(p.relative_to(ROOT)) for f in folders for p in (ROOT / f).rglob("*.py")]
-        files += [f"patchsieve/page/{p.name}" for p in (ROOT / "patchsieve/page").glob("page.*")]
-    for name in files:
-        target = place / "source" / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, target)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
-    command += ["--no-build-isolation", "--wheel-dir", str(place), str(place / "source")]
-    subprocess.run(command, check=True, env=environment(), cwd=place)
-    return next(place.glob("*.whl"))
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 def test_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if name.endswith((".py", ".json"))}
     tables = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("export/operators/*.json")}
-    expected = {f"patchsieve/{path}" for path in tables} | {
+    modules = {
         ("patchsieve/" if folder != "patchsieve" else "") + path.relative_to(ROOT).as_posix()
         for folder in ("patchsieve", *FOLDERS)
         for path in (ROOT / folder).rglob("*.py")
     }
-    assert packed == expected
+    doors = {name for name in modules if name.startswith("patchsieve/doors/optimum/")}
+    moved = {f"optimum/commands/register/{Path(name).name}" for name in doors}
+    assert packed == modules - doors | moved | {f"patchsieve/{path}" for path in tables}
+
+
+def test_folders_of_others_hold_no_init_of_ours(wheel: Path) -> None:
+    """optimum's folders are shared by several distributions (PEP 420)."""
+    with zipfile.ZipFile(wheel) as archive:
+        shared = [name for name in archive.namelist() if name.startswith("optimum/")]
+    assert shared == ["optimum/commands/register/register_patchsieve.py"]
 
 
 def test_wheel_holds_the_files_that_a_page_is_made_of(wheel: Path) -> None:
@@ -162,9 +150,7 @@ def test_wheel_holds_the_files_that_a_page_is_made_of(wheel: Path) -> None:
 
 
 def test_wheel_imports_from_elsewhere_without_torch(wheel: Path, tmp_path: Path) -> None:
-    installed = tmp_path / "installed"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(installed)
+    installed = unpack(wheel, tmp_path / "installed")
     # What a board imports: the face, every module under runtime, and the command line; it draws.
     script = """
 import importlib, importlib.util, pkgutil, sys

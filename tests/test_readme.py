@@ -43,6 +43,13 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_the_door_of_optimum_is_shown_with_words_that_work() -> None:
+    """Words behind it go to `patchsieve export` unread (tests/test_optimum_door.py)."""
+    (line,) = re.findall(r"^optimum-cli .*$", README, flags=re.M)
+    assert shlex.split(line)[1:3] == ["export", "patchsieve"]
+    assert ["export", *shlex.split(line)[3:]] in commands()
+
+
 @pytest.mark.slow
 def test_every_command_of_the_readme_works_in_its_order(workplace: Path, capsys) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")

@@ -31,6 +31,8 @@ class DecoderSpec:
         inv_freq: Rotary frequencies in radians per position, D / 2 of them, scaling included.
         rotary_scale: Factor on cosines and sines (1 but for YaRN).
         max_rows: Longest sequence for which the structure holds: positions, or a sliding window.
+        rotary_sections: Frequencies that turn by each axis of a position (see
+            `patchsieve.trained`); empty where a position is one number.
     """
 
     vocab_size: int
@@ -48,6 +50,7 @@ class DecoderSpec:
     inv_freq: tuple[float, ...]
     rotary_scale: float
     max_rows: int
+    rotary_sections: tuple[int, ...] = ()
 
     @property
     def heads(self) -> HeadShape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 
 
@@ -14,6 +15,17 @@ def integers(text: str) -> list[int]:
 def numbers(text: str) -> list[float]:
     """Read numbers with commas between them: 0.5,0.25."""
     return [float(part) for part in parts(text, r"\d*\.?\d+", "numbers such as 0.5,0.25")]
+
+
+def gigabytes(text: str) -> int:
+    """Read a size in gigabytes, such as 1.5, as bytes."""
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected gigabytes above 0, such as 1.5")
+    return int(size * 1e9)
 
 
 def parts(text: str, pattern: str, expected: str) -> list[str]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patchsieve import manifest
+from patchsieve import build_memory, manifest
+from patchsieve.cli.arguments import gigabytes
 from patchsieve.cli.output import Progress, print_json, size, table
-from patchsieve.errors import PatchsieveError
 
 if TYPE_CHECKING:
     from patchsieve.runtime.building.build import Built
@@ -28,7 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="tensorrt-rtx",
         help="what to compile for: tensorrt-rtx (default), tensorrt, tensorrt10 or jetpack6",
     )
-    add("--memory-limit", type=float, metavar="GB", help="scratch memory that a kernel may ask for")
+    add(
+        "--memory-limit",
+        type=gigabytes,
+        metavar="GB",
+        help="scratch memory that a kernel may ask for",
+    )
     add(
         "--optimization-level",
         type=int,
@@ -43,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--device-memory",
-        type=float,
+        type=gigabytes,
         metavar="GB",
         help="memory of the GPU that will run the engines, for --weight-streaming auto",
     )
@@ -68,12 +72,12 @@ def run(args: argparse.Namespace) -> int:
     request = Request(
         target=args.target,
         options=Options(
-            workspace_bytes=_gigabytes("--memory-limit", args.memory_limit),
+            workspace_bytes=args.memory_limit,
             optimization_level=args.optimization_level,
             compute_capabilities=tuple(args.compute_capability),
         ),
         streaming=args.weight_streaming,
-        device_bytes=_gigabytes("--device-memory", args.device_memory),
+        device_bytes=args.device_memory,
         force=args.force,
     )
     if args.dry_run:
@@ -106,33 +110,45 @@ def _dry_run(args: argparse.Namespace, request: Request) -> int:
         for graph in graphs_of(facts, target)
         if not misfit(facts, graph)
     }
+    expected = _expected(facts, target)
     if args.json:
-        print_json({"bundle": str(args.bundle), "target": target, "commands": lines})
-    else:
-        print(*lines.values(), sep="\n")
+        about = {"bundle": str(args.bundle), "target": target, "commands": lines}
+        print_json(about | {"expected_memory_bytes": expected})
+        return 0
+    for graph, line in lines.items():
+        if graph in expected:
+            print(f"# {graph}: at most about {size(expected[graph])} of memory")
+        print(line)
     return 0
+
+
+def _expected(facts: manifest.Manifest, target: str) -> dict[str, int]:
+    """Most memory of building each graph's engine, where that was measured."""
+    return build_memory.expectations(facts) if target == build_memory.MEASURED else {}
 
 
 def _report(args: argparse.Namespace, built: list[Built], seconds: float) -> None:
     made = [one for one in built if one.engine is not None]
     total = sum(one.engine.size for one in made if one.engine)
+    expected = _expected(manifest.read(args.bundle), args.target)
     peaks = [one.engine.peak_bytes or 0 for one in made if one.engine and not one.was_there]
     if args.json:
         print_json(
             {
                 "bundle": str(args.bundle),
                 "target": args.target,
-                "engines": [_facts(one) for one in built],
+                "engines": [_facts(one, expected.get(one.graph)) for one in built],
                 "bytes": total,
                 "seconds": round(seconds, 3),
                 "peak_memory_bytes": max(peaks, default=0),
             }
         )
         return
-    rows = [_row(one) for one in built]
+    rows = [_row(one, expected.get(one.graph)) for one in built]
     peak = size(max(peaks)) if peaks else "-"
-    rows.append(("all", size(total), f"{seconds:.1f}", peak, ""))
-    print(table(("engine", "size", "s", "peak memory", "rung"), rows))
+    most = size(max(expected.values())) if expected else "-"
+    rows.append(("all", size(total), f"{seconds:.1f}", peak, most, ""))
+    print(table(("engine", "size", "s", "peak memory", "expected", "rung"), rows))
     print(args.bundle / "engines" / args.target)
     for one in built:
         for text in (
@@ -142,20 +158,21 @@ def _report(args: argparse.Namespace, built: list[Built], seconds: float) -> Non
             print(f"{one.graph}: {text}")
 
 
-def _row(one: Built) -> tuple[str, ...]:
+def _row(one: Built, expected: int | None) -> tuple[str, ...]:
     if one.engine is None:
-        return (one.graph, "-", "-", "-", "not built")
+        return (one.graph, "-", "-", "-", "-", "not built")
     engine = one.engine
     return (
         one.graph,
         size(engine.size),
         "there" if one.was_there else f"{engine.seconds:.1f}",
         "-" if engine.peak_bytes is None else size(engine.peak_bytes),
+        "-" if expected is None else size(expected),
         engine.rung,
     )
 
 
-def _facts(one: Built) -> dict[str, Any]:
+def _facts(one: Built, expected: int | None) -> dict[str, Any]:
     engine = one.engine
     facts: dict[str, Any] = {
         "graph": one.graph,
@@ -170,6 +187,7 @@ def _facts(one: Built) -> dict[str, Any]:
         "seconds": engine.seconds,
         "base_memory_bytes": engine.base_bytes,
         "peak_memory_bytes": engine.peak_bytes,
+        "expected_memory_bytes": expected,
         "rung": engine.rung,
         "failed": [asdict(attempt) for attempt in engine.failed],
         "options": asdict(engine.options),
@@ -177,11 +195,3 @@ def _facts(one: Built) -> dict[str, Any]:
         "gpu": None if engine.gpu is None else asdict(engine.gpu),
         "warnings": list(engine.warnings),
     }
-
-
-def _gigabytes(option: str, value: float | None) -> int | None:
-    if value is None:
-        return None
-    if not 0 < value < math.inf:
-        raise PatchsieveError(f"{option} is not a size", found=value, expected="gigabytes, above 0")
-    return int(value * 1e9)

@@ -1,4 +1,4 @@
-"""`patchsieve calibrate CHECKPOINT --data DATA -o HEADS`: thresholds that fit a model."""
+"""`patchsieve calibrate CHECKPOINT --data DATA -o OUT`: thresholds that fit a model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,29 @@ from typing import TYPE_CHECKING, Any
 
 from patchsieve.cli.arguments import integers
 from patchsieve.cli.output import Progress, print_json, require, table
+from patchsieve.errors import PatchsieveError
+from patchsieve.heads import CONFIG
+from patchsieve.plan import GRID2D, TRAINED_RULES
+from patchsieve.trained import LAYOUTS
 
 if TYPE_CHECKING:
+    from patchsieve.calibrate import Encoder
     from patchsieve.calibration.model import PrunedLlava
     from patchsieve.calibration.samples import Samples
     from patchsieve.heads import HeadsConfig
+
+
+# Options that a training cannot change when it is resumed.
+_OF_A_TRAINING = (
+    "checkpoint",
+    "sites",
+    "normalisation",
+    "causal",
+    "hidden",
+    "train_lm",
+    "positions",
+    "sections",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--method", default="atp", choices=("atp", "quantile"), help="learn heads, or fix constants"
     )
-    add("-o", "--out", type=Path, required=True, metavar="HEADS", help="directory to make")
+    add(
+        "-o",
+        "--out",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="directory to make: heads, or with --train-lm a whole checkpoint",
+    )
     add(
         "--sites",
         type=integers,
@@ -47,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--percentile", type=float, default=99.0, help="of survivors, to reserve behind a site (99)"
     )
-    scores = parser.add_argument_group("scores (recorded in HEADS)")
+    scores = parser.add_argument_group("scores (recorded in OUT)")
     scores.add_argument("--normalisation", default="minmax", help="minmax, rank, softmax or none")
     scores.add_argument("--causal", action="store_true", help="eq. 3 over causal pairs only")
     scores.add_argument("--hidden", type=int, default=64, help="width of a threshold module (64)")
@@ -58,6 +83,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=4, help="samples of one device at a time (4)")
     add("--accumulate", type=int, default=1, help="batches that one step sums (1)")
     add("--learning-rate", type=float, default=1e-4, help="of the heads (1e-4)")
+    add(
+        "--train-lm",
+        action="store_true",
+        help="train the language model and the projector too; OUT is then a whole checkpoint",
+    )
+    add("--lm-learning-rate", type=float, default=2e-5, help="of the language model (2e-5)")
+    add(
+        "--positions",
+        choices=TRAINED_RULES,
+        help="--train-lm: of image tokens: grid2d (default), by row and column; or original, in "
+        "a row",
+    )
+    add(
+        "--sections",
+        choices=LAYOUTS,
+        help="grid2d: rotary frequencies by time, row and column as Qwen2-VL's (mrope, default), "
+        "or by row and column alone (2d)",
+    )
     add("--lambda-atp", type=float, default=0.05, help="weight of eq. 12 (0.05)")
     add("--lambda-target", type=float, default=0.2, help="weight of eq. 13 (0.2)")
     add("--temperature", type=float, default=50.0, help="T of eqs. 9 and 10 (50)")
@@ -65,17 +108,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gradient-checkpointing", action="store_true")
     add("--workers", type=int, default=0, help="processes that load data (0)")
     add("--save-steps", type=int, default=500, help="steps between checkpoints (500)")
-    add("--resume", action="store_true", help="go on from HEADS.partial")
+    add("--resume", action="store_true", help="go on from OUT.partial")
     add("--seed", type=int, default=0)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Calibrate, save the heads, print what survives."""
+    """Calibrate, save the heads or the checkpoint, print what survives."""
     libraries = ("torch", "transformers", "accelerate", "safetensors")
     require(libraries, "cpu,export,calibration", "calibrate")
-    from patchsieve.errors import PatchsieveError
-    from patchsieve.heads import CONFIG
-
+    _check_options(args)
     if os.path.lexists(args.out):
         raise PatchsieveError(
             f"{args.out} exists already", do="remove it, or choose another name with -o"
@@ -87,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         )
     progress, started = Progress(args.json), time.monotonic()
     progress("loading the checkpoint", 0.0)
-    model, samples, held_out = _load(args)
+    model, samples, held_out, encoder = _load(args)
     if args.method == "atp":
         history = _train(args, model, samples, partial, progress)
     else:
@@ -96,31 +137,60 @@ def run(args: argparse.Namespace) -> int:
     progress.done()
     if not _is_main_process():
         return 0
-    _save(args.out, partial, config, model, history)
+    _save(args, partial, config, model, history, encoder)
     report |= {
-        "heads": str(args.out),
+        "checkpoint" if args.train_lm else "heads": str(args.out),
+        "position_rule": encoder.trained.position_rule,
         "records": len(samples),
         "records_without_image": samples.missing,
         "seconds": round(time.monotonic() - started, 3),
     }
+    _tell(args, report)
+    return 0
+
+
+def _tell(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Print what was learned, and how to use it."""
     if args.json:
         print_json(report)
-        return 0
-    print(f"{args.out}: {args.method} heads from {len(samples)} records, {report['seconds']:.1f} s")
-    if samples.missing:
-        print(f"  {samples.missing} records left out: their images are not there")
+        return
+    what = "language model and heads" if args.train_lm else "heads"
+    seconds = f"{report['seconds']:.1f} s"
+    print(f"{args.out}: {args.method} {what} from {report['records']} records, {seconds}")
+    if missing := report["records_without_image"]:
+        print(f"  {missing} records left out: their images are not there")
     columns = ("layer", "mean tokens", "fewest", "most", "reserved")
     rows = [tuple(site[key] for key in columns) for site in report["sites"]]
     print(table(columns, rows))
     print(
         f"average over all layers {report['average_tokens']:.1f} tokens, target "
         f"{args.target_tokens:g}\n"
-        f"export with: --method atp --heads {args.out}  ({CONFIG} holds the sites)"
+        + (
+            f"export with: patchsieve export {args.out} -o BUNDLE --method atp"
+            if args.train_lm
+            else f"export with: --method atp --heads {args.out}  ({CONFIG} holds the sites)"
+        )
     )
-    return 0
 
 
-def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples]:
+def _check_options(args: argparse.Namespace) -> None:
+    """Refuse options that would have no effect."""
+    if args.train_lm and args.method != "atp":
+        raise PatchsieveError(
+            "--train-lm trains by the losses of atp", found=f"--method {args.method}"
+        )
+    given = [name for name in ("positions", "sections") if getattr(args, name) is not None]
+    if given and not args.train_lm:
+        raise PatchsieveError(
+            "a frozen language model keeps the positions that it was trained with",
+            found=f"--{given[0]}",
+            do="add --train-lm, or leave it away",
+        )
+    if args.sections is not None and args.positions == TRAINED_RULES[0]:
+        raise PatchsieveError("--sections is of --positions grid2d", found=args.positions)
+
+
+def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Encoder]:
     import torch
     from transformers import LlavaForConditionalGeneration
 
@@ -129,28 +199,24 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples]:
     from patchsieve.calibration.records import Records
     from patchsieve.calibration.samples import Samples
     from patchsieve.calibration.survivors import constant_heads
-    from patchsieve.errors import PatchsieveError
     from patchsieve.pruning.atp import ATP
     from patchsieve.pruning.thresholds import Thresholds
 
-    encoder = Encoder(args.checkpoint)
+    positions = (args.positions or GRID2D) if args.train_lm else None
+    encoder = Encoder(args.checkpoint, positions, args.sections)
 
     def read(path: Path) -> Samples:
         return Samples(Records(path, args.image_folder), encoder, skip_missing=args.skip_missing)
 
     samples = read(args.data)
     held_out = samples if args.held_out is None else read(args.held_out)
+    # Steps of 2e-5 are lost in bfloat16 weights: those that are trained stay float32, and --bf16
+    # computes with a copy.
+    is_half = args.bf16 and not args.train_lm
     llava: Any = LlavaForConditionalGeneration.from_pretrained(
-        encoder.directory, dtype=torch.bfloat16 if args.bf16 else torch.float32
+        encoder.directory, dtype=torch.bfloat16 if is_half else torch.float32
     )
-    layers = llava.config.text_config.num_hidden_layers
-    sites = args.sites
-    if sites != sorted(set(sites)) or not 0 < sites[0] <= sites[-1] < layers:
-        raise PatchsieveError(
-            "the sites cannot be used",
-            found=sites,
-            expected=f"ascending layers from 1 to {layers - 1}",
-        )
+    _check_sites(args.sites, llava.config.text_config.num_hidden_layers)
     torch.manual_seed(args.seed)
     methods = {
         site: ATP(
@@ -160,11 +226,28 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples]:
             normalisation=args.normalisation,
             causal=args.causal,
         )
-        for site in sites
+        for site in args.sites
     }
     losses = Losses(args.target_tokens, args.lambda_atp, args.lambda_target, args.temperature)
-    model = PrunedLlava(llava, methods, encoder.patch_ids.tolist(), encoder.grid, losses)
-    return model, samples, held_out
+    model = PrunedLlava(
+        llava,
+        methods,
+        encoder.patch_ids.tolist(),
+        encoder.grid,
+        losses,
+        sections=encoder.trained.rotary_sections,
+        train_lm=args.train_lm,
+    )
+    return model, samples, held_out, encoder
+
+
+def _check_sites(sites: list[int], layers: int) -> None:
+    if sites != sorted(set(sites)) or not 0 < sites[0] <= sites[-1] < layers:
+        raise PatchsieveError(
+            "the sites cannot be used",
+            found=sites,
+            expected=f"ascending layers from 1 to {layers - 1}",
+        )
 
 
 def _train(
@@ -174,15 +257,47 @@ def _train(
     partial: Path,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    from patchsieve.calibration.train import HeadsTrainer, TrainingOptions
+    from patchsieve.calibration.train import HeadsTrainer, TrainingOptions, last_checkpoint
 
     options = TrainingOptions(
         **{name: getattr(args, name) for name in TrainingOptions.__dataclass_fields__}
     )
+    last = last_checkpoint(partial)
+    if _is_main_process():
+        _check_partial(args, partial, last)
     progress("training", 0.1)
-    trainer = HeadsTrainer(model, samples, options.arguments(partial, quiet=args.json))
-    trainer.train(resume_from_checkpoint=True if args.resume else None)
+    trainer = HeadsTrainer(model, samples, options, partial, quiet=args.json)
+    trainer.train(resume_from_checkpoint=str(last) if args.resume and last else None)
+    trainer.release()
     return trainer.state.log_history
+
+
+def _check_partial(args: argparse.Namespace, partial: Path, last: Path | None) -> None:
+    """Refuse to mix trainings: what is resumed must be what is asked for."""
+    path = partial / "asked.json"
+    asked = {name: getattr(args, name) for name in _OF_A_TRAINING}
+    if not args.resume:
+        if last is not None:
+            raise PatchsieveError(
+                f"{partial} holds a training that was interrupted",
+                found=last.name,
+                do="add --resume to go on with it, or remove it",
+            )
+        partial.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asked) + "\n", encoding="utf-8")
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PatchsieveError(f"{partial} cannot be resumed", found=error) from error
+    other = [name for name in _OF_A_TRAINING if found.get(name) != asked[name]]
+    if other:
+        raise PatchsieveError(
+            "the training to resume was another",
+            found=", ".join(f"{name} {asked[name]}" for name in other),
+            expected=", ".join(f"{name} {found.get(name)}" for name in other),
+            do=f"give the same options, or remove {partial}",
+        )
 
 
 def _fix(
@@ -234,17 +349,26 @@ def _measure(
 
 
 def _save(
-    out: Path, partial: Path, config: HeadsConfig, model: PrunedLlava, history: list[dict[str, Any]]
+    args: argparse.Namespace,
+    partial: Path,
+    config: HeadsConfig,
+    model: PrunedLlava,
+    history: list[dict[str, Any]],
+    encoder: Encoder,
 ) -> None:
-    """Put the heads in place, whole; the Trainer's checkpoints have served."""
+    """Put what was learned in place, whole; the Trainer's checkpoints have served."""
     import shutil
 
+    from patchsieve.calibrate import save_checkpoint
     from patchsieve.calibration.train import head_tensors
     from patchsieve.heads import save_heads
     from patchsieve.writing import whole_or_nothing
 
-    with whole_or_nothing(out) as folder:
-        save_heads(folder, config, head_tensors(model))
+    with whole_or_nothing(args.out) as folder:
+        if args.train_lm:
+            save_checkpoint(folder, model, config, head_tensors(model), encoder)
+        else:
+            save_heads(folder, config, head_tensors(model))
         lines = "".join(json.dumps(entry) + "\n" for entry in history)
         (folder / "log.jsonl").write_text(lines, encoding="utf-8")
     shutil.rmtree(partial, ignore_errors=True)

@@ -8,19 +8,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from patchsieve import build_memory
 from patchsieve.cli import ivtp
-from patchsieve.cli.arguments import integers, numbers
+from patchsieve.cli.arguments import gigabytes, integers, numbers
 from patchsieve.cli.output import Progress, print_json, require, size
 from patchsieve.errors import PatchsieveError
 from patchsieve.heads import load_heads
 from patchsieve.manifest import Limits, Manifest, read
-from patchsieve.plan import NO_PRUNING, MethodPlan, Plan, SitePlan
+from patchsieve.plan import NO_PRUNING, POSITION_RULES, MethodPlan, Plan, SitePlan
+from patchsieve.trained import Trained
 
 _LIMITS = (512, 256, 1)  # text tokens, new tokens, images
 _OF_A_NEW_BUNDLE = (
     "checkpoint",
     "output",
     "cuts",
+    "build_memory",
     "scorer",
     "targets",
     "precision",
@@ -47,7 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("last", "mean"),
         help="fastv: attention of the last row or the question",
     )
-    add("--heads", type=Path, metavar="DIR", help="atp: learned thresholds")
+    add(
+        "--heads",
+        type=Path,
+        metavar="DIR",
+        help="atp: learned thresholds (those of the checkpoint, if it holds any)",
+    )
     add("--theta-r", type=float, help="atp without heads: constant redundancy threshold")
     add("--theta-s", type=float, help="atp without heads: constant spatial threshold")
     add("--normalisation", choices=("minmax", "rank", "softmax", "none"), help="atp: of its scores")
@@ -98,14 +106,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--positions",
-        choices=("original", "contiguous"),
-        help="of survivors that enter the decoder: original (default) leaves the gaps",
+        choices=POSITION_RULES,
+        help="of survivors that enter the decoder: what the checkpoint was trained with (default), "
+        "original with gaps as every plain one, grid2d by row and column; or contiguous",
     )
     ivtp.add_arguments(plan)
     add("--plan-name", metavar="NAME", help="what requests call the plan")
     bundle = parser.add_argument_group("the bundle")
     add = bundle.add_argument
     add("--cuts", type=integers, metavar="LAYERS", help="further layers to divide at")
+    add(
+        "--build-memory",
+        type=gigabytes,
+        metavar="GB",
+        help="divide at as many more layers as it takes to build every engine in this much memory "
+        "(a rule measured with TensorRT-RTX); beside --cuts",
+    )
     add(
         "--scorer",
         metavar="SOURCE",
@@ -169,6 +185,7 @@ def _export(
         plan=plan,
         plan_name=name,
         cuts=tuple(args.cuts or ()),
+        build_memory=args.build_memory,
         targets=tuple(dict.fromkeys(target.strip() for target in targets)),
         precision=args.precision or "float32",
         limits=Limits(
@@ -226,12 +243,12 @@ def _plan(args: argparse.Namespace) -> Plan:
         _sites(args),
         _method(args, "encoder"),
         _method(args, "projector"),
-        args.positions or "original",
+        args.positions,
         ivtp.pseudo_cls(args) if args.method == "topk" else None,
     )
-    if args.positions is not None and not plan.prunes_before:
+    if args.positions == "contiguous" and not plan.prunes_before:
         raise PatchsieveError(
-            "--positions has no effect", expected="--encoder or --projector beside it"
+            "--positions contiguous has no effect", expected="--encoder or --projector beside it"
         )
     return plan
 
@@ -268,15 +285,15 @@ def _sites(args: argparse.Namespace) -> tuple[SitePlan, ...]:
             )
         return ()
     ivtp.check_other_method(args)
-    sites = args.sites
-    if sites is None and args.heads is not None:
-        sites = load_heads(args.heads)[0].sites
+    sites, heads = args.sites, _heads(args)
+    if sites is None and heads is not None:
+        sites = load_heads(heads)[0].sites
     if sites is None:
         raise PatchsieveError(f"--method {args.method} needs --sites", expected="e.g. --sites 2")
     params: dict[str, Any] = {
         "num_keep": args.num_keep,
         "rows": args.rows,
-        "heads": None if args.heads is None else str(args.heads),
+        "heads": None if heads is None else str(heads),
         "theta_r": args.theta_r,
         "theta_s": args.theta_s,
         "normalisation": args.normalisation,
@@ -294,6 +311,18 @@ def _sites(args: argparse.Namespace) -> tuple[SitePlan, ...]:
         )
         for layer, ratio, budget in zip(sites, ratios, budgets, strict=True)
     )
+
+
+def _heads(args: argparse.Namespace) -> Path | None:
+    """Where ATP's thresholds lie: as asked, or inside a checkpoint that was trained with them."""
+    has_constants = args.theta_r is not None or args.theta_s is not None
+    if args.heads is not None or args.method != "atp" or has_constants or args.checkpoint is None:
+        return args.heads
+    from patchsieve.export.checkpoint import locate, read_config
+
+    directory = locate(args.checkpoint)
+    folder = Trained.of(read_config(directory)).heads
+    return None if folder is None else directory / folder
 
 
 def _option(name: str) -> str:
@@ -340,7 +369,8 @@ def _free_name(plan: Plan, bundle: Path | None) -> str:
 
 def _is_same(plan: Plan, stored: Plan) -> bool:
     """Whether a plan is the stored one, whose budgets export may have worked out."""
-    if replace(plan, sites=()) != replace(stored, sites=()):
+    rule = plan.position_rule or stored.position_rule
+    if replace(plan, sites=(), position_rule=rule) != replace(stored, sites=()):
         return False
     return len(plan.sites) == len(stored.sites) and all(
         (a.layer, a.method, a.params) == (b.layer, b.method, b.params)
@@ -369,6 +399,7 @@ def _report(
     bytes_of = [facts.row_bytes(stage) for stage in facts.stages]
     reserved = sum(a * b for a, b in zip(slots, bytes_of, strict=True))
     unpruned = sum(a * b for a, b in zip(full, bytes_of, strict=True))
+    building = build_memory.expectations(facts)
     fits = not is_fixed or all(
         needed <= stage.slots for needed, stage in zip(slots, facts.stages, strict=True)
     )
@@ -383,6 +414,7 @@ def _report(
                 "budgets": facts.budgets(plan),
                 "slots": slots,
                 "fits_engines": fits,
+                "build_memory_bytes": building,
                 "kv_bytes_reserved": reserved,
                 "kv_bytes_reserved_unpruned": unpruned,
                 "bytes": total,
@@ -407,6 +439,12 @@ def _report(
             f"at most {budget} visual tokens an image, {count} KV slots"
         )
     print(f"  KV reservation {size(reserved)}, unpruned {size(unpruned)}")
+    if building:
+        largest = max(building, key=lambda graph: building[graph])
+        print(
+            f"  building engines takes at most about {size(building[largest])} of memory, for "
+            f"{largest} (measured for {build_memory.MEASURED}; --build-memory sets it)"
+        )
     if not fits:
         engines = [stage.slots for stage in facts.stages]
         print(

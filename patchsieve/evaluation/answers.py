@@ -10,6 +10,7 @@ from typing import Any
 
 from patchsieve.errors import PatchsieveError
 from patchsieve.evaluation.questions import Question
+from patchsieve.manifest import Manifest
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.result import Result
 
@@ -119,29 +120,25 @@ def ask(
 
 
 def _answer(model: Model, question: Question, plan: str, result: Result) -> Answer:
-    layers = sum(
-        stage.num_layers * tokens
-        for stage, tokens in zip(model.facts.stages, _visual_per_stage(model, result), strict=True)
-    )
     return Answer(
         key=question.key,
         plan=plan,
         text=result.text,
         token_ids=tuple(result.token_ids),
-        visual_tokens=layers / model.facts.text.num_layers,
+        visual_tokens=mean_visual_tokens(model.facts, result),
         kv_bytes=result.kv_bytes["used"],
         ttft_ms=result.timings_ms["ttft"],
         total_ms=result.timings_ms["total"],
     )
 
 
-def _visual_per_stage(model: Model, result: Result) -> list[int]:
-    """Visual rows of all images in each stage."""
+def mean_visual_tokens(facts: Manifest, result: Result) -> float:
+    """Visual rows of all images of a first turn, averaged over the decoder's layers."""
     kept: dict[int, int] = {}
     for site in result.sites:
         kept[site.layer] = kept.get(site.layer, 0) + len(site.kept)
-    tokens, out = result.visual_tokens, []
-    for stage in model.facts.stages:
+    tokens, total = result.visual_tokens, 0
+    for stage in facts.stages:
         tokens = kept.get(stage.first, tokens)
-        out.append(tokens)
-    return out
+        total += stage.num_layers * tokens
+    return total / facts.text.num_layers

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from patchsieve import __version__, manifest
+from patchsieve import __version__, build_memory, manifest
 from patchsieve.manifest import Manifest
 from patchsieve.runtime.board import machine
 from patchsieve.runtime.board.abilities import MODULES, TENSORRT, Libraries, abilities_of
@@ -31,7 +30,6 @@ LIBRARIES = {
     "safetensors": ("safetensors",),
 }
 _SPARE = 300e6  # bytes of Python, ONNX Runtime and the activations of one request
-_BUILD_FACTOR = 3.2  # memory over weights while TensorRT-RTX 1.7.1 builds a float16 stage
 
 
 def diagnose(probes: Probes | None = None, bundle: Path | None = None) -> dict[str, Any]:
@@ -104,7 +102,7 @@ def check_bundle(facts: Manifest, bundle: Path, found: dict[str, Any]) -> dict[s
         needed = weights + kv_bytes + int(_SPARE)
         fits = None if available is None else needed <= available
         plans[name] = {"kv_bytes": kv_bytes, "needed_bytes": needed, "fits": fits}
-    build = int(_BUILD_FACTOR * _largest_stage(facts))
+    build = max(build_memory.expectations(facts).values(), default=0)
     on_disk = (memory["swap"] or 0) - memory["zram"]
     return {
         "path": str(bundle),
@@ -117,15 +115,3 @@ def check_bundle(facts: Manifest, bundle: Path, found: dict[str, Any]) -> dict[s
         "available_bytes": available,
         "plans": plans,
     }
-
-
-def _largest_stage(facts: Manifest) -> int:
-    """Bytes of weights of the largest stage, which is what a build holds at a time."""
-    sizes = {}
-    for path, file in facts.files.items():
-        if layer := re.fullmatch(r".*/layers\.(\d+)\.safetensors", path):
-            sizes[int(layer.group(1))] = file.size
-    return max(
-        sum(sizes.get(layer, 0) for layer in range(stage.first, stage.last))
-        for stage in facts.stages
-    )

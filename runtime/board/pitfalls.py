@@ -114,7 +114,7 @@ def bundle_pitfalls(bundle: dict[str, Any], disk: int) -> Iterator[str]:
         missing = bundle["build_bytes"] - (bundle["available_bytes"] or 0)
         yield (
             "building engines may need more than memory and swap hold | expected: "
-            f"{bundle['build_bytes'] / 1e9:.1f} GB for the largest stage | "
+            f"{bundle['build_bytes'] / 1e9:.1f} GB for the largest engine | "
             f"what to do: {SWAPFILE.format(max(1, -(-missing // (1 << 30))))}"
         )
     if disk < bundle["weight_bytes"]:

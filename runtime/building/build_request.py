@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from patchsieve import manifest, names
+from patchsieve.build_memory import TARGETS
 from patchsieve.errors import BundleError, PatchsieveError
 from patchsieve.manifest import Manifest
 from patchsieve.runtime.gpu.cuda_device import Device
 from patchsieve.runtime.gpu.engines import Options
 
-TARGETS = ("tensorrt-rtx", "tensorrt", "tensorrt10", "jetpack6")
 STREAMING = ("auto", "on", "off")
 
 
@@ -19,7 +19,7 @@ class Request:
     """What the user asks of a build.
 
     Attributes:
-        target: One of TARGETS.
+        target: One of `build_memory.TARGETS`.
         options: What the engines are to be; `weight_streaming` follows from the two below.
         streaming: "on", "off", or "auto": where the weights are larger than the GPU's memory.
         device_bytes: Memory of the GPU that will run the engines; the one here by default.

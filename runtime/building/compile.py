@@ -14,6 +14,7 @@ from typing import Any
 from patchsieve.errors import BundleError, PatchsieveError
 from patchsieve.runtime.building.build_config import add_profile, set_options, take_timing_cache
 from patchsieve.runtime.building.ladder import OutOfMemoryError
+from patchsieve.runtime.building.mapped_weights import giving_back
 from patchsieve.runtime.building.profiles import Profile
 from patchsieve.runtime.gpu.engines import Options
 from patchsieve.runtime.gpu.tensorrt import Messages, collect_messages, load_tensorrt, parse
@@ -96,7 +97,10 @@ def build_engine(
             add_profile(builder, network, config, profile, number, onnx_path, messages)
         if progress is not None:
             config.progress_monitor = _progress_monitor(trt, progress)
-        engine_bytes = _write_engine(trt, builder, network, config, out_path, onnx_path, messages)
+        with giving_back(onnx_path.parent):
+            engine_bytes = _write_engine(
+                trt, builder, network, config, out_path, onnx_path, messages
+            )
         if timing_cache is not None and cache is not None:
             write_whole(timing_cache, bytes(memoryview(config.get_timing_cache().serialize())))
         # The parser owns the memory that the network's weights point to: alive until here.

@@ -110,8 +110,8 @@ def climb(
     raise OutOfMemoryError(
         "no way to build this engine fits in memory",
         found="; ".join(f"{one.rung}: {one.why}" for one in failed),
-        do="free memory or add swap; or export with more --cuts, fewer --max-text-tokens or "
-        "--max-images, or a smaller --precision",
+        do="free memory or add swap; or export with a --build-memory, fewer "
+        "--max-text-tokens or --max-images, or a smaller --precision",
     )
 
 

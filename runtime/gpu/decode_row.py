@@ -8,6 +8,7 @@ of positions and slots to the device, all stages, the copy of the logits back.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,7 +26,8 @@ log = logging.getLogger(__name__)
 
 WAIT = "logits of a new token"
 
-_Place = tuple[int, np.dtype[Any]]  # byte at which a number lies, and its type
+# Byte at which the numbers of an input lie, their shape and their type.
+_Place = tuple[int, tuple[int, ...], np.dtype[Any]]
 
 
 def why_not_captured(contexts: Sequence[Context], form: str) -> str | None:
@@ -75,7 +77,7 @@ class RowDecoder:
         self._host_bytes = size
         content = host_bytes(self._host)
         self._row = part(content, 0, row.shape, row.dtype)
-        self._numbers = {key: part(content, at, (1,), kind) for key, (at, kind) in places.items()}
+        self._numbers = {key: part(content, *place) for key, place in places.items()}
         self._bind_inputs(places)
         self._logits = self._bind_outputs(replace(row, address=self._device.address))
         self._answer = memory.pinned.take(self._logits.size)
@@ -93,7 +95,7 @@ class RowDecoder:
 
         Args:
             hidden: Its embedding, [1, 1, C].
-            steps: The other inputs of each stage, one number each.
+            steps: The other inputs of each stage, those of one row.
             caches: Each stage's cache.
             lengths: Rows present in each.
         """
@@ -158,16 +160,17 @@ class RowDecoder:
         for index, context in enumerate(self.contexts):
             for port in context.engine.ports.values():
                 if port.is_input and port.name != names.HIDDEN and not is_cache(port):
-                    places[index, port.name] = (size, port.dtype)
-                    size += aligned(port.dtype.itemsize)
+                    shape = tuple(1 if length < 0 else length for length in port.shape)
+                    places[index, port.name] = (size, shape, port.dtype)
+                    size += aligned(math.prod(shape) * port.dtype.itemsize)
         return places, size
 
     def _bind_inputs(self, places: Mapping[tuple[int, str], _Place]) -> None:
         """Bind the numbers, once; what the CPU reads stays on its side."""
-        for (index, name), (place, dtype) in places.items():
+        for (index, name), (place, shape, dtype) in places.items():
             context = self.contexts[index]
             block = self._host if context.engine.ports[name].is_on_host else self._device
-            context.bind(name, DeviceTensor(block.address + place, (1,), dtype, block))
+            context.bind(name, DeviceTensor(block.address + place, shape, dtype, block))
 
     def _bind_outputs(self, hidden: DeviceTensor) -> DeviceTensor:
         """Bind what passes from stage to stage, once, and return where the logits come out."""

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGeneration
 
-from tests.references import atp, fastv, random, tome, topk
+from tests.references import atp, fastv, grid2d, random, tome, topk
 
 ANSWER = "\u00a7"  # stands for an answer whose tokens are in the cache
 METHODS = {
@@ -82,6 +82,8 @@ class MaskedLlava:
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         self.grid = (side, side)
         self.num_visual = self.config.image_seq_length
+        entry = json.loads((checkpoint / "config.json").read_text()).get("patchsieve", {})
+        self.sections: list[int] = entry.get("rotary_sections", [])
         first = -1 if self.num_visual > side * side else 0  # a class token lies on no patch
         self.patch_ids = np.arange(first, side * side)
         self.start()
@@ -91,6 +93,7 @@ class MaskedLlava:
         self.cache = DynamicCache(config=self.decoder.config)
         self.seen = [np.zeros(0, bool) for _ in self.decoder.layers]  # rows each layer looks at
         self.num_images = 0
+        self.position = 0  # of the next row, where positions lie on a grid
         self.pending: list[int] = []
 
     # Prompts.
@@ -218,7 +221,7 @@ class MaskedLlava:
         """Rows through all layers, each with its own mask; sites take rows off the lists."""
         count, past = hidden.shape[1], len(self.seen[0])
         positions = torch.arange(past, past + count)[None]
-        angles = self.decoder.rotary_emb(hidden, position_ids=positions)
+        angles = self._angles(hidden, positions, np.full(count, -1) if image is None else image)
         plan = {site["layer"]: site for site in sites or []}
         alive, self.sizes = np.ones(count, bool), np.ones(count)
         budget, query = self.num_visual, None
@@ -245,6 +248,17 @@ class MaskedLlava:
             )
             hidden = out[0] if isinstance(out, tuple) else out
         return hidden
+
+    def _angles(self, hidden: torch.Tensor, positions: torch.Tensor, image: np.ndarray) -> Any:
+        """Cosines and sines of the rows, [1, L, D] each."""
+        rotary = self.decoder.rotary_emb
+        if not self.sections:
+            return rotary(hidden, position_ids=positions)
+        place = np.array([np.sum(image[:row] == image[row]) for row in range(len(image))])
+        raster = np.where(image < 0, -1, self.patch_ids[place % self.num_visual])
+        ids, self.position = grid2d.number(image, raster, self.grid, self.position)
+        tables = grid2d.tables(ids, rotary.inv_freq.numpy(), self.sections)
+        return tuple(torch.from_numpy(each)[None] * rotary.attention_scaling for each in tables)
 
     def _query(self, layer: Any, hidden: torch.Tensor, angles: Any) -> torch.Tensor:
         """Queries of a layer by Hugging Face's own projection and rotary function, [1, H, L, D]."""
