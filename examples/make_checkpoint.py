@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,13 +180,17 @@ def _corpus() -> list[str]:
     return SENTENCES.strip().splitlines() * 4 + licence.read_text(encoding="utf-8").splitlines()
 
 
-def _sentencepiece_like(vocabulary: int) -> tokenizers.Tokenizer:
+def _sentencepiece_like(vocabulary: int, lines: Sequence[str] | None) -> tokenizers.Tokenizer:
     """A BPE tokenizer as Llama's: spaces become U+2581, unknown characters fall back to bytes."""
     learner = tokenizers.Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Metaspace()  # keeps a merge inside a word
+    if lines is not None:  # as they stand in a prompt: spaces as written, punctuation apart
+        learner.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Metaspace(prepend_scheme="never"), pre_tokenizers.Punctuation()]
+        )
     reserved = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=vocabulary - len(reserved), show_progress=False)
-    learner.train_from_iterator(_corpus(), trainer)
+    learner.train_from_iterator(_corpus() if lines is None else lines, trainer)
     learnt = learner.get_vocab()
     merges = [
         tuple(pair) if isinstance(pair, list) else tuple(pair.split(" "))
@@ -237,12 +242,15 @@ def _byte_level(vocabulary: int) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def make_tokenizer(structure: str, vocabulary: int = VOCABULARY) -> Any:
+def make_tokenizer(
+    structure: str, vocabulary: int = VOCABULARY, lines: Sequence[str] | None = None
+) -> Any:
     """Train the tokenizer of a decoder structure, with `<image>` and `<pad>` as its last entries.
 
     Args:
         structure: "qwen2" gets a byte-level tokenizer, the others one with byte fallback.
         vocabulary: Entries before `<image>`, which therefore has this id.
+        lines: Text to learn from with byte fallback, where not the sentences of this file.
 
     Returns:
         A `transformers` tokenizer.
@@ -250,7 +258,7 @@ def make_tokenizer(structure: str, vocabulary: int = VOCABULARY) -> Any:
     if structure == "qwen2":
         tokenizer, roles = _byte_level(vocabulary), {"eos_token": "<|im_end|>"}
     else:
-        tokenizer = _sentencepiece_like(vocabulary)
+        tokenizer = _sentencepiece_like(vocabulary, lines)
         roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     if tokenizer.get_vocab_size() != vocabulary:
         raise RuntimeError(f"the text taught {tokenizer.get_vocab_size()} tokens, not {vocabulary}")

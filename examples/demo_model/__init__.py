@@ -1,0 +1,1 @@
+"""A small LLaVA-structured model that answers, and the scripts that made it."""

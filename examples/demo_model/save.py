@@ -1,0 +1,35 @@
+"""Save the trained demo model as Hugging Face does, in float16: the LLaVA, and its CLIP as scorer.
+
+python -m examples.demo_model.save demo/training examples/demo_model
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from examples.make_checkpoint import save_llava
+
+from .models import make_clip, make_llava
+
+
+def main() -> None:
+    """Write DIR/checkpoint and DIR/clip."""
+    parser = argparse.ArgumentParser(description="Save the trained demo model.")
+    parser.add_argument("training", type=Path, help="directory with tower.pt and language.pt")
+    parser.add_argument("path", metavar="DIR", type=Path, help="directory to write into")
+    options = parser.parse_args()
+    clip, clip_tokenizer = make_clip()
+    clip.load_state_dict(torch.load(options.training / "tower.pt")["clip"])
+    model, processor = make_llava(clip)
+    model.load_state_dict(torch.load(options.training / "language.pt"))
+    save_llava(options.path / "checkpoint", model.half(), processor)
+    # The LLaVA holds the vision tower; a scorer reads CLIP's projections and its text tower.
+    clip.half().save_pretrained(options.path / "clip")
+    clip_tokenizer.save_pretrained(options.path / "clip")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Train the demo model's projector and language model on questions; the tower stays as it is.
+
+    torchrun --nproc-per-node 2 -m examples.demo_model.train_language demo/training --minutes 70
+
+Some twenty questions share one picture's rows (shared_prefix.py). Half of the answers are one word,
+half a sentence. No scene is seen twice; the held-out scenes never.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .models import make_clip, make_llava, pixels
+from .questions import KINDS, Asker, Question, as_prompt
+from .scenes import make_scene
+from .shared_prefix import run_layer, run_questions
+from .training import Log, Optimiser, save, start_process
+
+LENGTH = 20  # tokens of a question and its answer at most, the last one not counted
+WEIGHTS = {"relation": 2.0, "count": 1.5}  # learnt last
+
+
+class Words:
+    """Token ids of the prompt around a picture, and of questions with their answers."""
+
+    def __init__(self, processor: Any) -> None:
+        self._tokenizer, template = processor.tokenizer, processor.apply_chat_template
+        message = [{"type": "image"}, {"type": "text", "text": "QUESTION"}]
+        self._whole = template([{"role": "user", "content": message}], add_generation_prompt=True)
+        before = self._whole.split("QUESTION")[0]
+        self.prefix: list[int] = self._tokenizer(before).input_ids
+        self.image = self.prefix.index(self._tokenizer.image_token_id)
+        self._known: dict[tuple[str, str], tuple[list[int], int]] = {}
+
+    def encode(self, question: Question, is_short: bool) -> tuple[list[int], int]:
+        """Ids after the prefix, end mark included, and how many of them are the answer's."""
+        both = as_prompt(question, is_short)
+        if both not in self._known:
+            self._known[both] = self._encode(*both)
+        return self._known[both]
+
+    def _encode(self, text: str, answer: str) -> tuple[list[int], int]:
+        prompt = self._whole.replace("QUESTION", text)
+        asked = self._tokenizer(prompt).input_ids
+        ids = self._tokenizer(f"{prompt} {answer}").input_ids + [self._tokenizer.eos_token_id]
+        start = len(self.prefix)
+        if ids[: len(asked)] != asked or asked[:start] != self.prefix:
+            raise RuntimeError(f"{prompt!r} is not the beginning of its tokens with the answer")
+        if len(ids) - start > LENGTH + 1:
+            raise RuntimeError(
+                f"{prompt!r} | found: {len(ids) - start} tokens | expected: {LENGTH + 1}"
+            )
+        return ids[start:], len(ids) - len(asked)
+
+    def batch(
+        self, asked: Sequence[Sequence[Question]], short: Sequence[Sequence[bool]]
+    ) -> tuple[Tensor, Tensor]:
+        """Inputs, [B, Q, T], and targets, [B, Q, T]; -100 where nothing is asked of the model."""
+        most = max(len(questions) for questions in asked)
+        ids = torch.zeros(len(asked), most, LENGTH, dtype=torch.long)
+        targets = torch.full((len(asked), most, LENGTH), -100)
+        for row, questions in enumerate(asked):
+            for column, question in enumerate(questions):
+                whole, answer = self.encode(question, short[row][column])
+                length = len(whole) - 1
+                ids[row, column, :length] = torch.tensor(whole[:-1])
+                targets[row, column, length - answer : length] = torch.tensor(whole[-answer:])
+        return ids, targets
+
+
+def embed_prefix(model: Any, words: Words, images: Tensor) -> Tensor:
+    """Rows up to the first question, [B, P, C]."""
+    seen = model.model.vision_tower(images, output_hidden_states=True).hidden_states[-2][:, 1:]
+    rows = model.model.multi_modal_projector(seen.detach())  # [B, N, C]
+    text = model.model.language_model.embed_tokens(torch.tensor(words.prefix))
+    text = text.expand(len(images), -1, -1).to(rows.dtype)
+    return torch.cat([text[:, : words.image], rows, text[:, words.image + 1 :]], 1)
+
+
+def are_right(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Whether greedy decoding gives the whole answer, [B, Q].
+
+    It does where each token of the answer is the likeliest after the ones before it.
+    """
+    told = model.lm_head(hidden.float()).argmax(-1)  # [B, Q, T]
+    return ((told == targets) | (targets == -100)).all(-1)
+
+
+@torch.no_grad()
+def held_out(
+    model: Any, words: Words, images: int, layer: Any, is_blind: bool = False, per_image: int = 20
+) -> dict[str, float]:
+    """Share of right answers by kind on held-out scenes."""
+    asker, hits = Asker(1), defaultdict(list)
+    for start in range(0, images, 16):
+        scenes = [make_scene("held-out", k) for k in range(start, min(start + 16, images))]
+        asked = [asker.ask(scene, per_image) for scene in scenes]
+        short = [[k % 2 == 0 for k in range(len(questions))] for questions in asked]
+        ids, targets = words.batch(asked, short)
+        seen = torch.stack([pixels(scene) for scene in scenes])
+        prefix = embed_prefix(model, words, seen * 0 if is_blind else seen)
+        right = are_right(model, run_questions(model, prefix, ids, layer), targets)
+        for row, questions in enumerate(asked):
+            for column, question in enumerate(questions):
+                hits[question.kind].append(right[row, column].item())
+    shares = {kind: sum(hits[kind]) / len(hits[kind]) for kind in KINDS if hits[kind]}
+    every = [hit for group in hits.values() for hit in group]
+    return {"all": sum(every) / len(every), **shares}
+
+
+def batches(rank: int, ranks: int, size: int, count: int, words: Words) -> Iterator[Any]:
+    """Endless fresh pictures with their questions, and the weight of each."""
+    asker, index = Asker(100 + rank), rank
+    noise = torch.Generator().manual_seed(rank)
+    while True:
+        scenes = [make_scene("train", index + ranks * k) for k in range(size)]
+        index += ranks * size
+        asked = [asker.ask(scene, count) for scene in scenes]
+        short = (torch.rand(size, count, generator=noise) < 0.5).tolist()
+        ids, targets = words.batch(asked, short)
+        weights = torch.zeros(ids.shape[:2])
+        for row, questions in enumerate(asked):
+            for column, question in enumerate(questions):
+                weights[row, column] = WEIGHTS.get(question.kind, 1.0)
+        yield torch.stack([pixels(scene) for scene in scenes]), ids, targets, weights
+
+
+def prepare(path: Path) -> tuple[Any, Any]:
+    """The model on the trained tower, with the tower frozen, and its processor."""
+    clip, _ = make_clip()
+    clip.load_state_dict(torch.load(path / "tower.pt")["clip"])
+    model, processor = make_llava(clip)
+    model.requires_grad_(True)
+    model.model.vision_tower.requires_grad_(False)
+    return model, processor
+
+
+def main() -> None:
+    """Train, and write language.pt and a log."""
+    parser = argparse.ArgumentParser(description="Train the demo model's language model.")
+    parser.add_argument("path", metavar="DIR", type=Path, help="directory with tower.pt")
+    parser.add_argument("--minutes", type=float, default=70, help="how long (70)")
+    parser.add_argument("--batch", type=int, default=8, help="images a process and step (8)")
+    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate (3e-3)")
+    options = parser.parse_args()
+    rank, ranks = start_process()
+    model, processor = prepare(options.path)
+    words = Words(processor)
+    optimiser, layer = Optimiser(model, options.rate), torch.compile(run_layer)
+    log = Log(options.path / "language.jsonl", rank == 0)
+    source = batches(rank, ranks, options.batch, 20, words)
+    start, step, done = time.monotonic(), 0, torch.zeros(1)
+    while done.item() < 1:
+        images, ids, targets, weights = next(source)
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = run_questions(model, embed_prefix(model, words, images), ids, layer)
+        is_asked = targets != -100
+        logits = model.lm_head(hidden[is_asked].float())
+        each = weights[..., None].expand_as(targets)[is_asked]
+        loss = (cross_entropy(logits, targets[is_asked], reduction="none") * each).sum()
+        loss = loss / weights.sum()  # nats an answer
+        loss.backward()
+        done[0] = (time.monotonic() - start) / (options.minutes * 60)
+        if ranks > 1:
+            dist.broadcast(done, 0)
+        optimiser.step(done.item())
+        step += 1
+        if step % 20 == 0:
+            log.write(step=step, questions=step * ranks * options.batch * 20, loss=loss.item())
+        if rank == 0 and (step % 250 == 0 or done.item() >= 1):
+            images = 256 if done.item() >= 1 else 64
+            log.write(step=step, done=done.item(), held_out=held_out(model, words, images, layer))
+            save(options.path / "language.pt", model.state_dict())
+
+
+if __name__ == "__main__":
+    main()
