@@ -20,13 +20,14 @@ QUESTION := What is on the table?
 OTHER := Describe the image.
 SOURCES := $(shell find patchsieve pruning export -name '*.py')
 
-.PHONY: help check-environment demo test lint lint-ruff format types bench gpu clean
+.PHONY: help check-environment demo test lint lint-ruff format types bench accuracy gpu clean
 
 help:
 	@echo "make demo    make a checkpoint, export it pruned, ask it about a photograph"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy;  make format: let ruff rewrite;  make types: mypy alone"
 	@echo "make bench   run the benchmarks;  make clean: remove what these targets made"
+	@echo "make accuracy  what every method costs the demo model in answers (ACCURACY='--tables main')"
 	@echo "make gpu     on a GPU: settle what is unproven, compare with the CPU, measure (GPU='--only bench')"
 
 check-environment:
@@ -82,6 +83,9 @@ types: $(ENVIRONMENT)
 
 bench: $(ENVIRONMENT)
 	@for file in benchmarks/bench_*.py; do test ! -e $$file || $(PY) $$file || exit 1; done
+
+accuracy: $(ENVIRONMENT)
+	@$(PY) -m benchmarks.accuracy $(ACCURACY)
 
 gpu: $(ENVIRONMENT)
 	@$(PY) -m benchmarks.gpu $(GPU)

@@ -120,6 +120,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "theta_r": _NUMBER,
     "theta_s": _NUMBER,
     "normalisation": (str,),
+    "modality": (str,),
     "causal": (bool,),
     "granularities": (list, tuple),
     "spatial_lambda": _NUMBER,

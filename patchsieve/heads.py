@@ -34,7 +34,8 @@ class HeadsConfig:
         grid: Height and width of the score maps that the modules take.
         hidden: Width of the modules.
         activation: Of the modules: None, "relu" or "gelu".
-        scores: Options of the ATP method: normalisation, causal, granularities, spatial_lambda.
+        scores: Options of the ATP method: normalisation, causal, granularities, spatial_lambda,
+            modality.
         budgets: Proposed tokens per image to reserve behind each site; empty if unknown.
     """
 

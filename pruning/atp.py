@@ -16,6 +16,9 @@ from patchsieve.pruning.site import Decision, Site
 from patchsieve.pruning.spatial import check_granularities, gather_patches, spatial_scores
 from patchsieve.pruning.thresholds import ConstantThresholds
 
+# Of which scores S_red is the mean.
+MODALITIES = {"both": (0, 1), "self": (0, 0), "cross": (1, 1)}
+
 
 class Scores(NamedTuple):
     """The scores of one image at one site, float32.
@@ -23,7 +26,7 @@ class Scores(NamedTuple):
     Attributes:
         s_self: Self-modality score, normalised, [B, N].
         s_cross: Cross-modality score, normalised, [B, N].
-        s_red: Redundant pruning score, their mean, [B, N].
+        s_red: Redundant pruning score, their mean, or one of them, [B, N].
         s_spatial: Spatial pruning score, [N].
     """
 
@@ -51,6 +54,8 @@ class ATP:
         causal: False takes eq. 3 literally, with every pair of visual tokens; True only the pairs
             that causal attention uses, queries at or after the key.
         spatial_lambda: lambda_sample of eq. 5.
+        modality: S_red is the mean of "both" scores, or "self" or "cross" alone, as in the paper's
+            ablation (table 5); thresholds are predicted from both all the same.
 
     Raises:
         PatchsieveError: An option is unknown or out of range.
@@ -64,6 +69,7 @@ class ATP:
     normalisation: str = "minmax"
     causal: bool = False
     spatial_lambda: float = 3.0
+    modality: str = "both"
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -81,6 +87,13 @@ class ATP:
                 expected=", ".join(NORMALISATIONS),
                 do="use minmax, the default",
             )
+        if self.modality not in MODALITIES:
+            raise PatchsieveError(
+                "ATP does not know this modality",
+                found=self.modality,
+                expected=", ".join(MODALITIES),
+                do="use both, the default",
+            )
         object.__setattr__(self, "granularities", tuple(self.granularities))
         check_granularities(self.granularities, self.spatial_lambda)
 
@@ -97,12 +110,12 @@ class ATP:
                 expected=f"at most {MOST_RANKED}",
                 do="use minmax",
             )
-        s_self, s_cross = normalise(
-            self_score(site, self.causal), cross_score(site), self.normalisation
-        )
+        pair = normalise(self_score(site, self.causal), cross_score(site), self.normalisation)
+        s_self, s_cross = pair
         on_grid = spatial_scores(site.grid, self.granularities, self.spatial_lambda)  # [h*w]
         s_spatial = gather_patches(on_grid, site.patch_ids)  # [N]
-        s_red = redundancy(s_self, s_cross, self.normalisation)  # [B, N]
+        first, second = MODALITIES[self.modality]
+        s_red = redundancy(pair[first], pair[second], self.normalisation)  # [B, N]
         return Scores(s_self, s_cross, s_red, s_spatial)
 
     def decide(self, site: Site, budget: Tensor) -> Decision:

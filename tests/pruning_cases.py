@@ -37,6 +37,8 @@ CASES = {
     "atp rank": ATP(normalisation="rank"),
     "atp softmax": ATP(ConstantThresholds(0.4, 0.9), normalisation="softmax"),
     "atp as printed": ATP(ConstantThresholds(0.0, 0.9), normalisation="none"),
+    "atp by the self score": ATP(modality="self"),
+    "atp by the cross score": ATP(learned(), normalisation="rank", modality="cross"),
     "atp learned": ATP(learned()),
     "atp learned on another grid": ATP(learned((5, 7), "relu"), causal=True),
     "ivtp": IVTP(7),

@@ -227,6 +227,7 @@ def test_settings_are_json_and_rebuild_the_method(method):
         (lambda: FastV(rows="first"), "rows"),
         (lambda: ATP(thresholds=0.5), "ConstantThresholds"),
         (lambda: ATP(normalisation="zscore"), "normalisation"),
+        (lambda: ATP(modality="text"), "modality"),
         (lambda: ATP(granularities=(2, 3)), "granularities"),
         (lambda: ATP(granularities=()), "granularities"),
         (lambda: ATP(granularities=(1, 2)), "spatial score"),

@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     scores = parser.add_argument_group("scores (recorded in OUT)")
     scores.add_argument("--normalisation", default="minmax", help="minmax, rank, softmax or none")
+    scores.add_argument("--modality", default="both", help="of S_red: both, self or cross")
     scores.add_argument("--causal", action="store_true", help="eq. 3 over causal pairs only")
     scores.add_argument("--hidden", type=int, default=64, help="width of a threshold module (64)")
     train = parser.add_argument_group("training (atp)")
@@ -224,6 +225,7 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
             if args.method == "atp"
             else constant_heads(encoder.grid),
             normalisation=args.normalisation,
+            modality=args.modality,
             causal=args.causal,
         )
         for site in args.sites
@@ -328,6 +330,7 @@ def _measure(
         hidden=args.hidden if args.method == "atp" else 1,
         scores={
             "normalisation": method.normalisation,
+            "modality": method.modality,
             "causal": method.causal,
             "granularities": list(method.granularities),
             "spatial_lambda": method.spatial_lambda,

@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--theta-r", type=float, help="atp without heads: constant redundancy threshold")
     add("--theta-s", type=float, help="atp without heads: constant spatial threshold")
     add("--normalisation", choices=("minmax", "rank", "softmax", "none"), help="atp: of its scores")
+    add("--modality", choices=("both", "self", "cross"), help="atp: scores that count (both)")
     add("--causal", action="store_true", default=None, help="atp: eq 3 over causal pairs only")
     add(
         "--budget",
@@ -205,6 +206,7 @@ _DECODER_OPTIONS = (
     "theta_r",
     "theta_s",
     "normalisation",
+    "modality",
     "causal",
     "budget",
     *ivtp.OPTIONS,
@@ -297,6 +299,7 @@ def _sites(args: argparse.Namespace) -> tuple[SitePlan, ...]:
         "theta_r": args.theta_r,
         "theta_s": args.theta_s,
         "normalisation": args.normalisation,
+        "modality": args.modality,
         "causal": args.causal,
     }
     params = {key: value for key, value in params.items() if value is not None}

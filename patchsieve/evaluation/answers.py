@@ -102,6 +102,8 @@ def ask(
 ) -> dict[str, list[Answer]]:
     """Ask greedily, plan beside plan on each question, so that a slow minute falls on all alike.
 
+    A method that draws has a seed of its own for each question, the same for every plan.
+
     Returns:
         The answers to all questions, in their order, by plan.
     """
@@ -115,6 +117,7 @@ def ask(
                     question.prompt,
                     plan=plan,
                     max_new_tokens=max_new_tokens,
+                    seed=done,
                 )
                 file.add(_answer(model, question, plan, result))
             answers[plan].append(file.known[question.key, plan])

@@ -106,12 +106,14 @@ def decide(method, site, budget):
     for b in range(len(s_self)):
         own = normalised(s_self[b], method.normalisation, False)
         cross = normalised(s_cross[b], method.normalisation, True)
-        red = (own + cross) / 2
+        alone = {"self": own, "cross": cross}.get(method.modality)
+        first, second = (own, cross) if alone is None else (alone, alone)
+        red = (first + second) / 2
         if method.normalisation == "rank":  # in fractions, because means of ranks tie exactly
             red = np.array(
                 [
                     (exact(a, len(own)) + exact(c, len(own))) / 2
-                    for a, c in zip(own, cross, strict=True)
+                    for a, c in zip(first, second, strict=True)
                 ],
                 float,
             )

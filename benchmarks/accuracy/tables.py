@@ -1,0 +1,248 @@
+"""The papers' tables: which plans each compares, and with whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.accuracy.plans import KEEP_ALL, OFF, Budgets, Heads, Row
+from patchsieve.plan import Plan, PseudoCls, SitePlan
+
+NEEDS_TRAINING = "not run: `calibrate --train-lm` makes it, a training of the whole decoder"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows under one heading.
+
+    Attributes:
+        title: The heading.
+        rows: The first of the whole table is the unpruned model.
+        champions: Labels whose paired differences to all other rows of the part are told.
+    """
+
+    title: str
+    rows: tuple[Row, ...]
+    champions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table.
+
+    Attributes:
+        name: What `--tables` calls it.
+        title: What it shows.
+        parts: Its parts.
+        kinds: Tell tokens and accuracy by kind of question too.
+    """
+
+    name: str
+    title: str
+    parts: tuple[Part, ...]
+    kinds: bool = False
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows."""
+        return [row for part in self.parts for row in part.rows]
+
+
+FULL = Row("none")
+BLIND = Row("none, without the picture", is_blind=True)
+LEARNED, FIXED = "ATP, learned", "ATP, constants"
+
+
+def main_table(to: Budgets) -> Table:
+    """Every method at a quarter and at a ninth of the tokens."""
+    parts = [Part("no pruning", (FULL, BLIND))]
+    for target, words in ((to.near, "75 %"), (to.far, "89 %")):
+        title = f"{words} fewer tokens: {target} of {to.size.num_patches}, mean over the layers"
+        rows = tuple(methods(to, target))
+        parts.append(Part(title, rows, (LEARNED, "IVTP")))
+    return Table("main", "Every method at the same average number of visual tokens", tuple(parts))
+
+
+def methods(to: Budgets, target: int) -> list[Row]:
+    """Every method at one average."""
+    rows = [
+        Row("random", to.behind("random", target)),
+        Row("TopK in the tower", to.in_tower("topk", target)),
+        Row("TopK behind the tower", to.behind("topk", target)),
+        Row("EViT", to.in_tower("evit", target)),
+        Row("ToMe", to.in_tower("tome", target)),
+    ]
+    if round(target**0.5) ** 2 == target:
+        rows.append(Row("pooling", to.behind("pooling", target)))
+    rows.append(Row("GTP (IVTP in the tower alone)", to.in_tower("gtp", target)))
+    for layer in (2, 1):
+        if layer * to.size.num_patches < target * to.size.num_layers * 0.9:
+            rows.append(Row(f"FastV at layer {layer}", to.fastv(layer, target)))
+    rows.append(Row("IVTP", to.ivtp_at(target)))
+    if target == to.far:  # as the paper counts: tokens at the end
+        rows.append(Row(f"IVTP, {target} at its end", to.ivtp(target)))
+    sites = to.sites(target)
+    rows.append(to.atp(FIXED, Heads("quantile", sites, target)))
+    rows.append(to.atp(LEARNED, Heads("atp", sites, target)))
+    return rows
+
+
+def atp_ratios(to: Budgets) -> Table:
+    """ATP-LLaVA's table 2."""
+    parts = [Part("no pruning", (FULL,))]
+    for target, words in ((to.near, "75 %"), (to.far, "89 %")):
+        sites = to.sites(target)
+        rows = [Row("fixed, one site at layer 1", to.fixed((1,), target, 1.0))]
+        if sites[0] > 1:
+            rows.append(Row(f"fixed, one site at layer {sites[0]}", to.fixed(sites[:1], target, 1)))
+        for ratio, name in ((1 / 3, "a third"), (1 / 2, "half")):
+            label = f"fixed, {name} kept from site to site"
+            rows.append(Row(label, to.fixed(sites, target, ratio)))
+        rows.append(to.atp(FIXED, Heads("quantile", sites, target)))
+        rows.append(to.atp(LEARNED, Heads("atp", sites, target)))
+        title = f"{words} fewer tokens, sites {', '.join(map(str, sites))}"
+        parts.append(Part(title, tuple(rows), (LEARNED, FIXED)))
+    title = "ATP against fixed numbers with its own scores (ATP-LLaVA, table 2)"
+    return Table("atp-ratios", title, tuple(parts), kinds=True)
+
+
+def atp_parts(to: Budgets) -> Table:
+    """ATP-LLaVA's tables 3 to 5, as far as a frozen language model allows."""
+    target, sites = to.near, to.sites(to.near)
+    spatial = {"theta_r": OFF, "theta_s": KEEP_ALL}
+    levels = zip(sites, (0.2, 0.5, 0.9), strict=True)
+    grid = Plan(tuple(SitePlan(i, "atp", spatial | {"theta_s": t}) for i, t in levels))
+    rows = (
+        to.atp(LEARNED, Heads("atp", sites, target)),
+        to.atp("redundant pruning alone (constants)", Heads("quantile", sites, target)),
+        Row("spatial pruning alone (nested grids)", grid),
+        Row("both, with pruning positions (PP)", not_run=NEEDS_TRAINING),
+        Row("both, language model trained (table 3)", not_run=NEEDS_TRAINING),
+    )
+    scores = (
+        to.atp("self and cross", Heads("quantile", sites, target)),
+        to.atp("self alone", Heads("quantile", sites, target, ("--modality", "self"))),
+        to.atp("cross alone", Heads("quantile", sites, target, ("--modality", "cross"))),
+    )
+    parts = (
+        Part("no pruning", (FULL,)),
+        Part("redundant and spatial pruning (table 4)", rows, (LEARNED,)),
+        Part("self and cross scores (table 5), constants", scores, ("self and cross",)),
+    )
+    return Table("atp-parts", "ATP's parts (ATP-LLaVA, tables 3 to 5)", parts, kinds=True)
+
+
+def ivtp_table(to: Budgets) -> Table:
+    """IVTP's tables 4 to 8, training-free."""
+    keep, whole = to.far, "IVTP"
+    row = Row(whole, to.ivtp(keep))
+
+    def of(label: str, **options: object) -> Row:
+        return Row(label, to.ivtp(keep, **options))
+
+    maps = (row, of("CLS row of the top layer", fusion="single"), of("layer by layer", group=1))
+    fusions = (row, *(of(f, fusion=f) for f in ("mean", "max", "multiply")))
+    texts = (
+        row,
+        of("visual CLS alone", pseudo_cls=PseudoCls(text="none")),
+        of("all words", pseudo_cls=PseudoCls(text="all")),
+        of("words like the visual CLS", pseudo_cls=PseudoCls(text="similarity")),
+    )
+    plan = to.ivtp(keep)
+    assert plan.encoder is not None
+    stages = (
+        row,
+        Row("TopK", to.in_tower("topk", keep)),
+        Row("TopK+", to.topk_plus(keep)),
+        Row("ToMe", to.in_tower("tome", keep)),
+        Row("ToMe+", not_run="not run: ToMe merges in the tower only"),
+        Row("IVTP-V", to.in_tower("gtp", keep)),
+    )
+    groups = (row, *(of(f"groups of {g}", group=g) for g in (2, 4, 6)))
+    groups += (of("one group", group=to.size.num_layers - 1),)
+    parts = (
+        Part("no pruning", (FULL,)),
+        Part("attention maps (table 4)", maps, (whole,)),
+        Part("joining a group's layers (table 5)", fusions, (whole,)),
+        Part("guidance by the question (table 6)", texts, (whole,)),
+        Part("pruning in the decoder (table 7)", stages, (whole,)),
+        Part("layers of a group (table 8)", groups, (whole,)),
+    )
+    title = f"IVTP's ablations, {keep} of {to.size.num_patches} tokens at the end (tables 4 to 8)"
+    return Table("ivtp", title, parts)
+
+
+def curves(to: Budgets) -> Table:
+    """Every method from few tokens to many."""
+    whole = to.size.num_patches
+    targets = [round(whole * share) for share in (1 / 16, 1 / 9, 25 / 144, 1 / 4, 4 / 9, 25 / 36)]
+    rows: dict[str, list[Row]] = {}
+    for target in targets:
+        for row in methods(to, target):
+            name = "FastV" if row.label.startswith("FastV") else row.label
+            is_extra = name in ("TopK behind the tower", LEARNED) or "at its end" in name
+            lowest = to.average([1.0] * 3, to.sites(target))
+            is_out_of_reach = row.heads is not None and target < lowest + 2
+            if is_extra or is_out_of_reach or name in {r.label for r in rows.get(str(target), [])}:
+                continue
+            rows.setdefault(str(target), []).append(Row(name, row.plan, row.heads))
+    parts = tuple(Part(f"{target} tokens", tuple(found)) for target, found in rows.items())
+    return Table("curves", "Accuracy against tokens", (Part("no pruning", (FULL,)), *parts))
+
+
+def options(to: Budgets) -> Table:
+    """What the papers leave open and the exporter offers."""
+    target = to.near
+    sites = to.sites(target)
+
+    def constants(label: str, *words: str) -> Row:
+        return to.atp(label, Heads("quantile", sites, target, words))
+
+    scores = (
+        constants("min-max (default)"),
+        constants("min-max, causal pairs", "--causal"),
+        *(constants(n, "--normalisation", n) for n in ("rank", "softmax")),
+        Row("none", not_run="not run: S_self is unbounded, and constants lie in (0, 1)"),
+    )
+    gtp = to.in_tower("gtp", target)
+    contiguous = Plan(encoder=gtp.encoder, position_rule="contiguous")
+    places = (Row("original (default)", gtp), Row("contiguous", contiguous))
+    pooled = (
+        Row("before the projection (default)", to.behind("pooling", target)),
+        Row("behind the projection", to.behind("pooling", target, place="after")),
+    )
+    late = PseudoCls(cls="penultimate")
+    states = (
+        Row("last layer, visual block (default)", to.ivtp(to.far)),
+        Row("penultimate layer", to.ivtp(to.far, pseudo_cls=late)),
+        Row("block with what stands before the image", to.ivtp(to.far, block="prefix")),
+        Row("state kept (carry); repool", not_run="not run: the exporter has carry alone"),
+    )
+    rows = (
+        Row("last row (default)", to.fastv(2, target)),
+        Row("the question's rows", to.fastv(2, target, rows="mean")),
+    )
+    cosine = (
+        Row("attention (default)", to.in_tower("topk", target)),
+        Row("cosine", to.in_tower("topk", target, score="cosine")),
+    )
+    parts = (
+        Part("no pruning", (FULL,)),
+        Part("ATP: normalisation and causal mode, constants", scores, ("min-max (default)",)),
+        Part("positions behind GTP", places, ("original (default)",)),
+        Part("IVTP: pseudo-CLS", states, ("last layer, visual block (default)",)),
+        Part("FastV: whose attention", rows, ("last row (default)",)),
+        Part("TopK: score", cosine, ("attention (default)",)),
+        Part("pooling", pooled, ("before the projection (default)",)),
+    )
+    return Table("options", "What the papers leave open", parts)
+
+
+TABLES: dict[str, Callable[[Budgets], Table]] = {
+    "main": main_table,
+    "atp-ratios": atp_ratios,
+    "atp-parts": atp_parts,
+    "ivtp": ivtp_table,
+    "curves": curves,
+    "options": options,
+}

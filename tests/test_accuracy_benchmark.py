@@ -1,0 +1,218 @@
+"""The tables of benchmarks/accuracy: marks, plans, what is asked again, what is printed."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from benchmarks.accuracy import asking
+from benchmarks.accuracy.asking import Task
+from benchmarks.accuracy.figures import draw_curves, draw_kinds
+from benchmarks.accuracy.marks import Marks, verdict
+from benchmarks.accuracy.plans import Budgets
+from benchmarks.accuracy.report import to_dict, to_text
+from benchmarks.accuracy.tables import LEARNED, TABLES
+from patchsieve.evaluation.metrics import Interval
+from patchsieve.export.recipes import Size
+from patchsieve.runtime.model import Model
+from tests.bundles import tiny_bundle, tiny_checkpoint  # noqa: F401  (fixtures)
+from tests.conversations import make_conversations
+
+PAPER, DEMO = Budgets(Size(576, 32)), Budgets(Size(144, 12))
+
+
+def marks(hits: list[float], kinds: list[str] | None = None, tokens: float = 9.0) -> Marks:
+    kinds = kinds or ["count"] * len(hits)
+    return Marks(tuple(hits), tuple(kinds), (tokens,) * len(hits), 1000.0)
+
+
+def test_a_paired_difference_has_the_interval_of_its_standard_error() -> None:
+    """1,000 questions: 60 that only one has right, 30 that only the other has."""
+    one = [1.0] * 60 + [0.0] * 30 + [1.0] * 910
+    other = [0.0] * 60 + [1.0] * 30 + [1.0] * 910
+    away = marks(one).minus(marks(other))
+    error = math.sqrt((90 / 1000 - 0.03**2) / 1000)
+    assert away.mean == pytest.approx(0.03)
+    assert away.low == pytest.approx(0.03 - 1.96 * error, abs=0.002)
+    assert away.high == pytest.approx(0.03 + 1.96 * error, abs=0.002)
+    assert verdict(away) == "beats"
+    assert verdict(marks(other).minus(marks(one))) == "loses to"
+
+
+def test_nothing_is_beaten_where_the_interval_holds_zero() -> None:
+    assert verdict(Interval(0.01, 0.0, 0.02)) == "no different from"
+    assert verdict(marks([1.0, 0.0]).minus(marks([1.0, 0.0]))) == "no different from"
+    with pytest.raises(ValueError, match="paired"):
+        marks([1.0], ["count"]).minus(marks([1.0], ["ground"]))
+
+
+def test_fine_and_coarse_questions_are_counted_apart() -> None:
+    told = Marks((1.0, 0.0, 1.0, 1.0), ("count", "shape", "ground", "amount"), (8, 6, 2, 4), 1.0)
+    assert (told.share("fine"), told.share("coarse"), told.share("ground")) == (0.5, 1.0, 1.0)
+    assert (told.mean_tokens("fine"), told.mean_tokens("coarse")) == (7, 3)
+    assert told.tokens_between("fine", "coarse").mean == 4
+    assert told.accuracy("coarse") == Interval(1.0, 1.0, 1.0)
+
+
+def test_counts_of_fixed_ratios_are_those_of_the_paper() -> None:
+    """ATP-LLaVA, table 2."""
+    assert PAPER.falling((1,), 144, 1.0) == (130,)
+    assert PAPER.falling((4, 14, 24), 144, 1 / 3) == (162, 54, 18)
+    assert PAPER.falling((4, 14, 24), 144, 1 / 2) == (136, 68, 34)
+    assert PAPER.sites(144) == (4, 14, 24) and PAPER.sites(88) == (1, 13, 25)
+    assert DEMO.sites(36) == (2, 5, 9) and DEMO.sites(16) == (1, 5, 9)
+
+
+def test_ivtp_ends_with_the_number_whose_average_is_nearest() -> None:
+    plan = DEMO.ivtp_at(36)
+    assert abs(DEMO.ivtp_average(plan) - 36) < 1
+    assert plan.layers == [3, 6, 9]
+    assert DEMO.ivtp_average(DEMO.ivtp(16)) == pytest.approx((30 + 24 + 20 + 16) / 4)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_well_formed(name: str) -> None:
+    table = TABLES[name](DEMO)
+    assert not table.rows[0].plan.prunes
+    for part in table.parts:
+        labels = [row.label for row in part.rows]
+        assert len(set(labels)) == len(labels), part.title
+        assert set(part.champions) <= set(labels)
+    for row in table.rows:
+        assert row.heads is None or row.heads.sites == tuple(row.plan.layers)
+
+
+def test_plans_of_fixed_numbers_keep_the_average_of_their_part() -> None:
+    checked = 0
+    for part, target in zip(TABLES["main"](DEMO).parts[1:], (36, 16), strict=True):
+        for row in part.rows:
+            if row.label.startswith("FastV"):
+                counts = [round(site.params["keep_ratio"] * 144) for site in row.plan.sites]
+                assert DEMO.average(counts, row.plan.layers) == pytest.approx(target, abs=0.5)
+                checked += 1
+            elif not row.plan.sites:
+                place = row.plan.encoder or row.plan.projector
+                assert place is not None and place.params["keep"] == target
+                checked += 1
+    assert checked >= 14
+
+
+def task(bundle: Path, folder: Path, limit: int, plan: str = "none") -> Task:
+    data = folder / "data" / "data.json"
+    if not data.exists():
+        make_conversations(data.parent, 3)
+    return Task(bundle, plan, data, limit, folder / f"{plan}.jsonl", "a model")
+
+
+def test_only_new_questions_are_asked(
+    tiny_bundle: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(asking, "MAX_NEW_TOKENS", 2)
+    asked: list[Any] = []
+    generate = Model.generate
+
+    def counted(self: Model, *args: Any, **options: Any) -> Any:
+        asked.append(options["seed"])
+        return generate(self, *args, **options)
+
+    monkeypatch.setattr(Model, "generate", counted)
+    first = asking.answer(task(tiny_bundle, tmp_path, 2))
+    again = asking.answer(task(tiny_bundle, tmp_path, 4))
+    assert again[:2] == first and len(again) == 4
+    assert asked == [0, 1, 2, 3]  # each once, and a seed of its own
+    monkeypatch.setattr(asking, "Model", None)  # nothing left to ask: no model is loaded
+    assert asking.answer(task(tiny_bundle, tmp_path, 3)) == again[:3]
+
+
+def test_one_grey_picture_stands_in_for_all(
+    tiny_bundle: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Any] = []
+
+    def generate(self: Model, images: list[str], *args: Any, **options: Any) -> Any:
+        seen.extend(images)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Model, "generate", generate)
+    one = task(tiny_bundle, tmp_path, 1)
+    picture = one.data.parent / "2.png"
+    with pytest.raises(KeyboardInterrupt):
+        asking.answer(replace(one, image=picture))
+    assert seen == [str(picture)]
+
+
+def test_an_image_is_seen_once_for_all_its_questions(
+    tiny_bundle: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Model(tiny_bundle, threads=1, check="size")
+    side = model.preprocess([np.zeros((40, 40, 3), np.uint8)]).shape[-1]
+    one, other = (np.full((1, 3, side, side), value, np.float32) for value in (0.1, 0.4))
+    pipeline, runs, rng = model.pipeline, [], np.random.default_rng(0)
+    run = pipeline.backend.run
+    monkeypatch.setattr(pipeline.backend, "run", lambda *a: (runs.append(a[0]), run(*a))[1])
+    plain = pipeline.see(one, "none", rng).features
+    pipeline.see(one, "none", rng)
+    assert len(runs) == 2  # every request pays for its own, unless told otherwise
+    pipeline.spare_images = 1
+    for pixels, expected in ((one, 3), (one, 3), (other, 4), (other, 4), (one, 5)):
+        features = pipeline.see(pixels.copy(), "none", rng).features
+        assert len(runs) == expected
+        assert np.array_equal(features, plain) == (pixels is one)
+    model.close()
+
+
+def synthetic(name: str) -> dict[str, Any]:
+    """A table whose rows have half of the questions right, the first one all."""
+    table = TABLES[name](DEMO)
+    kinds = ["count", "ground"] * 20
+    given = {}
+    for number, row in enumerate(table.rows):
+        if not row.not_run:
+            hits = [1.0] * 40 if not number else [1.0, 0.0] * 20
+            given[row] = marks(hits, kinds, tokens=10.0 + number)
+    return to_dict(table, given)
+
+
+def test_a_report_tells_marks_differences_and_what_was_not_run() -> None:
+    found = synthetic("atp-parts")
+    full, *_ = found["parts"][0]["rows"]
+    assert "difference" not in full and full["accuracy"]["all"]["mean"] == 1
+    row = found["parts"][1]["rows"][0]
+    assert row["kept"] == 0.5 and row["difference"]["coarse"]["mean"] == -1
+    one = found["parts"][1]["comparisons"][0]
+    assert one["verdict"] == "no different from"
+    text = to_text(json.loads(json.dumps(found)))
+    assert "--train-lm" in text and "50.0 %" in text and "no different from" in text
+    header, rule, line = text.split("\n\n")[3].splitlines()[:3]
+    assert len(header) == len(rule) == len(line)
+
+
+def test_tokens_by_kind_are_a_figure_with_a_bar_each() -> None:
+    root = ElementTree.fromstring(draw_kinds(synthetic("atp-ratios"), LEARNED))
+    bars = [e for e in root.iter("{http://www.w3.org/2000/svg}rect") if e.get("height") == "17"]
+    assert len(bars) == 2  # count and ground
+    assert bars[0].get("fill") != bars[1].get("fill")
+
+
+def test_curves_are_a_figure_for_light_and_dark_pages() -> None:
+    drawn = draw_curves(synthetic("curves"))
+    root = ElementTree.fromstring(drawn)
+    named = SimpleNamespace(svg="{http://www.w3.org/2000/svg}")
+    lines = root.findall(f"{named.svg}polyline")
+    texts = [text.text for text in root.iter(f"{named.svg}text")]
+    assert len(lines) >= 7 and "IVTP" in texts
+    assert len({line.get("stroke") for line in lines}) == len(lines)
+    assert "prefers-color-scheme:dark" in drawn and "nan" not in drawn
