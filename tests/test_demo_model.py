@@ -8,14 +8,13 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
+
 from examples.demo_model.models import make_clip, make_llava, pixels
 from examples.demo_model.questions import FINE, KINDS, NUMBERS, SHORT, Asker, as_prompt
 from examples.demo_model.scenes import COLOURS, GRID, PATCH, SHAPES, make_scene, owner_map, render
 from examples.demo_model.shared_prefix import run_questions
 from examples.demo_model.train_language import Words, embed_prefix
-
 from tests.models import make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +52,9 @@ def test_an_objects_pixels_have_its_colour() -> None:
         for thing in scene.things:
             if thing.shape not in ("square", "circle", "diamond") or thing.texture != "plain":
                 continue
-            around = picture[int(thing.y) - 2 : int(thing.y) + 3, int(thing.x) - 2 : int(thing.x) + 3]
+            around = picture[
+                int(thing.y) - 2 : int(thing.y) + 3, int(thing.x) - 2 : int(thing.x) + 3
+            ]
             colour = around.reshape(-1, 3).mean(0)
             nearest = min(COLOURS, key=lambda n: np.abs(np.array(COLOURS[n]) - colour).sum())
             seen += 1
@@ -70,20 +71,28 @@ def test_counts_colours_and_positions_are_told_truly() -> None:
                 colour, noun = found.groups()
                 shape = {"shapes": None, "crosses": "cross"}.get(noun, noun[:-1])
                 hits = [
-                    t for t in scene.things if colour in (None, t.colour) and shape in (None, t.shape)
+                    t
+                    for t in scene.things
+                    if colour in (None, t.colour) and shape in (None, t.shape)
                 ]
                 assert question.word == NUMBERS[len(hits)]
             elif found := re.search(r"What colour is the (\w+)\?", question.text):
                 if found[1] == "background":
                     assert question.word == scene.ground
                 else:
-                    assert [t.colour for t in scene.things if t.shape == found[1]] == [question.word]
+                    assert [t.colour for t in scene.things if t.shape == found[1]] == [
+                        question.word
+                    ]
             elif question.kind == "position":
                 words = question.text.rstrip("?").split()
                 thing = next(
-                    t for t in scene.things if t.shape == words[-1] and words[-2] in ("the", t.colour)
+                    t
+                    for t in scene.things
+                    if t.shape == words[-1] and words[-2] in ("the", t.colour)
                 )
-                side = f"{'bottom' if thing.y > 48 else 'top'} {'right' if thing.x > 48 else 'left'}"
+                side = (
+                    f"{'bottom' if thing.y > 48 else 'top'} {'right' if thing.x > 48 else 'left'}"
+                )
                 assert question.word == side
             else:
                 continue

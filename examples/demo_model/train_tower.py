@@ -132,7 +132,9 @@ def losses(clip: Any, heads: Heads, batch: dict[str, Tensor]) -> dict[str, Tenso
         for k, t in enumerate(told)
     ).view_as(is_thing)
     # By kind of patch: most show the ground, and would drown what is hard.
-    dense = (each * is_thing).sum() / is_thing.sum() + 0.5 * (each * ~is_thing).sum() / (~is_thing).sum()
+    dense = (each * is_thing).sum() / is_thing.sum() + 0.5 * (each * ~is_thing).sum() / (
+        ~is_thing
+    ).sum()
     off = (heads.centre(rows).float() - batch["centres"]).abs().sum(-1)
     parts["dense"] = dense + (off * is_thing).sum() / is_thing.sum() * 0.5
 
