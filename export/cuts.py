@@ -37,7 +37,7 @@ def divide(
     Raises:
         PatchsieveError: Something that cannot be divided takes more than `memory`.
     """
-    _check(others | {"one layer and the output head": layer + head}, memory)
+    _check({**others, "one layer and the output head": layer + head}, memory)
     found: list[int] = []
     for first, last in pairwise([0, *cuts, num_layers]):
         tail = head if last == num_layers else 0

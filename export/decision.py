@@ -45,7 +45,7 @@ class Decide(nn.Module):
         for name, part in modules(method).items():  # so that their parameters are found
             self.add_module(name, part)
 
-    def forward(self, given: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Decide which of one image's rows go on.
 
         Args:
@@ -54,10 +54,12 @@ class Decide(nn.Module):
                 caches and value caches [1, G, S, D]; `slot` [1] of row 0; `visual_rows` [N] and
                 their `patch_ids` [N]; `text_rows` [T] of the instruction; `side_row` [1];
                 `last_row` [1]; `keep` [L], the rows that survive so far (decisions on several
-                images are chained); `budget` [1]; `noise` [1, N].
+                images are chained); `budget` [1]; `noise` [1, N]; `hidden` [1, L, C] and
+                `sizes` [N].
 
         Returns:
-            keep_out [L], scores [N], num_wanted [1].
+            keep_out [L], scores [N], num_wanted [1]; of a method that merges also hidden_out
+            [1, L, C] and merged_into [N].
         """
         visual_rows, keep = given[names.VISUAL_ROWS], given[names.KEEP]
         site = Site(
@@ -77,12 +79,21 @@ class Decide(nn.Module):
             grid=self.grid,
             num_visual=self.num_visual,
             noise=given[names.NOISE],
+            hidden=given[names.HIDDEN],
+            sizes=given[names.SIZES][None],
         )
         decision = self.method.decide(site, given[names.BUDGET])
         # Integers, because not every runtime scatters booleans.
         mine = torch.ones_like(keep, dtype=torch.int64)
         mine = mine.scatter(0, visual_rows, decision.keep[0].to(torch.int64))  # [L]
-        return keep & mine.bool(), decision.scores[0], decision.num_wanted
+        told = (keep & mine.bool(), decision.scores[0], decision.num_wanted)
+        if decision.hidden is None or decision.moved is None:
+            return told
+        # Merged rows come from behind all others, so that rows are gathered whole.
+        rows = torch.cat((given[names.HIDDEN], decision.hidden), dim=1)  # [1, L + N, C]
+        merged = torch.arange(visual_rows.shape[0]) + keep.shape[0]  # [N]
+        sources = torch.arange(keep.shape[0]).scatter(0, visual_rows, merged)  # [L]
+        return (*told, rows.index_select(1, sources), decision.moved[0])
 
     def _heads(self, query: Tensor) -> Tensor:
         """[1, L, H * D] -> [1, H, L, D]."""
@@ -110,9 +121,10 @@ def decide_graph(
     heads: HeadShape,
     grid: tuple[int, int],
     num_visual: int,
+    size: int,
     dtype: torch.dtype,
 ) -> ir.Model:
-    """Trace the decision of the site at `layer`."""
+    """Trace the decision of the site at `layer`, in a decoder of width `size`."""
     rows, visual = names.AXIS_ROWS, names.AXIS_VISUAL
     int64 = torch.int64
     query = Input(dtype, (1, rows, heads.num_heads * heads.head_dim))
@@ -130,14 +142,19 @@ def decide_graph(
         names.KEEP: Input(torch.bool, (rows,)),
         names.BUDGET: Input(int64, (1,)),
         names.NOISE: Input(torch.float32, (1, visual)),
+        names.HIDDEN: Input(dtype, (1, rows, size)),
+        names.SIZES: Input(torch.float32, (visual,)),
     }
+    outputs = [names.KEEP_OUT, names.SCORES, names.NUM_WANTED]
+    if names.HIDDEN in method.reads:
+        outputs += [names.HIDDEN_OUT, names.MERGED_INTO]
     # An image's rows are some of the rows fed, and those are some of the cache's.
     sizes = {names.AXIS_TEXT: 7, visual: 11, rows: 23, names.AXIS_SLOTS: 31}
     model = trace(
         Decide(method, heads, grid, num_visual, below),
         (inputs,),
         list(inputs),
-        [names.KEEP_OUT, names.SCORES, names.NUM_WANTED],
+        outputs,
         sizes=sizes,
     )
     for value in list(model.graph.inputs):  # what this method does not read, nobody has to feed

@@ -226,6 +226,7 @@ class _Job:
         self.plan, self.graphs = decide_graphs(
             self.plan,
             options.plan_name,
+            self.spec.hidden_size,
             self.spec.heads,
             self.vision_facts,
             self.plan_vision.num_visual,

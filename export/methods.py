@@ -15,6 +15,7 @@ from patchsieve.pruning.pooling import Pooling
 from patchsieve.pruning.schedules import SCHEDULE_OPTIONS, TowerSchedule, num_to_keep
 from patchsieve.pruning.table import ENCODERS, METHODS, PROJECTORS
 from patchsieve.pruning.thresholds import ConstantThresholds, Thresholds
+from patchsieve.pruning.tome_decoder import DecoderToMe
 from patchsieve.writing import write_whole
 
 if TYPE_CHECKING:
@@ -231,7 +232,15 @@ def resolve_budgets(plan: Plan, methods: list[Method], num_visual: int) -> Plan:
                 expected=f"at most {most} visual tokens per image",
                 do="lower --budget, or leave it away",
             )
-        most = min(most, budget or most)
+        left = min(most, budget or most)
+        if isinstance(method, DecoderToMe) and left < method.fewest_left(most):
+            raise PatchsieveError(
+                f"tome merges at most every other token, not so many at layer {site.layer}",
+                found=f"{most} to {left}",
+                expected=f"at least {method.fewest_left(most)} left",
+                do="keep more, or merge at several sites, whose counts a plan file gives (--plan)",
+            )
+        most = left
         sites.append(replace(site, budget=most))
     return replace(plan, sites=tuple(sites))
 

@@ -61,7 +61,7 @@ def reuse(
         )
     if plan_name == NO_PRUNING and plan.prunes:
         raise PatchsieveError("the plan named none prunes nothing", do="choose another --plan-name")
-    _check_queries(old, plan)
+    check_queries(old, plan)
     manifest.check_files(bundle, old, hashes=False)
     heads = HeadShape(old.text.num_heads, old.text.num_kv_heads, old.text.head_dim)
     dtype = DTYPES[old.precision.decoder][0]
@@ -77,7 +77,14 @@ def reuse(
     try:
         with one_line(bundle):
             plan, graphs = decide_graphs(
-                plan, plan_name, heads, old.vision, vision.num_visual, dtype, progress
+                plan,
+                plan_name,
+                old.text.hidden_size,
+                heads,
+                old.vision,
+                vision.num_visual,
+                dtype,
+                progress,
             )
             if plan.has_vision:
                 progress("tracing the vision tower", 0.8)
@@ -106,7 +113,7 @@ def reuse(
     return new
 
 
-def _check_queries(old: manifest.Manifest, plan: Plan) -> None:
+def check_queries(old: manifest.Manifest, plan: Plan) -> None:
     """Refuse a plan that reads queries which the bundle's stages do not give."""
     given = {
         tensor["name"]
@@ -123,27 +130,34 @@ def _check_queries(old: manifest.Manifest, plan: Plan) -> None:
                 expected=f"those of layers {sorted(read)}",
                 do="export a new bundle with this plan; stages give what its plan reads",
             )
-        lengths = {s.slots for s in old.stages for k in read if s.first <= k < s.last}
-        if len(lengths) > 1 and any(LOWERINGS[target].static_slots for target in old.targets):
+        over = [s for s in old.stages if any(s.first <= k < s.last for k in read)]
+        fixed = [target for target in old.targets if LOWERINGS[target].static_slots]
+        if len({s.slots for s in over}) > 1 and fixed:
+            same = min(s.first for s in over if s.slots == over[-1].slots)
             raise PatchsieveError(
                 f"the group of {site.method} at layer {site.layer} lies over stages of the bundle "
-                "whose engines reserve different numbers of slots",
-                found=sorted(lengths),
-                expected="one number",
-                do="export a new bundle with this plan, or lower its group",
+                f"that reserve different numbers of slots, which {fixed[0]} fixes in its engines",
+                found=", ".join(f"{s.slots} in layers {s.first} to {s.last - 1}" for s in over),
+                expected=f"one number in layers {read[-1]} to {read[0]}",
+                do=f"export a new bundle with this plan, or give the site a group of at most "
+                f"{site.layer - same}",
             )
 
 
 def decide_graphs(
     plan: Plan,
     plan_name: str,
+    size: int,
     heads: HeadShape,
     vision: manifest.VisionModel,
     num_visual: int,
     dtype: torch.dtype,
     progress: Progress = lambda *_: None,
 ) -> tuple[Plan, dict[str, ir.Model]]:
-    """Resolve a plan's budgets and trace its decisions on images of `num_visual` tokens."""
+    """Resolve a plan's budgets and trace its decisions on images of `num_visual` tokens.
+
+    The decoder is `size` wide.
+    """
     methods = [build_method(site) for site in plan.sites]
     check_sites(plan, methods)
     plan = resolve_budgets(plan, methods, num_visual)
@@ -151,7 +165,7 @@ def decide_graphs(
     for done, (site, method) in enumerate(zip(plan.sites, methods, strict=True)):
         progress(f"tracing {site.method} at layer {site.layer}", done / len(methods))
         graphs[names.decide(plan_name, site.layer)] = decide_graph(
-            method, site.layer, heads, vision.grid, num_visual, dtype
+            method, site.layer, heads, vision.grid, num_visual, size, dtype
         )
     return plan, graphs
 

@@ -21,15 +21,11 @@ from patchsieve import names
 from patchsieve.errors import PatchsieveError, UnsupportedModelError
 from patchsieve.export.checkpoint import Checkpoint, locate, read_config
 from patchsieve.export.families import tower_spec
-from patchsieve.export.methods import build_method
 from patchsieve.export.reuse import plan_vision
 from patchsieve.export.vision import vision_model
 from patchsieve.export.weights import weights_of
-from patchsieve.plan import Plan
-from patchsieve.pruning.site import Site
+from patchsieve.plan import Plan, PseudoCls
 from patchsieve.trained import Trained
-
-Drop = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass
@@ -53,6 +49,11 @@ class Layers:
     logits: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     cache: Any = None
     position: int = 0
+
+
+# Asked before a layer, given what the layers so far made: the rows that go on, and all rows
+# [1, L, C], which a method that merges changes.
+Judge = Callable[[int, Layers], tuple[np.ndarray, np.ndarray]]
 
 
 class Reference:
@@ -92,7 +93,7 @@ class Reference:
         self.llava.generation_config.eos_token_id = None  # an early end would hide what follows
 
     def inputs(
-        self, image: Image.Image, messages: list[dict[str, Any]] | str
+        self, images: list[Image.Image], messages: list[dict[str, Any]] | str
     ) -> dict[str, np.ndarray]:
         """`pixel_values` and `input_ids` [1, L] of Hugging Face's processor and chat template.
 
@@ -103,7 +104,7 @@ class Reference:
         text = messages
         if not isinstance(messages, str):
             text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        made = self.processor(images=[image], text=text, return_tensors="pt")
+        made = self.processor(images=images, text=text, return_tensors="pt")
         rows = int((made["input_ids"] == self.config.image_token_id).sum())
         expected = text.count(self.processor.image_token) * self._num_visual()
         if rows != expected:
@@ -136,7 +137,7 @@ class Reference:
     @torch.no_grad()
     def reduced(
         self, plan: Plan, pixel_values: np.ndarray, noise: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Run a plan's vision module in torch, on the checkpoint's weights in float32.
 
         Hugging Face has no tower that prunes: `vision` holds the tower itself against it.
@@ -147,10 +148,11 @@ class Reference:
             noise: [B, patches], where a method draws.
 
         Returns:
-            image_features [B, N, C] and image_ids [B, N].
+            image_features [B, N, C], image_ids [B, N] and the projected CLS [B, C].
         """
-        # What a pseudo-CLS is made of besides is no part of the visual tokens.
-        plan, size = replace(plan, pseudo_cls=None), self.config.text_config.hidden_size
+        # The space that words are compared in is the scorer's, which the checkpoint does not hold.
+        plan = replace(plan, pseudo_cls=PseudoCls("none"))
+        size = self.config.text_config.hidden_size
         module = plan_vision(plan, vision_model(self.config), size, None).eval()
         state = {}
         for weight in weights_of(module):
@@ -158,8 +160,8 @@ class Reference:
             state[weight.name] = tensor.t() if weight.transposed else tensor
         module.load_state_dict(state)
         drawn = () if noise is None else (torch.from_numpy(noise),)
-        features, ids, *_ = module(torch.from_numpy(pixel_values), *drawn)
-        return features.numpy(), ids.numpy()
+        features, ids, _, cls = module(torch.from_numpy(pixel_values), *drawn)
+        return features.numpy(), ids.numpy(), cls.numpy()
 
     @torch.no_grad()
     def embed(self, input_ids: np.ndarray, features: np.ndarray) -> np.ndarray:
@@ -171,33 +173,51 @@ class Reference:
         return rows.numpy()
 
     @torch.no_grad()
+    def embed_text(self, ids: np.ndarray) -> np.ndarray:
+        """Input embeddings of tokens [T], [T, C]."""
+        return self.llava.get_input_embeddings()(torch.from_numpy(ids)).numpy()
+
+    @torch.no_grad()
     def prefill(
-        self, embeddings: np.ndarray, positions: np.ndarray, drop: Mapping[int, Drop]
+        self,
+        embeddings: np.ndarray,
+        positions: np.ndarray,
+        image_index: np.ndarray | None,
+        judges: Mapping[int, Judge],
     ) -> Layers:
         """Feed rows through the decoder.
 
         Args:
-            embeddings: [1, L0, C].
-            positions: Of the rows, and of the one behind them, [L0 + 1]; [L0 + 1, A] for a model
+            embeddings: Rows, and behind them a side row for each image, if any; [1, L0 + M, C].
+            positions: Of the L0 rows, and of the one behind them, [L0 + 1]; [L0 + 1, A] for a model
                 with A rotary sections.
-            drop: For a layer, what is asked before it: given the queries and keys of the layer
-                before, the rows that go on.
+            image_index: Image of each row, -1 for text, [L0]; None where there are no side rows.
+            judges: What is asked before a layer.
         """
         import transformers
 
         out = Layers(cache=transformers.DynamicCache(config=self.config.text_config))
-        x = torch.from_numpy(embeddings)
-        out.position, places = int(positions[-1].max()), torch.from_numpy(positions[:-1])
+        x, count = torch.from_numpy(embeddings), len(positions) - 1
+        out.position = int(positions[-1].max())
+        places, last_seen = positions[:-1], np.arange(count)
+        if image_index is not None:
+            side, seen = side_rows(positions, image_index)
+            places, last_seen = np.concatenate((places, side)), np.append(last_seen, seen)
+        row = np.arange(len(places))  # each row's place among those that came in
         for index in range(len(self.decoder.layers)):
-            if index in drop:
-                kept = torch.from_numpy(drop[index](index, out.query[-1], out.key[-1]))
-                x, places = x[:, kept], places[kept]
-            x, query = self._layer(index, x, places, out.cache)
+            if index in judges:
+                kept, hidden = judges[index](index, out)
+                x, row = torch.from_numpy(hidden)[:, kept], row[kept]
+            seen_by = (row <= last_seen[row, None]) | (row == row[:, None])  # [L, L]
+            places_left = torch.from_numpy(places[row])
+            x, query = self._layer(index, x, places_left, out.cache, torch.from_numpy(seen_by))
             made = out.cache.layers[index]
             out.hidden.append(x.numpy())
             out.query.append(query.numpy())
             out.key.append(made.keys.numpy())
             out.value.append(made.values.numpy())
+            stays = int((row < count).sum())  # the rows to come do not see side rows
+            made.keys, made.values = made.keys[:, :, :stays], made.values[:, :, :stays]
         out.logits = self._logits(x)
         return out
 
@@ -226,16 +246,20 @@ class Reference:
         )
         return torch.cat(made.logits).numpy()
 
-    def _layer(self, index: int, x: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
-        """One decoder layer: rows [1, L, C] behind it and its rotated queries [1, L, H * D]."""
+    def _layer(
+        self, index: int, x: Tensor, positions: Tensor, cache: Any, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One decoder layer: rows [1, L, C] behind it and its rotated queries [1, L, H * D].
+
+        `seen` tells which rows a row sees, bool [L, L]; None: all that are there.
+        """
         from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
         angles = self._angles(x, positions)
         rows = x.shape[1]
         mask = None
-        if rows > 1:  # rows are in order of position: causal among those that are left
-            low = torch.finfo(x.dtype).min
-            mask = torch.full((1, 1, rows, rows), low).triu(1)  # [1, 1, L, L]
+        if seen is not None:
+            mask = torch.where(seen, 0.0, torch.finfo(x.dtype).min)[None, None]  # [1, 1, L, L]
         layer = self.decoder.layers[index]
         attention = layer.self_attn
         states = attention.q_proj(layer.input_layernorm(x))
@@ -271,47 +295,18 @@ class Reference:
         return self.llava.lm_head(self.decoder.norm(x[:, -1]))[0].numpy()
 
 
-@torch.no_grad()
-def decide(
-    bundle: Path,
-    plan: Plan,
-    layer: int,
-    query: np.ndarray,
-    key: np.ndarray,
-    fed: Mapping[str, np.ndarray],
-    grid: tuple[int, int],
-    num_visual: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Run a site's method in torch on given activations.
+def side_rows(positions: np.ndarray, image_index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Position of each image's side row, and the last row that it sees besides itself, [M] each.
 
     Args:
-        bundle: Where learned heads lie.
-        plan: The plan.
-        layer: The site.
-        query: [1, L, H * D].
-        key: [1, G, L, D].
-        fed: What the bundle's decision was fed besides: rows, patch ids, budget, noise.
-        grid: Patch rows and columns.
-        num_visual: Tokens of the image that entered the decoder.
-
-    Returns:
-        Which of the image's tokens go on, bool [N], and their scores, [N].
+        positions: Of the rows, and of the one behind them, [L0 + 1].
+        image_index: Image of each row, -1 for text, [L0].
     """
-    site = next(site for site in plan.sites if site.layer == layer)
-    head_dim = key.shape[-1]
-    tensor = {name: torch.from_numpy(np.asarray(value)) for name, value in fed.items()}
-    states = Site(
-        query=torch.from_numpy(query).view(1, query.shape[1], -1, head_dim).transpose(1, 2),
-        key=torch.from_numpy(key),
-        visual_rows=tensor[names.VISUAL_ROWS],
-        text_rows=tensor[names.TEXT_ROWS],
-        patch_ids=tensor[names.PATCH_IDS],
-        grid=grid,
-        num_visual=num_visual,
-        noise=tensor.get(names.NOISE),
-    )
-    decision = build_method(site, bundle).decide(states, tensor[names.BUDGET])
-    return decision.keep[0].numpy(), decision.scores[0].numpy()
+    numbers = range(image_index.max() + 1)
+    last = np.array([np.flatnonzero(image_index == number)[-1] for number in numbers])
+    text = np.append(np.flatnonzero(image_index < 0), len(image_index))
+    behind = [text[text > row][0] for row in last]  # the first text, whose position it shares
+    return positions[behind], last
 
 
 def tapped(path: Path) -> bytes:

@@ -112,8 +112,8 @@ class Encoder:
         is_instruction = np.zeros(len(rows.token_ids), bool)
         is_instruction[rows.instruction_rows] = True
         where = np.arange(len(rows.token_ids))
-        none = np.full_like(where, -1)
-        facts = Rows(where, rows.image_index, none, none, is_instruction, none, len(where))
+        none, one = np.full_like(where, -1), np.ones(len(where), np.float32)
+        facts = Rows(where, rows.image_index, none, none, is_instruction, one, none, len(where))
         assert TEXT == -1  # as `expand` marks text
         visual = [facts.of_image(image) for image in facts.images()]
         text = [facts.text_for(image) for image in facts.images()]

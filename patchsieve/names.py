@@ -122,11 +122,15 @@ VISUAL_ROWS = "visual_rows"  # [N] rows of the image's tokens that are alive
 TEXT_ROWS = "text_rows"  # [T] rows of the instruction behind the image
 PATCH_IDS = "patch_ids"  # [N] raster index of each of `visual_rows`
 NOISE = "noise"  # [1, N] uniform numbers in [0, 1), one for each token
+SIZES = "sizes"  # [N] patches that each of the image's tokens stands for, float32
 BUDGET = "budget"  # [1] most tokens that may be kept
 KEEP = "keep"  # [L] rows that survive so far; in and out
 KEEP_OUT = "keep_out"
 SCORES = "scores"  # [N]
 NUM_WANTED = "num_wanted"  # [1] tokens that the method would keep without a budget
+# A method that merges takes HIDDEN too, the rows of the stage before the site [1, L, C], and gives
+# them back as HIDDEN_OUT, the image's tokens merged where they stand.
+MERGED_INTO = "merged_into"  # [N] the image's token that each merged into, or its own place
 
 # Tensors of `compact`, besides KEEP and KEEP_INDICES.
 NUM_KEEP = "num_keep"  # [1]

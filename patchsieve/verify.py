@@ -7,60 +7,37 @@ that the first part that departs is where to look.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from patchsieve import names
+from patchsieve.comparison import (
+    PIXEL_TOLERANCE,
+    TOLERANCE,
+    Part,
+    compare,
+    compare_survivors,
+    compare_tokens,
+)
 from patchsieve.errors import PatchsieveError
 from patchsieve.export import verify as hf
+from patchsieve.export import verify_sites as sites
 from patchsieve.plan import NO_PRUNING
 from patchsieve.runtime.backend import Backend
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.images import load_image
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.ort import TARGETS, OrtBackend
-from patchsieve.runtime.prompt import ExpandedPrompt, expand
+from patchsieve.runtime.prompt import ExpandedPrompt, Prompt, expand
+from patchsieve.runtime.pseudo_cls import cosines, pool
 from patchsieve.runtime.record import Recorder
+from patchsieve.runtime.result import Result
 from patchsieve.runtime.rows import number_rows
-
-# Largest error of a row's entries over the row's largest entry. float32: sums in another order,
-# which grow through the layers. float16: each operator rounds to 5e-4, the reference does not.
-TOLERANCE = {"float32": 1e-4, "float16": 3e-2}
-PIXEL_TOLERANCE = 1e-6  # the preprocessor computes in float32 whatever the graphs do
-SCORE_TIE = 1e-6  # closer scores may fall either way; in float16, closer than its tolerance
-
-
-@dataclass(frozen=True)
-class Part:
-    """One comparison.
-
-    Attributes:
-        plan: The plan that was followed.
-        name: What was compared.
-        layer: The decoder layer that made it, if one did.
-        max_error: Largest absolute error; None for what is compared exactly or is not finite.
-        relative_error: Largest error of an entry over the largest entry of its row.
-        tolerance: Of the relative error.
-        departs: The bundle is not what the checkpoint is.
-        note: For the eye.
-    """
-
-    plan: str
-    name: str
-    layer: int | None = None
-    max_error: float | None = None
-    relative_error: float | None = None
-    tolerance: float | None = None
-    departs: bool = False
-    note: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The part as JSON prints it."""
-        return asdict(self)
 
 
 class Verification:
@@ -96,97 +73,125 @@ class Verification:
         self.reference = hf.Reference(checkpoint)
         self._check_shapes(checkpoint)
         self.tolerance = max(TOLERANCE[kind] for kind in self.facts.precision.kinds)
+        self.is_exact = set(self.facts.precision.kinds) == {"float32"}
 
     def compare(
-        self, image: Any, prompt: str, plan: str, *, raw: bool = False, count: int = 32
+        self, images: Any, prompt: str, plan: str, *, raw: bool = False, count: int = 32
     ) -> Iterator[Part]:
-        """Compare one plan, part by part, in the order of computation."""
+        """Compare one plan, part by part, in the order of computation.
+
+        Args:
+            images: One or a list, as `Model.generate` takes them.
+            prompt: The user's words.
+            plan: Name of the plan.
+            raw: The prompt is the whole text, without a chat template.
+            count: Greedy tokens.
+        """
         self.recorder.forget()
+        images = list(images) if isinstance(images, (list, tuple)) else [images]
         count = min(count, self.facts.limits.max_new_tokens)
-        tokens, failure = self._answer(image, prompt, plan, raw, count)
-        inputs = self._hf_inputs(image, prompt, raw)
-        rows = self._rows(prompt, plan, raw)
+        result, failure = self._answer(images, prompt, plan, raw, count)
+        inputs = self._hf_inputs(images, prompt, raw)
+        built = self._prompt(prompt, len(images), raw)
+        rows = expand(built, self.facts.num_visual(plan))
+        cls: np.ndarray | None = None
         features, layers_seen = self.reference.vision(inputs[names.PIXEL_VALUES])
         yield from self._inputs(plan, rows.token_ids, inputs)
         if self.facts.plans[plan].has_vision:
-            features, patch_ids = self._reduced(plan, inputs[names.PIXEL_VALUES])
+            features, patch_ids, cls = self._reduced(plan, inputs[names.PIXEL_VALUES])
             yield self._patches(plan, patch_ids)
         else:
-            _, patch_ids = self._seen(plan)
+            patch_ids = self._seen(plan)[1]
             yield from self._tower(plan, layers_seen)
         yield self._part(plan, names.IMAGE_FEATURES, self._seen(plan)[0], features)
-        fed = self.recorder.inputs[names.stage(0)][names.HIDDEN]
-        has_side_row = self.facts.plans[plan].pseudo_cls is not None
-        fed = fed[:, :-1] if has_side_row else fed
         embeddings = self.reference.embed(rows.token_ids[None], features)
-        yield self._part(plan, "embeddings", fed, embeddings)
-        if fed.shape != embeddings.shape:
+        fed = self.recorder.inputs[names.stage(0)][names.HIDDEN]
+        num_rows = len(rows.token_ids)
+        yield self._part(plan, "embeddings", fed[:, :num_rows], embeddings)
+        if fed[:, :num_rows].shape != embeddings.shape:
             return  # other rows: nothing behind them can be compared
-        if has_side_row:
-            note = "the decoder is not compared: Hugging Face has no side rows"
-            yield Part(plan, "pseudo-CLS", note=note)
-            return
-        decisions: dict[int, Part] = {}
-        sites = self.facts.plans[plan].layers
-        spans = [slice(*span) for span in rows.image_spans]
-        rule, axes = self.facts.position_rule(plan), len(self.facts.text.rotary_sections)
-        images = list(zip(spans, patch_ids, strict=True))
-        positions = number_rows(len(rows.token_ids), images, self.facts.vision, rule, axes)
-        layers = self.reference.prefill(
-            embeddings, positions, {site: self._judge(plan, decisions) for site in sites}
-        )
-        for index in range(self.facts.text.num_layers):
-            if index in decisions:
-                yield decisions[index]
-            yield from self._layer(plan, index, layers)
-        yield self._part(plan, "logits", self.recorder.values[names.LOGITS][0], layers.logits[None])
+        if fed.shape[1] > num_rows and cls is not None:
+            side, note = self._side_rows(plan, cls, result, built)
+            yield self._part(plan, "pseudo-CLS", fed[:, num_rows:], side, note=note)
+            embeddings = np.concatenate((embeddings, side), axis=1)
+        yield from self._decoder(plan, embeddings, rows, patch_ids)
         if failure:
             yield Part(plan, "greedy tokens", departs=True, note=failure)
             return
-        if plan == NO_PRUNING and not axes:
+        if plan == NO_PRUNING and not self.facts.text.rotary_sections:
             said, by = self.reference.generate(inputs, count), "generate"
         else:
-            said, by = self.reference.decode(layers, count), "eager decoding of the survivors"
-        yield compare_tokens(plan, tokens, said, by, self.tolerance)
+            said, by = self.reference.decode(self._layers, count), "eager decoding of the survivors"
+        yield compare_tokens(plan, result.token_ids, said, by, self.tolerance)
+
+    def _decoder(
+        self, plan: str, embeddings: np.ndarray, rows: ExpandedPrompt, patch_ids: np.ndarray
+    ) -> Iterator[Part]:
+        """Every layer of the decoder, its decisions, and the logits of the last row.
+
+        Args:
+            plan: The plan.
+            embeddings: Rows, side rows behind them, [1, L0 + M, C].
+            rows: What the L0 are.
+            patch_ids: Raster ids of each image's tokens, [M, N].
+        """
+        decisions: dict[int, list[Part]] = {}
+        facts, judge = self.facts, self._judge(plan, decisions)
+        spans = [slice(*span) for span in rows.image_spans]
+        given = list(zip(spans, patch_ids, strict=True))
+        count, rule = len(rows.token_ids), facts.position_rule(plan)
+        axes = len(facts.text.rotary_sections)
+        positions = number_rows(count, given, facts.vision, rule, axes)
+        side = embeddings.shape[1] - count
+        self._layers = layers = self.reference.prefill(
+            embeddings,
+            positions,
+            rows.image_index if side else None,
+            dict.fromkeys(facts.plans[plan].layers, judge),
+        )
+        for index in range(facts.text.num_layers):
+            yield from decisions.get(index, ())
+            yield from self._layer(plan, index, layers)
+        yield self._part(plan, "logits", self.recorder.values[names.LOGITS][0], layers.logits[None])
 
     def close(self) -> None:
         """Give back memory."""
         self.model.close()
 
     def _answer(
-        self, image: Any, prompt: str, plan: str, raw: bool, count: int
-    ) -> tuple[list[int], str]:
-        """The bundle's tokens, or why it gave none although its graphs ran."""
+        self, images: list[Any], prompt: str, plan: str, raw: bool, count: int
+    ) -> tuple[Result, str]:
+        """The bundle's answer, or why it gave none although its graphs ran."""
+        result = Result()
+        options: dict[str, Any] = {"plan": plan, "raw": raw, "max_new_tokens": count}
+        answer = self.model.stream(images, prompt, result=result, ignore_eos=True, **options)
         try:
-            options: dict[str, Any] = {"max_new_tokens": count, "ignore_eos": True}
-            result = self.model.generate(image, prompt, plan=plan, raw=raw, **options)
-            return result.token_ids, ""
+            deque(answer, maxlen=0)
+            return result, ""
         except PatchsieveError as error:
             if names.LOGITS not in self.recorder.values:
                 raise
-            return [], str(error)
+            return result, str(error)
 
-    def _hf_inputs(self, image: Any, prompt: str, raw: bool) -> dict[str, np.ndarray]:
-        message = self.model.bundle.prompts.user_message(prompt, 1)
-        return self.reference.inputs(load_image(image), prompt if raw else [dict(message)])
+    def _hf_inputs(self, images: list[Any], prompt: str, raw: bool) -> dict[str, np.ndarray]:
+        message = self.model.bundle.prompts.user_message(prompt, len(images))
+        pictures = [load_image(image) for image in images]
+        return self.reference.inputs(pictures, prompt if raw else [dict(message)])
 
-    def _rows(self, prompt: str, plan: str, raw: bool) -> ExpandedPrompt:
-        """The rows that the bundle feeds, the image's token repeated for each of its tokens."""
+    def _prompt(self, prompt: str, num_images: int, raw: bool) -> Prompt:
+        """The prompt that the bundle feeds, each image still one token."""
         prompts = self.model.bundle.prompts
-        built = (
-            prompts.build_raw(prompt, 1)
-            if raw
-            else prompts.build([prompts.user_message(prompt, 1)], 1)
-        )
-        return expand(built, self.facts.num_visual(plan))
+        if raw:
+            return prompts.build_raw(prompt, num_images)
+        return prompts.build([prompts.user_message(prompt, num_images)], num_images)
 
     def _seen(self, plan: str) -> tuple[np.ndarray, np.ndarray]:
         """Image features and raster ids that the bundle's graph returned."""
         graph, values = self.facts.vision_graph(plan), self.recorder.values
         return values[f"{graph}/{names.IMAGE_FEATURES}"], values[f"{graph}/{names.IMAGE_IDS}"]
 
-    def _reduced(self, plan: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The same by the plan's methods in torch, on the noise that the bundle drew."""
+    def _reduced(self, plan: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same and the CLS by the plan's methods in torch, on the noise that was drawn."""
         fed = self.recorder.inputs[self.facts.vision_graph(plan)]
         return self.reference.reduced(self.facts.plans[plan], pixels, fed.get(names.NOISE))
 
@@ -204,7 +209,7 @@ class Verification:
         """Pixels and token ids; an image counts as one token where the plan leaves fewer."""
         pixels = self.recorder.inputs[self.facts.vision_graph(plan)][names.PIXEL_VALUES]
         theirs = inputs[names.PIXEL_VALUES]
-        yield self._part(plan, names.PIXEL_VALUES, pixels, theirs, tolerance=PIXEL_TOLERANCE)
+        yield compare(plan, names.PIXEL_VALUES, pixels, theirs, PIXEL_TOLERANCE)
         hf_ids = inputs["input_ids"][0]
         if self.facts.plans[plan].has_vision:
             image = self.facts.tokens.image_token_id
@@ -232,41 +237,75 @@ class Verification:
             if name in values:
                 yield self._part(plan, f"layer {index} {what}", values[name], theirs[index], index)
 
-    def _judge(self, plan: str, decisions: dict[int, Part]) -> hf.Drop:
-        """Compare a decision, then go on with the bundle's survivors, so that a tie ends here."""
+    def _judge(self, plan: str, decisions: dict[int, list[Part]]) -> hf.Judge:
+        """Compare decisions, then go on with the bundle's survivors, so that a tie ends here."""
 
-        def drop(layer: int, query: np.ndarray, key: np.ndarray) -> np.ndarray:
-            graph = names.decide(plan, layer)
-            fed, facts = self.recorder.inputs[graph], self.facts
-            visual = fed[names.VISUAL_ROWS]
-            keep = self.recorder.values[f"{graph}/{names.KEEP_OUT}"]
-            wanted, scores = hf.decide(
-                self.model.bundle.path,
-                facts.plans[plan],
-                layer,
-                query,
-                key,
-                fed,
-                facts.vision.grid,
-                facts.num_visual(plan),
-            )
-            decisions[layer] = self._survivors(plan, layer, keep[visual], wanted, scores)
-            return np.flatnonzero(keep)
+        def judge(layer: int, made: hf.Layers) -> tuple[np.ndarray, np.ndarray]:
+            runs = self.recorder.runs[names.decide(plan, layer)]
+            hidden, parts = made.hidden[-1], decisions.setdefault(layer, [])
+            for image, (fed, told) in enumerate(runs):
+                theirs = self._decided(plan, layer, made, fed)
+                visual, keep = fed[names.VISUAL_ROWS], told[names.KEEP_OUT]
+                part = compare_survivors(
+                    plan,
+                    layer,
+                    keep[visual],
+                    theirs.keep,
+                    theirs.scores,
+                    0.0 if self.is_exact else self.tolerance,
+                    image if len(runs) > 1 else None,
+                )
+                moved = told.get(names.MERGED_INTO)
+                if moved is not None and theirs.moved is not None:
+                    hidden = sites.merged(hidden, visual, fed[names.SIZES], moved)
+                    differ = int((moved != theirs.moved).sum())
+                    note = f"{part.note}; {differ} merged into others"
+                    departs = part.departs or (differ > 0 and self.is_exact)
+                    part = replace(part, note=note, departs=departs)
+                parts.append(part)
+            return np.flatnonzero(keep), hidden
 
-        return drop
+        return judge
 
-    def _survivors(
-        self, plan: str, layer: int, ours: np.ndarray, theirs: np.ndarray, scores: np.ndarray
-    ) -> Part:
-        common, differ = int((ours & theirs).sum()), ours != theirs
-        edge = float(scores[theirs].min()) if theirs.any() else 0.0
-        is_exact = set(self.facts.precision.kinds) == {"float32"}
-        closest = SCORE_TIE if is_exact else max(SCORE_TIE, self.tolerance * abs(edge))
-        is_tie = bool((abs(scores[differ] - edge) < closest).all())
-        note = f"{common} in common of {int(ours.sum())} and {int(theirs.sum())}"
-        if differ.any() and is_tie:
-            note += ", the others tie"
-        return Part(plan, f"survivors at layer {layer}", layer, departs=not is_tie, note=note)
+    def _decided(
+        self, plan: str, layer: int, made: hf.Layers, fed: dict[str, np.ndarray]
+    ) -> sites.Decided:
+        facts = self.facts
+        site = next(site for site in facts.plans[plan].sites if site.layer == layer)
+        folder, sizes = self.model.bundle.path, (facts.vision.grid, facts.num_visual(plan))
+        return sites.decide(folder, site, made, fed, *sizes)
+
+    def _side_rows(
+        self, plan: str, cls: np.ndarray, result: Result, prompt: Prompt
+    ) -> tuple[np.ndarray, str]:
+        """Each image's pseudo-CLS on the checkpoint's embeddings (eq. 8).
+
+        Which words count is the bundle's own choice where CLIP's text tower makes it, for that is
+        not in the checkpoint.
+
+        Args:
+            plan: The plan.
+            cls: Projected visual CLS of each image, [M, C].
+            result: The bundle's answer, with its words.
+            prompt: The question is part of it.
+
+        Returns:
+            The rows, [1, M, C], and how they were made.
+        """
+        rule = self.facts.plans[plan].pseudo_cls
+        assert rule is not None
+        asked = prompt.instruction if prompt.has_question else prompt.instruction[:0]
+        embeddings = self.reference.embed_text(prompt.token_ids[asked])  # [T, C]
+        rows, counts = [], []
+        for own, said in zip(cls, result.words, strict=True):
+            selected = said.selected
+            if rule.text == "similarity":
+                selected = cosines(own, embeddings) >= rule.tau
+            rows.append(pool(embeddings, selected, own))
+            counts.append(str(int(selected.sum())))
+        by = ", which the bundle's scorer chose" if rule.needs_scorer else ""
+        note = f"of {' and '.join(counts)} of {len(asked)} tokens{by}"
+        return np.stack(rows)[None], note
 
     def _part(
         self,
@@ -275,21 +314,9 @@ class Verification:
         ours: np.ndarray,
         theirs: np.ndarray,
         layer: int | None = None,
-        *,
-        tolerance: float | None = None,
+        note: str = "",
     ) -> Part:
-        tolerance = self.tolerance if tolerance is None else tolerance
-        if ours.shape != theirs.shape:
-            note = f"shape {list(ours.shape)}, not {list(theirs.shape)}"
-            return Part(plan, name, layer, tolerance=tolerance, departs=True, note=note)
-        error = np.abs(ours.astype(np.float64) - theirs)
-        size = np.abs(theirs).max(axis=-1, keepdims=True)
-        if not np.isfinite(error).all():
-            note = "not finite"
-            return Part(plan, name, layer, tolerance=tolerance, departs=True, note=note)
-        relative = float((error / np.maximum(size, 1e-12)).max(initial=0.0))
-        largest = float(error.max(initial=0.0))
-        return Part(plan, name, layer, largest, relative, tolerance, relative > tolerance)
+        return compare(plan, name, ours, theirs, self.tolerance, layer, note)
 
     def _check_shapes(self, checkpoint: str) -> None:
         """Refuse another model's checkpoint at once."""
@@ -307,24 +334,3 @@ class Verification:
             raise PatchsieveError(
                 f"the bundle was not made from {checkpoint}", found=ours, expected=theirs
             )
-
-
-def compare_tokens(
-    plan: str, ours: list[int], logits: np.ndarray, by: str, tolerance: float
-) -> Part:
-    """Compare greedy tokens with Hugging Face's logits [T, V].
-
-    At the first that differs the two logits may be as good as equal; behind it the two sides read
-    different texts.
-    """
-    theirs = logits.argmax(axis=-1).tolist()
-    pairs = zip(ours, theirs, strict=False)
-    same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
-    note = f"{same} equal of {len(ours)} and {len(theirs)}, {by}"
-    departs = ours != theirs
-    if departs and same < min(len(ours), len(theirs)):
-        row = logits[same]
-        gap = float((row.max() - row[ours[same]]) / np.abs(row).max())
-        departs = gap > tolerance
-        note += f"; their logits differ by {gap:.1e}" + ("" if departs else ", a tie")
-    return Part(plan, "greedy tokens", departs=departs, note=note)

@@ -14,10 +14,10 @@ from patchsieve.errors import ShapeError
 class Site:
     """One image at one pruning site, as the layer before the site left it.
 
-    Letters: B batch, H query heads, G KV heads (G divides H), D head dim, L rows fed in this
-    prefill, P rows cached before it, S = P + L, N alive visual tokens of this image, T instruction
-    tokens. Row m (0..L-1) lies at key index P + m and sees the keys j <= P + m. The sizes L, P, N
-    and T may be dynamic in a trace; N, T and L are at least 1, P may be 0.
+    Letters: B batch, H query heads, G KV heads (G divides H), D head dim, C width, L rows fed in
+    this prefill, P rows cached before it, S = P + L, N alive visual tokens of this image, T
+    instruction tokens. Row m (0..L-1) lies at key index P + m and sees the keys j <= P + m. The
+    sizes L, P, N and T may be dynamic in a trace; N, T and L are at least 1, P may be 0.
 
     Attributes:
         query: Rotated queries of the rows fed, of layer s-1 for a site s, [B, H, L, D].
@@ -37,6 +37,9 @@ class Site:
         side_row: Row of this image's pseudo-CLS, behind all ordinary rows, int64 [1]. It sees the
             keys up to the image's last token, and its own.
         last_row: The last ordinary row, int64 [1]; None where no side row follows it.
+        hidden: The rows themselves, behind the layer before the site, for methods that merge,
+            [B, L, C].
+        sizes: Patches that each of the image's tokens stands for, float32 [B, N].
 
     Raises:
         ShapeError: A rank, the heads or the grid cannot be.
@@ -55,6 +58,8 @@ class Site:
     lower: tuple[tuple[Tensor, Tensor], ...] = ()
     side_row: Tensor | None = None
     last_row: Tensor | None = None
+    hidden: Tensor | None = None
+    sizes: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check what is static; the dynamic sizes are the caller's, a check would freeze them."""
@@ -99,6 +104,8 @@ RANKS = {
     "noise": 2,
     "side_row": 1,
     "last_row": 1,
+    "hidden": 3,
+    "sizes": 2,
 }
 
 
@@ -109,11 +116,16 @@ class Decision(NamedTuple):
         keep: Tokens that go on; at least one in each batch row, [B, N] bool.
         scores: What the decision compared, higher is kept, [B, N] float32.
         num_wanted: Tokens that the rule kept before the budget cut in, [B] int64.
+        hidden: The image's tokens after merging, [B, N, C]; only those kept count. None where the
+            method does not merge.
+        moved: Token that each merged into, its own place where it did not, [B, N] int64.
     """
 
     keep: Tensor
     scores: Tensor
     num_wanted: Tensor
+    hidden: Tensor | None = None
+    moved: Tensor | None = None
 
 
 class Method(Protocol):
@@ -130,7 +142,8 @@ class Method(Protocol):
         """What it uses beside the rows and ids; a graph need not feed the rest.
 
         "query", "key" and "value" of the layer before the site, "query.1" and "key.1" of the layer
-        below that one, and so on; "side_row"; "last_row"; "noise".
+        below that one, and so on; "side_row"; "last_row"; "noise"; "hidden" and "sizes", which
+        only methods that merge read.
         """
         ...
 

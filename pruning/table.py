@@ -13,12 +13,13 @@ from patchsieve.pruning.pooling import Pooling
 from patchsieve.pruning.random import Random, RandomPatches
 from patchsieve.pruning.site import Method
 from patchsieve.pruning.tome import ToMe
+from patchsieve.pruning.tome_decoder import DecoderToMe
 from patchsieve.pruning.topk import TopK
 from patchsieve.pruning.topk_decoder import DecoderTopK
 
 # Of a decoder site; inside the vision tower; between tower and decoder.
 METHODS: dict[str, type] = {
-    method.name: method for method in (Random, FastV, ATP, IVTP, DecoderTopK)
+    method.name: method for method in (Random, FastV, ATP, IVTP, DecoderTopK, DecoderToMe)
 }
 ENCODERS: dict[str, type] = {
     method.name: method for method in (GTP, TopK, RandomPatches, EViT, ToMe)

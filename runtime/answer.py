@@ -156,7 +156,7 @@ class Answer:
         ahead = len(pending)
         count = ahead + len(whole.token_ids)
         image, patch_ids, places = np.full(count, TEXT), np.full(count, -1), np.full(count, -1)
-        is_instruction = np.zeros(count, bool)
+        is_instruction, sizes = np.zeros(count, bool), np.ones(count, np.float32)
         is_instruction[ahead + whole.instruction_rows] = True
         token_ids = np.concatenate((np.array(pending, np.int64), whole.token_ids))
         # The image token's own embedding is never used, and its id may lie outside the table.
@@ -168,12 +168,14 @@ class Answer:
             hidden[span] = chat._images.features[number]
             image[span], patch_ids[span] = number, chat._images.patch_ids[number]
             places[span] = np.arange(span.stop - span.start)
+            if chat._images.reduced:
+                sizes[span] = chat._images.reduced[number].sizes()
         rule, axes = facts.position_rule(chat.plan), len(facts.text.rotary_sections)
         images = [(span, patch_ids[span]) for span in spans]
         positions = self.cache.position + number_rows(count, images, facts.vision, rule, axes)
         following, side_of = int(positions[-1].max()), np.full(count, TEXT)
-        rows = Rows(positions[:-1], image, patch_ids, places, is_instruction, side_of, following)
-        return rows, hidden[None]
+        known = (positions[:-1], image, patch_ids, places, is_instruction, sizes)
+        return Rows(*known, side_of, following), hidden[None]
 
     def _side_rows(
         self, prompt: Prompt, images: list[int], pseudo: PseudoCls

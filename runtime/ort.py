@@ -27,6 +27,9 @@ TARGETS = ("cpu", "cuda", "jetpack6", "reference")
 _QUIET = 3  # errors only
 # Both packages own the module `onnxruntime`, so that one overwrites the other.
 INSTALL_GPU = "pip uninstall -y onnxruntime; pip install onnxruntime-gpu"
+# Every session has threads of its own; those that go on spinning behind their run take a core from
+# the next graph's threads.
+_STOP_SPINNING = "session.force_spinning_stop"
 # Where a graph that comes from memory finds its weights.
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -67,6 +70,7 @@ class OrtBackend:
         self.options.log_severity_level = _QUIET
         self.options.intra_op_num_threads = _num_threads(threads)
         self.options.enable_mem_pattern = False  # lengths differ from call to call
+        self.options.add_session_config_entry(_STOP_SPINNING, "1")
         for graph in list(self._models)[:1]:  # all graphs lie in one folder
             folder = bundle.graph_path(graph).parent
             self.options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))

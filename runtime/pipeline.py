@@ -191,13 +191,14 @@ class Pipeline:
             hidden = out.get(names.HIDDEN_OUT)
             queries |= out
             keep_indices = np.arange(len(rows))
+            read = queries | {names.HIDDEN: hidden}
             site = sites.get(stage_cache.stage.last)
             if site is not None and rows.images():
                 start = time.perf_counter()
-                keep_indices = self._decide(
-                    plan, site, queries, slot, rows, cache, rng, result.sites, scores
+                rows, keep_indices, hidden = self._decide(
+                    plan, site, read, slot, rows, cache, rng, result.sites, scores
                 )
-                rows, queries = rows.take(keep_indices), {}
+                queries = {}
                 result.decide_ms.append(since(start))
         cache.position = position
         result.logits = _finite(result.logits)
@@ -265,20 +266,27 @@ class Pipeline:
         self,
         plan: str,
         site: SitePlan,
-        queries: dict[str, Any],
+        made: dict[str, Any],
         slot: int,
         rows: Rows,
         cache: Cache,
         rng: np.random.Generator,
         sites: list[SiteResult],
         scores: bool,
-    ) -> np.ndarray:
-        """Run a site's decision once per image and return the rows that go on."""
+    ) -> tuple[Rows, np.ndarray, Any]:
+        """Run a site's decision once per image.
+
+        Returns:
+            The rows that go on; where they stand in the stage's output; that output, which a method
+            that merges gives anew.
+        """
         graph, layer = names.decide(plan, site.layer), site.layer
         budget = site.budget or self.facts.num_visual(plan)
-        read = self._read(graph, layer, queries, cache)
+        read = self._read(graph, layer, made, cache)
         keep: Any = np.ones(len(rows), bool)
-        told: list[Any] = []  # of each image: tokens wanted and, where asked for, their scores
+        is_merging = names.HIDDEN in read
+        asked = [names.NUM_WANTED, *[names.MERGED_INTO] * is_merging, *[names.SCORES] * scores]
+        told: list[Any] = []  # of each image what is asked
         if layer == self.facts.side_layer(plan):
             keep = rows.side_of == TEXT  # side rows have done their work
         for image in rows.images():
@@ -295,45 +303,39 @@ class Pipeline:
                     names.LAST_ROW: rows.last_row(),
                     names.KEEP: keep,
                     names.BUDGET: np.array([budget]),
+                    names.SIZES: rows.sizes[visual_rows],
                     names.NOISE: rng.random((1, len(visual_rows)), np.float32),
                 },
             )
             keep = out[names.KEEP_OUT]
-            told.append(out[names.NUM_WANTED])
-            if scores:
-                told.append(out[names.SCORES])
+            told += [out[name] for name in asked]
+            if is_merging:
+                read[names.HIDDEN] = out[names.HIDDEN_OUT]
         out = self.backend.run(names.COMPACT, {names.KEEP: keep})
         num_keep, keep_indices, *told = self.backend.fetch(
             "survivors of a site", out[names.NUM_KEEP], out[names.KEEP_INDICES], *told
         )
         keep_indices = keep_indices[: int(num_keep[0])]
-        kept = rows.take(keep_indices)
-        values = iter(told)
-        for image in rows.images():
-            sites.append(
-                SiteResult(
-                    layer=layer,
-                    image=image,
-                    num_visual_before=len(rows.of_image(image)),
-                    kept=np.sort(kept.patch_ids[kept.of_image(image)]).tolist(),
-                    num_wanted=int(next(values)[0]),
-                    places=kept.places[kept.of_image(image)].tolist(),
-                    scores=_by_place(rows, image, next(values)) if scores else None,
-                )
-            )
-        return keep_indices
+        before = rows
+        for number, image in enumerate(before.images()):
+            found = dict(zip(asked, told[number * len(asked) :], strict=False))
+            moved = found.get(names.MERGED_INTO)
+            if moved is not None:
+                rows = rows.merge(image, moved)
+            sites.append(_told(before, rows.take(keep_indices), layer, image, found))
+        return rows.take(keep_indices), keep_indices, read.get(names.HIDDEN, made[names.HIDDEN])
 
-    def _read(
-        self, graph: str, layer: int, queries: dict[str, Any], cache: Cache
-    ) -> dict[str, Any]:
-        """Queries, keys and values that a decision takes, by its names for them."""
+    def _read(self, graph: str, layer: int, made: dict[str, Any], cache: Cache) -> dict[str, Any]:
+        """Rows, queries, keys and values that a decision takes, by its names for them."""
         top, read = layer - 1, {}
         for tensor in self.facts.tensors[graph]["inputs"]:
             name = tensor["name"]
             what, _, number = name.partition(".")
             of = int(number) if number else top
             if what == names.QUERY:
-                read[name] = queries[names.query(of)]
+                read[name] = made[names.query(of)]
+            elif what == names.HIDDEN:
+                read[name] = made[name]
             elif what in (names.KEY, names.VALUE):
                 stage = next(c for c in cache.stages if c.stage.first <= of < c.stage.last)
                 give = self.backend.key_cache if what == names.KEY else self.backend.value_cache
@@ -347,10 +349,30 @@ class Pipeline:
             self.backend.clear(stage_cache)
 
 
-def _by_place(rows: Rows, image: int, scores: np.ndarray) -> list[tuple[int, float]]:
-    """Place and score of an image's tokens that were alive, by place. scores: [N]."""
-    places = rows.places[rows.of_image(image)].tolist()
-    return sorted(zip(places, scores.tolist(), strict=True), key=itemgetter(0))
+def _told(
+    before: Rows, kept: Rows, layer: int, image: int, found: dict[str, np.ndarray]
+) -> SiteResult:
+    """What a site did to an image, from the outputs of its decision."""
+    scores, moved = found.get(names.SCORES), found.get(names.MERGED_INTO)
+    alive, left = before.of_image(image), kept.of_image(image)
+    places = before.places[alive]
+    return SiteResult(
+        layer=layer,
+        image=image,
+        num_visual_before=len(alive),
+        kept=np.sort(kept.patch_ids[left]).tolist(),
+        num_wanted=int(found[names.NUM_WANTED][0]),
+        places=kept.places[left].tolist(),
+        scores=None if scores is None else _by_place(places, scores),
+        merged=None
+        if moved is None
+        else [pair for pair in _by_place(places, places[moved]) if pair[0] != pair[1]],
+    )
+
+
+def _by_place(places: np.ndarray, values: np.ndarray) -> list[tuple[int, Any]]:
+    """Place and value of an image's tokens that were alive, by place, [N] each."""
+    return sorted(zip(places.tolist(), values.tolist(), strict=True), key=itemgetter(0))
 
 
 def _finite(logits: np.ndarray) -> np.ndarray:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from patchsieve import names
 from patchsieve.runtime.cache import StageCache
 from patchsieve.runtime.ort import OrtBackend
+
+
+class Run(NamedTuple):
+    """What one run of a graph was fed, its caches left out, and what it returned."""
+
+    inputs: dict[str, np.ndarray]
+    values: dict[str, np.ndarray]
 
 
 class Recorder:
@@ -25,6 +32,7 @@ class Recorder:
         """Start anew, for another request."""
         self.inputs: dict[str, dict[str, np.ndarray]] = {}
         self.values: dict[str, np.ndarray] = {}  # by tensor name; decisions by graph, then tensor
+        self.runs: dict[str, list[Run]] = {}  # of a decision one for each image
 
     def allocate(self, stage: int, slots: int) -> Any:
         """As the backend does."""
@@ -33,12 +41,17 @@ class Recorder:
     def run(self, graph: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Run a graph and keep what it was fed and what it returned."""
         out = self.inner.run(graph, inputs)
+        if graph in self.inputs and names.decided(graph) is None:
+            return out
+        caches = (names.KEY, names.VALUE)
+        run = Run(
+            {k: self._copy(v) for k, v in inputs.items() if k.partition(".")[0] not in caches},
+            {name: self._copy(value) for name, value in out.items()},
+        )
+        self.runs.setdefault(graph, []).append(run)
         if graph not in self.inputs:
-            caches = (names.KEY, names.VALUE)
-            self.inputs[graph] = {
-                k: self._copy(v) for k, v in inputs.items() if k.partition(".")[0] not in caches
-            }
-            self.values |= {f"{graph}/{name}": self._copy(value) for name, value in out.items()}
+            self.inputs[graph] = run.inputs
+            self.values |= {f"{graph}/{name}": value for name, value in run.values.items()}
         return out
 
     def run_stage(self, stage: int, inputs: Mapping[str, Any], cache: StageCache) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from patchsieve.runtime.pseudo_cls import Words
 
 SCHEMA_VERSION = 1
@@ -30,6 +32,12 @@ class ImageResult:
     ids: list[int]
     sources: list[int]
 
+    def sizes(self) -> np.ndarray:
+        """Patches that each token stands for, at least 1, float32 [N]."""
+        whole = [token for token in self.sources if token >= 0]
+        counts = np.bincount(np.array(whole, np.int64), minlength=len(self.ids))
+        return np.maximum(counts, 1).astype(np.float32)
+
     def to_dict(self) -> dict[str, Any]:
         """The image as `run --json` prints it."""
         return {
@@ -53,6 +61,8 @@ class SiteResult:
         places: Places of the survivors among the image's tokens that entered the decoder.
         scores: Place and score of each token that was alive, ascending by place; None unless the
             request asked for them.
+        merged: Place of each token that merged and that of the survivor it is part of, ascending;
+            None where the method does not merge.
     """
 
     layer: int
@@ -62,6 +72,7 @@ class SiteResult:
     num_wanted: int
     places: list[int] = field(default_factory=list)
     scores: list[tuple[int, float]] | None = None
+    merged: list[tuple[int, int]] | None = None
 
     @property
     def is_capped(self) -> bool:
@@ -69,7 +80,7 @@ class SiteResult:
         return self.num_wanted > len(self.kept)
 
     def to_dict(self) -> dict[str, Any]:
-        """The site as `run --json` prints it; scores only where they were asked for."""
+        """The site as `run --json` prints it; scores and merges only where there are any."""
         told = {
             "layer": self.layer,
             "image": self.image,
@@ -80,7 +91,8 @@ class SiteResult:
             "num_wanted": self.num_wanted,
             "capped": self.is_capped,
         }
-        return told if self.scores is None else told | {"scores": self.scores}
+        further = {"merged": self.merged, "scores": self.scores}
+        return told | {name: value for name, value in further.items() if value is not None}
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,6 +23,7 @@ class Rows:
         patch_ids: Raster index on the image's patch grid, -1 for none, int64 [L].
         places: Place among the image's tokens that entered the decoder, -1 for text, int64 [L].
         is_instruction: The row holds a token of the last question, bool [L].
+        sizes: Patches that the row stands for, 1 for text, float32 [L].
         side_of: For a side row the image that it judges, TEXT for all others, int64 [L]. Side rows
             stand behind all others; their `image` is TEXT.
         next_position: Of the row behind them all, dropped or not, side rows not counted.
@@ -33,6 +34,7 @@ class Rows:
     patch_ids: np.ndarray
     places: np.ndarray
     is_instruction: np.ndarray
+    sizes: np.ndarray
     side_of: np.ndarray
     next_position: int
 
@@ -47,6 +49,7 @@ class Rows:
             self.patch_ids[indices],
             self.places[indices],
             self.is_instruction[indices],
+            self.sizes[indices],
             self.side_of[indices],
             self.next_position,
         )
@@ -71,9 +74,21 @@ class Rows:
             np.concatenate((self.patch_ids, none)),
             np.concatenate((self.places, none)),
             np.concatenate((self.is_instruction, none != TEXT)),
+            np.concatenate((self.sizes, np.ones(len(images), np.float32))),
             np.concatenate((self.side_of, np.array(images, np.int64))),
             self.next_position,
         )
+
+    def merge(self, image: int, moved: np.ndarray) -> Rows:
+        """The rows after tokens of an image merged into others, which count for them too.
+
+        Args:
+            image: Number of the image.
+            moved: Which of its N tokens each merged into, its own place where it did not, [N].
+        """
+        mine, sizes = self.of_image(image), self.sizes.copy()
+        sizes[mine] = np.bincount(moved, weights=sizes[mine], minlength=len(mine))
+        return replace(self, sizes=sizes)
 
     @property
     def num_side(self) -> int:

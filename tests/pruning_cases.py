@@ -8,6 +8,7 @@ from patchsieve.pruning.fastv import FastV
 from patchsieve.pruning.ivtp import IVTP
 from patchsieve.pruning.random import Random
 from patchsieve.pruning.thresholds import ConstantThresholds, Thresholds
+from patchsieve.pruning.tome_decoder import DecoderToMe
 from patchsieve.pruning.topk_decoder import DecoderTopK
 
 # Scores closer than this may swap between backends and precisions.
@@ -49,6 +50,7 @@ CASES = {
     "ivtp multiply": IVTP(6, fusion="multiply"),
     "topk cls": DecoderTopK(6),
     "topk last": DecoderTopK(8, row="last"),
+    "tome": DecoderToMe(13),
 }
 
 # The same methods with options that drop nothing.
@@ -58,6 +60,7 @@ KEEP_ALL = {
     "atp": ATP(ConstantThresholds(-1.0, 0.5)),
     "ivtp": IVTP(999),
     "topk": DecoderTopK(999),
+    "tome": DecoderToMe(999),
 }
 
 

@@ -19,7 +19,10 @@ INPUTS = (
     "noise",
     "side_row",
     "last_row",
+    "hidden",
+    "sizes",
 )
+OUTPUTS = ["keep", "scores", "num_wanted", "hidden_out", "moved"]
 LOWER = ("query_1", "key_1", "query_2", "key_2")
 
 
@@ -33,11 +36,12 @@ class DecisionGraph(nn.Module):
         self.parts = nn.ModuleDict(modules(method))
 
     def forward(self, given):
-        """Decide; the three outputs of a decision."""
+        """Decide; the outputs of a decision, five of a method that merges."""
         lower = tuple((given[LOWER[i]], given[LOWER[i + 1]]) for i in (0, 2))
         named = {name: given[name] for name in INPUTS}
         site = Site(**named, lower=lower, grid=self.grid, num_visual=self.num_visual)
-        return tuple(self.method.decide(site, given["budget"]))
+        decision = self.method.decide(site, given["budget"])
+        return tuple(part for part in decision if part is not None)
 
 
 def feeds(site: Site, budget: int) -> dict:
@@ -50,7 +54,7 @@ def feeds(site: Site, budget: int) -> dict:
 def export_program(method, site: Site):
     """Trace a method with dynamic rows, keys, tokens and text."""
     graph = DecisionGraph(method, site.grid, site.num_visual)
-    axes = {"visual_rows": 0, "text_rows": 0, "patch_ids": 0, "noise": 1}
+    axes = {"visual_rows": 0, "text_rows": 0, "patch_ids": 0, "noise": 1, "hidden": 1, "sizes": 1}
     axes |= dict.fromkeys(("query", "key", "value", *LOWER), 2)
     inputs = feeds(site, 5)
     dims = {n: {axes[n]: Dim.DYNAMIC} if n in axes else None for n in inputs}
@@ -69,7 +73,7 @@ def export_onnx(method, site: Site, path: Path) -> Path:
         optimize=False,
         verbose=False,
         input_names=list(feeds(site, 1)),
-        output_names=["keep", "scores", "num_wanted"],
+        output_names=OUTPUTS[: 5 if "hidden" in method.reads else 3],
     )
     for value in list(program.model.graph.inputs):  # as export does: nobody feeds what is not read
         if not value.uses():

@@ -63,6 +63,8 @@ def make_site(
         lower=lower,
         side_row=torch.tensor([rows]),
         last_row=torch.tensor([rows - 1]),
+        hidden=torch.randn(batch, fed, 12, generator=g),
+        sizes=torch.randint(1, 6, (batch, tokens), generator=g).float(),
     )
 
 

@@ -71,6 +71,15 @@ def test_threads_below_one_are_refused(model) -> None:
     assert OrtBackend(model.bundle).options.intra_op_num_threads >= 1
 
 
+def test_no_graph_keeps_its_threads_spinning_when_it_has_run(model) -> None:
+    model.generate(None, QUESTION, max_new_tokens=1)
+    sessions = model.backend._sessions.values()
+    told = [s.get_session_options() for s in sessions]
+    assert len(told) >= 3  # tower, compaction, a stage
+    stop = {options.get_session_config_entry("session.force_spinning_stop") for options in told}
+    assert stop == {"1"}
+
+
 # Turns
 
 

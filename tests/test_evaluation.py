@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from patchsieve.calibration.records import Records
 from patchsieve.cli import main
-from patchsieve.evaluation.answers import Answer
+from patchsieve.errors import PatchsieveError
+from patchsieve.evaluation.answers import Answer, AnswerFile
 from patchsieve.evaluation.metrics import (
     exact_match,
     interval,
@@ -19,9 +21,9 @@ from patchsieve.evaluation.metrics import (
     yes_no_scores,
     yes_or_no,
 )
-from patchsieve.evaluation.questions import Question
+from patchsieve.evaluation.questions import Question, questions_of
 from patchsieve.evaluation.report import report
-from tests.bundles import PHOTO
+from tests.bundles import PHOTO, command
 from tests.conversations import make_conversations
 
 pytest_plugins = ["tests.bundles"]
@@ -153,3 +155,46 @@ def test_an_unknown_plan_or_a_missing_image_is_one_line(
     (tmp_path / "data" / "1.png").unlink()
     assert main(argv) == 2
     assert "image that is not there" in printed()["error"]
+
+
+TURNS = {"user": "What?", "assistant": "A cup.", "system": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [
+        ["assistant", "user", "assistant"],
+        ["user", "user", "assistant"],
+        ["user", "assistant", "assistant"],
+        ["system", "user", "assistant"],  # which an evaluation would leave out
+    ],
+)
+def test_turns_that_are_no_questions_and_answers_are_refused(
+    roles: list[str], tmp_path: Path
+) -> None:
+    turns = [{"role": role, "content": TURNS[role]} for role in roles]
+    (tmp_path / "data.json").write_text(json.dumps([{"messages": turns}]))
+    with pytest.raises(PatchsieveError, match="record 0 is not questions and answers in turn"):
+        questions_of(Records(tmp_path / "data.json"), "<image>")
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]\n", b'"a"\n', b"\xff\xfe\n", b'{"a": 1}\n[2]\n'])
+def test_a_file_that_holds_no_answers_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(PatchsieveError, match="holds no answers of an evaluation") as refused:
+        AnswerFile(path, {"a": 1})
+    assert "\n" not in str(refused.value)
+
+
+def test_answers_that_cannot_be_kept_are_refused_before_the_first_question(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "no" / "answers.jsonl"):
+        with pytest.raises(PatchsieveError, match="cannot write"):
+            AnswerFile(path, {})
+
+
+@pytest.mark.parametrize("option", ["--limit", "--max-new-tokens"])
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "many"])
+def test_a_count_below_one_is_refused(option: str, value: str) -> None:
+    code, _, said = command("eval", "bundle", "--data", "data.json", f"{option}={value}")
+    assert code == 2 and "at least 1" in said and said.count("\n") == 1

@@ -18,6 +18,10 @@ pytest_plugins = ["tests.gpu"]
 
 COUNT = 64
 ATP = [{"layer": 2, "method": "atp", "params": {"theta_r": 0.4, "theta_s": 0.9}, "budget": 9}]
+TOME = [
+    {"layer": 1, "method": "tome", "params": {"num_keep": 9}},
+    {"layer": 3, "method": "tome", "params": {"num_keep": 5}},
+]
 PLANS: dict[str, list[dict[str, Any]]] = {"none": [], "fastv": FASTV, "atp": ATP}
 LIBRARIES = {"tensorrt-rtx": True, "jetpack6": False}  # whether it is TensorRT-RTX
 
@@ -40,6 +44,17 @@ def test_answers_are_those_of_the_cpu(
         assert result.sites == expected.sites
     assert len(result.token_ids) == COUNT
     assert (gpu.gpu.calls["cudaGraphLaunch"] > COUNT) == (target == "tensorrt-rtx")
+    model.close()
+
+
+@pytest.mark.parametrize("target", LIBRARIES)
+def test_rows_that_merge_on_the_gpu_are_those_of_the_cpu(tiny, machine, target: str) -> None:
+    images, bundle, gpu = pictures(3), tiny(ROW), machine(is_rtx=LIBRARIES[target])
+    expected = bundle.model(TOME).generate(images, QUESTION, max_new_tokens=COUNT)
+    model = gpu.load(bundle, TOME, target)
+    result = model.generate(images, QUESTION, max_new_tokens=COUNT)
+    assert result.token_ids == expected.token_ids and result.sites == expected.sites
+    assert all(one.merged for one in result.sites)
     model.close()
 
 

@@ -208,7 +208,8 @@ def test_a_side_row_stands_where_the_text_behind_its_image_does() -> None:
     image = np.array([-1, 0, 0, 0, 0, -1, -1])
     positions = number_rows(7, [(slice(1, 5), ids)], vision((2, 2)), "grid2d", 3)
     none = np.full(7, -1)
-    rows = Rows(positions[:-1], image, none, none, image < 0, none, int(positions[-1].max()))
+    known = (positions[:-1], image, none, none, image < 0, np.ones(len(image), np.float32))
+    rows = Rows(*known, none, int(positions[-1].max()))
     assert rows.with_side_rows().position_ids[7:].tolist() == [[3, 3, 3]]
     ends = rows.take(np.arange(5)).with_side_rows()  # no text behind: that of the next row
     assert ends.position_ids[5:].tolist() == [[5, 5, 5]]

@@ -62,7 +62,7 @@ def test_every_node_of_a_bundle_is_taken(bundle_of, target: str) -> None:
 @pytest.mark.parametrize("case", [name for name in CASES if name not in NOTHING_NEW])
 def test_every_node_of_a_decision_is_taken(case: str) -> None:
     # A decision widens what it reads at once, so that its other nodes are the same in every type.
-    traced = decide_graph(CASES[case], 3, HeadShape(4, 2, 16), (6, 6), 36, torch.float16)
+    traced = decide_graph(CASES[case], 3, HeadShape(4, 2, 16), (6, 6), 36, 64, torch.float16)
     for name, target in CHECKED.items():
         model = ir.to_proto(lower(traced, target, 64))
         assert found_in(model, name) == [], name

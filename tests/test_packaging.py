@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 import zipfile
@@ -141,6 +142,14 @@ def test_folders_of_others_hold_no_init_of_ours(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         shared = [name for name in archive.namelist() if name.startswith("optimum/")]
     assert shared == ["optimum/commands/register/register_patchsieve.py"]
+
+
+def test_entry_points_name_functions_that_are_there(wheel: Path) -> None:
+    """lmms-eval would only warn of one that is not, and know no model of that name."""
+    (found,) = importlib.metadata.distributions(name="patchsieve", path=[str(wheel)])
+    names = {f"{entry.group}: {entry.name}": entry for entry in found.entry_points}
+    assert set(names) == {"console_scripts: patchsieve", "lmms_eval.models: patchsieve"}
+    assert all(callable(entry.load()) for entry in names.values())
 
 
 def test_wheel_holds_the_files_that_a_page_is_made_of(wheel: Path) -> None:

@@ -14,11 +14,14 @@ from patchsieve import names
 from patchsieve.errors import PatchsieveError
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.recipes import Size, ivtp
-from patchsieve.export.reuse import reuse
+from patchsieve.export.reuse import check_queries, reuse
 from patchsieve.manifest import Limits
-from patchsieve.plan import Plan, PseudoCls, SitePlan
+from patchsieve.plan import MethodPlan, Plan, PseudoCls, SitePlan
 from patchsieve.runtime.model import Model
+from patchsieve.runtime.ort import OrtBackend
 from patchsieve.runtime.rows import Rows
+from patchsieve.verify import Verification
+from tests.fake_tensorrt import build_fakes
 from tests.models import make_checkpoint, tiny_llava
 from tests.references.masked_ivtp import MaskedIvtp
 from tests.references.masked_llava import answer_message, user_message
@@ -26,6 +29,8 @@ from tests.test_parity_pruned import compare
 from tests.tiny_bundles import largest_error, pictures, recorded_logits
 from tests.tiny_clip import save_clip
 from tests.tolerances import LOGITS_FLOAT32
+
+pytest_plugins = ["tests.gpu"]
 
 COUNT = 64
 QUESTION = "What is on the table, and is there a cat or a dog next to the cup?"
@@ -40,6 +45,12 @@ PLANS = {
         block="prefix",
         pseudo_cls=PseudoCls(tau=TAU, cls="penultimate"),
     ),
+    # TopK+ of table 7: IVTP's two stages, each judged by one layer's attention of the visual CLS.
+    "topk": Plan(
+        tuple(SitePlan(layer, "topk", {"num_keep": n}) for layer, n in ((3, 9), (6, 6))),
+        encoder=MethodPlan("topk", {"keep": 12, "group_layers": 3, "curve": "geometric"}),
+        pseudo_cls=PseudoCls("none"),
+    ),
 }
 
 
@@ -50,17 +61,18 @@ class Bundle:
         llava, processor = tiny_llava("llama", layers=7, vision_layers=5, image_size=48)
         make_checkpoint.save_llava(folder / "checkpoint", llava, processor)
         save_clip(folder / "clip", llava)
-        self.path = folder / "bundle"
+        self.checkpoint, self.path = folder / "checkpoint", folder / "bundle"
         options = ExportOptions(
             plan=PLANS["ivtp"],
             plan_name="ivtp",
             limits=Limits(400, 80, 3),
-            targets=("cpu", "tensorrt-rtx"),
+            targets=("cpu", "tensorrt-rtx", "jetpack6", "cuda"),
             scorer=str(folder / "clip"),
             cuts=(2,),  # within a group: queries of several stages are read
         )
         export(str(folder / "checkpoint"), self.path, options)
-        reuse(self.path, PLANS["ablation"], "ablation")
+        for plan in ("ablation", "topk"):
+            reuse(self.path, PLANS[plan], plan)
         keeping = SitePlan(3, "ivtp", {"num_keep": 99})
         reuse(self.path, Plan((keeping,), pseudo_cls=PseudoCls("all")), "keep-all")
         self.hugging_face = MaskedIvtp(folder / "checkpoint", folder / "clip")
@@ -99,6 +111,7 @@ CASES = {
     "one-image": ("ivtp", 1, None),
     "three-images": ("ivtp", 3, None),
     "ablation": ("ablation", 2, None),
+    "topk": ("topk", 3, None),
     "similarity": ("ivtp", 1, PseudoCls("similarity", tau=0.05)),
     "all-words": ("ivtp", 1, PseudoCls("all")),
     "no-words": ("ivtp", 2, PseudoCls("none")),
@@ -142,6 +155,57 @@ def test_later_turns_continue_and_new_images_are_judged_by_their_own_question(bu
         int(reference.seen[stage.stage.first].sum()) for stage in chat.cache.stages
     ]
     chat.close()
+
+
+@pytest.mark.parametrize("num_images", (1, 3))
+@pytest.mark.parametrize("target", ("cuda", "jetpack6", "jetpack6 on a GPU", "tensorrt-rtx"))
+def test_side_rows_on_other_targets_give_the_tokens_of_the_cpu(
+    bundle: Bundle, machine, target: str, num_images: int
+) -> None:
+    """Graphs with caches of rows in ONNX Runtime; engines on a GPU of byte arrays."""
+    images, options = pictures(num_images), {"max_new_tokens": COUNT, "ignore_eos": True}
+    expected = bundle.model().generate(images, QUESTION, **options)
+    target, _, on_a_gpu = target.partition(" ")
+    backend: Any = lambda opened: OrtBackend(opened, threads=1, device="cpu")  # noqa: E731 - short
+    if on_a_gpu or target == "tensorrt-rtx":
+        gpu = machine(is_rtx=target == "tensorrt-rtx")
+        build_fakes(bundle.path, target, gpu.trt)
+        backend = gpu.backend
+    model = Model(bundle.path, target=target, check="size", backend=backend)
+    for _ in range(2):  # the second finds caches that side rows lay in
+        result = model.generate(images, QUESTION, plan="ivtp", **options)
+        assert result.token_ids == expected.token_ids
+        assert result.sites == expected.sites
+        assert words(result) == words(expected)
+    assert len(result.token_ids) == COUNT and len(result.sites) == 2 * num_images
+    model.close()
+
+
+@pytest.mark.parametrize("plan", ["ivtp", "ablation", "topk"])
+def test_verify_follows_pseudo_cls_rows_through_the_decoder(bundle: Bundle, plan: str) -> None:
+    verification = Verification(bundle.path, str(bundle.checkpoint), threads=1)
+    parts = list(verification.compare(pictures(2), QUESTION, plan, count=8))
+    verification.close()
+    assert not [part for part in parts if part.departs]
+    notes = {part.name: part.note for part in parts}
+    order = ["survivors of the tower", "embeddings", "pseudo-CLS", "layer 0 keys"]
+    order += ["layer 2 hidden rows", "survivors at layer 3 of image 1", "layer 3 keys"]
+    order += ["survivors at layer 6 of image 0", "layer 6 hidden rows", "logits", "greedy tokens"]
+    places = [list(notes).index(name) for name in order]
+    assert places == sorted(places)
+    kept = PLANS[plan].sites[1].params["num_keep"]
+    assert notes["survivors at layer 6 of image 0"] == f"{kept} in common of {kept} and {kept}"
+    chosen = "0 and 0 of" if plan == "topk" else "which the bundle's scorer chose"
+    assert chosen in notes["pseudo-CLS"]
+
+
+def test_verify_names_the_layer_where_a_pseudo_cls_sees_too_much(bundle, monkeypatch) -> None:
+    monkeypatch.setattr(Rows, "last_seen", lambda rows: np.arange(len(rows)))
+    verification = Verification(bundle.path, str(bundle.checkpoint), threads=1)
+    parts = verification.compare(pictures(1), QUESTION, "ivtp", count=2)
+    first = next(part for part in parts if part.departs)
+    verification.close()
+    assert first.name == "layer 0 hidden rows"
 
 
 def test_pseudo_cls_rows_are_seen_by_nobody_and_leave_no_trace(bundle: Bundle) -> None:
@@ -257,6 +321,20 @@ def test_a_prompt_that_asks_nothing_is_judged_by_the_visual_cls(bundle: Bundle) 
     assert [one.tokens for one in result.words] == [()]
     assert result.to_dict()["words"] == [{"image": 0, "is_visual_cls": True, "tokens": []}]
     assert len(result.sites) == 2
+
+
+def test_a_group_over_stages_of_other_lengths_is_refused_with_the_group_that_fits(bundle) -> None:
+    plan = Plan((SitePlan(3, "ivtp", {"group": 3}),), pseudo_cls=PseudoCls("all"))
+    facts = bundle.model().facts
+    short = replace(facts.stages[1], slots=facts.stages[1].slots - 9)
+    other = replace(facts, stages=(facts.stages[0], short, *facts.stages[2:]))
+    with pytest.raises(PatchsieveError) as error:
+        check_queries(other, plan)
+    line = str(error.value)
+    assert f"found: {short.slots + 9} in layers 0 to 1, {short.slots} in layers 2 to 2" in line
+    assert "which tensorrt-rtx fixes" in line and line.endswith("a group of at most 1")
+    check_queries(replace(other, targets={"cpu": {}}), plan)
+    check_queries(other, Plan((SitePlan(3, "ivtp", {"group": 1}),), pseudo_cls=PseudoCls("all")))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from patchsieve.errors import PatchsieveError
 from patchsieve.heads import HeadsConfig, save_heads
 from tests.references.masked_llava import Choice, Turn, answer_message, user_message
 from tests.tiny_bundles import TinyBundle, largest_error, pictures, recorded_logits
@@ -48,6 +49,9 @@ PLANS: dict[str, list[dict[str, Any]]] = {
     "atp-none": [site(2, "atp", normalisation="none", theta_r=-0.05, theta_s=0.9)],
     "atp-spatial": [site(2, "atp", theta_r=0.8, theta_s=0.2)],
     "atp-budget": [site(2, "atp", budget=4, theta_r=0.3, theta_s=0.9)],
+    "topk-last": [site(1, "topk", num_keep=9, row="last"), site(3, "topk", num_keep=4, row="last")],
+    "tome": [site(2, "tome", num_keep=9)],
+    "tome-two-sites": [site(1, "tome", num_keep=10), site(3, "tome", num_keep=6)],
     "mixed": [site(1, "fastv", keep_ratio=0.75), site(2, "atp", **ATP), site(3, "random")],
 }
 
@@ -111,7 +115,7 @@ def test_dropping_equals_masking_with_other_towers(tiny, row: str, plan: str) ->
     check(tiny(row), PLANS[plan], num_images=2)
 
 
-@pytest.mark.parametrize("plan", ("fastv-two-sites", "atp-two-sites", "mixed"))
+@pytest.mark.parametrize("plan", ("fastv-two-sites", "atp-two-sites", "mixed", "tome-two-sites"))
 @pytest.mark.parametrize(
     ("question", "num_images"),
     [
@@ -203,3 +207,31 @@ def test_repicking_prefills_as_a_fresh_conversation_would(tiny, plan: str) -> No
     expected = reference.ask("Is there a dog?", images, sites, messages=messages)
     assert result.selection == "repicked"
     compare(expected, result, expected.choices, reference.num_visual)
+
+
+def test_what_merged_is_told_and_counts_for_its_patches(tiny) -> None:
+    result = tiny("qwen2").model(PLANS["tome-two-sites"]).generate(pictures(2), QUESTION)
+    for image in range(2):
+        first, second = (one for one in result.sites if one.image == image)
+        assert len(first.kept) == 10 and len(second.kept) == 6
+        assert {a for a, _ in first.merged} == set(range(16)) - set(first.places)
+        assert {b for _, b in first.merged} <= set(first.places)
+        assert {a for a, _ in second.merged} == set(first.places) - set(second.places)
+        assert first.to_dict()["merged"] == first.merged
+    plain = tiny("qwen2").model(PLANS["fastv-last"]).generate(pictures(1), QUESTION)
+    assert "merged" not in plain.sites[0].to_dict()
+
+
+def test_a_site_that_would_merge_more_than_half_is_refused(tiny) -> None:
+    bundle = tiny("qwen2")
+    before = (bundle.path / "manifest.json").read_bytes()
+    for sites, found in (
+        ([site(1, "tome", num_keep=7)], "16 to 7"),
+        ([site(1, "tome", num_keep=12, budget=5)], "16 to 5"),
+        ([site(1, "atp", **ATP), site(2, "tome", num_keep=7)], "16 to 7"),
+        ([site(1, "fastv", keep_ratio=0.6), site(3, "tome", num_keep=4)], "10 to 4"),
+    ):
+        with pytest.raises(PatchsieveError, match="at most every other token") as error:
+            bundle.model(sites)
+        assert f"found: {found}" in str(error.value) and "--plan" in str(error.value)
+    assert (bundle.path / "manifest.json").read_bytes() == before

@@ -27,6 +27,7 @@ EXPORTED = [
     "ivtp prefix",
     "ivtp multiply",
     "topk cls",
+    "tome",
 ]
 # Sizes that the graph was not traced with; grid and heads are part of a graph.
 SIZES = {
@@ -71,9 +72,13 @@ def test_one_graph_decides_at_every_size(graphs, case):
             site = make_site(11, **options)
             read = {value.name for value in session.get_inputs()}
             inputs = {n: v.numpy() for n, v in feeds(site, budget).items() if n in read}
-            keep, scores, num_wanted = session.run(None, inputs)
+            keep, scores, num_wanted, *merged = session.run(None, inputs)
             with torch.no_grad():
-                expected = [t.numpy() for t in method.decide(site, torch.tensor(budget))]
+                made = method.decide(site, torch.tensor(budget))
+            expected = [t.numpy() for t in made if t is not None]
+            if merged and not has_ties:
+                np.testing.assert_allclose(merged[0], expected[3], atol=1e-5, err_msg=label)
+                np.testing.assert_array_equal(merged[1], expected[4], err_msg=label)
             np.testing.assert_allclose(scores, expected[1], atol=1e-6, err_msg=label)
             if has_ties:
                 assert_same_choice(keep, expected[0], expected[1])
@@ -130,6 +135,8 @@ def test_graphs_build_in_tensorrt_rtx(graphs, case):
         "text_rows": (1, 40, 500),
         "patch_ids": (1, 576, TOPK_LIMIT),
         "noise": (1, 576, TOPK_LIMIT),
+        "hidden": (3, 700, 4000),
+        "sizes": (1, 576, TOPK_LIMIT),
     }
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):

@@ -15,6 +15,7 @@ from patchsieve.pruning.ivtp import IVTP
 from patchsieve.pruning.random import Random
 from patchsieve.pruning.site import Site
 from patchsieve.pruning.table import METHODS, modules, settings
+from patchsieve.pruning.tome_decoder import DecoderToMe
 from patchsieve.pruning.topk_decoder import DecoderTopK
 from tests.pruning_cases import CASES, KEEP_ALL, assert_same_choice
 from tests.pruning_sites import SITES, make_site
@@ -50,7 +51,7 @@ def test_method_decides_as_its_reference(method, options):
     for seed in range(3):
         site = make_site(seed, **options)
         for budget in BUDGETS:
-            keep, scores, num_wanted = (t.numpy() for t in decide(method, site, budget))
+            keep, scores, num_wanted = (t.numpy() for t in decide(method, site, budget)[:3])
             expected, expected_scores, expected_wanted = reference.decide(method, site, budget)
             np.testing.assert_allclose(scores, expected_scores, atol=SCORE_TOLERANCE)
             differing = assert_same_choice(keep, expected, expected_scores)
@@ -65,7 +66,7 @@ def test_every_method_has_a_case():
     assert {method.name for method in CASES.values()} == set(METHODS) == set(KEEP_ALL)
     for name, method in METHODS.items():
         assert method.name == name
-    known = {"query", "key", "value", "side_row", "last_row", "noise"}
+    known = {"query", "key", "value", "side_row", "last_row", "noise", "hidden", "sizes"}
     assert {w.partition(".")[0] for m in CASES.values() for w in m.reads} <= known
 
 
@@ -75,7 +76,7 @@ def test_at_least_one_token_and_at_most_the_budget_go_on(method, options):
     site = make_site(5, **options)
     wanted = decide(method, site).keep
     for budget in (-3, 0, *BUDGETS):
-        keep, scores, num_wanted = decide(method, site, budget)
+        keep, scores, num_wanted, *_ = decide(method, site, budget)
         assert keep.dtype == torch.bool
         assert scores.dtype == torch.float32
         assert num_wanted.dtype == torch.int64
@@ -92,7 +93,7 @@ def test_at_least_one_token_and_at_most_the_budget_go_on(method, options):
 @pytest.mark.parametrize("method", KEEP_ALL.values(), ids=KEEP_ALL)
 def test_keeping_all_is_the_identity(method, options):
     site = make_site(6, **options)
-    keep, _, num_wanted = decide(method, site)
+    keep, _, num_wanted, *_ = decide(method, site)
     assert keep.all()
     assert (num_wanted == len(site.visual_rows)).all()
 
@@ -109,8 +110,13 @@ def test_rows_of_a_batch_do_not_see_each_other(method):
             value=both.value[b : b + 1],
             lower=tuple((q[b : b + 1], k[b : b + 1]) for q, k in both.lower),
             noise=both.noise[b : b + 1],
+            hidden=both.hidden[b : b + 1],
+            sizes=both.sizes[b : b + 1],
         )
-        assert torch.equal(decide(method, alone, 6).keep[0], together.keep[b])
+        apart = decide(method, alone, 6)
+        assert torch.equal(apart.keep[0], together.keep[b])
+        if together.hidden is not None:
+            torch.testing.assert_close(apart.hidden[0], together.hidden[b])
 
 
 @pytest.mark.parametrize("method", CASES.values(), ids=CASES)
@@ -124,6 +130,7 @@ def test_rows_cached_before_the_prefill_count_as_if_fed_now(method):
         text_rows=fed.text_rows - 4,
         side_row=fed.side_row - 4,
         last_row=fed.last_row - 4,
+        hidden=fed.hidden[:, 4:],
     )
     whole, split = decide(method, fed), decide(method, cached)
     assert torch.equal(whole.keep, split.keep)
@@ -135,20 +142,36 @@ def test_half_precision_is_computed_in_float32(method):
     site = make_site(9)
 
     def cast(given, dtype):
-        states = {name: getattr(given, name).to(dtype) for name in ("query", "key", "value")}
+        named = ("query", "key", "value", "hidden")
+        states = {name: getattr(given, name).to(dtype) for name in named}
         lower = tuple((q.to(dtype), k.to(dtype)) for q, k in given.lower)
         return dataclasses.replace(given, **states, lower=lower)
 
     half = cast(site, torch.float16)
     again = cast(half, torch.float32)
     for got, expected in zip(decide(method, half), decide(method, again), strict=True):
-        assert torch.equal(got, expected)
+        assert got is expected is None or torch.equal(got, expected.to(got.dtype))
+
+
+@pytest.mark.parametrize("method", CASES.values(), ids=CASES)
+def test_half_precision_keeps_the_same_tokens(method):
+    same = total = 0
+    for seed in range(40):
+        whole = make_site(seed, tokens=36)
+        named = {n: getattr(whole, n).half() for n in ("query", "key", "value", "hidden")}
+        lower = tuple((q.half(), k.half()) for q, k in whole.lower)
+        keep = decide(method, whole).keep
+        same += int(
+            (keep & decide(method, dataclasses.replace(whole, lower=lower, **named)).keep).sum()
+        )
+        total += int(keep.sum())
+    assert same >= 0.99 * total
 
 
 @pytest.mark.parametrize("method", CASES.values(), ids=CASES)
 def test_a_method_reads_only_what_it_says(method):
     site = make_site(10)
-    others = ("noise", "value", "side_row")
+    others = ("noise", "value", "side_row", "hidden", "sizes")
     unread = {name: None for name in others if name not in method.reads}
     for name in ("query", "key"):
         if name not in method.reads:
@@ -157,6 +180,36 @@ def test_a_method_reads_only_what_it_says(method):
     unread["lower"] = site.lower[:depth]
     blind = decide(method, dataclasses.replace(site, **unread))
     assert torch.equal(blind.keep, decide(method, site).keep)
+
+
+MERGING = {name: method for name, method in CASES.items() if "hidden" in method.reads}
+
+
+@pytest.mark.parametrize("options", SITES.values(), ids=SITES)
+@pytest.mark.parametrize("method", MERGING.values(), ids=MERGING)
+def test_what_merges_is_the_mean_of_its_parts_and_nothing_is_lost(method, options):
+    reference = importlib.import_module(f"tests.references.{method.name}")
+    site = make_site(12, **options)
+    rows, count = site.hidden[:, site.visual_rows], len(site.visual_rows)
+    method = dataclasses.replace(method, num_keep=count)  # the budget alone says how many
+    for budget in {method.fewest_left(count), count - count // 4, 999}:
+        keep, _, _, hidden, moved = decide(method, site, budget)
+        stays = moved == torch.arange(count)
+        assert torch.equal(keep, stays)  # what does not go on went somewhere
+        assert keep.gather(1, moved).all()  # and that goes on
+        expected, expected_moved = reference.merged(method, site, budget)
+        if options.get("values") != "small":  # whose pairs tie
+            np.testing.assert_array_equal(moved, expected_moved)
+            np.testing.assert_allclose(hidden[keep], expected[keep.numpy()], atol=1e-5)
+        sizes = torch.zeros_like(site.sizes).scatter_add(1, moved, site.sizes)
+        assert torch.equal(sizes.sum(-1), site.sizes.sum(-1))
+        before = (rows * site.sizes[:, :, None]).sum(1)
+        torch.testing.assert_close(
+            (hidden * sizes[:, :, None]).sum(1), before, atol=1e-4, rtol=1e-5
+        )
+        alone = stays & (sizes == site.sizes)
+        assert torch.equal(hidden[alone], rows[alone])  # to the last bit
+    assert torch.equal(decide(KEEP_ALL[method.name], site).hidden, rows)
 
 
 @pytest.mark.parametrize("method", CASES.values(), ids=CASES)
@@ -185,6 +238,7 @@ def test_settings_are_json_and_rebuild_the_method(method):
         (lambda: IVTP(fusion="sum"), "fusion"),
         (lambda: IVTP(block="text"), "block"),
         (lambda: DecoderTopK(row="first"), "row"),
+        (lambda: DecoderToMe(0), "num_keep"),
     ],
 )
 def test_wrong_options_are_refused_with_what_to_do(build, word):
@@ -213,6 +267,8 @@ def test_a_site_of_wrong_shapes_is_refused():
     ):
         with pytest.raises(ShapeError, match="side row|pseudo-CLS"):
             decide(method, dataclasses.replace(site, **absent))
+    with pytest.raises(ShapeError, match="hidden"):
+        decide(CASES["tome"], dataclasses.replace(site, hidden=None))
     with pytest.raises(ShapeError, match="rank"):
         decide(CASES["atp rank"], dataclasses.replace(site, num_visual=5000))
 

@@ -143,6 +143,7 @@ def rows() -> Rows:
         patch_ids=np.array([-1, 1, 3, 1, 2, -1, -1]),
         places=np.array([-1, 0, 1, 0, 1, -1, -1]),
         is_instruction=image < 0,
+        sizes=np.ones(7, np.float32),
         side_of=np.full(7, TEXT),
         next_position=11,
     )

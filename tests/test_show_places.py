@@ -96,6 +96,19 @@ def test_what_the_tower_drops_has_no_score_later() -> None:
     assert late.kept == (2, 3) and late.scores == (0.1, None, 0.2, 0.7)
 
 
+def test_what_merges_in_the_decoder_goes_on_as_part_of_another_token() -> None:
+    sites = [
+        SiteResult(1, 0, 4, [1, 3], 2, [1, 3], [(n, n / 10) for n in range(4)], [(0, 3), (2, 1)]),
+        SiteResult(2, 0, 2, [3], 1, places=[3], scores=[(1, 0.2), (3, 0.9)], merged=[]),
+    ]
+    merging = [{"layer": 1, "method": "tome"}, {"layer": 2, "method": "tome"}]
+    early, late = made_of({"sites": merging}, Result(sites=sites)).places
+    assert early.kept == (0, 1, 2, 3) and early.groups == (3, 1, 1, 3)
+    assert early.scores == (0.0, 0.1, 0.2, 0.3)
+    assert late.kept == (0, 3) and late.groups == (3, -1, -1, 3)
+    assert late.scores == (0.9, 0.2, 0.2, 0.9)
+
+
 def test_another_image_s_tokens_stay_its_own() -> None:
     sites = [SiteResult(2, n, 4, [n], 1, places=[n], scores=[(n, 0.5)]) for n in range(2)]
     (place,) = made_of({"sites": [SITE]}, Result(sites=sites)).places

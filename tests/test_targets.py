@@ -42,6 +42,7 @@ PLANS = {
             SitePlan(2, "fastv", {"keep_ratio": 0.25}),
         )
     ),
+    "tome": Plan(tuple(SitePlan(at, "tome", {"num_keep": n}) for at, n in ((1, 9), (2, 5)))),
     "atp": Plan(tuple(SitePlan(at, "atp", {"theta_r": 0.4, "theta_s": 0.9}) for at in (1, 2))),
 }
 

@@ -1,4 +1,4 @@
-"""Questions about scenes, answered in a word or a sentence, balanced so that guessing pays little."""
+"""Questions about scenes, answered in a word or a sentence, balanced so that guesses pay little."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ COLOURS = {
     "pink": (250, 150, 195),
     "white": (248, 248, 248),
 }
-SIZES = {"small": (12, 14), "medium": (18, 21), "large": (26, 30)}  # pixels across
+SIZES = {"small": (13.5, 16), "medium": (20, 23), "large": (28, 32)}  # pixels across
 TEXTURES = ("plain", "striped", "dotted")
 GROUNDS = {
     "grey": (120, 122, 125),

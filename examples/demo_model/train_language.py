@@ -40,10 +40,16 @@ class Words:
         before = self._whole.split("QUESTION")[0]
         self.prefix: list[int] = self._tokenizer(before).input_ids
         self.image = self.prefix.index(self._tokenizer.image_token_id)
+        self._known: dict[tuple[str, str], tuple[list[int], int]] = {}
 
     def encode(self, question: Question, is_short: bool) -> tuple[list[int], int]:
         """Ids after the prefix, end mark included, and how many of them are the answer's."""
-        text, answer = as_prompt(question, is_short)
+        both = as_prompt(question, is_short)
+        if both not in self._known:
+            self._known[both] = self._encode(*both)
+        return self._known[both]
+
+    def _encode(self, text: str, answer: str) -> tuple[list[int], int]:
         prompt = self._whole.replace("QUESTION", text)
         asked = self._tokenizer(prompt).input_ids
         ids = self._tokenizer(f"{prompt} {answer}").input_ids + [self._tokenizer.eos_token_id]

@@ -126,10 +126,15 @@ def losses(clip: Any, heads: Heads, batch: dict[str, Tensor]) -> dict[str, Tenso
     rows = seen.hidden_states[-2][:, 1:]  # [B, N, C]: what LLaVA will read
     told = [head(rows).float() for head in heads.patch.values()]
     classes, parts = batch["classes"], {}
-    dense = sum(
-        cross_entropy(t.flatten(0, 1), classes[..., k].flatten()) for k, t in enumerate(told)
-    )
     is_thing = classes[..., 0] > 0
+    each = sum(
+        cross_entropy(t.flatten(0, 1), classes[..., k].flatten(), reduction="none")
+        for k, t in enumerate(told)
+    ).view_as(is_thing)
+    # By kind of patch: most show the ground, and would drown what is hard.
+    dense = (each * is_thing).sum() / is_thing.sum() + 0.5 * (each * ~is_thing).sum() / (
+        ~is_thing
+    ).sum()
     off = (heads.centre(rows).float() - batch["centres"]).abs().sum(-1)
     parts["dense"] = dense + (off * is_thing).sum() / is_thing.sum() * 0.5
 
@@ -158,16 +163,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1100, help="steps (1100)")
     parser.add_argument("--batch", type=int, default=32, help="images a process and step (32)")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate (2e-3)")
+    parser.add_argument("--warm", type=Path, help="a tower.pt to go on from")
     options = parser.parse_args()
     rank, ranks = start_process()
     options.path.mkdir(parents=True, exist_ok=True)
     clip, tokenizer = make_clip()
     heads, contrast = Heads(), ClipLoss()
     both = nn.ModuleDict({"clip": clip, "heads": heads})
+    if options.warm:
+        state = torch.load(options.warm)
+        clip.load_state_dict(state["clip"])
+        heads.load_state_dict(state["heads"])
     optimiser = Optimiser(both, options.rate)
     compiled = torch.compile(lambda batch: losses(clip, heads, batch))
     log = Log(options.path / "tower.jsonl", rank == 0)
-    source = batches(rank, ranks, options.batch, tokenizer)
+    source = batches(rank + (200_000 if options.warm else 0), ranks, options.batch, tokenizer)
     for step in range(options.steps):
         batch = next(source)
         with torch.autocast("cpu", torch.bfloat16):

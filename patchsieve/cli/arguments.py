@@ -12,6 +12,13 @@ def integers(text: str) -> list[int]:
     return [int(part) for part in parts(text, r"\d{1,9}", "whole numbers such as 4,14,24")]
 
 
+def count(text: str) -> int:
+    """Read a whole number of at least 1."""
+    if not re.fullmatch(r"0*[1-9]\d{0,8}", text):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least 1")
+    return int(text)
+
+
 def numbers(text: str) -> list[float]:
     """Read numbers with commas between them: 0.5,0.25."""
     return [float(part) for part in parts(text, r"\d*\.?\d+", "numbers such as 0.5,0.25")]

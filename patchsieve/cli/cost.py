@@ -42,7 +42,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 # What `export` takes in this version, and where; all else is costs only.
 EXPORTED: dict[str, tuple[str, ...]] = {
     "nowhere": ("none",),
-    "decoder": ("random", "fastv", "atp", "topk", "ivtp"),
+    "decoder": ("random", "fastv", "atp", "topk", "tome", "ivtp"),
     "tower": tuple(TOWER_PLACEMENTS),
     "output": OUTPUT_METHODS,
     "both": ("ivtp",),

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from patchsieve.cli.arguments import count
 from patchsieve.cli.output import Progress, print_json, size, table
 from patchsieve.cli.run import add_run_options, load
 
@@ -17,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", type=Path, required=True, help="LLaVA's JSON or JSONL, or chat messages")
     add("--image-folder", type=Path, help="what image paths are relative to (the data's folder)")
     add("--plan", action="append", help='a plan beside "none"; repeatable (the default plan)')
-    add("--limit", type=int, metavar="N", help="the first N questions only")
-    add("--max-new-tokens", type=int, default=32, metavar="N", help="of an answer (32)")
+    add("--limit", type=count, metavar="N", help="the first N questions only")
+    add("--max-new-tokens", type=count, default=32, metavar="N", help="of an answer (32)")
     add(
         "-o",
         "--answers",
@@ -89,7 +90,7 @@ def _table(found: dict[str, Any]) -> str:
             name,
             _percent(plan["exact_match"]),
             _percent(plan["difference"], sign="+", unit="") if "difference" in plan else None,
-            f"{plan['agreement']['text']:.1%}" if "agreement" in plan else None,
+            f"{100 * plan['agreement']['text']:.1f} %" if "agreement" in plan else None,
             f"{plan['visual_tokens']:.1f}",
             size(plan["kv_bytes"]),
             f"{plan['ttft_ms']:.0f}",
@@ -110,7 +111,7 @@ def _categories(found: dict[str, Any], kinds: list[str]) -> str:
             kind,
             next(iter(found.values()))["categories"][kind]["questions"],
             *(
-                f"{plan['categories'][kind]['exact_match']['mean']:.1%} of "
+                f"{100 * plan['categories'][kind]['exact_match']['mean']:.1f} % of "
                 f"{plan['categories'][kind]['visual_tokens']:.0f}"
                 for plan in found.values()
             ),

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan = parser.add_argument_group("what prunes where")
     add = plan.add_argument
     add("--plan", type=Path, metavar="JSON", help="a plan file; instead of the shortcuts below")
-    add("--method", default=None, help="none (default), random, fastv, atp, topk or ivtp")
+    add("--method", default=None, help="none (default), random, fastv, atp, topk, tome or ivtp")
     add("--sites", type=integers, metavar="LAYERS", help="layers at whose input to prune: 4,14,24")
     add("--keep-ratio", type=numbers, metavar="R", help="fraction KEPT of what enters the decoder")
     add(
@@ -283,7 +283,7 @@ def _sites(args: argparse.Namespace) -> tuple[SitePlan, ...]:
             raise PatchsieveError(
                 "options of a pruning method, but no method",
                 found=", ".join(rest),
-                do="add --method random, fastv, atp, topk or ivtp",
+                do="add --method random, fastv, atp, topk, tome or ivtp",
             )
         return ()
     ivtp.check_other_method(args)

@@ -17,7 +17,7 @@ OPTIONS = (*_RECIPE.values(), *_PSEUDO_CLS.values())  # by their names in the pa
 def add_arguments(group: Any) -> None:
     """Declare the options."""
     add = group.add_argument
-    add("--num-keep", type=int, metavar="N", help="ivtp, topk: tokens kept of an image (64)")
+    add("--num-keep", type=int, metavar="N", help="ivtp, topk, tome: tokens kept of an image (64)")
     add("--group-layers", type=int, metavar="L", help="ivtp: layers of a group (3)")
     add(
         "--fusion",
@@ -72,7 +72,8 @@ def pseudo_cls(args: argparse.Namespace) -> PseudoCls:
 
 def check_other_method(args: argparse.Namespace) -> None:
     """Refuse options of IVTP beside another method."""
-    allowed = {"num_keep", *_PSEUDO_CLS.values()} if args.method == "topk" else set()
+    of_method = {"topk": {"num_keep", *_PSEUDO_CLS.values()}, "tome": {"num_keep"}}
+    allowed = of_method.get(args.method, set())
     given = [name for name in OPTIONS if getattr(args, name) is not None and name not in allowed]
     if given:
         raise PatchsieveError(

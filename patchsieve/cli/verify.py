@@ -20,7 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("bundle", type=Path)
     add("--against", required=True, metavar="CHECKPOINT", help="Hugging Face directory or hub id")
-    add("--image", metavar="FILE", help="an image; a generated one by default")
+    add(
+        "--image",
+        action="append",
+        metavar="FILE",
+        help="an image, repeated for several; a generated one by default",
+    )
     add("--prompt", default=PROMPT)
     add("--raw", action="store_true", help="the prompt is the whole text, without chat template")
     add("--plan", metavar="NAME", help='the pruned plan beside "none"; the default one otherwise')
@@ -50,9 +55,9 @@ def run(args: argparse.Namespace) -> int:
     parts: list[Any] = []
     for done, plan in enumerate(plans):
         progress(f"comparing plan {plan}", (done + 1) / (len(plans) + 1))
-        image = args.image if args.image is not None else picture()
+        shown = args.image or [picture()]
         with _quiet_libraries():
-            parts += both.compare(image, args.prompt, plan, raw=args.raw, count=args.max_new_tokens)
+            parts += both.compare(shown, args.prompt, plan, raw=args.raw, count=args.max_new_tokens)
     both.close()
     progress.done()
     first = next((part for part in parts if part.departs), None)

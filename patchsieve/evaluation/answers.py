@@ -13,6 +13,7 @@ from patchsieve.evaluation.questions import Question
 from patchsieve.manifest import Manifest
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.result import Result
+from patchsieve.writing import one_line
 
 Progress = Callable[[str, float], None]
 
@@ -58,22 +59,23 @@ class AnswerFile:
         self.known: dict[tuple[str, str], Answer] = {}
         if path is None:
             return
-        if not path.exists():
-            path.write_text(json.dumps(about) + "\n", encoding="utf-8")
-            return
-        text = path.read_text(encoding="utf-8")
-        if not text.endswith("\n"):  # a line that was cut by an interruption
-            text = text[: text.rfind("\n") + 1]
-            path.write_text(text, encoding="utf-8")
+        with one_line(path):
+            if not path.exists():
+                path.write_text(json.dumps(about) + "\n", encoding="utf-8")
+                return
+            content = path.read_bytes()
+            if not content.endswith(b"\n"):  # a line that was cut by an interruption
+                content = content[: content.rfind(b"\n") + 1]
+                path.write_bytes(content)
         try:
-            first, *lines = [json.loads(line) for line in text.splitlines()]
+            first, *lines = [json.loads(line) for line in content.splitlines()]
             answers = [Answer(**line | {"token_ids": tuple(line["token_ids"])}) for line in lines]
-        except (ValueError, TypeError, KeyError) as error:
+            different = sorted(key for key in {*first, *about} if first.get(key) != about.get(key))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise PatchsieveError(
                 f"{path} holds no answers of an evaluation", found=error, do="choose another file"
             ) from error
-        if first != about:
-            different = sorted(key for key in {*first, *about} if first.get(key) != about.get(key))
+        if different:
             raise PatchsieveError(
                 f"{path} holds the answers of another evaluation",
                 found=f"another {', '.join(different)}",
@@ -85,7 +87,7 @@ class AnswerFile:
         """Keep an answer."""
         self.known[answer.key, answer.plan] = answer
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
+            with one_line(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
 
 

@@ -62,7 +62,14 @@ def questions_of(records: Records, image_token: str, limit: int | None = None) -
 
 
 def _questions(record: Record, index: int, image_token: str) -> list[Question]:
-    answered = [n for n, message in enumerate(record.messages) if message["role"] == "assistant"]
+    roles = [message["role"] for message in record.messages]
+    if roles != ["user", "assistant"] * (len(roles) // 2):
+        raise PatchsieveError(
+            f"{record.where} is not questions and answers in turn",
+            found=", ".join(roles)[:80],
+            expected="user, assistant, user, assistant ...",
+        )
+    answered = range(1, len(roles), 2)
     out = []
     for number, place in enumerate(answered):
         # A later question has no image of its own: the record's come first, as `run` puts them.

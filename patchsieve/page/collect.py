@@ -124,11 +124,10 @@ def view(facts: Manifest, result: Result, prompt: str, image: int) -> View:
         kept = np.isin(np.arange(len(owner)), early.kept)
         places.append(early)
     methods = {site.layer: site.method for site in plan.sites}
-    places += [
-        _place(site, methods[site.layer], owner, kept)
-        for site in result.sites
-        if site.image == image
-    ]
+    for site in result.sites:
+        if site.image == image:
+            places.append(_place(site, methods[site.layer], owner, kept))
+            owner = _merged(owner, site)
     words = next((one for one in result.words if one.image == image), None)
     return View(tuple(places), () if words is None else _words(prompt, words))
 
@@ -164,8 +163,8 @@ def _place(site: SiteResult, method: str, owner: np.ndarray, alive: np.ndarray) 
         owner: Token that each patch is part of, [R * C].
         alive: Patches that entered the decoder, bool [R * C].
     """
-    scores = dict(site.scores or [])
-    kept = alive & np.isin(owner, site.places)
+    scores, joined = dict(site.scores or []), _merged(owner, site)
+    kept = alive & np.isin(joined, site.places)
     return Place(
         layer=site.layer,
         method=method,
@@ -177,7 +176,14 @@ def _place(site: SiteResult, method: str, owner: np.ndarray, alive: np.ndarray) 
             scores.get(token) if is_alive else None
             for token, is_alive in zip(owner.tolist(), alive, strict=True)
         ),
+        groups=None if site.merged is None else tuple(np.where(kept, joined, -1).tolist()),
     )
+
+
+def _merged(owner: np.ndarray, site: SiteResult) -> np.ndarray:
+    """Token that each patch is part of behind a site, [R * C]."""
+    into = dict(site.merged or [])
+    return np.array([into.get(token, token) for token in owner.tolist()])
 
 
 def _words(prompt: str, words: Words) -> tuple[Word, ...]:

@@ -1,8 +1,8 @@
-"""IVTP by mask in Hugging Face's own eager layers, in tower and decoder.
+"""IVTP, and TopK likewise, by mask in Hugging Face's own eager layers, in tower and decoder.
 
 As in masked_llava.py nothing is ever dropped: a patch or row that is pruned is only hidden from
 then on. The pseudo-CLS rows run beside the others; their keys are taken out of the cache behind
-each layer. All decisions are the plain NumPy ones of ivtp.py.
+each layer. All decisions are the plain NumPy ones of ivtp.py and topk.py.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ import torch
 from transformers import AutoTokenizer, CLIPModel
 
 from patchsieve.pruning.schedules import geometric
-from tests.references import ivtp, rollout
+from tests.references import ivtp, rollout, topk
 from tests.references.attention import softmax
 from tests.references.masked_llava import Choice, MaskedLlava
 from tests.references.selection import top
 
-DEFAULTS = {"group": 3, "fusion": "rollout", "block": "visual", "identity_first": False}
+DEFAULTS = {
+    "ivtp": {"group": 3, "fusion": "rollout", "block": "visual", "identity_first": False},
+    "topk": {"group": 1, "row": "cls"},
+}
+METHODS = {"ivtp": ivtp.decide, "topk": topk.decide}
 
 
 class MaskedIvtp(MaskedLlava):
@@ -71,8 +75,11 @@ class MaskedIvtp(MaskedLlava):
             x = layer(x, self._columns(alive))
             if encoder and index in ends:
                 who = np.flatnonzero(alive)
-                row = ivtp.cls_row(maps, encoder["params"]["fusion"], 0)[:, 1:]
-                scores = rollout.scores(row, value[:, :, 1:])[0]
+                if encoder["method"] == "topk":
+                    scores = maps[-1][0, 0, 1:]
+                else:
+                    row = ivtp.cls_row(maps, encoder["params"]["fusion"], 0)[:, 1:]
+                    scores = rollout.scores(row, value[:, :, 1:])[0]
                 kept = top(scores, left[ends.index(index)])
                 alive[who[1:][~kept]] = False
                 maps = []
@@ -210,7 +217,7 @@ class MaskedIvtp(MaskedLlava):
     ) -> np.ndarray:
         """Judge each image by its pseudo-CLS; a row list without those that were dropped."""
         layer, count = site["layer"], len(alive)
-        method = SimpleNamespace(**DEFAULTS | site["params"])
+        method = SimpleNamespace(**DEFAULTS[site["method"]] | site["params"])
         rows = np.append(np.flatnonzero(alive), count + np.arange(len(images)))
         past = np.flatnonzero(self.seen[layer - 1][: len(self.seen[layer - 1]) - count])
         start = len(self.seen[layer - 1]) - count
@@ -230,7 +237,8 @@ class MaskedIvtp(MaskedLlava):
                 visual_rows=torch.from_numpy(visual),
                 side_row=torch.tensor([side]),
             )
-            keep, scores, wanted = ivtp.decide(method, view, site.get("budget") or 1 << 30)
+            decide = METHODS[site["method"]]
+            keep, scores, wanted = decide(method, view, site.get("budget") or 1 << 30)
             ids = self.patch_ids[self._raster(image, rows[visual])]
             alive[rows[visual[~keep[0]]]] = False
             choices.append(

@@ -3,6 +3,7 @@
 Nothing is ever dropped here. Each layer keeps a list of the rows that it may still look at; a site
 takes the others off the lists of its layer and of all behind it. Positions are never touched. The
 decision is the plain NumPy one, in float64, on the queries and keys that Hugging Face computed.
+Where tokens merge, the row that stays is written over with their mean.
 """
 
 from __future__ import annotations
@@ -19,13 +20,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGeneration
 
-from tests.references import atp, fastv, grid2d, random
+from tests.references import atp, fastv, grid2d, random, tome, topk
 
 ANSWER = "\u00a7"  # stands for an answer whose tokens are in the cache
-METHODS = {"fastv": fastv.decide, "atp": atp.decide, "random": random.decide}
+METHODS = {
+    "fastv": fastv.decide,
+    "atp": atp.decide,
+    "random": random.decide,
+    "topk": topk.decide,
+    "tome": tome.decide,
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "fastv": {"keep_ratio": 0.5, "rows": "last"},
     "random": {"keep_ratio": 0.5},
+    "topk": {"row": "cls"},
+    "tome": {},
     "atp": {
         "granularities": (2, 4, 8),
         "normalisation": "minmax",
@@ -214,13 +223,15 @@ class MaskedLlava:
         positions = torch.arange(past, past + count)[None]
         angles = self._angles(hidden, positions, np.full(count, -1) if image is None else image)
         plan = {site["layer"]: site for site in sites or []}
-        alive = np.ones(count, bool)
+        alive, self.sizes = np.ones(count, bool), np.ones(count)
         budget, query = self.num_visual, None
         for number, layer in enumerate(self.decoder.layers):
             if number in plan and (image >= 0).any():
                 site = plan[number]
                 budget = min(budget, site.get("budget") or budget)
-                alive = self._choose(site, budget, query, alive, image, instruction, rng, choices)
+                alive, hidden = self._choose(
+                    site, budget, query, hidden, alive, image, instruction, rng, choices
+                )
             self.seen[number] = np.concatenate((self.seen[number], alive))
             columns = torch.arange(past + count)
             visible = columns[None] <= positions[0][:, None]
@@ -262,13 +273,14 @@ class MaskedLlava:
         site: dict[str, Any],
         budget: int,
         query: torch.Tensor,
+        hidden: torch.Tensor,
         alive: np.ndarray,
         image: np.ndarray,
         instruction: np.ndarray,
         rng: Any,
         choices: list[Choice],
-    ) -> np.ndarray:
-        """Judge each image alone; a row list without those that were dropped."""
+    ) -> tuple[np.ndarray, torch.Tensor]:
+        """Judge each image alone; a row list without those that were dropped, and the rows."""
         layer = site["layer"]
         seen = torch.from_numpy(self.seen[layer - 1])  # rows cached before, then this turn's
         rows = np.flatnonzero(alive)
@@ -276,14 +288,14 @@ class MaskedLlava:
         query = query[:, :, torch.from_numpy(rows)]
         image_of, instruction_of = image[rows], instruction[rows]
         method = method_of(site)
-        alive = alive.copy()
+        alive, hidden = alive.copy(), hidden.clone()
         for number in sorted(set(image[image >= 0])):
             visual = np.flatnonzero(image_of == number)
             behind = (np.arange(len(rows)) > visual[-1]) & (image_of < 0)
             text = np.flatnonzero(behind & instruction_of)
             text = text if len(text) else np.flatnonzero(behind)
             text = text if len(text) else np.array([len(rows) - 1])
-            ids = self.patch_ids[self._raster(image, rows[visual])]
+            ids = self._patch_ids(int(number), self._raster(image, rows[visual]))
             noise = rng.random((1, len(visual)), np.float32)
             view = SimpleNamespace(
                 query=query,
@@ -294,6 +306,8 @@ class MaskedLlava:
                 grid=self.grid,
                 num_visual=self.num_visual,
                 noise=torch.from_numpy(noise),
+                hidden=hidden[:, torch.from_numpy(rows)],
+                sizes=torch.from_numpy(self.sizes[rows[visual]])[None],
             )
             keep, scores, wanted = METHODS[site["method"]](method, view, budget)
             alive[rows[visual[~keep[0]]]] = False
@@ -307,7 +321,16 @@ class MaskedLlava:
                     int(wanted[0]),
                 )
             )
-        return alive
+            if site["method"] == "tome":
+                made, goes = tome.merged(method, view, budget)
+                hidden[0, torch.from_numpy(rows[visual])] = torch.from_numpy(made[0]).float()
+                for old, new in enumerate(goes[0]):
+                    self.sizes[rows[visual[new]]] += self.sizes[rows[visual[old]]] * (old != new)
+        return alive, hidden
+
+    def _patch_ids(self, number: int, places: np.ndarray) -> np.ndarray:
+        """Raster ids of an image's tokens, by their places among those that entered."""
+        return self.patch_ids[places]
 
     def _raster(self, image: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Place of each row within its image."""

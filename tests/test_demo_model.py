@@ -1,0 +1,158 @@
+"""The demo model: its scenes and questions are true, and a pruned bundle of it answers rightly."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from examples.demo_model.models import make_clip, make_llava, pixels
+from examples.demo_model.questions import FINE, KINDS, NUMBERS, SHORT, Asker, as_prompt
+from examples.demo_model.scenes import COLOURS, GRID, PATCH, SHAPES, make_scene, owner_map, render
+from examples.demo_model.shared_prefix import run_questions
+from examples.demo_model.train_language import Words, embed_prefix
+from tests.models import make_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@cache
+def asked(count: int = 250) -> list[tuple[object, list]]:
+    asker = Asker(5)
+    scenes = [make_scene("held-out", index) for index in range(count)]
+    return [(scene, asker.ask(scene, 20)) for scene in scenes]
+
+
+def test_a_scene_is_the_same_each_time_and_no_split_shares_one() -> None:
+    first, again = make_scene("train", 7), make_scene("train", 7)
+    assert first == again
+    assert np.array_equal(np.asarray(render(first)), np.asarray(render(again)))
+    assert make_scene("held-out", 7) != first
+
+
+def test_the_patch_at_an_objects_centre_is_its_own() -> None:
+    for index in range(40):
+        scene = make_scene("train", index)
+        owners = owner_map(scene)
+        assert owners.shape == (GRID, GRID)
+        for number, thing in enumerate(scene.things):
+            assert owners[int(thing.y // PATCH), int(thing.x // PATCH)] == number
+
+
+def test_an_objects_pixels_have_its_colour() -> None:
+    """A plain square's centre tells whether drawing and naming agree."""
+    seen = 0
+    for index in range(200):
+        scene = make_scene("train", index)
+        picture = np.asarray(render(scene)).astype(int)
+        for thing in scene.things:
+            if thing.shape not in ("square", "circle", "diamond") or thing.texture != "plain":
+                continue
+            around = picture[
+                int(thing.y) - 2 : int(thing.y) + 3, int(thing.x) - 2 : int(thing.x) + 3
+            ]
+            colour = around.reshape(-1, 3).mean(0)
+            nearest = min(COLOURS, key=lambda n: np.abs(np.array(COLOURS[n]) - colour).sum())
+            seen += 1
+            assert nearest == thing.colour, (index, thing)
+    assert seen > 50
+
+
+def test_counts_colours_and_positions_are_told_truly() -> None:
+    """Answers worked out again, from the question's words alone."""
+    checked = Counter()
+    for scene, questions in asked():
+        for question in questions:
+            if found := re.search(r"How many (?:(\w+) )?(\w+) (?:are|can)", question.text):
+                colour, noun = found.groups()
+                shape = {"shapes": None, "crosses": "cross"}.get(noun, noun[:-1])
+                hits = [
+                    t
+                    for t in scene.things
+                    if colour in (None, t.colour) and shape in (None, t.shape)
+                ]
+                assert question.word == NUMBERS[len(hits)]
+            elif found := re.search(r"What colour is the (\w+)\?", question.text):
+                if found[1] == "background":
+                    assert question.word == scene.ground
+                else:
+                    assert [t.colour for t in scene.things if t.shape == found[1]] == [
+                        question.word
+                    ]
+            elif question.kind == "position":
+                words = question.text.rstrip("?").split()
+                thing = next(
+                    t
+                    for t in scene.things
+                    if t.shape == words[-1] and words[-2] in ("the", t.colour)
+                )
+                side = (
+                    f"{'bottom' if thing.y > 48 else 'top'} {'right' if thing.x > 48 else 'left'}"
+                )
+                assert question.word == side
+            else:
+                continue
+            checked[question.kind] += 1
+    assert min(checked[kind] for kind in ("count", "colour", "position", "ground")) > 50
+
+
+def test_answers_are_level_so_that_a_guess_pays_little() -> None:
+    kinds, texts = defaultdict(Counter), defaultdict(Counter)
+    for _, questions in asked():
+        for question in questions:
+            kinds[question.kind][question.word] += 1
+            texts[question.text][question.word] += 1
+    assert set(kinds) == set(KINDS)
+    for kind, answers in kinds.items():
+        if kind not in ("amount", "smallest", "largest"):  # few per scene: nothing to choose among
+            most = answers.most_common(1)[0][1] / sum(answers.values())
+            assert most < 1.5 / len(answers), (kind, answers)
+    often = [answers for answers in texts.values() if sum(answers.values()) >= 10]
+    guessed = sum(a.most_common(1)[0][1] for a in often) / sum(sum(a.values()) for a in often)
+    assert guessed < 0.45
+
+
+def test_every_word_of_the_questions_is_one_token() -> None:
+    processor = _untrained()[1]
+    for word in (*COLOURS, *SHAPES, *NUMBERS):
+        pieces = processor.tokenizer.tokenize(f"It is {word}.")
+        assert f"\u2581{word}" in pieces
+
+
+@cache
+def _untrained() -> tuple:
+    model, processor = make_llava(make_clip()[0])
+    make_checkpoint.set_random_weights(model, 3, 0.15)
+    return model.eval(), processor
+
+
+@torch.no_grad()
+def test_questions_on_a_shared_picture_are_answered_as_if_each_were_asked_alone() -> None:
+    model, processor = _untrained()
+    words, scene = Words(processor), make_scene("held-out", 0)
+    questions, short = Asker(1).ask(scene, 4), [True, False, True, False]
+    ids, targets = words.batch([questions], [short])
+    prefix = embed_prefix(model, words, pixels(scene)[None])
+    logits = model.lm_head(run_questions(model, prefix, ids))[0]
+    for row, question in enumerate(questions):
+        prompt, answer = as_prompt(question, short[row])
+        text = f"USER: <image>\n{prompt} ASSISTANT: {answer}"
+        inputs = processor(images=render(scene), text=text, return_tensors="pt")
+        alone = model(**inputs).logits[0]
+        length = len(words.encode(question, short[row])[0]) - 1
+        torch.testing.assert_close(logits[row, :length], alone[-length:], rtol=0, atol=2e-4)
+        # What is learnt are the answer's tokens and the end mark, each one place ahead.
+        told = targets[row][targets[row] >= 0]
+        end = processor.tokenizer.eos_token_id
+        assert told.tolist() == [*inputs.input_ids[0, -(len(told) - 1) :].tolist(), end]
+
+
+def test_fine_questions_ask_for_no_suffix_but_the_one_word_one() -> None:
+    _, questions = asked()[0]
+    for question in questions:
+        assert as_prompt(question, is_short=True) == (question.text + SHORT, question.word)
+    assert set(FINE) < set(KINDS)
