@@ -29,6 +29,7 @@ _OF_A_TRAINING = (
     "sites",
     "normalisation",
     "causal",
+    "modality",
     "hidden",
     "train_lm",
     "positions",

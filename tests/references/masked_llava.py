@@ -40,6 +40,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "normalisation": "minmax",
         "causal": False,
         "spatial_lambda": 3.0,
+        "modality": "both",
     },
 }
 
