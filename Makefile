@@ -15,15 +15,16 @@ endif
 FOLDERS := pruning export runtime calibration
 PATCHSIEVE := $(PY) -m patchsieve
 NEEDS := torch transformers accelerate onnx onnxruntime tokenizers pytest xdist ruff mypy psutil
-PHOTO := examples/photo.jpg
-QUESTION := What is on the table?
-OTHER := Describe the image.
+DEMO := examples/demo_model
+SCENE := $(DEMO)/scene.png
+QUESTION := QQQ
+OTHER := RRR
 SOURCES := $(shell find patchsieve pruning export -name '*.py')
 
 .PHONY: help check-environment demo test lint lint-ruff format types bench accuracy gpu clean
 
 help:
-	@echo "make demo    make a checkpoint, export it pruned, ask it about a photograph"
+	@echo "make demo    export the demo model pruned, ask it about a picture"
 	@echo "make test    run the tests"
 	@echo "make lint    ruff and mypy;  make format: let ruff rewrite;  make types: mypy alone"
 	@echo "make bench   run the benchmarks;  make clean: remove what these targets made"
@@ -44,21 +45,17 @@ check-environment:
 
 # A bundle holds the plan "none" too, so one bundle answers pruned and unpruned.
 
-demo/checkpoint/config.json: examples/make_checkpoint.py LICENSE | $(ENVIRONMENT)
-	@rm -rf demo/checkpoint
-	@$(PY) examples/make_checkpoint.py demo/checkpoint
-
-demo/bundle/manifest.json: demo/checkpoint/config.json $(SOURCES) | $(ENVIRONMENT)
+demo/bundle/manifest.json: $(DEMO)/checkpoint/model.safetensors $(SOURCES) | $(ENVIRONMENT)
 	@rm -rf demo/bundle
-	@$(PATCHSIEVE) export demo/checkpoint -o demo/bundle --method fastv --sites 2 --keep-ratio 0.5 --max-text-tokens 64 --max-new-tokens 32
+	@$(PATCHSIEVE) export $(DEMO)/checkpoint -o demo/bundle --method atp --heads $(DEMO)/heads --max-text-tokens 64 --max-new-tokens 32
 
 demo: demo/bundle/manifest.json
-	@$(PATCHSIEVE) run demo/bundle --image $(PHOTO) --prompt "$(QUESTION)" \
+	@$(PATCHSIEVE) run demo/bundle --image $(SCENE) --prompt "$(QUESTION)" \
 		--max-new-tokens 16 --json > demo/pruned.json
-	@$(PATCHSIEVE) run demo/bundle --image $(PHOTO) --prompt "$(QUESTION)" \
+	@$(PATCHSIEVE) run demo/bundle --image $(SCENE) --prompt "$(QUESTION)" \
 		--max-new-tokens 16 --json --plan none > demo/full.json
 	@$(PY) examples/show_answers.py demo/pruned.json demo/full.json
-	@$(PATCHSIEVE) show demo/bundle --image $(PHOTO) --prompt "$(QUESTION)" --prompt "$(OTHER)" \
+	@$(PATCHSIEVE) show demo/bundle --image $(SCENE) --prompt "$(QUESTION)" --prompt "$(OTHER)" \
 		--max-new-tokens 16 --quiet -o demo/page.html
 
 test: $(ENVIRONMENT)

@@ -35,7 +35,6 @@ def main() -> None:
     pruned, full = (json.loads(Path(path).read_text(encoding="utf-8")) for path in sys.argv[1:3])
     print(f"answer, pruned:   {pruned['text']!r}")
     print(f"answer, unpruned: {full['text']!r}")
-    print("(random weights answer with gibberish)")
     print("\n".join(describe_sites(pruned, full["visual_tokens"])))
     for kind in ("used", "reserved"):
         less, more = pruned["kv_bytes"][kind], full["kv_bytes"][kind]

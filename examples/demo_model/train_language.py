@@ -27,7 +27,7 @@ from .shared_prefix import run_layer, run_questions
 from .training import Log, Optimiser, save, start_process
 
 LENGTH = 20  # tokens of a question and its answer at most, the last one not counted
-WEIGHTS = {"relation": 2.0, "count": 1.5}  # learnt last
+WEIGHTS = {"relation": 2.0, "position": 2.0, "texture": 2.0}  # learnt last
 
 
 class Words:
@@ -118,10 +118,10 @@ def held_out(
     return {"all": sum(every) / len(every), **shares}
 
 
-def batches(rank: int, ranks: int, size: int, count: int, words: Words) -> Iterator[Any]:
-    """Endless fresh pictures with their questions, and the weight of each."""
-    asker, index = Asker(100 + rank), rank
-    noise = torch.Generator().manual_seed(rank)
+def batches(first: int, ranks: int, size: int, count: int, words: Words) -> Iterator[Any]:
+    """Endless fresh pictures from a number on, with their questions and the weight of each."""
+    asker, index = Asker(100 + first), first
+    noise = torch.Generator().manual_seed(first)
     while True:
         scenes = [make_scene("train", index + ranks * k) for k in range(size)]
         index += ranks * size
@@ -152,13 +152,17 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=70, help="how long (70)")
     parser.add_argument("--batch", type=int, default=8, help="images a process and step (8)")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate (3e-3)")
+    parser.add_argument("--warm", type=Path, help="a language.pt to go on from")
     options = parser.parse_args()
     rank, ranks = start_process()
     model, processor = prepare(options.path)
+    if options.warm:
+        model.load_state_dict(torch.load(options.warm))
     words = Words(processor)
     optimiser, layer = Optimiser(model, options.rate), torch.compile(run_layer)
     log = Log(options.path / "language.jsonl", rank == 0)
-    source = batches(rank, ranks, options.batch, 20, words)
+    first = rank + (400_000 if options.warm else 0)  # scenes not seen yet
+    source = batches(first, ranks, options.batch, 20, words)
     start, step, done = time.monotonic(), 0, torch.zeros(1)
     while done.item() < 1:
         images, ids, targets, weights = next(source)
