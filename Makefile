@@ -17,8 +17,8 @@ PATCHSIEVE := $(PY) -m patchsieve
 NEEDS := torch transformers accelerate onnx onnxruntime tokenizers pytest xdist ruff mypy psutil
 DEMO := examples/demo_model
 SCENE := $(DEMO)/scene.png
-QUESTION := QQQ
-OTHER := RRR
+QUESTION := What shape is the red thing?
+OTHER := What is the orange thing?
 SOURCES := $(shell find patchsieve pruning export -name '*.py')
 
 .PHONY: help check-environment demo test lint lint-ruff format types bench accuracy gpu clean
@@ -47,7 +47,7 @@ check-environment:
 
 demo/bundle/manifest.json: $(DEMO)/checkpoint/model.safetensors $(SOURCES) | $(ENVIRONMENT)
 	@rm -rf demo/bundle
-	@$(PATCHSIEVE) export $(DEMO)/checkpoint -o demo/bundle --method atp --heads $(DEMO)/heads --max-text-tokens 64 --max-new-tokens 32
+	@$(PATCHSIEVE) export $(DEMO)/checkpoint -o demo/bundle --method fastv --sites 6 --keep-ratio 0.1 --max-text-tokens 64 --max-new-tokens 32
 
 demo: demo/bundle/manifest.json
 	@$(PATCHSIEVE) run demo/bundle --image $(SCENE) --prompt "$(QUESTION)" \
