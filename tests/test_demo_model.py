@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
@@ -124,6 +127,19 @@ def test_every_word_of_the_questions_is_one_token() -> None:
     for word in (*COLOURS, *SHAPES, *NUMBERS):
         pieces = processor.tokenizer.tokenize(f"It is {word}.")
         assert f"\u2581{word}" in pieces
+
+
+def test_the_tokenizers_are_numbered_alike_in_every_process() -> None:
+    """The weights were trained in processes other than the one that saves the tokenizers."""
+    said = "import json; from examples.demo_model import tokens; "
+    said += "print(json.dumps(tokens.{}().get_vocab()))"
+    for name in ("clip_tokenizer", "language_tokenizer"):
+        words = [sys.executable, "-c", said.format(name)]
+        first, second = (
+            subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+            for _ in range(2)
+        )
+        assert json.loads(first) == json.loads(second)
 
 
 @cache

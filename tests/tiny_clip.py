@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel
 
+from examples.demo_model.tokens import clip_tokenizer
 from tests.models import make_checkpoint
 
 WIDTH, WINDOW = 24, 12  # of the joint space; of a window of text, marks included
@@ -47,37 +46,8 @@ def save_clip(path: Path, llava: Any, *, seed: int = 7, std: float = 0.16) -> Pa
 
 @cache
 def make_tokenizer() -> Any:
-    """CLIP's kind of tokenizer: lower case, byte-level pieces that know where a word ends.
-
-    The trainer numbers its alphabet otherwise each time, hence the cache.
-    """
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-    learner.normalizer = normalizers.Sequence(
-        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-    )
-    words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=900,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    learner.train_from_iterator(make_checkpoint.SENTENCES.strip().splitlines(), trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=learner,
-        bos_token="<|startoftext|>",
-        eos_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-    )
+    """CLIP's kind of tokenizer, on the sentences that the tiny LLaVA's knows."""
+    return clip_tokenizer(make_checkpoint.SENTENCES.strip().splitlines(), 900)
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -14,6 +16,7 @@ from .questions import SHORT, Asker
 from .scenes import make_scene
 
 VOCABULARY = 566  # all pieces that the corpus teaches; `<image>` and `<pad>` not counted
+_MARKS, _END = ("<|startoftext|>", "<|endoftext|>"), "</w>"  # of a text; of a word
 _SCENES = 400  # scenes whose questions are read
 
 
@@ -33,9 +36,14 @@ def language_tokenizer() -> Any:
     return make_tokenizer("llama", VOCABULARY, lines=corpus())
 
 
-def clip_tokenizer() -> Any:
-    """CLIP's kind: lower case, byte-level pieces that know where a word ends."""
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+def clip_tokenizer(lines: Sequence[str] | None = None, vocabulary: int = 1000) -> Any:
+    """CLIP's kind: lower case, byte-level pieces that know where a word ends.
+
+    Args:
+        lines: Text to learn from, where not `corpus`.
+        vocabulary: Most pieces.
+    """
+    learner = Tokenizer(models.BPE(end_of_word_suffix=_END, unk_token=_MARKS[1]))
     learner.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
@@ -47,17 +55,37 @@ def clip_tokenizer() -> Any:
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=1000,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        vocab_size=vocabulary,
+        special_tokens=list(_MARKS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        end_of_word_suffix="</w>",
+        end_of_word_suffix=_END,
         show_progress=False,
     )
-    learner.train_from_iterator(corpus(), trainer)
+    learner.train_from_iterator(corpus() if lines is None else lines, trainer)
+    _number(learner)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=learner,
-        bos_token="<|startoftext|>",
-        eos_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
+        bos_token=_MARKS[0],
+        eos_token=_MARKS[1],
+        unk_token=_MARKS[1],
+        pad_token=_MARKS[1],
+    )
+
+
+def _number(tokenizer: Tokenizer) -> None:
+    """Number single characters by their order: the trainer does otherwise in each process."""
+    learnt = json.loads(tokenizer.to_str())["model"]
+    found: dict[str, int] = learnt["vocab"]
+
+    def place(piece: str) -> tuple[int, int, str]:
+        if piece in _MARKS:
+            return 0, found[piece], ""
+        is_merged = len(piece.removesuffix(_END)) > 1
+        return (2, found[piece], "") if is_merged else (1, 0, piece)
+
+    tokenizer.model = models.BPE(
+        vocab={piece: index for index, piece in enumerate(sorted(found, key=place))},
+        merges=[tuple(pair) for pair in learnt["merges"]],
+        end_of_word_suffix=_END,
+        unk_token=_MARKS[1],
     )
