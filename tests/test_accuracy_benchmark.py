@@ -187,7 +187,7 @@ def synthetic(name: str) -> dict[str, Any]:
 
 
 def test_a_report_tells_marks_differences_and_what_was_not_run() -> None:
-    found = synthetic("atp-parts")
+    found = synthetic("options")
     full, *_ = found["parts"][0]["rows"]
     assert "difference" not in full and full["accuracy"]["all"]["mean"] == 1
     row = found["parts"][1]["rows"][0]
@@ -195,7 +195,7 @@ def test_a_report_tells_marks_differences_and_what_was_not_run() -> None:
     one = found["parts"][1]["comparisons"][0]
     assert one["verdict"] == "no different from"
     text = to_text(json.loads(json.dumps(found)))
-    assert "--train-lm" in text and "50.0 %" in text and "no different from" in text
+    assert "carry alone" in text and "50.0 %" in text and "no different from" in text
     header, rule, line = text.split("\n\n")[3].splitlines()[:3]
     assert len(header) == len(rule) == len(line)
 

@@ -21,7 +21,7 @@ from patchsieve.calibration.model import Losses, PrunedLlava
 from patchsieve.calibration.passes import GONE
 from patchsieve.calibration.records import Records
 from patchsieve.calibration.samples import Samples, collate
-from patchsieve.calibration.survivors import budgets, geometric_counts
+from patchsieve.calibration.survivors import FixedCount, budgets, geometric_counts
 from patchsieve.cli import main
 from patchsieve.errors import PatchsieveError
 from patchsieve.export.exporter import ExportOptions, export
@@ -245,6 +245,36 @@ def test_constant_thresholds_keep_the_target_and_still_adapt(
     reserved = {site["layer"]: site["reserved"] for site in report["sites"]}
     assert {site: budgets({site: counts[site]}, 99)[0] for site in SITES} == reserved
     assert runtime.facts.budgets("quantile")[1:] == list(reserved.values())
+    runtime.close()
+
+
+def test_fixed_numbers_are_the_same_for_every_image_and_those_of_the_bundle(
+    checkpoint: Path, bundle: Path, data: Path, tmp_path: Path, printed
+) -> None:
+    """And they are the best by ATP's scores, as the training code ranks them."""
+    out = tmp_path / "heads"
+    calibrate(checkpoint, data, out, "--method", "fixed", "--target-tokens", "18")
+    wanted = [round(n) for n in geometric_counts(NUM_VISUAL, SITES, LAYERS, 18.0)]
+    for site, count in zip(printed()["sites"], wanted, strict=True):
+        assert site["fewest"] == site["most"] == site["reserved"] == count
+    runtime = loaded(bundle, {"heads": str(out)}, "fixed")
+    model = pruned(
+        checkpoint,
+        {
+            site: ATP(thresholds=FixedCount(count, GRID))
+            for site, count in zip(SITES, wanted, strict=True)
+        },
+    )
+    model.is_hard = True
+    records, encode = Records(data), Encoder(str(checkpoint))
+    for index in range(len(records)):
+        record = records[index]
+        question = record.messages[0]["content"][1]["text"]
+        result = runtime.generate(str(record.images[0]), question, max_new_tokens=1, plan="fixed")
+        with torch.no_grad():
+            model(**collate([encode(record)]))
+        kept = {site.layer: list(site.kept) for site in result.sites}
+        assert kept == {site: model.last.survivors(site)[0] for site in SITES}
     runtime.close()
 
 

@@ -13,15 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
 import patchsieve
+from examples.demo_model import make_data
 from examples.demo_model.models import make_clip, make_llava, pixels
 from examples.demo_model.questions import KINDS, NUMBERS, Asker, as_prompt
 from examples.demo_model.scenes import COLOURS, GRID, PATCH, SHAPES, make_scene, owner_map, render
 from examples.demo_model.shared_prefix import run_questions
 from examples.demo_model.train_language import Words, embed_prefix
+from examples.demo_model.train_pruned import Pruner, read_answers
+from patchsieve.calibration.attention import install
 from patchsieve.cli import main
 from tests.models import make_checkpoint
+from tests.tiny_bundles import largest_error, recorded_logits
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -204,6 +209,28 @@ def test_the_committed_weights_answer_scenes_that_they_never_saw(bundle: Path) -
 
 def test_a_pruned_bundle_of_the_committed_weights_answers_too(bundle: Path) -> None:
     assert _marks(bundle, "fastv-6-10") > LEAST_PRUNED
+
+
+@torch.no_grad()
+def test_a_decoder_trains_on_what_its_bundle_sees(bundle: Path, tmp_path: Path) -> None:
+    """Logits of each first token as in the pruned bundle; not so if other rows fall."""
+    data = make_data.write(tmp_path, "calibration", 8)
+    pruner = Pruner(MODEL / "checkpoint", bundle, "fastv-6-10", data)
+    seen = recorded_logits(pruner.model)
+    model = LlavaForConditionalGeneration.from_pretrained(
+        MODEL / "checkpoint", dtype=torch.float32, attn_implementation="eager"
+    )
+    install(model.model.language_model)
+    samples = [pruner[index] for index in range(8)]
+    logits, labels = read_answers(model, samples)
+    firsts = np.cumsum([0] + [int((s.labels != -100).sum()) for s in samples])
+    assert firsts[-1] == len(labels)
+    assert largest_error([*logits[firsts[:-1]].numpy()], seen) < 2e-3
+    for sample in samples:
+        (fallen,) = sample.gone.values()
+        assert fallen.sum() == 144 - 14
+        sample.gone[6] = torch.roll(fallen, 1)
+    assert largest_error([*read_answers(model, samples)[0][firsts[:-1]].numpy()], seen) > 0.1
 
 
 def test_the_committed_files_are_small() -> None:

@@ -351,7 +351,8 @@ def test_training_again_and_training_interrupted_give_the_same_model(
     [
         (("--positions", "grid2d"), "keeps the positions"),
         (("--sections", "2d"), "keeps the positions"),
-        (("--train-lm", "--method", "quantile"), "losses of atp"),
+        (("--train-lm", "--method", "quantile"), "moves the scores"),
+        (("--method", "fixed", "--modality", "self"), "both scores"),
         (("--train-lm", "--positions", "original", "--sections", "2d"), "--sections is of"),
     ],
 )

@@ -49,6 +49,7 @@ class Row:
         label: What the table calls it.
         plan: What prunes; sites of `atp` without thresholds take those of `heads`.
         heads: Thresholds to make first.
+        trains: The decoder is trained with the plan first, and its checkpoint asked.
         is_blind: Every question is asked about one grey picture.
         not_run: Why the row has no numbers, if it has none.
     """
@@ -56,6 +57,7 @@ class Row:
     label: str
     plan: Plan = field(default_factory=Plan)
     heads: Heads | None = None
+    trains: bool = False
     is_blind: bool = False
     not_run: str = ""
 
@@ -135,9 +137,9 @@ class Budgets:
             tuple(SitePlan(i, "atp", params, n) for i, n in zip(sites, counts, strict=True))
         )
 
-    def atp(self, label: str, heads: Heads) -> Row:
+    def atp(self, label: str, heads: Heads, *, trains: bool = False) -> Row:
         """ATP with thresholds that are made for it."""
-        return Row(label, Plan(tuple(SitePlan(i, "atp") for i in heads.sites)), heads)
+        return Row(label, Plan(tuple(SitePlan(i, "atp") for i in heads.sites)), heads, trains)
 
     def ivtp(self, keep: int, **options: object) -> Plan:
         """IVTP with `keep` tokens at its end."""
@@ -155,13 +157,17 @@ class Budgets:
         counts = [site.params["num_keep"] for site in plan.sites]
         return average_tokens(counts, plan.layers, self.size.num_layers, entering)
 
-    def topk_plus(self, keep: int) -> Plan:
-        """Table 7's TopK+: IVTP's schedule, tokens chosen by the visual CLS alone at each site."""
+    def plus(self, method: str, keep: int) -> Plan:
+        """Table 7's TopK+ and ToMe+: IVTP's schedule, with another method at every place of it.
+
+        TopK+ goes by the visual CLS alone.
+        """
         whole = self.ivtp(keep)
         assert whole.encoder is not None
         sites = tuple(
-            replace(site, method="topk", params={"num_keep": site.params["num_keep"]})
+            replace(site, method=method, params={"num_keep": site.params["num_keep"]})
             for site in whole.sites
         )
-        tower = MethodPlan("topk", {"keep": whole.encoder.params["keep"]})
-        return Plan(sites, encoder=tower, pseudo_cls=PseudoCls(text="none"))
+        tower = MethodPlan(method, {"keep": whole.encoder.params["keep"]})
+        pseudo = PseudoCls(text="none") if method == "topk" else None
+        return Plan(sites, encoder=tower, pseudo_cls=pseudo)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shlex
+import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.accuracy.plans import Row
+from benchmarks.accuracy.plans import Heads, Row
 from examples.demo_model import make_data
 from patchsieve.cli import main as patchsieve
 from patchsieve.export.checkpoint import read_config
@@ -25,6 +27,7 @@ from patchsieve.manifest import read
 from patchsieve.plan import NO_PRUNING, Plan
 
 _GREY = (122, 116, 104)  # CLIP's mean: what normalises to zero
+PROCESSES = os.cpu_count() or 1  # that train a decoder together
 _LIMITS = ("--max-text-tokens", "48", "--max-new-tokens", "16")
 
 
@@ -39,19 +42,23 @@ def digest(*parts: str | bytes) -> str:
 
 @dataclass(frozen=True)
 class Training:
-    """How heads are learned.
+    """How heads are learned, and decoders with them.
 
     Attributes:
-        steps: Optimiser steps.
-        batch: Questions of a step.
+        steps: Optimiser steps of heads alone.
+        lm_steps: Optimiser steps of a decoder and its heads.
+        batch: Questions of a step and process.
         rate: Learning rate; the paper's 1e-4 is for 665,000 conversations.
+        lm_rate: Of a decoder; the paper's 2e-5 is for one of 7 billion weights.
         weight: lambda_ATP.
         pull: lambda_target; the paper's 0.2 counts tokens of 576.
     """
 
     steps: int = 300
+    lm_steps: int = 1500
     batch: int = 8
     rate: float = 1e-3
+    lm_rate: float = 5e-4
     weight: float = 0.01
     pull: float = 0.05
 
@@ -84,7 +91,7 @@ class Workshop:
     """
 
     def __init__(self, checkpoint: Path, scorer: Path, folder: Path, training: Training) -> None:
-        weights = [p.read_bytes() for p in sorted(checkpoint.glob("*.safetensors"))]
+        weights = _weights(checkpoint)
         self.checkpoint, self.scorer, self.training = checkpoint, scorer, training
         self.model = digest(*weights)
         self.folder, self.data = folder / self.model, folder / "data"
@@ -115,10 +122,12 @@ class Workshop:
         return path
 
     def prepare(self, row: Row) -> Work:
-        """Make a row's heads, bundle and plan, as far as they are not there."""
+        """Make a row's heads, checkpoint, bundle and plan, as far as they are not there."""
+        if row.trains:
+            return self._prepare_trained(row)
         plan, marks = row.plan, []
         if row.heads is not None:
-            heads = self.heads(row)
+            heads = self.heads(row.heads)
             sites = [replace(s, params=s.params | {"heads": str(heads)}) for s in plan.sites]
             plan = replace(plan, sites=tuple(sites))
             marks = [(heads / name).read_bytes() for name in (CONFIG, TENSORS)]
@@ -128,17 +137,55 @@ class Workshop:
         if not plan.prunes:
             name = NO_PRUNING
             if not bundle.exists():
-                self._export(plan, bundle, None)
+                self._export(self.checkpoint, bundle)
         else:
             name = f"p-{about}"
             if not bundle.exists() or name not in read(bundle).plans:
-                self._export(plan, bundle, name)
+                self._export(self.checkpoint, bundle, *self._plan_words(plan, name))
         return Work(row, bundle, name, about)
 
-    def heads(self, row: Row) -> Path:
+    def _prepare_trained(self, row: Row) -> Work:
+        checkpoint = self.trained(row)
+        about = digest(*_weights(checkpoint), json.dumps(row.plan.to_dict()))
+        bundle, name = self.folder / "bundles" / checkpoint.name, f"p-{about}"
+        if not bundle.exists():
+            words = ["--method", "atp", "--plan-name", name]
+            if row.heads is None:
+                words = self._plan_words(row.plan, name)
+            self._export(checkpoint, bundle, *words)
+        return Work(row, bundle, name, about)
+
+    def trained(self, row: Row) -> Path:
+        """A checkpoint whose decoder learned to do with what the row's plan leaves."""
+        how = self.training
+        count = how.lm_steps * how.batch * PROCESSES
+        data = self.questions("calibration", count, per_image=8)
+        learning = f"{how.lm_steps}x{how.batch * PROCESSES}-{how.lm_rate:g}"
+        shape = row.heads.name if row.heads else digest(json.dumps(row.plan.to_dict()))
+        path = self.folder / "trained" / f"{shape}_{learning}"
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        launch = ["accelerate.commands.launch", "--cpu", "--num_processes", str(PROCESSES)]
+        if row.heads is not None:
+            few = self.questions("calibration", 300, per_image=2)
+            words = ["-m", "patchsieve", "calibrate", str(self.checkpoint), "-o", str(path)]
+            words += ["--data", str(data), "--held-out", str(few), "--bf16", "--train-lm"]
+            if "--positions" not in row.heads.options:
+                words += ["--positions", "original"]
+            words += ["--steps", str(how.lm_steps)]
+            words += ["--lm-learning-rate", str(how.lm_rate), *self._words(row.heads)]
+        else:
+            base = self.prepare(replace(row, trains=False))
+            words = ["-m", "examples.demo_model.train_pruned", str(self.checkpoint)]
+            words += [str(base.bundle), base.plan, "-o", str(path), "--data", str(data)]
+            words += ["--steps", str(how.lm_steps), "--batch", str(how.batch)]
+        launched([*launch, *words])
+        return path
+
+    def heads(self, wanted: Heads) -> Path:
         """Thresholds, learned or fixed."""
-        wanted, how = row.heads, self.training
-        assert wanted is not None
+        how = self.training
         learning = f"{how.steps}x{how.batch}-{how.rate:g}-{how.weight:g}-{how.pull:g}"
         name = wanted.name + (f"_{learning}" if wanted.method == "atp" else "")
         path = self.folder / "heads" / name
@@ -146,34 +193,56 @@ class Workshop:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         few = str(self.questions("calibration", 300, per_image=2))
-        words = ["calibrate", str(self.checkpoint), "--method", wanted.method, "-o", str(path)]
-        words += ["--sites", ",".join(map(str, wanted.sites))]
-        words += ["--target-tokens", str(wanted.target), *wanted.options]
+        words = ["calibrate", str(self.checkpoint), "-o", str(path), *self._words(wanted)]
         if wanted.method == "atp":
             many = self.questions("calibration", how.steps * how.batch, per_image=8)
             words += ["--data", str(many), "--held-out", few, "--steps", str(how.steps)]
-            words += ["--batch-size", str(how.batch), "--learning-rate", str(how.rate)]
-            words += ["--lambda-atp", str(how.weight), "--lambda-target", str(how.pull)]
         else:
-            words += ["--data", few, "--batch-size", "8"]
+            words += ["--data", few]
         found = json.loads(run([*words, "--json"]).splitlines()[-1])
         log(f"  {found['average_tokens']:.1f} tokens on average, target {wanted.target}")
         return path
 
-    def _export(self, plan: Plan, bundle: Path, name: str | None) -> None:
+    def _words(self, wanted: Heads) -> list[str]:
+        """What `calibrate` must be told of thresholds."""
+        how = self.training
+        words = ["--method", wanted.method, "--sites", ",".join(map(str, wanted.sites))]
+        words += ["--target-tokens", str(wanted.target), "--batch-size", str(how.batch)]
+        if wanted.method == "atp":
+            words += ["--learning-rate", str(how.rate), "--lambda-atp", str(how.weight)]
+            words += ["--lambda-target", str(how.pull)]
+        return [*words, *wanted.options]
+
+    def _plan_words(self, plan: Plan, name: str) -> list[str]:
+        """What `export` must be told of a plan."""
+        path = self.folder / "plans" / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(plan.to_dict(), indent=1), encoding="utf-8")
+        return ["--plan", str(path), "--plan-name", name]
+
+    def _export(self, checkpoint: Path, bundle: Path, *plan: str) -> None:
         words = ["export"]
         if bundle.exists():
             words += ["--reuse", str(bundle)]
         else:
             bundle.parent.mkdir(parents=True, exist_ok=True)
-            words += [str(self.checkpoint), "-o", str(bundle), "--scorer", str(self.scorer)]
-            words += _LIMITS
-        if name is not None:
-            path = self.folder / "plans" / f"{name}.json"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(plan.to_dict(), indent=1), encoding="utf-8")
-            words += ["--plan", str(path), "--plan-name", name]
-        run([*words, "--quiet"])
+            words += [str(checkpoint), "-o", str(bundle), "--scorer", str(self.scorer), *_LIMITS]
+        run([*words, *plan, "--quiet"])
+
+
+def _weights(checkpoint: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(checkpoint.rglob("*.safetensors"))]
+
+
+def launched(words: list[str]) -> None:
+    """Run a module of Python in a process of its own; its words are told."""
+    log(f"python -m {shlex.join(words)}")
+    start = time.monotonic()
+    threads = {"OMP_NUM_THREADS": "1"}  # a process each core
+    done = subprocess.run([sys.executable, "-m", *words], env=os.environ | threads, check=False)
+    if done.returncode:
+        sys.exit(f"the command failed: python -m {shlex.join(words)}")
+    log(f"  {time.monotonic() - start:.0f} s")
 
 
 def run(words: list[str]) -> str:

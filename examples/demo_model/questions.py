@@ -185,7 +185,10 @@ def _position(scene: Scene, random: np.random.Generator) -> Iterator[Question]:
 def _texture(scene: Scene, random: np.random.Generator) -> Iterator[Question]:
     for name, thing in _unique(scene):
         text = _one_of(
-            random, f"Is the {name} plain, striped or dotted?", f"What texture has the {name}?"
+            random,
+            f"What texture is the {name}?",
+            f"Which texture has the {name}?",
+            f"Is the {name} plain, striped or dotted?",
         )
         yield Question("texture", text, thing.texture, f"The {name} is {thing.texture}.")
 

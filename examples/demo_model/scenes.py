@@ -39,7 +39,8 @@ PATTERNS = ("plain", "striped", "checked", "dotted")
 
 SCALE = 2  # drawn this much larger, then averaged down
 MOST = 8  # objects in a scene
-SPLITS = {"train": 1 << 40, "held-out": 2 << 40, "calibration": 3 << 40}  # first seed of each
+# First seed of each. Choices are made on `validation`; `held-out` is for figures that are told.
+SPLITS = {"train": 1 << 40, "held-out": 2 << 40, "calibration": 3 << 40, "validation": 4 << 40}
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Scene:
 
 
 def make_scene(split: str, index: int) -> Scene:
-    """The scene of a number in a split: `train`, `held-out` or `calibration`."""
+    """The scene of a number in a split, one of SPLITS."""
     seed = SPLITS[split] + index
     random = np.random.default_rng(seed)
     count = int(random.integers(2, MOST + 1))

@@ -22,24 +22,10 @@ from torch.nn.functional import cross_entropy
 
 from .models import WIDTH, WINDOW, make_clip, pixels
 from .questions import NUMBERS, Asker
-from .scenes import (
-    COLOURS,
-    GRID,
-    GROUNDS,
-    MOST,
-    PATCH,
-    PATTERNS,
-    SHAPES,
-    SIZES,
-    TEXTURES,
-    Scene,
-    make_scene,
-    owner_map,
-)
+from .scenes import COLOURS, MOST, SHAPES, Scene, make_scene
+from .targets import GROUND_NAMES, NAMES, patch_targets
 from .training import Log, Optimiser, save, start_process
 
-NAMES = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "texture": TEXTURES}
-GROUND_NAMES = {"ground": tuple(GROUNDS), "pattern": PATTERNS}
 COUNTED = len(SHAPES) + len(COLOURS)
 _AMONG = len(NUMBERS) + 1  # counts 0 to 4, and more
 
@@ -57,27 +43,6 @@ class Heads(nn.Module):
         self.whole = nn.ModuleDict({n: nn.Linear(WIDTH, size) for n, size in grounds.items()})
         self.counts = nn.Linear(WIDTH, COUNTED * _AMONG)
         self.amount = nn.Linear(WIDTH, MOST + 1)
-
-
-def patch_targets(scene: Scene) -> tuple[Tensor, Tensor]:
-    """What each patch shows.
-
-    Returns:
-        Its classes in the order of the heads, [N, 6]; and where its object's centre is from its
-        own, in patches, [N, 2], zero where there is no object.
-    """
-    owners = owner_map(scene).ravel()
-    classes = np.zeros((GRID * GRID, len(NAMES) + 2), dtype=np.int64)
-    centres = np.zeros((GRID * GRID, 2), dtype=np.float32)
-    classes[:, len(NAMES)] = tuple(GROUNDS).index(scene.ground)
-    classes[:, len(NAMES) + 1] = PATTERNS.index(scene.pattern)
-    for patch in np.flatnonzero(owners >= 0):
-        thing = scene.things[owners[patch]]
-        for column, (name, values) in enumerate(NAMES.items()):
-            classes[patch, column] = values.index(getattr(thing, name)) + 1
-        middle = (np.array([patch % GRID, patch // GRID]) + 0.5) * PATCH
-        centres[patch] = (np.array([thing.x, thing.y]) - middle) / PATCH
-    return torch.from_numpy(classes), torch.from_numpy(centres)
 
 
 def whole_targets(scene: Scene) -> Tensor:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # Options that a training cannot change when it is resumed.
 _OF_A_TRAINING = (
     "checkpoint",
+    "method",
     "sites",
     "normalisation",
     "causal",
@@ -45,7 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image-folder", type=Path, help="what image paths are relative to (the data's folder)")
     add("--skip-missing", action="store_true", help="leave out records whose image is not there")
     add(
-        "--method", default="atp", choices=("atp", "quantile"), help="learn heads, or fix constants"
+        "--method",
+        default="atp",
+        choices=("atp", "quantile", "fixed"),
+        help="learn heads; or fix constants (quantile); or the number of tokens of a site, the "
+        "best by ATP's scores, n, n r, n r^2, ... (fixed)",
     )
     add(
         "-o",
@@ -131,10 +136,12 @@ def run(args: argparse.Namespace) -> int:
     progress, started = Progress(args.json), time.monotonic()
     progress("loading the checkpoint", 0.0)
     model, samples, held_out, encoder = _load(args)
-    if args.method == "atp":
+    if args.method == "atp" or args.train_lm:
         history = _train(args, model, samples, partial, progress)
     else:
-        history = _fix(args, model, samples, progress)
+        history = []
+        if args.method == "quantile":
+            _fix(args, model, samples, progress)
     config, report = _measure(args, model, held_out, progress)
     progress.done()
     if not _is_main_process():
@@ -177,9 +184,16 @@ def _tell(args: argparse.Namespace, report: dict[str, Any]) -> None:
 
 def _check_options(args: argparse.Namespace) -> None:
     """Refuse options that would have no effect."""
-    if args.train_lm and args.method != "atp":
+    if args.train_lm and args.method == "quantile":
         raise PatchsieveError(
-            "--train-lm trains by the losses of atp", found=f"--method {args.method}"
+            "--train-lm moves the scores that constants are fixed to",
+            found="--method quantile",
+            expected="atp or fixed",
+            do="train first, then fix constants of what was trained",
+        )
+    if args.method == "fixed" and args.modality != "both":
+        raise PatchsieveError(
+            "fixed numbers go by both scores", found=f"--modality {args.modality}"
         )
     given = [name for name in ("positions", "sections") if getattr(args, name) is not None]
     if given and not args.train_lm:
@@ -200,9 +214,7 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
     from patchsieve.calibration.model import Losses, PrunedLlava
     from patchsieve.calibration.records import Records
     from patchsieve.calibration.samples import Samples
-    from patchsieve.calibration.survivors import constant_heads
     from patchsieve.pruning.atp import ATP
-    from patchsieve.pruning.thresholds import Thresholds
 
     positions = (args.positions or GRID2D) if args.train_lm else None
     encoder = Encoder(args.checkpoint, positions, args.sections)
@@ -216,22 +228,26 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
     # computes with a copy.
     is_half = args.bf16 and not args.train_lm
     llava: Any = LlavaForConditionalGeneration.from_pretrained(
-        encoder.directory, dtype=torch.bfloat16 if is_half else torch.float32
+        encoder.directory,
+        dtype=torch.bfloat16 if is_half else torch.float32,
+        # On a CPU the backward pass of SDPA is slower than that of plain products.
+        attn_implementation=None if torch.cuda.is_available() else "eager",
     )
-    _check_sites(args.sites, llava.config.text_config.num_hidden_layers)
+    num_layers = llava.config.text_config.num_hidden_layers
+    _check_sites(args.sites, num_layers)
     torch.manual_seed(args.seed)
     methods = {
         site: ATP(
-            thresholds=Thresholds(args.hidden, encoder.grid)
-            if args.method == "atp"
-            else constant_heads(encoder.grid),
+            thresholds=thresholds,
             normalisation=args.normalisation,
             modality=args.modality,
             causal=args.causal,
         )
-        for site in args.sites
+        for site, thresholds in _thresholds(args, encoder, num_layers).items()
     }
     losses = Losses(args.target_tokens, args.lambda_atp, args.lambda_target, args.temperature)
+    if args.method == "fixed":  # no budget is left to learn
+        losses = Losses(None, 0.0, 0.0, args.temperature)
     model = PrunedLlava(
         llava,
         methods,
@@ -242,6 +258,22 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
         train_lm=args.train_lm,
     )
     return model, samples, held_out, encoder
+
+
+def _thresholds(args: argparse.Namespace, encoder: Encoder, num_layers: int) -> dict[int, Any]:
+    """The threshold module of each site, as it is before any training."""
+    from patchsieve.calibration.survivors import FixedCount, constant_heads, geometric_counts
+    from patchsieve.pruning.thresholds import Thresholds
+
+    grid = encoder.grid
+    if args.method == "atp":
+        return {site: Thresholds(args.hidden, grid) for site in args.sites}
+    if args.method == "quantile":
+        return {site: constant_heads(grid) for site in args.sites}
+    num_visual = len(encoder.patch_ids)
+    counts = geometric_counts(num_visual, args.sites, num_layers, args.target_tokens)
+    pairs = zip(args.sites, counts, strict=True)
+    return {site: FixedCount(round(count), grid) for site, count in pairs}
 
 
 def _check_sites(sites: list[int], layers: int) -> None:
@@ -305,11 +337,10 @@ def _check_partial(args: argparse.Namespace, partial: Path, last: Path | None) -
 
 def _fix(
     args: argparse.Namespace, model: PrunedLlava, samples: Samples, progress: Progress
-) -> list[dict[str, Any]]:
+) -> None:
     from patchsieve.calibration.survivors import fix_thresholds
 
     fix_thresholds(model, samples, args.target_tokens, args.batch_size, progress)
-    return []
 
 
 def _measure(
