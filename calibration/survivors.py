@@ -13,7 +13,7 @@ from patchsieve.calibration.model import PrunedLlava
 from patchsieve.calibration.passes import PruningPass
 from patchsieve.calibration.samples import Samples, collate
 from patchsieve.errors import PatchsieveError
-from patchsieve.pruning.thresholds import Thresholds
+from patchsieve.pruning.thresholds import Thresholds, logit
 from patchsieve.pruning.training import average_tokens
 
 Progress = Callable[[str, float], None]
@@ -188,4 +188,4 @@ def _set_constant(heads: object, theta_r: float, theta_s: float) -> None:
     assert isinstance(heads, Thresholds)
     with torch.no_grad():
         for head, theta in ((heads.head_r, theta_r), (heads.head_s, theta_s)):
-            head.bias.fill_(math.log(theta) - math.log1p(-theta))
+            head.bias.fill_(logit(theta))

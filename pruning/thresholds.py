@@ -11,7 +11,13 @@ from torch.nn import functional
 from patchsieve.errors import PatchsieveError
 
 ACTIVATIONS = {None: None, "relu": functional.relu, "gelu": functional.gelu}
-INITIAL_LOGIT = -2.0  # theta = 0.12: almost everything is kept when training starts
+# Before training almost everything passes theta_r, and only the coarsest grids theta_s.
+INITIAL_THETA_R, INITIAL_THETA_S = 0.12, 0.88
+
+
+def logit(theta: float) -> float:
+    """What the sigmoid makes theta of."""
+    return math.log(theta) - math.log1p(-theta)
 
 
 class Thresholds(nn.Module):
@@ -23,15 +29,19 @@ class Thresholds(nn.Module):
     The paper leaves open: the hidden size; how a Linear of fixed width takes the shrunken lists of
     later sites (here: the scores lie on the raster grid, with zeros for pruned patches, and other
     grids are interpolated to this one); an activation (eq. 6 shows none, the prose says "MLP"); the
-    initial values of the heads (here biases of -2).
+    initial values of the heads (here biases that give the initial thresholds). A low initial
+    theta_s lets the finest grid through from the start; training then drops all else and stays
+    there, for a mask that is nearly 1 has no gradient (benchmarks/LOG.md).
 
     Args:
         hidden: Width of z.
         grid: Height and width of the score maps that the module takes.
         activation: None, "relu" or "gelu", applied to z.
+        initial: theta_r and theta_s of a z of 0, in (0, 1).
 
     Raises:
-        PatchsieveError: The activation is unknown or a size is not positive.
+        PatchsieveError: The activation is unknown, a size is not positive or an initial threshold
+            is none.
     """
 
     def __init__(
@@ -39,14 +49,17 @@ class Thresholds(nn.Module):
         hidden: int = 64,
         grid: tuple[int, int] = (24, 24),
         activation: str | None = None,
+        initial: tuple[float, float] = (INITIAL_THETA_R, INITIAL_THETA_S),
     ) -> None:
         """Make the three layers."""
         super().__init__()
-        if activation not in ACTIVATIONS or hidden < 1 or min(grid) < 1:
+        is_possible = hidden > 0 < min(grid) and 0 < min(initial) <= max(initial) < 1
+        if activation not in ACTIVATIONS or not is_possible:
             raise PatchsieveError(
                 "the threshold module cannot be built",
-                found=f"hidden {hidden}, grid {grid}, activation {activation}",
-                expected="positive sizes and an activation of None, relu or gelu",
+                found=f"hidden {hidden}, grid {grid}, activation {activation}, initial {initial}",
+                expected="positive sizes, an activation of None, relu or gelu, and initial "
+                "thresholds between 0 and 1",
                 do="correct the options of Thresholds",
             )
         self.grid = tuple(grid)
@@ -54,8 +67,8 @@ class Thresholds(nn.Module):
         self.trunk = nn.Linear(2 * grid[0] * grid[1], hidden)
         self.head_r = nn.Linear(hidden, 1)
         self.head_s = nn.Linear(hidden, 1)
-        nn.init.constant_(self.head_r.bias, INITIAL_LOGIT)
-        nn.init.constant_(self.head_s.bias, INITIAL_LOGIT)
+        for head, theta in zip((self.head_r, self.head_s), initial, strict=True):
+            nn.init.constant_(head.bias, logit(theta))
 
     def forward(
         self, s_self: Tensor, s_cross: Tensor, patch_ids: Tensor, grid: tuple[int, int]

@@ -2,10 +2,11 @@
 
     python -m benchmarks.accuracy                         # all tables, in order of importance
     python -m benchmarks.accuracy --tables main           # one
-    python -m benchmarks.accuracy --questions 400 --steps 20 --work /tmp/try    # a short try
+    python -m benchmarks.accuracy --questions 400 --steps 20 --lm-steps 20 --work /tmp/try   # a try
 
 Heads, bundles and answers are made by patchsieve's own export, calibrate and evaluation, on the CPU
-backend, and kept in --work: an interrupted run goes on, another table asks only what is new. Each
+backend, and kept in --work: an interrupted run goes on, another table asks only what is new. Rows
+whose decoder is trained take some 20 minutes of two cores each, the first time. Each
 table is printed as Markdown and written to benchmarks/results/accuracy-TABLE.json and .md, figures
 of two of them to docs/.
 """
@@ -59,6 +60,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--workers", type=int, default=os.cpu_count(), help="processes that ask (all cores)")
     how = Training()
     add("--steps", type=int, default=how.steps, help=f"of learning ATP's heads ({how.steps})")
+    add("--lm-steps", type=int, default=how.lm_steps, help=f"of decoders ({how.lm_steps})")
     add("--learning-rate", type=float, default=how.rate, help=f"of them ({how.rate})")
     add("--lambda-atp", type=float, default=how.weight, help=f"weight of eq. 12 ({how.weight})")
     add("--lambda-target", type=float, default=how.pull, help=f"weight of eq. 13 ({how.pull})")
@@ -105,7 +107,11 @@ def main(argv: list[str] | None = None) -> int:
     """Make the tables."""
     args = parse_arguments(argv)
     how = Training(
-        steps=args.steps, rate=args.learning_rate, weight=args.lambda_atp, pull=args.lambda_target
+        steps=args.steps,
+        lm_steps=args.lm_steps,
+        rate=args.learning_rate,
+        weight=args.lambda_atp,
+        pull=args.lambda_target,
     )
     torch.set_num_threads(1)  # heads are learned while other processes ask
     shop = Workshop(args.checkpoint, args.clip, args.work, how)

@@ -46,19 +46,23 @@ class Training:
 
     Attributes:
         steps: Optimiser steps of heads alone.
-        lm_steps: Optimiser steps of a decoder and its heads.
-        batch: Questions of a step and process.
+        batch: Questions of such a step.
         rate: Learning rate; the paper's 1e-4 is for 665,000 conversations.
+        lm_steps: Optimiser steps of a decoder and its heads.
+        lm_batch: Questions of such a step, all processes together.
         lm_rate: Of a decoder; the paper's 2e-5 is for one of 7 billion weights.
+        lm_heads_rate: Of the heads that learn with it.
         weight: lambda_ATP.
         pull: lambda_target; the paper's 0.2 counts tokens of 576.
     """
 
     steps: int = 300
-    lm_steps: int = 1500
     batch: int = 8
     rate: float = 1e-3
-    lm_rate: float = 5e-4
+    lm_steps: int = 1500
+    lm_batch: int = 32
+    lm_rate: float = 3e-4
+    lm_heads_rate: float = 5e-4
     weight: float = 0.01
     pull: float = 0.05
 
@@ -158,29 +162,28 @@ class Workshop:
     def trained(self, row: Row) -> Path:
         """A checkpoint whose decoder learned to do with what the row's plan leaves."""
         how = self.training
-        count = how.lm_steps * how.batch * PROCESSES
-        data = self.questions("calibration", count, per_image=8)
-        learning = f"{how.lm_steps}x{how.batch * PROCESSES}-{how.lm_rate:g}"
+        learning = f"{how.lm_steps}x{how.lm_batch}-{how.lm_rate:g}"
         shape = row.heads.name if row.heads else digest(json.dumps(row.plan.to_dict()))
         path = self.folder / "trained" / f"{shape}_{learning}"
         if path.exists():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        launch = ["accelerate.commands.launch", "--cpu", "--num_processes", str(PROCESSES)]
+        data = self.questions("calibration", how.lm_steps * how.lm_batch, per_image=8)
+        own = [str(self.checkpoint), "-o", str(path), "--data", str(data)]
+        own += ["--steps", str(how.lm_steps), "--batch-size", str(how.lm_batch // PROCESSES)]
+        own += ["--lm-learning-rate", str(how.lm_rate)]
         if row.heads is not None:
-            few = self.questions("calibration", 300, per_image=2)
-            words = ["-m", "patchsieve", "calibrate", str(self.checkpoint), "-o", str(path)]
-            words += ["--data", str(data), "--held-out", str(few), "--bf16", "--train-lm"]
+            few = self.questions("validation", 600, per_image=4)
+            words = ["patchsieve", "calibrate", *own, "--train-lm", "--bf16"]
+            words += ["--held-out", str(few), *self._words(row.heads, how.lm_heads_rate)]
             if "--positions" not in row.heads.options:
                 words += ["--positions", "original"]
-            words += ["--steps", str(how.lm_steps)]
-            words += ["--lm-learning-rate", str(how.lm_rate), *self._words(row.heads)]
         else:
             base = self.prepare(replace(row, trains=False))
-            words = ["-m", "examples.demo_model.train_pruned", str(self.checkpoint)]
-            words += [str(base.bundle), base.plan, "-o", str(path), "--data", str(data)]
-            words += ["--steps", str(how.lm_steps), "--batch", str(how.batch)]
-        launched([*launch, *words])
+            words = ["examples.demo_model.train_pruned", *own]
+            words += ["--bundle", str(base.bundle), "--plan", base.plan]
+        launch = ["accelerate.commands.launch", "--cpu", "--num_processes", str(PROCESSES)]
+        launched([*launch, "-m", *words])
         return path
 
     def heads(self, wanted: Heads) -> Path:
@@ -193,7 +196,8 @@ class Workshop:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         few = str(self.questions("calibration", 300, per_image=2))
-        words = ["calibrate", str(self.checkpoint), "-o", str(path), *self._words(wanted)]
+        words = ["calibrate", str(self.checkpoint), "-o", str(path)]
+        words += ["--batch-size", str(how.batch), *self._words(wanted, how.rate)]
         if wanted.method == "atp":
             many = self.questions("calibration", how.steps * how.batch, per_image=8)
             words += ["--data", str(many), "--held-out", few, "--steps", str(how.steps)]
@@ -203,14 +207,14 @@ class Workshop:
         log(f"  {found['average_tokens']:.1f} tokens on average, target {wanted.target}")
         return path
 
-    def _words(self, wanted: Heads) -> list[str]:
+    def _words(self, wanted: Heads, rate: float) -> list[str]:
         """What `calibrate` must be told of thresholds."""
-        how = self.training
         words = ["--method", wanted.method, "--sites", ",".join(map(str, wanted.sites))]
-        words += ["--target-tokens", str(wanted.target), "--batch-size", str(how.batch)]
+        words += ["--target-tokens", str(wanted.target)]
         if wanted.method == "atp":
-            words += ["--learning-rate", str(how.rate), "--lambda-atp", str(how.weight)]
-            words += ["--lambda-target", str(how.pull)]
+            words += ["--learning-rate", str(rate)]
+            words += ["--lambda-atp", str(self.training.weight)]
+            words += ["--lambda-target", str(self.training.pull)]
         return [*words, *wanted.options]
 
     def _plan_words(self, plan: Plan, name: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Train a demo model's decoder to do with the tokens that a plan leaves.
 
-    torchrun --nproc-per-node 2 -m examples.demo_model.train_pruned CHECKPOINT BUNDLE PLAN \
-        --data demo/calibration/questions.jsonl -o demo/trained
+    torchrun --nproc-per-node 2 -m examples.demo_model.train_pruned CHECKPOINT -o demo/trained \
+        --bundle BUNDLE --plan PLAN --data demo/calibration/questions.jsonl
 
 Which tokens survive, and what the tower makes of them, is what the bundle of the untrained model
 says, question by question; tower and projector stand still. The choices of the trained model's own
@@ -70,7 +70,7 @@ class Pruner:
         self.encode, self.records, self.plan = Encoder(str(checkpoint)), Records(data, None), plan
         self.questions = questions_of(self.records, "<image>")
         self.model = Model(bundle, threads=1, check="size")
-        self.model.pipeline.spare_images = 1  # the questions about an image follow each other
+        self.model.pipeline.spare_images = 1  # an answer and its sample take the same features
 
     def __getitem__(self, index: int) -> Pruned:
         """The sample of a record."""
@@ -145,23 +145,23 @@ def batches(pruner: Pruner, rank: int, ranks: int, size: int) -> Iterator[list[P
     """Endless batches; every process takes records of its own."""
     order, rest = np.random.default_rng(rank), np.arange(rank, len(pruner.questions), ranks)
     while True:
-        # Questions about a picture lie together, and stay so: its features are made once.
-        starts = order.permutation(len(rest) // size) * size
-        for start in starts:
-            yield [pruner[index] for index in rest[start : start + size]]
+        drawn = order.permutation(rest)
+        for start in range(0, len(drawn) - size + 1, size):
+            yield [pruner[int(index)] for index in drawn[start : start + size]]
 
 
 def main() -> None:
     """Train, and write a checkpoint."""
     parser = argparse.ArgumentParser(description="Train a decoder under a plan.")
-    parser.add_argument("checkpoint", type=Path, help="the model")
-    parser.add_argument("bundle", type=Path, help="exported from it")
-    parser.add_argument("plan", help="name of a plan in the bundle")
-    parser.add_argument("--data", type=Path, required=True, help="questions with their answers")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="checkpoint to make")
-    parser.add_argument("--steps", type=int, default=1500, help="steps (1500)")
-    parser.add_argument("--batch", type=int, default=16, help="questions a process and step (16)")
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (1e-3)")
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="the model")
+    add("--bundle", type=Path, required=True, help="exported from it")
+    add("--plan", required=True, help="name of a plan in the bundle")
+    add("--data", type=Path, required=True, help="questions with their answers")
+    add("-o", "--out", type=Path, required=True, help="checkpoint to make")
+    add("--steps", type=int, default=1500, help="steps (1500)")
+    add("--batch-size", type=int, default=16, help="questions a process and step (16)")
+    add("--lm-learning-rate", type=float, default=3e-4, help="learning rate (3e-4)")
     options = parser.parse_args()
     rank, ranks = start_process()
     pruner = Pruner(options.checkpoint, options.bundle, options.plan, options.data)

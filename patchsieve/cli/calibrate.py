@@ -110,6 +110,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--lambda-atp", type=float, default=0.05, help="weight of eq. 12 (0.05)")
     add("--lambda-target", type=float, default=0.2, help="weight of eq. 13 (0.2)")
+    add("--initial-theta-r", type=float, default=0.12, help="theta_r before training (0.12)")
+    add(
+        "--initial-theta-s",
+        type=float,
+        default=0.88,
+        help="theta_s before training; a low one lets the finest grid through, and training may "
+        "stay there (0.88)",
+    )
     add("--temperature", type=float, default=50.0, help="T of eqs. 9 and 10 (50)")
     add("--bf16", action="store_true")
     add("--gradient-checkpointing", action="store_true")
@@ -267,7 +275,8 @@ def _thresholds(args: argparse.Namespace, encoder: Encoder, num_layers: int) -> 
 
     grid = encoder.grid
     if args.method == "atp":
-        return {site: Thresholds(args.hidden, grid) for site in args.sites}
+        initial = (args.initial_theta_r, args.initial_theta_s)
+        return {site: Thresholds(args.hidden, grid, initial=initial) for site in args.sites}
     if args.method == "quantile":
         return {site: constant_heads(grid) for site in args.sites}
     num_visual = len(encoder.patch_ids)
