@@ -19,7 +19,7 @@ from benchmarks.accuracy.figures import draw_curves, draw_kinds
 from benchmarks.accuracy.marks import Marks, verdict
 from benchmarks.accuracy.plans import Budgets
 from benchmarks.accuracy.report import to_dict, to_text
-from benchmarks.accuracy.tables import LEARNED, TABLES
+from benchmarks.accuracy.tables import LEARNED, TABLES, TRAINED
 from patchsieve.evaluation.metrics import Interval
 from patchsieve.export.recipes import Size
 from patchsieve.runtime.model import Model
@@ -201,7 +201,7 @@ def test_a_report_tells_marks_differences_and_what_was_not_run() -> None:
 
 
 def test_tokens_by_kind_are_a_figure_with_a_bar_each() -> None:
-    root = ElementTree.fromstring(draw_kinds(synthetic("atp-ratios"), LEARNED))
+    root = ElementTree.fromstring(draw_kinds(synthetic("atp-ratios"), (TRAINED, LEARNED)))
     bars = [e for e in root.iter("{http://www.w3.org/2000/svg}rect") if e.get("height") == "17"]
     assert len(bars) == 2  # count and ground
     assert bars[0].get("fill") != bars[1].get("fill")

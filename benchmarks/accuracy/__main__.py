@@ -18,7 +18,7 @@ import json
 import os
 import sys
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from benchmarks.accuracy.figures import draw_curves, draw_kinds
 from benchmarks.accuracy.marks import Marks
 from benchmarks.accuracy.plans import Budgets, Row
 from benchmarks.accuracy.report import to_dict, to_text
-from benchmarks.accuracy.tables import LEARNED, TABLES, Table
+from benchmarks.accuracy.tables import LEARNED, TABLES, TRAINED, Table
 from benchmarks.accuracy.workshop import Training, Workshop, digest, log
 from patchsieve.evaluation.answers import Answer
 from patchsieve.evaluation.questions import Question
@@ -39,7 +39,7 @@ from patchsieve.runtime.board import machine
 ROOT = Path(__file__).resolve().parents[2]
 _MODEL = ROOT / "examples" / "demo_model"
 _DRAWN = 4000  # questions of the file, of which fewer may be asked
-FIGURES = {"curves": draw_curves, "atp-ratios": partial(draw_kinds, label=LEARNED)}
+FIGURES = {"curves": draw_curves, "atp-ratios": partial(draw_kinds, labels=(TRAINED, LEARNED))}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -64,6 +64,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--learning-rate", type=float, default=how.rate, help=f"of them ({how.rate})")
     add("--lambda-atp", type=float, default=how.weight, help=f"weight of eq. 12 ({how.weight})")
     add("--lambda-target", type=float, default=how.pull, help=f"weight of eq. 13 ({how.pull})")
+    add("--no-training", action="store_true", help="leave out decoders that are not trained yet")
     add("--json", action="store_true", help="print JSON lines instead of Markdown")
     args = parser.parse_args(argv)
     args.tables = [name.strip() for name in args.tables.split(",")]
@@ -73,6 +74,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if not (folder / "config.json").is_file():
             parser.error(f"{option} | found: no model in {folder} | expected: a checkpoint")
     return args
+
+
+def without_training(table: Table, shop: Workshop) -> Table:
+    """The table with rows whose decoder would have to be trained first left out."""
+
+    def checked(row: Row) -> Row:
+        is_there = not row.trains or shop.trained_path(row).exists()
+        return row if is_there else replace(row, not_run="not run: --no-training")
+
+    parts = [replace(part, rows=tuple(map(checked, part.rows))) for part in table.parts]
+    return replace(table, parts=tuple(parts))
 
 
 def measure(
@@ -127,6 +139,8 @@ def main(argv: list[str] | None = None) -> int:
     with Askers(args.workers, log) as askers:
         for name in args.tables:
             table = TABLES[name](Budgets(shop.size))
+            if args.no_training:
+                table = without_training(table, shop)
             found = to_dict(table, measure(table, shop, data, questions, askers)) | run
             text = to_text(found)
             path = args.results / f"accuracy-{name}.json"

@@ -42,15 +42,18 @@ def draw_curves(found: Mapping[str, Any]) -> str:
     return draw(title, {name: sorted(points) for name, points in lines.items()}, full)
 
 
-def draw_kinds(found: Mapping[str, Any], label: str) -> str:
+def draw_kinds(found: Mapping[str, Any], labels: Sequence[str]) -> str:
     """Tokens that a method keeps by kind of question, as the table `atp-ratios` holds them.
 
     Args:
         found: The table.
-        label: The row, of the table's second part.
+        labels: Rows; the first that was run is drawn, of the part where it stands first.
     """
-    part = found["parts"][1]
-    row = next(row for row in part["rows"] if row.get("label") == label)
+    run = {}
+    for row in (row for part in found["parts"] for row in part["rows"] if "not_run" not in row):
+        run.setdefault(row["label"], row)
+    label = next(label for label in labels if label in run)
+    row = run[label]
     kinds = sorted(row["tokens_by_kind"].items(), key=lambda pair: -pair[1])
     most, step, edge = max(value for _, value in kinds), 24, _LEFT + 40
     height = _TOP + step * len(kinds) + 40

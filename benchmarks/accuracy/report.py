@@ -53,6 +53,8 @@ def _comparisons(part: Part, marks: Mapping[Row, Marks]) -> list[dict[str, Any]]
     out = []
     for champion in part.champions:
         own = next(row for row in part.rows if row.label == champion)
+        if own.not_run:
+            continue
         for other in part.rows:
             if other is own or other.not_run:
                 continue

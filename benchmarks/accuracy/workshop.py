@@ -159,12 +159,16 @@ class Workshop:
             self._export(checkpoint, bundle, *words)
         return Work(row, bundle, name, about)
 
-    def trained(self, row: Row) -> Path:
-        """A checkpoint whose decoder learned to do with what the row's plan leaves."""
+    def trained_path(self, row: Row) -> Path:
+        """Where the checkpoint of a row that trains is, or will be."""
         how = self.training
         learning = f"{how.lm_steps}x{how.lm_batch}-{how.lm_rate:g}"
         shape = row.heads.name if row.heads else digest(json.dumps(row.plan.to_dict()))
-        path = self.folder / "trained" / f"{shape}_{learning}"
+        return self.folder / "trained" / f"{shape}_{learning}"
+
+    def trained(self, row: Row) -> Path:
+        """A checkpoint whose decoder learned to do with what the row's plan leaves."""
+        how, path = self.training, self.trained_path(row)
         if path.exists():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
