@@ -12,12 +12,11 @@ from torch.utils.data import DataLoader
 from patchsieve.calibration.model import PrunedLlava
 from patchsieve.calibration.passes import PruningPass
 from patchsieve.calibration.samples import Samples, collate
+from patchsieve.calibration.thresholds import KEEP_ALL, OFF, set_constant
 from patchsieve.errors import PatchsieveError
-from patchsieve.pruning.thresholds import Thresholds, logit
 from patchsieve.pruning.training import average_tokens
 
 Progress = Callable[[str, float], None]
-_OFF = 0.9999  # a theta_s that no spatial score passes: the highest is below 1 - 3 / 576
 
 
 def hard_passes(
@@ -127,65 +126,14 @@ def fix_thresholds(
                 "no record of the data holds an image", do="give data with images"
             )
         theta = _between(torch.cat(scores), round(count * images))
-        _set_constant(model.methods[site].thresholds, theta, _OFF)
-
-
-def constant_heads(grid: tuple[int, int]) -> Thresholds:
-    """Heads that ignore their input and at first keep everything."""
-    heads = Thresholds(hidden=1, grid=grid)
-    _keep_all(heads)
-    return heads
-
-
-class FixedCount(Thresholds):
-    """The threshold that a fixed number of tokens exceeds, the same number for every image.
-
-    It stands for what ATP is compared to: its scores, but a ratio that does not adapt. Masks are as
-    soft as ATP's, so that a language model is trained alike. What is stored are heads that keep
-    everything; the number becomes the site's budget.
-
-    Differs from the paper: its fixed ratios rank by a score that it does not name.
-
-    Args:
-        count: Tokens that go on.
-        grid: Patch rows and columns.
-    """
-
-    def __init__(self, count: int, grid: tuple[int, int]) -> None:
-        super().__init__(hidden=1, grid=grid)
-        _keep_all(self)
-        self.requires_grad_(False)
-        self.count = count
-
-    def forward(
-        self, s_self: Tensor, s_cross: Tensor, patch_ids: Tensor, grid: tuple[int, int]
-    ) -> tuple[Tensor, Tensor]:
-        """theta_r halfway to the first that falls, and a theta_s that nothing passes; [B, 1]."""
-        ordered = ((s_self + s_cross) / 2).detach().sort(-1, descending=True).values
-        count = min(self.count, ordered.shape[-1])
-        last = ordered[:, count - 1 : count]
-        falls = ordered[:, count : count + 1] if count < ordered.shape[-1] else last - 1e-4
-        return (last + falls) / 2, torch.full_like(last, _OFF)
+        set_constant(model.methods[site].thresholds, theta, OFF)
 
 
 def _between(scores: Tensor, count: int) -> float:
     """A threshold that `count` scores exceed, or as many more as tie with the last of them."""
     ordered = scores.sort(descending=True).values
     if count >= len(ordered):
-        return 1e-4
+        return KEEP_ALL
     last, following = float(ordered[count - 1]), float(ordered[count])
     middle = (last + following) / 2
     return middle if following < middle < last else following
-
-
-def _keep_all(heads: Thresholds) -> None:
-    for parameter in heads.parameters():
-        torch.nn.init.zeros_(parameter)
-    _set_constant(heads, 1e-4, _OFF)
-
-
-def _set_constant(heads: object, theta_r: float, theta_s: float) -> None:
-    assert isinstance(heads, Thresholds)
-    with torch.no_grad():
-        for head, theta in ((heads.head_r, theta_r), (heads.head_s, theta_s)):
-            head.bias.fill_(logit(theta))

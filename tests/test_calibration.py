@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from patchsieve.calibrate import Encoder
@@ -21,7 +22,8 @@ from patchsieve.calibration.model import Losses, PrunedLlava
 from patchsieve.calibration.passes import GONE
 from patchsieve.calibration.records import Records
 from patchsieve.calibration.samples import Samples, collate
-from patchsieve.calibration.survivors import FixedCount, budgets, geometric_counts
+from patchsieve.calibration.survivors import budgets, geometric_counts
+from patchsieve.calibration.thresholds import FixedCount
 from patchsieve.cli import main
 from patchsieve.errors import PatchsieveError
 from patchsieve.export.exporter import ExportOptions, export
@@ -62,7 +64,7 @@ def methods(
     torch.manual_seed(1)
     return {
         site: ATP(
-            thresholds=Thresholds(8, GRID)
+            thresholds=Thresholds(8, GRID, initial=(0.12, 0.12))
             if theta_r is None
             else ConstantThresholds(theta_r, theta_s)
         )
@@ -206,6 +208,24 @@ def test_geometric_counts_average_to_the_target() -> None:
         geometric_counts(576, (16,), 32, 144.0)
 
 
+def test_training_goes_on_from_stored_heads_that_judge_alike(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys
+) -> None:
+    """No step: what comes out is what went in. Other options are refused by name."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    calibrate(checkpoint, data, one, *TRAIN[2:], "--steps", "3")
+    calibrate(checkpoint, data, two, *TRAIN[2:], "--steps", "1", "--heads", str(one), *STILL)
+    stored, again = (load_file(path / "heads.safetensors") for path in (one, two))
+    for name, tensor in stored.items():
+        assert torch.equal(tensor, again[name]), name
+    argv = ["calibrate", str(checkpoint), "--data", str(data), "-o", str(tmp_path / "three")]
+    argv += ["--json", "--sites", "1,3", "--target-tokens", "18", "--heads", str(one)]
+    for words, says in ((("--causal",), "scores"), (("--method", "quantile"), "only atp")):
+        capsys.readouterr()
+        assert main([*argv, "--hidden", "8", *words]) == 2
+        assert says in json.loads(capsys.readouterr().out)["error"]
+
+
 def test_budgets_are_percentiles_of_the_survivors() -> None:
     counts = {2: [3, 9, 4, 5], 1: [10, 10, 10, 12]}
     assert budgets(counts, 100) == (12, 9)
@@ -278,6 +298,7 @@ def test_fixed_numbers_are_the_same_for_every_image_and_those_of_the_bundle(
     runtime.close()
 
 
+STILL = ("--learning-rate", "0")
 TRAIN = (
     "--steps",
     "150",

@@ -110,6 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--lambda-atp", type=float, default=0.05, help="weight of eq. 12 (0.05)")
     add("--lambda-target", type=float, default=0.2, help="weight of eq. 13 (0.2)")
+    add("--heads", type=Path, metavar="DIR", help="go on from these heads, not from new ones")
     add("--initial-theta-r", type=float, default=0.12, help="theta_r before training (0.12)")
     add(
         "--initial-theta-s",
@@ -199,6 +200,8 @@ def _check_options(args: argparse.Namespace) -> None:
             expected="atp or fixed",
             do="train first, then fix constants of what was trained",
         )
+    if args.heads is not None and args.method != "atp":
+        raise PatchsieveError("only atp learns heads", found=f"--method {args.method} --heads")
     if args.method == "fixed" and args.modality != "both":
         raise PatchsieveError(
             "fixed numbers go by both scores", found=f"--modality {args.modality}"
@@ -222,6 +225,13 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
     from patchsieve.calibration.model import Losses, PrunedLlava
     from patchsieve.calibration.records import Records
     from patchsieve.calibration.samples import Samples
+    from patchsieve.calibration.survivors import geometric_counts
+    from patchsieve.calibration.thresholds import (
+        constant_heads,
+        fixed_counts,
+        go_on_from,
+        learned_heads,
+    )
     from patchsieve.pruning.atp import ATP
 
     positions = (args.positions or GRID2D) if args.train_lm else None
@@ -244,6 +254,15 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
     num_layers = llava.config.text_config.num_hidden_layers
     _check_sites(args.sites, num_layers)
     torch.manual_seed(args.seed)
+    if args.method == "atp":
+        initial = (args.initial_theta_r, args.initial_theta_s)
+        starts = learned_heads(args.sites, encoder.grid, args.hidden, initial)
+    elif args.method == "quantile":
+        starts = {site: constant_heads(encoder.grid) for site in args.sites}
+    else:
+        num_visual = len(encoder.patch_ids)
+        counts = geometric_counts(num_visual, args.sites, num_layers, args.target_tokens)
+        starts = fixed_counts(args.sites, counts, encoder.grid)
     methods = {
         site: ATP(
             thresholds=thresholds,
@@ -251,7 +270,7 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
             modality=args.modality,
             causal=args.causal,
         )
-        for site, thresholds in _thresholds(args, encoder, num_layers).items()
+        for site, thresholds in starts.items()
     }
     losses = Losses(args.target_tokens, args.lambda_atp, args.lambda_target, args.temperature)
     if args.method == "fixed":  # no budget is left to learn
@@ -265,24 +284,9 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
         sections=encoder.trained.rotary_sections,
         train_lm=args.train_lm,
     )
+    if args.heads is not None:
+        go_on_from(args.heads, model)
     return model, samples, held_out, encoder
-
-
-def _thresholds(args: argparse.Namespace, encoder: Encoder, num_layers: int) -> dict[int, Any]:
-    """The threshold module of each site, as it is before any training."""
-    from patchsieve.calibration.survivors import FixedCount, constant_heads, geometric_counts
-    from patchsieve.pruning.thresholds import Thresholds
-
-    grid = encoder.grid
-    if args.method == "atp":
-        initial = (args.initial_theta_r, args.initial_theta_s)
-        return {site: Thresholds(args.hidden, grid, initial=initial) for site in args.sites}
-    if args.method == "quantile":
-        return {site: constant_heads(grid) for site in args.sites}
-    num_visual = len(encoder.patch_ids)
-    counts = geometric_counts(num_visual, args.sites, num_layers, args.target_tokens)
-    pairs = zip(args.sites, counts, strict=True)
-    return {site: FixedCount(round(count), grid) for site, count in pairs}
 
 
 def _check_sites(sites: list[int], layers: int) -> None:
@@ -357,6 +361,7 @@ def _measure(
 ) -> tuple[HeadsConfig, dict[str, Any]]:
     """Count survivors on held-out data: the budgets, and the report."""
     from patchsieve.calibration.survivors import budgets, count_survivors
+    from patchsieve.calibration.thresholds import scores_of
     from patchsieve.heads import HeadsConfig
     from patchsieve.pruning.training import average_tokens
 
@@ -364,18 +369,11 @@ def _measure(
     sites, num_visual = list(counts), len(model.patch_ids)
     means = [sum(numbers) / len(numbers) for numbers in counts.values()]
     reserved = budgets(counts, args.percentile)
-    method = next(iter(model.methods.values()))
     config = HeadsConfig(
         sites=tuple(sites),
         grid=model.grid,
         hidden=args.hidden if args.method == "atp" else 1,
-        scores={
-            "normalisation": method.normalisation,
-            "modality": method.modality,
-            "causal": method.causal,
-            "granularities": list(method.granularities),
-            "spatial_lambda": method.spatial_lambda,
-        },
+        scores=scores_of(model),
         budgets=reserved,
     )
     average = average_tokens(means, sites, model.num_layers, num_visual)
