@@ -28,3 +28,8 @@ def make_conversations(folder: Path, count: int, seed: int = 0) -> Path:
         records.append({"id": f"{number}", "image": f"{number}.png", "conversations": turns})
     (folder / "data.json").write_text(json.dumps(records, indent=1))
     return folder / "data.json"
+
+
+def last_epoch(out: Path) -> float:
+    """Passes over the data that a calibration made: more with more processes."""
+    return json.loads((out / "log.jsonl").read_text().splitlines()[-1])["epoch"]

@@ -26,7 +26,7 @@ from patchsieve.runtime.model import Model
 from tests.bundles import tiny_bundle, tiny_checkpoint  # noqa: F401  (fixtures)
 from tests.conversations import make_conversations
 
-PAPER, DEMO = Budgets(Size(576, 32)), Budgets(Size(144, 12))
+PAPER, DEMO = Budgets(Size(576, 32)), Budgets(Size(144, 12), 6)
 
 
 def marks(hits: list[float], kinds: list[str] | None = None, tokens: float = 9.0) -> Marks:

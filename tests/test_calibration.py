@@ -34,7 +34,7 @@ from patchsieve.pruning.atp import ATP
 from patchsieve.pruning.thresholds import ConstantThresholds, Thresholds
 from patchsieve.pruning.training import average_tokens
 from patchsieve.runtime.model import Model
-from tests.conversations import make_conversations
+from tests.conversations import last_epoch, make_conversations
 from tests.models import save_checkpoint
 from tests.tiny_bundles import recorded_logits
 
@@ -403,7 +403,8 @@ def test_an_image_behind_the_first_question_is_refused(checkpoint: Path, data: P
 @pytest.mark.slow
 def test_two_processes_train_one_set_of_heads(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "heads"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    # On a CPU `accelerate launch --num_processes 2` starts a single process.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command = ["-m", "patchsieve", "calibrate", str(checkpoint), "--data", str(data)]
     command += ["-o", str(out), "--sites", "1,3", "--hidden", "8", "--json", "--batch-size", "3"]
     done = subprocess.run(
@@ -413,3 +414,4 @@ def test_two_processes_train_one_set_of_heads(checkpoint: Path, data: Path, tmp_
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["average_tokens"] == pytest.approx(18, rel=0.1)
     assert (out / "heads.safetensors").is_file()
+    assert last_epoch(out) == 150 * 2 * 3 / 12  # steps, processes, batch, records

@@ -28,7 +28,7 @@ from patchsieve.heads import load_heads
 from patchsieve.pruning.atp import ATP
 from patchsieve.pruning.thresholds import Thresholds
 from patchsieve.runtime.model import Model
-from tests.conversations import make_conversations
+from tests.conversations import last_epoch, make_conversations
 from tests.models import save_checkpoint
 
 GRID, NUM_VISUAL, COUNT = (6, 6), 36, 8
@@ -368,7 +368,8 @@ def test_options_without_effect_are_refused(
 @pytest.mark.slow
 def test_two_processes_train_one_model(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "trained"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    # On a CPU `accelerate launch --num_processes 2` starts a single process.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     argv = ["-m", "patchsieve", "calibrate", str(checkpoint), "--data", str(data), "--json"]
     argv += ["-o", str(out), "--train-lm", *TRAIN, "--sites", "1,2", "--steps", "3"]
     done = subprocess.run(
@@ -376,6 +377,7 @@ def test_two_processes_train_one_model(checkpoint: Path, data: Path, tmp_path: P
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout.splitlines()[-1])["checkpoint"] == str(out)
+    assert last_epoch(out) == 3 * 2 * 3 / 6  # steps, processes, batch, records
     weights, old = (load_file(p / "model.safetensors") for p in (out, checkpoint))
     assert all(
         torch.equal(tensor, old[name]) == ("vision_tower" in name)

@@ -28,7 +28,7 @@ import torch
 from benchmarks.accuracy.asking import Askers, Task, load_questions
 from benchmarks.accuracy.figures import draw_curves, draw_kinds
 from benchmarks.accuracy.marks import Marks
-from benchmarks.accuracy.plans import Budgets, Row
+from benchmarks.accuracy.plans import Row
 from benchmarks.accuracy.report import to_dict, to_text
 from benchmarks.accuracy.tables import LEARNED, TABLES, TRAINED, Table
 from benchmarks.accuracy.workshop import Training, Workshop, digest, log
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     with Askers(args.workers, log) as askers:
         for name in args.tables:
-            table = TABLES[name](Budgets(shop.size))
+            table = TABLES[name](shop.budgets)
             if args.no_training:
                 table = without_training(table, shop)
             found = to_dict(table, measure(table, shop, data, questions, askers)) | run

@@ -81,9 +81,11 @@ class Budgets:
 
     Args:
         size: The model.
+        tower_layers: Layers of the tower that run.
     """
 
     size: Size
+    tower_layers: int = 23
 
     @property
     def near(self) -> int:
@@ -116,7 +118,14 @@ class Budgets:
         return tuple(max(1, math.floor(first * part + 0.5)) for part in unit)
 
     def in_tower(self, method: str, keep: int, **params: object) -> Plan:
-        """A method inside the tower."""
+        """A method inside the tower.
+
+        ToMe takes as many away in each layer as in any other, unless so few are left in the end
+        that the last layers could not merge them.
+        """
+        step = (self.size.num_patches - keep) / self.tower_layers
+        if method == "tome" and step > keep:
+            params |= {"curve": "geometric"}
         return Plan(encoder=MethodPlan(method, {"keep": keep, **params}))
 
     def behind(self, method: str, keep: int, **params: object) -> Plan:

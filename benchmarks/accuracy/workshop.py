@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.accuracy.plans import Heads, Row
+from benchmarks.accuracy.plans import Budgets, Heads, Row
 from examples.demo_model import make_data
 from patchsieve.cli import main as patchsieve
 from patchsieve.export.checkpoint import read_config
@@ -102,11 +102,12 @@ class Workshop:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     @cached_property
-    def size(self) -> Size:
-        """What recipes must know of the model."""
+    def budgets(self) -> Budgets:
+        """Plans that fit the model."""
         config = read_config(self.checkpoint)
         side = config.vision_config.image_size // config.vision_config.patch_size
-        return Size(side * side, config.text_config.num_hidden_layers)
+        behind = config.vision_config.num_hidden_layers + 1 + config.vision_feature_layer
+        return Budgets(Size(side * side, config.text_config.num_hidden_layers), behind)
 
     def questions(self, split: str, count: int, per_image: int = 8) -> Path:
         """A file of questions, drawn anew where it is not there."""
@@ -186,7 +187,7 @@ class Workshop:
             base = self.prepare(replace(row, trains=False))
             words = ["examples.demo_model.train_pruned", *own]
             words += ["--bundle", str(base.bundle), "--plan", base.plan]
-        launch = ["accelerate.commands.launch", "--cpu", "--num_processes", str(PROCESSES)]
+        launch = ["torch.distributed.run", "--nproc-per-node", str(PROCESSES)]
         launched([*launch, "-m", *words])
         return path
 

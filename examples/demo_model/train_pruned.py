@@ -170,10 +170,8 @@ def main() -> None:
     ).requires_grad_(False)
     trained = nn.ModuleList([model.model.language_model, model.lm_head]).requires_grad_(True)
     install(model.model.language_model)
-    optimiser, source = (
-        Optimiser(trained, options.rate),
-        batches(pruner, rank, ranks, options.batch),
-    )
+    optimiser = Optimiser(trained, options.lm_learning_rate)
+    source = batches(pruner, rank, ranks, options.batch_size)
     log = Log(options.out.with_suffix(".jsonl"), rank == 0)
     for step in range(options.steps):
         with torch.autocast("cpu", torch.bfloat16):
