@@ -198,7 +198,7 @@ def ivtp_table(to: Budgets) -> Table:
 def curves(to: Budgets) -> Table:
     """Every method from few tokens to many."""
     whole = to.size.num_patches
-    targets = [round(whole * share) for share in (1 / 16, 1 / 9, 1 / 4, 4 / 9)]
+    targets = [round(whole * share) for share in (1 / 9, 1 / 4, 4 / 9)]
     rows: dict[str, list[Row]] = {}
     for target in targets:
         for row in methods(to, target):

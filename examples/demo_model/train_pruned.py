@@ -172,7 +172,7 @@ def main() -> None:
     install(model.model.language_model)
     optimiser = Optimiser(trained, options.lm_learning_rate)
     source = batches(pruner, rank, ranks, options.batch_size)
-    log = Log(options.out.with_suffix(".jsonl"), rank == 0)
+    log = Log(options.out.with_name(options.out.name + ".jsonl"), rank == 0)
     for step in range(options.steps):
         with torch.autocast("cpu", torch.bfloat16):
             loss = cross_entropy(*read_answers(model, next(source)))
