@@ -68,7 +68,7 @@ class FixedCount(Thresholds):
 
 def fixed_counts(
     sites: Sequence[int], counts: Sequence[float], grid: tuple[int, int]
-) -> dict[int, FixedCount]:
+) -> dict[int, Thresholds]:
     """A number of tokens at each site, rounded."""
     pairs = zip(sites, counts, strict=True)
     return {site: FixedCount(round(count), grid) for site, count in pairs}
@@ -77,9 +77,10 @@ def fixed_counts(
 def go_on_from(folder: Path, model: PrunedLlava) -> None:
     """Put stored heads into a model that judges alike."""
     found, tensors = load_heads(folder)
-    hidden = [heads.trunk.out_features for heads in model.thresholds.values()]
-    own = {"sites": tuple(model.methods), "grid": model.grid, "scores": scores_of(model)}
-    own |= {"hidden": hidden[0], "activation": None}
+    heads = next(iter(model.methods.values())).thresholds
+    assert isinstance(heads, Thresholds)
+    own: dict[str, Any] = {"sites": tuple(model.methods), "grid": model.grid}
+    own |= {"hidden": heads.trunk.out_features, "activation": None, "scores": scores_of(model)}
     other = [name for name, value in own.items() if getattr(found, name) != value]
     if other:
         raise PatchsieveError(
