@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 
 from benchmarks.accuracy import asking
+from benchmarks.accuracy.__main__ import without_training
 from benchmarks.accuracy.asking import Task
 from benchmarks.accuracy.figures import draw_curves, draw_kinds
 from benchmarks.accuracy.marks import Marks, verdict
 from benchmarks.accuracy.plans import Budgets
 from benchmarks.accuracy.report import to_dict, to_text
-from benchmarks.accuracy.tables import LEARNED, TABLES, TRAINED
+from benchmarks.accuracy.tables import LEARNED, TABLES, TRAINED, Table
 from patchsieve.evaluation.metrics import Interval
 from patchsieve.export.recipes import Size
 from patchsieve.runtime.model import Model
@@ -174,9 +175,9 @@ def test_an_image_is_seen_once_for_all_its_questions(
     model.close()
 
 
-def synthetic(name: str) -> dict[str, Any]:
+def synthetic(name: str, table: Table | None = None) -> dict[str, Any]:
     """A table whose rows have half of the questions right, the first one all."""
-    table = TABLES[name](DEMO)
+    table = table or TABLES[name](DEMO)
     kinds = ["count", "ground"] * 20
     given = {}
     for number, row in enumerate(table.rows):
@@ -198,6 +199,16 @@ def test_a_report_tells_marks_differences_and_what_was_not_run() -> None:
     assert "carry alone" in text and "50.0 %" in text and "no different from" in text
     header, rule, line = text.split("\n\n")[3].splitlines()[:3]
     assert len(header) == len(rule) == len(line)
+
+
+def test_rows_whose_decoder_is_not_trained_yet_are_left_out_if_asked(tmp_path: Path) -> None:
+    """A part of which nothing is left is printed too, and a figure takes the next best row."""
+    shop = SimpleNamespace(trained_path=lambda row: tmp_path / "absent")
+    found = synthetic("", without_training(TABLES["atp-ratios"](DEMO), shop))
+    last = found["parts"][-1]
+    assert all("--no-training" in row["not_run"] for row in last["rows"])
+    assert not last["comparisons"] and last["title"] in to_text(found)
+    assert LEARNED in draw_kinds(found, (TRAINED, LEARNED))
 
 
 def test_tokens_by_kind_are_a_figure_with_a_bar_each() -> None:

@@ -73,8 +73,9 @@ def to_text(found: Mapping[str, Any]) -> str:
         told = [_sentence(one) for one in part["comparisons"]]
         if told:
             blocks.append("\n".join(f"- {line}" for line in told))
-        if found["has_kinds"]:
-            blocks.append(_kinds(part["rows"]))
+        run = [row for row in part["rows"] if "not_run" not in row]
+        if found["has_kinds"] and run:
+            blocks.append(_kinds(run))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -96,7 +97,6 @@ def _line(row: Mapping[str, Any]) -> list[str]:
 
 def _kinds(rows: Sequence[Mapping[str, Any]]) -> str:
     """Tokens and accuracy by kind of question."""
-    rows = [row for row in rows if "not_run" not in row]
     kinds = sorted(rows[0]["tokens_by_kind"])
     cells = [
         [row["label"]]
