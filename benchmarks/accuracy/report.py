@@ -113,12 +113,14 @@ def _sentence(one: Mapping[str, Any]) -> str:
 
 
 def _percent(found: Mapping[str, float], sign: str = "") -> str:
-    mean, low, high = (f"{100 * found[key]:{sign}.1f}" for key in ("mean", "low", "high"))
+    numbers = (round(100 * found[key], 1) + 0.0 for key in ("mean", "low", "high"))  # no -0.0
+    mean, low, high = (f"{number:{sign}.1f}" for number in numbers)
     return f"{mean} [{low}, {high}]"
 
 
 def _number(found: Mapping[str, float]) -> str:
-    return "{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(**found)
+    rounded = {key: round(found[key], 1) + 0.0 for key in ("mean", "low", "high")}  # no -0.0
+    return "{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(**rounded)
 
 
 def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
