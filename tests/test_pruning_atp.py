@@ -67,6 +67,7 @@ def test_losses_refuse_sites_that_do_not_pair():
 
 
 def test_losses_train_the_thresholds():
+    torch.manual_seed(0)
     module = Thresholds(hidden=8, grid=(6, 6), initial=(0.12, 0.12))
     site = make_site(0, tokens=36)
     s_self, s_cross, s_red, s_spatial = ATP(module).score(site)

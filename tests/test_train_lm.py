@@ -58,7 +58,7 @@ def calibrate(checkpoint: Path, data: Path, out: Path, *more: str) -> int:
 def pruned(checkpoint: Path, encoder: Encoder, **more: Any) -> PrunedLlava:
     """The model with fresh heads at layers 1 and 2, all of it trained."""
     torch.manual_seed(1)
-    methods = {site: ATP(thresholds=Thresholds(8, GRID)) for site in (1, 2)}
+    methods = {site: ATP(thresholds=Thresholds(8, GRID, initial=(0.12, 0.12))) for site in (1, 2)}
     llava = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
     parts = encoder.trained.rotary_sections
     given = {"sections": parts, "train_lm": True} | more
