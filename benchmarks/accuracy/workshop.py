@@ -27,7 +27,7 @@ from patchsieve.manifest import read
 from patchsieve.plan import NO_PRUNING, Plan
 
 _GREY = (122, 116, 104)  # CLIP's mean: what normalises to zero
-PROCESSES = os.cpu_count() or 1  # that train a decoder together
+PROCESSES = min(2, os.cpu_count() or 1)  # that train a decoder together; more see other batches
 _LIMITS = ("--max-text-tokens", "48", "--max-new-tokens", "16")
 
 
@@ -59,9 +59,9 @@ class Training:
     steps: int = 300
     batch: int = 8
     rate: float = 1e-3
-    lm_steps: int = 1500
-    lm_batch: int = 32
-    lm_rate: float = 3e-4
+    lm_steps: int = 3000
+    lm_batch: int = 16
+    lm_rate: float = 6e-4
     lm_heads_rate: float = 5e-4
     weight: float = 0.01
     pull: float = 0.05
@@ -152,7 +152,7 @@ class Workshop:
     def _prepare_trained(self, row: Row) -> Work:
         checkpoint = self.trained(row)
         about = digest(*_weights(checkpoint), json.dumps(row.plan.to_dict()))
-        bundle, name = self.folder / "bundles" / checkpoint.name, f"p-{about}"
+        bundle, name = self.folder / "bundles" / about, f"p-{about}"  # of these weights alone
         if not bundle.exists():
             words = ["--method", "atp", "--plan-name", name]
             if row.heads is None:
