@@ -59,9 +59,9 @@ class Training:
     steps: int = 300
     batch: int = 8
     rate: float = 1e-3
-    lm_steps: int = 3000
-    lm_batch: int = 16
-    lm_rate: float = 6e-4
+    lm_steps: int = 1500
+    lm_batch: int = 32
+    lm_rate: float = 3e-4
     lm_heads_rate: float = 5e-4
     weight: float = 0.01
     pull: float = 0.05
