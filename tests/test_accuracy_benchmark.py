@@ -30,9 +30,15 @@ from tests.conversations import make_conversations
 PAPER, DEMO = Budgets(Size(576, 32)), Budgets(Size(144, 12), 6)
 
 
-def marks(hits: list[float], kinds: list[str] | None = None, tokens: float = 9.0) -> Marks:
+def marks(
+    hits: list[float],
+    kinds: list[str] | None = None,
+    tokens: float = 9.0,
+    per_picture: int = 1,
+) -> Marks:
     kinds = kinds or ["count"] * len(hits)
-    return Marks(tuple(hits), tuple(kinds), (tokens,) * len(hits), 1000.0)
+    pictures = tuple(str(number // per_picture) for number in range(len(hits)))
+    return Marks(tuple(hits), tuple(kinds), (tokens,) * len(hits), 1000.0, pictures)
 
 
 def test_a_paired_difference_has_the_interval_of_its_standard_error() -> None:
@@ -48,6 +54,17 @@ def test_a_paired_difference_has_the_interval_of_its_standard_error() -> None:
     assert verdict(marks(other).minus(marks(one))) == "loses to"
 
 
+def test_questions_of_a_picture_are_drawn_together() -> None:
+    """Four questions of a picture that fail or succeed as one are worth one question."""
+    alone = marks([1.0, 0.0, 1.0, 1.0, 0.0] * 20).accuracy()
+    hits = [hit for hit in [1.0, 0.0, 1.0, 1.0, 0.0] * 20 for _ in range(4)]
+    together, apart = marks(hits, per_picture=4).accuracy(), marks(hits).accuracy()
+    assert (together.low, together.high) == (alone.low, alone.high)
+    assert apart.high - apart.low == pytest.approx((alone.high - alone.low) / 2, rel=0.1)
+    with pytest.raises(ValueError, match="paired"):
+        marks(hits, per_picture=4).minus(marks(hits))
+
+
 def test_nothing_is_beaten_where_the_interval_holds_zero() -> None:
     assert verdict(Interval(0.01, 0.0, 0.02)) == "no different from"
     assert verdict(marks([1.0, 0.0]).minus(marks([1.0, 0.0]))) == "no different from"
@@ -56,7 +73,8 @@ def test_nothing_is_beaten_where_the_interval_holds_zero() -> None:
 
 
 def test_fine_and_coarse_questions_are_counted_apart() -> None:
-    told = Marks((1.0, 0.0, 1.0, 1.0), ("count", "shape", "ground", "amount"), (8, 6, 2, 4), 1.0)
+    kinds = ("count", "shape", "ground", "amount")
+    told = Marks((1.0, 0.0, 1.0, 1.0), kinds, (8, 6, 2, 4), 1.0, tuple("abab"))
     assert (told.share("fine"), told.share("coarse"), told.share("ground")) == (0.5, 1.0, 1.0)
     assert (told.mean_tokens("fine"), told.mean_tokens("coarse")) == (7, 3)
     assert told.tokens_between("fine", "coarse").mean == 4

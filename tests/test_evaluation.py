@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,15 @@ def test_an_interval_holds_the_mean_and_narrows_with_more_questions() -> None:
     assert few.low < few.mean == many.mean == 0.5 < few.high
     assert many.high - many.low < (few.high - few.low) / 5
     assert interval([1.0, 1.0]) == interval([1.0, 1.0]) and interval([1.0, 1.0]).low == 1
+
+
+def test_questions_about_one_image_are_drawn_together() -> None:
+    alone = interval([0.0, 1.0] * 10)
+    assert interval([0.0, 0.0, 0.0, 1.0, 1.0, 1.0] * 10, [*"aaabbb"] * 10) == interval([0.0, 1.0])
+    subjects = [str(number // 3) for number in range(60)]
+    assert interval([m for m in [0.0, 1.0] * 10 for _ in range(3)], subjects).mean == alone.mean
+    shown = Question("7", "", [Path("a"), Path("b")], ("yes",), False, "")
+    assert shown.subject == replace(shown, key="8").subject != replace(shown, images=[]).subject
 
 
 def answer(key: str, plan: str, text: str, tokens: float) -> Answer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from patchsieve.evaluation.answers import Answer
 from patchsieve.evaluation.metrics import Interval, exact_match, interval
 from patchsieve.evaluation.questions import Question
 
+T = TypeVar("T")
 GROUPS: dict[str, Callable[[str], bool]] = {
     "all": lambda kind: True,
     "fine": lambda kind: kind in FINE,
@@ -30,12 +31,14 @@ class Marks:
         kinds: Kind of each question.
         tokens: Mean visual tokens over all layers in each answer, [Q].
         kv_bytes: Mean bytes of the cache at the end of an answer.
+        pictures: The picture of each question; intervals come of drawing pictures.
     """
 
     hits: tuple[float, ...]
     kinds: tuple[str, ...]
     tokens: tuple[float, ...]
     kv_bytes: float
+    pictures: tuple[str, ...]
 
     @classmethod
     def of(cls, questions: Sequence[Question], answers: Sequence[Answer]) -> Marks:
@@ -46,19 +49,20 @@ class Marks:
             tuple(asked.category for asked in questions),
             tuple(given.visual_tokens for given in answers),
             statistics.mean(given.kv_bytes for given in answers),
+            tuple(asked.subject for asked in questions),
         )
 
     def accuracy(self, group: str = "all") -> Interval:
         """Share of right answers in a group of kinds, or in a kind."""
-        return interval(_chosen(self.hits, self.kinds, group))
+        return self._interval(self.hits, group)
 
     def share(self, group: str = "all") -> float:
         """The same without its interval, which takes time."""
-        return statistics.mean(_chosen(self.hits, self.kinds, group))
+        return _mean(_chosen(self.hits, self.kinds, group))
 
     def mean_tokens(self, group: str = "all") -> float:
         """Mean visual tokens in a group of kinds, or in a kind."""
-        return statistics.mean(_chosen(self.tokens, self.kinds, group))
+        return _mean(_chosen(self.tokens, self.kinds, group))
 
     def minus(self, other: Marks, group: str = "all") -> Interval:
         """Paired difference of accuracy: the same questions, drawn together.
@@ -66,19 +70,29 @@ class Marks:
         Raises:
             ValueError: The other was asked other questions.
         """
-        if self.kinds != other.kinds:
+        if (self.kinds, self.pictures) != (other.kinds, other.pictures):
             raise ValueError("marks of different questions cannot be paired")
         pairs = zip(self.hits, other.hits, strict=True)
-        return interval(_chosen([a - b for a, b in pairs], self.kinds, group))
+        return self._interval([a - b for a, b in pairs], group)
+
+    def _interval(self, values: Sequence[float], group: str) -> Interval:
+        chosen = _chosen(values, self.kinds, group), _chosen(self.pictures, self.kinds, group)
+        return interval(*chosen) if chosen[0] else Interval(0.0, 0.0, 0.0)
 
     def tokens_between(self, first: str, second: str) -> Interval:
-        """Difference of the mean tokens of two groups of questions, bootstrapped in each."""
-        rng = np.random.default_rng(0)
-        means = []
+        """Difference of the mean tokens of two groups of questions; pictures are drawn."""
+        rng, places = np.random.default_rng(0), np.unique(self.pictures, return_inverse=True)[1]
+        groups = []
         for group in (first, second):
-            values = np.array(_chosen(self.tokens, self.kinds, group))
-            means.append([rng.choice(values, len(values)).mean() for _ in range(2000)])
-        away = np.subtract(*map(np.array, means))
+            is_in = np.array([_belongs(kind, group) for kind in self.kinds], float)  # [Q]
+            groups.append((np.bincount(places, is_in * self.tokens), np.bincount(places, is_in)))
+        size = places.max() + 1
+        away = []
+        for drawn in (rng.integers(size, size=size) for _ in range(2000)):
+            one, other = (
+                tokens[drawn].sum() / max(1.0, counts[drawn].sum()) for tokens, counts in groups
+            )
+            away.append(one - other)
         low, high = np.percentile(away, [2.5, 97.5])
         middle = self.mean_tokens(first) - self.mean_tokens(second)
         return Interval(middle, float(low), float(high))
@@ -103,7 +117,14 @@ def verdict(difference: Interval) -> str:
     return "loses to" if difference.high < 0 else "no different from"
 
 
-def _chosen(values: Sequence[float], kinds: Sequence[str], group: str) -> list[float]:
-    is_in = GROUPS.get(group, lambda kind: kind == group)
-    found = [value for value, kind in zip(values, kinds, strict=True) if is_in(kind)]
-    return found or [0.0]
+def _belongs(kind: str, group: str) -> bool:
+    return GROUPS.get(group, lambda kind: kind == group)(kind)
+
+
+def _chosen(values: Sequence[T], kinds: Sequence[str], group: str) -> list[T]:
+    return [value for value, kind in zip(values, kinds, strict=True) if _belongs(kind, group)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean, 0 where a try of few questions holds none of a group."""
+    return statistics.mean(values) if values else 0.0

@@ -101,7 +101,7 @@ def _table(found: dict[str, Any]) -> str:
             row.append(f"{plan['yes_no']['f1']:.3f}")
         rows.append(row)
     questions = next(iter(found.values()))["questions"]
-    note = f"{questions} questions; intervals of 95 %, bootstrapped; differences in points, paired"
+    note = f"{questions} questions; intervals of 95 %, images drawn; differences in points, paired"
     return f"{table(columns, rows)}\n{note}"
 
 

@@ -77,17 +77,31 @@ def yes_no_scores(said: Sequence[bool | None], truth: Sequence[bool]) -> dict[st
     }
 
 
-def interval(values: Sequence[float], rounds: int = 2000, seed: int = 0) -> Interval:
+def interval(
+    values: Sequence[float],
+    subjects: Sequence[str] | None = None,
+    rounds: int = 2000,
+    seed: int = 0,
+) -> Interval:
     """Mean of marks with its percentile bootstrap interval; of paired differences likewise.
+
+    Questions about one image succeed and fail together, so images are drawn, each with all its
+    questions (a cluster bootstrap): questions drawn one by one would give too narrow an interval.
 
     Args:
         values: One number per question, [Q]; not empty.
+        subjects: What each question is about, [Q]; by default each about something of its own.
         rounds: Bootstrap samples.
         seed: Of the draws, so that a report can be repeated.
     """
     marks = np.asarray(values, float)  # [Q]
+    places = np.arange(len(marks))
+    if subjects is not None:
+        places = np.unique(subjects, return_inverse=True)[1]
+    sums, counts = np.bincount(places, marks), np.bincount(places)  # [S]
     rng = np.random.default_rng(seed)
-    means = np.array([rng.choice(marks, len(marks)).mean() for _ in range(rounds)])
+    draws = (rng.integers(len(sums), size=len(sums)) for _ in range(rounds))
+    means = np.array([sums[drawn].sum() / counts[drawn].sum() for drawn in draws])
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(marks.mean()), float(low), float(high))
 

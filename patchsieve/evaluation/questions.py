@@ -33,6 +33,11 @@ class Question:
     is_vote: bool
     category: str
 
+    @property
+    def subject(self) -> str:
+        """What it is about: the same for questions about the same images."""
+        return "\n".join(map(str, self.images)) or self.key
+
 
 def questions_of(records: Records, image_token: str, limit: int | None = None) -> list[Question]:
     """Every question of the records, in order; the first `limit` of them.

@@ -38,10 +38,10 @@ def report(questions: Sequence[Question], answers: dict[str, list[Answer]]) -> d
 def _plan(
     questions: Sequence[Question], given: list[Answer], full: list[Answer] | None
 ) -> dict[str, Any]:
-    marks = _marks(questions, given)
+    marks, subjects = _marks(questions, given), [question.subject for question in questions]
     out: dict[str, Any] = {
         "questions": len(questions),
-        "exact_match": interval(marks).to_dict(),
+        "exact_match": interval(marks, subjects).to_dict(),
         "visual_tokens": _mean_tokens(given),
         "kv_bytes": round(statistics.mean(answer.kv_bytes for answer in given)),
         "ttft_ms": statistics.median(answer.ttft_ms for answer in given),
@@ -50,19 +50,19 @@ def _plan(
     votes = [(q, a) for q, a in zip(questions, given, strict=True) if q.is_vote]
     if votes:
         soft = [vqa_accuracy(a.text, q.references) for q, a in votes]
-        out["vqa_accuracy"] = interval(soft).to_dict()
+        out["vqa_accuracy"] = interval(soft, [q.subject for q, _ in votes]).to_dict()
     truths = [yes_or_no(question.references[0]) for question in questions]
     if all(truth is not None for truth in truths):
         said = [yes_or_no(answer.text) for answer in given]
         out["yes_no"] = yes_no_scores(said, [bool(truth) for truth in truths])
     kinds = sorted({question.category for question in questions} - {""})
-    if kinds:
-        out["categories"] = {
-            kind: _category(
-                [m for q, m in zip(questions, marks, strict=True) if q.category == kind],
-                [a for q, a in zip(questions, given, strict=True) if q.category == kind],
-            )
-            for kind in kinds
+    for kind in kinds:
+        chosen = [k for k, question in enumerate(questions) if question.category == kind]
+        own = [marks[k] for k in chosen]
+        out.setdefault("categories", {})[kind] = {
+            "questions": len(chosen),
+            "exact_match": interval(own, [subjects[k] for k in chosen]).to_dict(),
+            "visual_tokens": _mean_tokens([given[k] for k in chosen]),
         }
     if full is not None and given is not full:
         pairs = list(zip(given, full, strict=True))
@@ -71,22 +71,13 @@ def _plan(
             "tokens": _share(a.token_ids == b.token_ids for a, b in pairs),
         }
         others = _marks(questions, full)
-        out["difference"] = interval(
-            [mark - other for mark, other in zip(marks, others, strict=True)]
-        ).to_dict()
+        away = [mark - other for mark, other in zip(marks, others, strict=True)]
+        out["difference"] = interval(away, subjects).to_dict()
     return out
 
 
 def _marks(questions: Sequence[Question], given: Sequence[Answer]) -> list[float]:
     return [exact_match(a.text, q.references) for q, a in zip(questions, given, strict=True)]
-
-
-def _category(marks: list[float], given: list[Answer]) -> dict[str, Any]:
-    return {
-        "questions": len(marks),
-        "exact_match": interval(marks).to_dict(),
-        "visual_tokens": _mean_tokens(given),
-    }
 
 
 def _mean_tokens(given: Sequence[Answer]) -> float:
