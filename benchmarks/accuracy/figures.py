@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -132,14 +133,13 @@ def _axes(
         at = y(step / 10)
         out.append(f'<path class="g" d="M{_LEFT} {at:.1f}H{edge}"/>')
         out.append(f'<text x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{step * 10} %</text>')
-    last = 0.0
-    for tokens in sorted({round(p[0]) for p in points}):
-        if x(tokens) - last > 26:
-            last = x(tokens)
-            out.append(
-                f'<text x="{last:.1f}" y="{floor + 18}" text-anchor="middle">{tokens}</text>'
-            )
-            out.append(f'<path class="a" d="M{last:.1f} {floor}v4"/>')
+    told: list[float] = []  # where most points are first
+    for tokens, _ in Counter(round(p[0]) for p in points).most_common():
+        at = x(tokens)
+        if all(abs(at - other) > 26 for other in told):
+            told.append(at)
+            words = f'<text x="{at:.1f}" y="{floor + 18}" text-anchor="middle">{tokens}</text>'
+            out += [words, f'<path class="a" d="M{at:.1f} {floor}v4"/>']
     middle = (_LEFT + edge) / 2
     out.append(f'<path class="a" d="M{_LEFT} {floor}H{edge}"/>')
     words = "visual tokens, mean over the decoder's layers (log scale)"

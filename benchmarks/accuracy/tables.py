@@ -202,13 +202,12 @@ def curves(to: Budgets) -> Table:
     rows: dict[str, list[Row]] = {}
     for target in targets:
         for row in methods(to, target):
-            name = "FastV" if row.label.startswith("FastV") else row.label
-            is_extra = name in ("TopK behind the tower", LEARNED) or "at its end" in name
+            extra = ("TopK behind the tower", LEARNED, "FastV at layer 2")
+            is_extra = row.label in extra or "at its end" in row.label
             lowest = to.average([1.0] * 3, to.sites(target))
             is_out_of_reach = row.heads is not None and target < lowest + 2
-            if is_extra or is_out_of_reach or name in {r.label for r in rows.get(str(target), [])}:
-                continue
-            rows.setdefault(str(target), []).append(Row(name, row.plan, row.heads))
+            if not (is_extra or is_out_of_reach):
+                rows.setdefault(str(target), []).append(row)
     parts = tuple(Part(f"{target} tokens", tuple(found)) for target, found in rows.items())
     return Table("curves", "Accuracy against tokens", (Part("no pruning", (FULL,)), *parts))
 
