@@ -82,6 +82,7 @@ def test_questions_about_one_image_are_drawn_together() -> None:
     assert interval([0.0, 0.0, 0.0, 1.0, 1.0, 1.0] * 10, [*"aaabbb"] * 10) == interval([0.0, 1.0])
     subjects = [str(number // 3) for number in range(60)]
     assert interval([m for m in [0.0, 1.0] * 10 for _ in range(3)], subjects).mean == alone.mean
+    assert interval([0.0, 1.0] * 10, ["a"] * 20) == alone
     shown = Question("7", "", [Path("a"), Path("b")], ("yes",), False, "")
     assert shown.subject == replace(shown, key="8").subject != replace(shown, images=[]).subject
 

@@ -87,6 +87,7 @@ def interval(
 
     Questions about one image succeed and fail together, so images are drawn, each with all its
     questions (a cluster bootstrap): questions drawn one by one would give too narrow an interval.
+    Where all are about one image, they are drawn one by one, and speak of that image alone.
 
     Args:
         values: One number per question, [Q]; not empty.
@@ -96,7 +97,7 @@ def interval(
     """
     marks = np.asarray(values, float)  # [Q]
     places = np.arange(len(marks))
-    if subjects is not None:
+    if subjects is not None and len(set(subjects)) > 1:
         places = np.unique(subjects, return_inverse=True)[1]
     sums, counts = np.bincount(places, marks), np.bincount(places)  # [S]
     rng = np.random.default_rng(seed)
