@@ -11,7 +11,7 @@ import numpy as np
 
 from examples.demo_model.questions import COARSE, FINE
 from patchsieve.evaluation.answers import Answer
-from patchsieve.evaluation.metrics import Interval, exact_match, interval
+from patchsieve.evaluation.metrics import Interval, bootstrap, exact_match, interval
 from patchsieve.evaluation.questions import Question
 
 T = TypeVar("T")
@@ -81,21 +81,20 @@ class Marks:
 
     def tokens_between(self, first: str, second: str) -> Interval:
         """Difference of the mean tokens of two groups of questions; pictures are drawn."""
-        rng, places = np.random.default_rng(0), np.unique(self.pictures, return_inverse=True)[1]
-        groups = []
+        places = np.unique(self.pictures, return_inverse=True)[1]
+        sums = []
         for group in (first, second):
             is_in = np.array([_belongs(kind, group) for kind in self.kinds], float)  # [Q]
-            groups.append((np.bincount(places, is_in * self.tokens), np.bincount(places, is_in)))
-        size = places.max() + 1
-        away = []
-        for drawn in (rng.integers(size, size=size) for _ in range(2000)):
+            sums.append((np.bincount(places, is_in * self.tokens), np.bincount(places, is_in)))
+
+        def away(drawn: np.ndarray) -> float:
             one, other = (
-                tokens[drawn].sum() / max(1.0, counts[drawn].sum()) for tokens, counts in groups
+                tokens[drawn].sum() / max(1.0, counts[drawn].sum()) for tokens, counts in sums
             )
-            away.append(one - other)
-        low, high = np.percentile(away, [2.5, 97.5])
-        middle = self.mean_tokens(first) - self.mean_tokens(second)
-        return Interval(middle, float(low), float(high))
+            return float(one - other)
+
+        ends = bootstrap(away, len(sums[0][0]))
+        return Interval(self.mean_tokens(first) - self.mean_tokens(second), *ends)
 
     def to_dict(self) -> dict[str, Any]:
         """The marks as JSON prints them."""

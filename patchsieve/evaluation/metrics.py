@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -77,12 +77,24 @@ def yes_no_scores(said: Sequence[bool | None], truth: Sequence[bool]) -> dict[st
     }
 
 
-def interval(
-    values: Sequence[float],
-    subjects: Sequence[str] | None = None,
-    rounds: int = 2000,
-    seed: int = 0,
-) -> Interval:
+def bootstrap(
+    told: Callable[[np.ndarray], float], size: int, rounds: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Ends of the percentile bootstrap interval of 95 %.
+
+    Args:
+        told: A number of a sample, of which it takes the indices.
+        size: How many can be drawn, and are drawn each time.
+        rounds: Samples.
+        seed: Of the draws, so that a report can be repeated.
+    """
+    rng = np.random.default_rng(seed)
+    found = [told(rng.integers(size, size=size)) for _ in range(rounds)]
+    low, high = np.percentile(found, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def interval(values: Sequence[float], subjects: Sequence[str] | None = None) -> Interval:
     """Mean of marks with its percentile bootstrap interval; of paired differences likewise.
 
     Questions about one image succeed and fail together, so images are drawn, each with all its
@@ -92,19 +104,14 @@ def interval(
     Args:
         values: One number per question, [Q]; not empty.
         subjects: What each question is about, [Q]; by default each about something of its own.
-        rounds: Bootstrap samples.
-        seed: Of the draws, so that a report can be repeated.
     """
     marks = np.asarray(values, float)  # [Q]
     places = np.arange(len(marks))
     if subjects is not None and len(set(subjects)) > 1:
         places = np.unique(subjects, return_inverse=True)[1]
     sums, counts = np.bincount(places, marks), np.bincount(places)  # [S]
-    rng = np.random.default_rng(seed)
-    draws = (rng.integers(len(sums), size=len(sums)) for _ in range(rounds))
-    means = np.array([sums[drawn].sum() / counts[drawn].sum() for drawn in draws])
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(float(marks.mean()), float(low), float(high))
+    ends = bootstrap(lambda drawn: sums[drawn].sum() / counts[drawn].sum(), len(sums))
+    return Interval(float(marks.mean()), *ends)
 
 
 def _ratio(part: float, whole: float) -> float:
