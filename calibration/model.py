@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patchsieve.calibration import dropping
 from patchsieve.calibration.attention import PASS, install
 from patchsieve.calibration.passes import ImageRows, PruningPass
 from patchsieve.calibration.rotary import install_sections
@@ -57,6 +58,10 @@ class PrunedLlava(nn.Module):
         losses: Weights of the budget losses.
         sections: Rotary frequencies of each axis, where positions lie on several (grid2d).
         train_lm: Train the language model too.
+
+    Attributes:
+        is_hard: Tokens weigh 1 or nothing, as in a bundle; else their soft masks.
+        drops: Where hard, tokens of no weight leave the decoder's rows: the same, for less.
     """
 
     accepts_loss_kwargs = False  # the budget losses are means of a batch: so is the language loss
@@ -80,6 +85,7 @@ class PrunedLlava(nn.Module):
         self.trains_lm = train_lm
         self.config = llava.config  # the Trainer looks for it
         install(self.llava.model.language_model)
+        dropping.install(self.llava.model.language_model)
         install_sections(self.llava.model.language_model, sections)
         self.methods, self.grid = dict(sorted(methods.items())), grid
         self.thresholds = nn.ModuleDict({str(k): m.thresholds for k, m in self.methods.items()})
@@ -87,6 +93,7 @@ class PrunedLlava(nn.Module):
         self.losses = losses or Losses()
         self.num_layers: int = llava.config.text_config.num_hidden_layers
         self.is_hard = False
+        self.drops = dropping.can_drop(llava.model.language_model.config._attn_implementation)
         self.budgets: dict[int, int] = {}
         self.last: PruningPass | None = None  # the pass of the last forward, for who reports on it
 
@@ -139,6 +146,7 @@ class PrunedLlava(nn.Module):
             hard=self.is_hard,
             temperature=self.losses.temperature,
             budgets=self.budgets,
+            drops=self.drops,
         )
         out = self.llava(
             input_ids=input_ids,

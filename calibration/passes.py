@@ -2,7 +2,8 @@
 
 Soft, each mask is differentiable and every token stays in the sequence, its weight scaled by its
 mask. Hard, a token that falls below its thresholds weighs nothing in later layers, which equals
-dropping it: nothing is renumbered.
+dropping it: nothing is renumbered. Then only the budget losses reach the thresholds, and nothing
+reaches through the scores into the decoder.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from patchsieve.pruning.atp import ATP, hard_keep
 from patchsieve.pruning.select import apply_budget
@@ -41,8 +43,8 @@ class SiteRecord:
     """What one site made of the images of a batch.
 
     Attributes:
-        log_mask: Log of each image's effective mask, a product over the sites so far; a token that
-            fell at an earlier site keeps the mask of that site, float32 [M, N].
+        log_mask: Log of each image's effective soft mask, a product over the sites so far; a token
+            that fell at an earlier site keeps the mask of that site, float32 [M, N].
         alive: What survives so far by the threshold rule, bool [M, N].
         theta_r: Thresholds of S_red, float32 [M].
         theta_s: Thresholds of S_spatial, float32 [M].
@@ -73,6 +75,8 @@ class PruningPass:
         hard: Tokens weigh 1 or nothing, as in a bundle; else their masks.
         temperature: T of eqs. 9 and 10.
         budgets: Most survivors of each site, which a bundle reserves room for; by layer.
+        drops: Take rows that fell, where hard, out of the sequence instead of masking them
+            (`calibration.dropping`).
 
     Attributes:
         sites: What was decided so far, by layer.
@@ -89,17 +93,26 @@ class PruningPass:
         hard: bool = False,
         temperature: float = 50.0,
         budgets: Mapping[int, int] | None = None,
+        drops: bool = False,
     ) -> None:
         self.methods, self.images, self.present = methods, images, present
         self.patch_ids, self.grid, self.hard = patch_ids, grid, hard
         self.temperature, self.budgets = temperature, budgets or {}
         self.sites: dict[int, SiteRecord] = {}
+        self.drops = hard and drops
         self._biases: dict[int, Tensor] = {}  # log of the effective masks by site, [B, L]
+        self._rows: dict[int, Tensor] = {}  # that are left by site, [B, R]
 
     def bias(self, layer: int) -> Tensor | None:
         """What a layer adds to the logits of each key, [B, L]; None before the first site."""
-        site = max((site for site in self._biases if site <= layer), default=None)
-        return None if site is None else self._biases[site]
+        return _newest(self._biases, layer)
+
+    def rows(self, layer: int) -> Tensor | None:
+        """Which of the L rows a layer is given, ascending, L for padding, int64 [B, R].
+
+        None for all: before the first site, or where nothing is dropped.
+        """
+        return _newest(self._rows, layer)
 
     def see(self, layer: int, query: Tensor, key: Tensor) -> None:
         """Decide the site that follows a layer, if one does.
@@ -121,11 +134,12 @@ class PruningPass:
         )
         if before is not None:
             log_mask = log_mask + before.log_mask  # [M, N]
-        if self.hard:
-            log_mask = torch.where(alive, 0.0, GONE)
         s_red = [scores for *_, scores in judged]
         self.sites[site] = SiteRecord(log_mask, alive, theta[:, 0], theta[:, 1], s_red)
-        self._biases[site] = self._rows(log_mask)
+        if self.drops:
+            self._rows[site] = self._left(self.sites[site])
+        else:
+            self._biases[site] = self._lay(torch.where(alive, 0.0, GONE) if self.hard else log_mask)
 
     def survivors(self, site: int) -> list[list[int]]:
         """Raster ids that go on behind a site, for each image."""
@@ -140,7 +154,10 @@ class PruningPass:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Log mask [N], survivors [N], thresholds [2] and S_red [N alive] of one image."""
         method, seen, alive = self.methods[site], *self._site(site, number, query, key)
-        s_self, s_cross, s_red, s_spatial = method.score(seen)
+        scores: tuple[Tensor, ...] = method.score(seen)
+        if self.hard:
+            scores = tuple(part.detach() for part in scores)
+        s_self, s_cross, s_red, s_spatial = scores
         theta_r, theta_s = method.thresholds(s_self, s_cross, seen.patch_ids, seen.grid)  # [1, 1]
         # log max(sigmoid(a), sigmoid(b)), in a form whose gradient does not die.
         margin = torch.maximum(s_red - theta_r, s_spatial - theta_s)  # [1, N alive]
@@ -162,14 +179,13 @@ class PruningPass:
 
         The rows of padding and of tokens that fell at earlier sites are left out.
         """
-        image, before = self.images[number], self._before(site)
-        kept = self.present[image.sample].clone()  # [L]
-        for other, rows in enumerate(self.images):
-            if rows.sample == image.sample and before is not None:
-                kept[rows.visual] = before.alive[other]
+        image = self.images[number]
+        kept = self._kept(image.sample, self._before(site))  # [L]
         alive = kept[image.visual]  # [N]
         rows_kept = torch.nonzero(kept)[:, 0]  # [L kept]
         place = torch.cumsum(kept, 0) - 1  # [L]
+        if self.rows(site - 1) is not None:  # the others are not among the queries any more
+            rows_kept = torch.arange(len(rows_kept), device=kept.device)
         chosen = slice(image.sample, image.sample + 1)
         seen = Site(
             query=query[chosen].index_select(2, rows_kept),
@@ -182,9 +198,29 @@ class PruningPass:
         )
         return seen, alive
 
-    def _rows(self, per_image: Tensor) -> Tensor:
+    def _kept(self, sample: int, before: SiteRecord | None) -> Tensor:
+        """Rows of a sample that are neither padding nor tokens that fell, bool [L]."""
+        kept = self.present[sample].clone()
+        for number, image in enumerate(self.images):
+            if image.sample == sample and before is not None:
+                kept[image.visual] = before.alive[number]
+        return kept
+
+    def _left(self, record: SiteRecord) -> Tensor:
+        """What `rows` says behind a site, [B, R]."""
+        batch, length = self.present.shape
+        left = [torch.nonzero(self._kept(sample, record))[:, 0] for sample in range(batch)]
+        return pad_sequence(left, batch_first=True, padding_value=length)
+
+    def _lay(self, per_image: Tensor) -> Tensor:
         """Lay a value of each visual token [M, N] on the rows of the batch, 0 elsewhere: [B, L]."""
         samples = torch.tensor([image.sample for image in self.images], device=per_image.device)
         rows = torch.stack([image.visual for image in self.images])  # [M, N]
         empty = per_image.new_zeros(self.present.shape)
         return empty.index_put((samples[:, None].expand_as(rows), rows), per_image)
+
+
+def _newest(of_sites: Mapping[int, Tensor], layer: int) -> Tensor | None:
+    """What the last site at or before a layer left."""
+    site = max((site for site in of_sites if site <= layer), default=None)
+    return None if site is None else of_sites[site]

@@ -67,6 +67,7 @@ class Encoder:
     Attributes:
         directory: Where the checkpoint lies.
         trained: The positions that samples have.
+        heads: The checkpoint's own thresholds; None without.
         patch_ids: Raster index of each visual token, -1 for a class token, [N].
         grid: Patch rows and columns.
     """
@@ -77,7 +78,9 @@ class Encoder:
         self.directory = locate(checkpoint)
         config: Any = read_config(self.directory)
         head_dim = decoder_spec(config.text_config).head_dim  # refuses what export would refuse
-        self.trained = _positions(Trained.of(config), head_dim, positions, layout)
+        found = Trained.of(config)
+        self.heads = None if found.heads is None else self.directory / found.heads
+        self.trained = _positions(found, head_dim, positions, layout)
         self.tower = tower = vision_model(config)
         self.patch_ids, self.grid = np.array(tower.raster_ids), tower.grid
         self.preprocessor = Preprocessor.from_dict(_plain(self.directory))

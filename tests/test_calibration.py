@@ -128,6 +128,41 @@ def test_a_sample_is_no_other_beside_a_longer_one(checkpoint: Path, samples: Sam
         assert torch.equal(record.alive[1], first[site])
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_rows_that_leave_the_decoder_are_rows_that_weigh_nothing(
+    checkpoint: Path, data: Path, attention: str, tmp_path: Path
+) -> None:
+    """One image, none and two side by side; thresholds that images pass in different numbers."""
+    pictures = sorted(data.parent.glob("*.png"))[:2]
+    turns = [
+        {"from": "human", "value": "<image>\n<image>\nWhich is it?"},
+        {"from": "gpt", "value": "It is the second."},
+    ]
+    both = {"id": "both", "image": [str(path) for path in pictures], "conversations": turns}
+    (tmp_path / "both.json").write_text(json.dumps([both]))
+    encode = Encoder(str(checkpoint))
+    found = [encode(records[k]) for records in (Records(data),) for k in range(2)]
+    found.append(encode(Records(tmp_path / "both.json")[0]))
+    model = pruned(checkpoint, methods(0.45, 0.7), attention)
+    model.is_hard = True
+    batch = collate(found)
+    results = []
+    for drops in (False, True):
+        model.drops = drops
+        with torch.no_grad():
+            logits = model(**batch)["logits"]
+        sites = model.last.sites.values()
+        results.append((logits, [record.alive for record in sites], model.last.rows(LAYERS - 1)))
+    (masked, alive, all_rows), (dropped, same, rows) = results
+    assert all_rows is None and rows.shape[1] < batch["input_ids"].shape[1]
+    assert all(torch.equal(a, b) for a, b in zip(alive, same, strict=True))
+    assert len({int(kept.sum()) for kept in alive[-1]}) > 1
+    is_left = torch.zeros(len(found), masked.shape[1] + 1, dtype=torch.bool).scatter(1, rows, True)
+    is_left = is_left[:, :-1]
+    assert is_left.sum() == batch["attention_mask"].sum() - sum((~kept).sum() for kept in same[-1:])
+    assert torch.allclose(masked[is_left], dropped[is_left], atol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model, cut where the tests prune."""

@@ -111,6 +111,50 @@ def test_a_batch_without_images_gives_every_trained_part_a_gradient(
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_with_hard_masks_the_budget_alone_reaches_the_thresholds(
+    checkpoint: Path, data: Path
+) -> None:
+    """The language loss is that of the bundle, and its gradient the decoder's alone."""
+    encoder = Encoder(str(checkpoint))
+    samples, found = Samples(Records(data), encoder), {}
+    for weight in (0.0, 1.0):
+        model = pruned(checkpoint, encoder).train()
+        model.losses, model.is_hard = Losses(5.0, 0.0, weight), True
+        loss = model(**collate([samples[0], samples[1]]))["loss"]
+        loss.backward()
+        assert model.last is not None
+        assert not all(record.alive.all() for record in model.last.sites.values())
+        found[weight] = loss, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert found[1.0][0] > found[0.0][0] + 1  # tokens above the target
+    for name, gradient in found[0.0][1].items():
+        other = found[1.0][1][name]
+        if name.startswith("thresholds."):
+            assert not gradient.any() and other.any(), name
+        else:
+            assert gradient.any() and torch.equal(gradient, other), name
+
+
+@pytest.mark.parametrize("positions", ("grid2d", "original"))
+def test_rows_that_leave_the_decoder_take_no_gradient_with_them(
+    checkpoint: Path, data: Path, positions: str
+) -> None:
+    """Dropped with every layer run twice, and masked."""
+    encoder = Encoder(str(checkpoint), positions)
+    samples, found = Samples(Records(data), encoder), []
+    for drops in (False, True):
+        model = pruned(checkpoint, encoder).train()
+        model.is_hard, model.drops = True, drops
+        if drops:
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        model(**collate([samples[0], samples[1]]))["loss"].backward()
+        assert (model.last.rows(2) is not None) == drops
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], atol=1e-5), name
+
+
 @pytest.mark.parametrize("train_lm", (True, False))
 def test_heads_and_language_model_have_rates_of_their_own(
     checkpoint: Path, data: Path, tmp_path: Path, train_lm: bool
@@ -181,14 +225,14 @@ class Run:
     report: dict[str, Any]
 
 
-@pytest.fixture(scope="module", params=("grid2d", "original"))
+@pytest.fixture(scope="module", params=("grid2d", "original", "hard"))
 def run(
     request: pytest.FixtureRequest,
     checkpoint: Path,
     data: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Run:
-    """Trained with positions on a grid in float32; or in a row, in bfloat16 with less memory."""
+    """Positions on a grid, float32; or in a row, bfloat16, with less memory; or a hard finish."""
     folder, models = tmp_path_factory.mktemp(request.param), []
     measure = command._measure
 
@@ -200,9 +244,14 @@ def run(
     if request.param == "original":
         more = ("--sites", "2", "--steps", "12", "--bf16", "--gradient-checkpointing")
         more += ("--positions", "original")
+    start = checkpoint
+    if request.param == "hard":  # positions on a grid again, which the second training is not told
+        start, soft = folder / "soft", ("--sites", "1,2", "--steps", "6")
+        capture(lambda: calibrate(checkpoint, data, start, *soft))
+        more += ("--hard",)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "_measure", keep)
-        said = capture(lambda: calibrate(checkpoint, data, folder / "trained", *more))
+        said = capture(lambda: calibrate(start, data, folder / "trained", *more))
     small = ("--max-text-tokens", "64", "--max-new-tokens", "16", "--quiet")
     argv = ["export", str(folder / "trained"), "-o", str(folder / "bundle"), "--method", "atp"]
     assert main([*argv, *small]) == 0
@@ -285,6 +334,23 @@ def test_the_checkpoint_is_whole_and_says_its_positions(run: Run, checkpoint: Pa
     assert not run.checkpoint.with_name("trained.partial").exists()
     first = json.loads((run.checkpoint / "log.jsonl").read_text().splitlines()[0])
     assert {"loss", "average_tokens"} <= set(first)
+
+
+def test_a_hard_finish_needs_thresholds_and_keeps_positions(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*more: str) -> str:
+        sites = ("--sites", "1,2", "--hard", *more)
+        assert calibrate(checkpoint, data, tmp_path / "out", *sites) == 2
+        assert not list(tmp_path.iterdir())
+        return capsys.readouterr().err
+
+    said = refused()
+    assert str(checkpoint) in said and "--heads" in said
+    assert "--positions" in refused("--positions", "original")
+    argv = ["calibrate", str(checkpoint), "--data", str(data), "-o", str(tmp_path / "out")]
+    assert main([*argv, *TRAIN, "--sites", "1,2", "--hard"]) == 2
+    assert "--train-lm" in capsys.readouterr().err
 
 
 def test_a_frozen_calibration_keeps_the_positions_of_the_checkpoint(run: Run, data: Path) -> None:

@@ -61,6 +61,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     how = Training()
     add("--steps", type=int, default=how.steps, help=f"of learning ATP's heads ({how.steps})")
     add("--lm-steps", type=int, default=how.lm_steps, help=f"of decoders ({how.lm_steps})")
+    add(
+        "--finish-steps",
+        type=int,
+        default=how.finish_steps,
+        help=f"of decoders with hard masks, behind those ({how.finish_steps})",
+    )
     add("--learning-rate", type=float, default=how.rate, help=f"of them ({how.rate})")
     add("--lambda-atp", type=float, default=how.weight, help=f"weight of eq. 12 ({how.weight})")
     add("--lambda-target", type=float, default=how.pull, help=f"weight of eq. 13 ({how.pull})")
@@ -121,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     how = Training(
         steps=args.steps,
         lm_steps=args.lm_steps,
+        finish_steps=args.finish_steps,
         rate=args.learning_rate,
         weight=args.lambda_atp,
         pull=args.lambda_target,

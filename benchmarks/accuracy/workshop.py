@@ -52,6 +52,10 @@ class Training:
         lm_batch: Questions of such a step, all processes together.
         lm_rate: Of a decoder; the paper's 2e-5 is for one of 7 billion weights.
         lm_heads_rate: Of the heads that learn with it.
+        finish_steps: Optimiser steps of a decoder with hard masks, behind those; a second time
+            at half the rate.
+        finish_batch: Questions of such a step, all processes together; a multiple of `lm_batch`.
+        finish_heads_rate: Of the heads meanwhile, which keep the target.
         weight: lambda_ATP.
         pull: lambda_target; the paper's 0.2 counts tokens of 576.
     """
@@ -63,6 +67,9 @@ class Training:
     lm_batch: int = 32
     lm_rate: float = 3e-4
     lm_heads_rate: float = 5e-4
+    finish_steps: int = 1200
+    finish_batch: int = 64
+    finish_heads_rate: float = 1e-4
     weight: float = 0.01
     pull: float = 0.05
 
@@ -163,33 +170,55 @@ class Workshop:
     def trained_path(self, row: Row) -> Path:
         """Where the checkpoint of a row that trains is, or will be."""
         how = self.training
-        learning = f"{how.lm_steps}x{how.lm_batch}-{how.lm_rate:g}"
-        shape = row.heads.name if row.heads else digest(json.dumps(row.plan.to_dict()))
-        return self.folder / "trained" / f"{shape}_{learning}"
+        name = row.heads.name if row.heads else digest(json.dumps(row.plan.to_dict()))
+        name += f"_{how.lm_steps}x{how.lm_batch}-{how.lm_rate:g}"
+        if row.finishes:
+            name += f"_hard_{how.finish_steps}x{how.finish_batch}-{how.lm_rate:g}"
+        if row.finishes > 1:
+            name += f"_{row.finishes}"
+        return self.folder / "trained" / name
 
     def trained(self, row: Row) -> Path:
         """A checkpoint whose decoder learned to do with what the row's plan leaves."""
-        how, path = self.training, self.trained_path(row)
+        path = self.trained_path(row)
         if path.exists():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = self.questions("calibration", how.lm_steps * how.lm_batch, per_image=8)
-        own = [str(self.checkpoint), "-o", str(path), "--data", str(data)]
-        own += ["--steps", str(how.lm_steps), "--batch-size", str(how.lm_batch // PROCESSES)]
+        words = self._finishing(row) if row.finishes else self._learning(row)
+        launch = ["torch.distributed.run", "--nproc-per-node", str(PROCESSES)]
+        launched([*launch, "-m", *words, "-o", str(path)])
+        return path
+
+    def _learning(self, row: Row) -> list[str]:
+        """The command that trains a decoder."""
+        how = self.training
+        data = self.questions("calibration", how.lm_steps * how.lm_batch)
+        own = [str(self.checkpoint), "--data", str(data), "--steps", str(how.lm_steps)]
+        own += ["--batch-size", str(how.lm_batch // PROCESSES)]
         own += ["--lm-learning-rate", str(how.lm_rate)]
         if row.heads is not None:
-            few = self.questions("validation", 600, per_image=4)
-            words = ["patchsieve", "calibrate", *own, "--train-lm", "--bf16"]
-            words += ["--held-out", str(few), *self._words(row.heads, how.lm_heads_rate)]
-            if "--positions" not in row.heads.options:
-                words += ["--positions", "original"]
-        else:
-            base = self.prepare(replace(row, trains=False))
-            words = ["examples.demo_model.train_pruned", *own]
-            words += ["--bundle", str(base.bundle), "--plan", base.plan]
-        launch = ["torch.distributed.run", "--nproc-per-node", str(PROCESSES)]
-        launched([*launch, "-m", *words])
-        return path
+            words = [*self._calibrating(row.heads, how.lm_heads_rate), *own]
+            is_told = "--positions" in row.heads.options
+            return words if is_told else [*words, "--positions", "original"]
+        base = self.prepare(replace(row, trains=False))
+        plan = ["--bundle", str(base.bundle), "--plan", base.plan]
+        return ["examples.demo_model.train_pruned", *own, *plan]
+
+    def _finishing(self, row: Row) -> list[str]:
+        """The command that trains it further with hard masks."""
+        how, start = self.training, self.trained(replace(row, finishes=row.finishes - 1))
+        assert row.heads is not None
+        data = self.questions("calibration", row.finishes * how.finish_steps * how.finish_batch)
+        words = self._calibrating(row.heads, how.finish_heads_rate)
+        words += [str(start), "--hard", "--data", str(data), "--steps", str(how.finish_steps)]
+        words += ["--batch-size", str(how.lm_batch // PROCESSES)]
+        words += ["--accumulate", str(how.finish_batch // how.lm_batch)]
+        return [*words, "--lm-learning-rate", str(how.lm_rate / 2 ** (row.finishes - 1))]
+
+    def _calibrating(self, heads: Heads, rate: float) -> list[str]:
+        few = self.questions("validation", 600, per_image=4)
+        words = ["patchsieve", "calibrate", "--train-lm", "--bf16", "--held-out", str(few)]
+        return [*words, *self._words(heads, rate)]
 
     def heads(self, wanted: Heads) -> Path:
         """Thresholds, learned or fixed."""

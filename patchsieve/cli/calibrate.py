@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ _OF_A_TRAINING = (
     "modality",
     "hidden",
     "train_lm",
+    "hard",
     "positions",
     "sections",
 )
@@ -94,6 +96,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--train-lm",
         action="store_true",
         help="train the language model and the projector too; OUT is then a whole checkpoint",
+    )
+    add(
+        "--hard",
+        action="store_true",
+        help="--train-lm: finish a checkpoint that was trained so: tokens fall as in a bundle, "
+        "without soft masks, and its thresholds only keep the target",
     )
     add("--lm-learning-rate", type=float, default=2e-5, help="of the language model (2e-5)")
     add(
@@ -206,7 +214,17 @@ def _check_options(args: argparse.Namespace) -> None:
         raise PatchsieveError(
             "fixed numbers go by both scores", found=f"--modality {args.modality}"
         )
+    if args.hard and not args.train_lm:
+        raise PatchsieveError(
+            "hard masks teach the language model alone", found="--hard", do="add --train-lm"
+        )
     given = [name for name in ("positions", "sections") if getattr(args, name) is not None]
+    if args.hard and given:
+        raise PatchsieveError(
+            "the positions are those of the checkpoint that --hard goes on from",
+            found=f"--{given[0]}",
+            do="leave it away",
+        )
     if given and not args.train_lm:
         raise PatchsieveError(
             "a frozen language model keeps the positions that it was trained with",
@@ -234,7 +252,7 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
     )
     from patchsieve.pruning.atp import ATP
 
-    positions = (args.positions or GRID2D) if args.train_lm else None
+    positions = (args.positions or GRID2D) if args.train_lm and not args.hard else None
     encoder = Encoder(args.checkpoint, positions, args.sections)
 
     def read(path: Path) -> Samples:
@@ -273,8 +291,10 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
         for site, thresholds in starts.items()
     }
     losses = Losses(args.target_tokens, args.lambda_atp, args.lambda_target, args.temperature)
+    if args.hard:  # which tokens are worth their cost is no longer learned
+        losses = replace(losses, lambda_atp=0.0)
     if args.method == "fixed":  # no budget is left to learn
-        losses = Losses(None, 0.0, 0.0, args.temperature)
+        losses = replace(losses, target_tokens=None, lambda_atp=0.0)
     model = PrunedLlava(
         llava,
         methods,
@@ -284,9 +304,24 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
         sections=encoder.trained.rotary_sections,
         train_lm=args.train_lm,
     )
-    if args.heads is not None:
-        go_on_from(args.heads, model)
+    model.is_hard = args.hard
+    if heads := _heads_of(args, encoder):
+        go_on_from(heads, model)
     return model, samples, held_out, encoder
+
+
+def _heads_of(args: argparse.Namespace, encoder: Encoder) -> Path | None:
+    """Heads to go on from; with --hard the checkpoint's own, unless others are given."""
+    if args.heads is not None or not args.hard or args.method != "atp":
+        found: Path | None = args.heads
+        return found
+    if encoder.heads is None:
+        raise PatchsieveError(
+            "--hard goes on from thresholds that were learned",
+            found=f"none in {args.checkpoint}",
+            do="train with --train-lm alone before, or give --heads",
+        )
+    return encoder.heads
 
 
 def _check_sites(sites: list[int], layers: int) -> None:
