@@ -128,9 +128,12 @@ def test_a_sample_is_no_other_beside_a_longer_one(checkpoint: Path, samples: Sam
         assert torch.equal(record.alive[1], first[site])
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("row", "attention"),
+    [("vicuna-6x6", "sdpa"), ("vicuna-6x6", "eager"), ("mistral", "sdpa"), ("qwen2", "eager")],
+)
 def test_rows_that_leave_the_decoder_are_rows_that_weigh_nothing(
-    checkpoint: Path, data: Path, attention: str, tmp_path: Path
+    row: str, data: Path, attention: str, tmp_path: Path
 ) -> None:
     """One image, none and two side by side; thresholds that images pass in different numbers."""
     pictures = sorted(data.parent.glob("*.png"))[:2]
@@ -140,10 +143,13 @@ def test_rows_that_leave_the_decoder_are_rows_that_weigh_nothing(
     ]
     both = {"id": "both", "image": [str(path) for path in pictures], "conversations": turns}
     (tmp_path / "both.json").write_text(json.dumps([both]))
-    encode = Encoder(str(checkpoint))
-    found = [encode(records[k]) for records in (Records(data),) for k in range(2)]
-    found.append(encode(Records(tmp_path / "both.json")[0]))
-    model = pruned(checkpoint, methods(0.45, 0.7), attention)
+    checkpoint = save_checkpoint(tmp_path / "checkpoint", row)
+    encode, records = Encoder(str(checkpoint)), Records(data)
+    found = [encode(records[0]), encode(records[1]), encode(Records(tmp_path / "both.json")[0])]
+    llava = LlavaForConditionalGeneration.from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation=attention
+    )
+    model = PrunedLlava(llava, methods(0.45, 0.7), encode.patch_ids.tolist(), encode.grid)
     model.is_hard = True
     batch = collate(found)
     results = []
