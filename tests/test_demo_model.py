@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import patchsieve
 from examples.demo_model import make_data
@@ -23,8 +23,10 @@ from examples.demo_model.scenes import COLOURS, GRID, PATCH, SHAPES, make_scene,
 from examples.demo_model.shared_prefix import run_questions
 from examples.demo_model.train_language import Words, embed_prefix
 from examples.demo_model.train_pruned import Pruner, read_answers
+from examples.demo_model.train_tower_plan import PrunedPrefix
 from patchsieve.calibration.attention import install
 from patchsieve.cli import main
+from patchsieve.plan import MethodPlan, Plan, SitePlan
 from tests.models import make_checkpoint
 from tests.tiny_bundles import largest_error, recorded_logits
 
@@ -231,6 +233,51 @@ def test_a_decoder_trains_on_what_its_bundle_sees(bundle: Path, tmp_path: Path) 
         assert fallen.sum() == 144 - 14
         sample.gone[6] = torch.roll(fallen, 1)
     assert largest_error([*read_answers(model, samples)[0][firsts[:-1]].numpy()], seen) > 0.1
+
+
+@torch.no_grad()
+def test_a_tower_trains_as_its_bundle_sees(bundle: Path, tmp_path: Path) -> None:
+    """Logits of each first token as in the bundle of the same plan, and the model's own weights."""
+    plan, file = Plan(encoder=MethodPlan("gtp", {"keep": 30, "group_layers": 3})), tmp_path / "plan"
+    file.write_text(json.dumps(plan.to_dict()))
+    words = ["export", "--reuse", str(bundle), "--plan", str(file), "--plan-name", "gtp"]
+    assert main([*words, "--quiet"]) == 0
+    pruned = patchsieve.load(bundle)
+    seen = recorded_logits(pruned)
+    folder = MODEL / "checkpoint"
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    words = Words(AutoProcessor.from_pretrained(folder))
+    make = PrunedPrefix(model, plan, words, 0)
+    scene, questions = asked()[0]
+    short = [row % 2 == 0 for row in range(6)]
+    ids, targets = words.batch([questions[:6]], [short])
+    rows, bias, places, kept = make(pixels(scene)[None])
+    logits = model.lm_head(run_questions(model, rows, ids, None, bias, places))[0]
+    firsts = [int(torch.nonzero(row >= 0)[0]) for row in targets[0]]
+    for question, is_short in zip(questions, short, strict=False):
+        text = as_prompt(question, is_short)[0]
+        told = pruned.generate(render(scene), text, plan="gtp", max_new_tokens=1)
+        assert list(told.images[0].ids) == kept[0].tolist()
+    found = [logits[row, first].numpy() for row, first in enumerate(firsts)]
+    assert largest_error(found, seen) < 2e-3
+    shifted = run_questions(model, rows, ids, None, bias)  # positions without gaps
+    assert largest_error([*model.lm_head(shifted)[0, range(6), firsts].numpy()], seen) > 0.1
+    make.vision.multi_modal_projector["linear_1"].weight.zero_()
+    assert model.model.multi_modal_projector.linear_1.weight.abs().max() == 0
+
+
+@torch.no_grad()
+def test_as_many_tokens_fall_behind_a_trained_tower_as_the_plan_says() -> None:
+    model, processor = _untrained()
+    sites = tuple(SitePlan(i, "ivtp", {"num_keep": n}) for i, n in ((3, 24), (9, 16)))
+    plan = Plan(sites, encoder=MethodPlan("gtp", {"keep": 30}))
+    words = Words(processor)
+    images = torch.stack([pixels(make_scene("held-out", index)) for index in range(2)])
+    rows, bias, _, _ = PrunedPrefix(model, plan, words, 0)(images)
+    left = (bias == 0).sum(-1) - (rows.shape[1] - 30)
+    assert left.tolist() == [[30, 30]] * 3 + [[24, 24]] * 6 + [[16, 16]] * 3
+    assert (bias[9] <= bias[3]).all()
+    assert (bias[3, 0] != bias[3, 1]).any()
 
 
 def test_the_committed_files_are_small() -> None:

@@ -51,6 +51,9 @@ class Training:
         lm_steps: Optimiser steps of a decoder and its heads.
         lm_batch: Questions of such a step, all processes together.
         lm_rate: Of a decoder; the paper's 2e-5 is for one of 7 billion weights.
+        tower_steps: Optimiser steps of tower, projector and decoder together.
+        tower_batch: Pictures of such a step, twenty questions each, all processes together.
+        tower_rate: Learning rate of these steps.
         lm_heads_rate: Of the heads that learn with it.
         finish_steps: Optimiser steps of a decoder with hard masks, behind those; a second time
             at half the rate.
@@ -66,6 +69,9 @@ class Training:
     lm_steps: int = 1500
     lm_batch: int = 32
     lm_rate: float = 3e-4
+    tower_steps: int = 2200
+    tower_batch: int = 16
+    tower_rate: float = 1e-3
     lm_heads_rate: float = 5e-4
     finish_steps: int = 1200
     finish_batch: int = 64
@@ -136,7 +142,7 @@ class Workshop:
     def prepare(self, row: Row) -> Work:
         """Make a row's heads, checkpoint, bundle and plan, as far as they are not there."""
         if row.trains:
-            return self._prepare_trained(row)
+            return self._own(self.trained(row), row)
         plan, marks = row.plan, []
         if row.heads is not None:
             heads = self.heads(row.heads)
@@ -156,8 +162,8 @@ class Workshop:
                 self._export(self.checkpoint, bundle, *self._plan_words(plan, name))
         return Work(row, bundle, name, about)
 
-    def _prepare_trained(self, row: Row) -> Work:
-        checkpoint = self.trained(row)
+    def _own(self, checkpoint: Path, row: Row) -> Work:
+        """A row's plan in a bundle of a checkpoint that was trained."""
         about = digest(*_weights(checkpoint), json.dumps(row.plan.to_dict()))
         bundle, name = self.folder / "bundles" / about, f"p-{about}"  # of these weights alone
         if not bundle.exists():
@@ -171,6 +177,8 @@ class Workshop:
         """Where the checkpoint of a row that trains is, or will be."""
         how = self.training
         name = row.heads.name if row.heads else digest(json.dumps(row.plan.to_dict()))
+        if row.has_tower:
+            name += f"_{how.tower_steps}x{how.tower_batch}-{how.tower_rate:g}"
         name += f"_{how.lm_steps}x{how.lm_batch}-{how.lm_rate:g}"
         if row.finishes:
             name += f"_hard_{how.finish_steps}x{how.finish_batch}-{how.lm_rate:g}"
@@ -184,25 +192,42 @@ class Workshop:
         if path.exists():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        words = self._finishing(row) if row.finishes else self._learning(row)
+        self._launch(self._finishing(row) if row.finishes else self._learning(row), path)
+        return path
+
+    def _launch(self, words: list[str], path: Path) -> None:
         launch = ["torch.distributed.run", "--nproc-per-node", str(PROCESSES)]
         launched([*launch, "-m", *words, "-o", str(path)])
-        return path
 
     def _learning(self, row: Row) -> list[str]:
         """The command that trains a decoder."""
         how = self.training
         data = self.questions("calibration", how.lm_steps * how.lm_batch)
-        own = [str(self.checkpoint), "--data", str(data), "--steps", str(how.lm_steps)]
+        start = self._tower(row.plan) if row.has_tower else self.checkpoint
+        own = [str(start), "--data", str(data), "--steps", str(how.lm_steps)]
         own += ["--batch-size", str(how.lm_batch // PROCESSES)]
         own += ["--lm-learning-rate", str(how.lm_rate)]
         if row.heads is not None:
             words = [*self._calibrating(row.heads, how.lm_heads_rate), *own]
             is_told = "--positions" in row.heads.options
             return words if is_told else [*words, "--positions", "original"]
-        base = self.prepare(replace(row, trains=False))
+        base = self._own(start, row) if row.has_tower else self.prepare(replace(row, trains=False))
         plan = ["--bundle", str(base.bundle), "--plan", base.plan]
         return ["examples.demo_model.train_pruned", *own, *plan]
+
+    def _tower(self, plan: Plan) -> Path:
+        """A checkpoint whose tower learned with the rest, behind a plan's first stage."""
+        how = self.training
+        name = f"{digest(json.dumps(plan.to_dict()))}_tower"
+        name += f"_{how.tower_steps}x{how.tower_batch}-{how.tower_rate:g}"
+        path = self.folder / "trained" / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            words = ["examples.demo_model.train_tower_plan", str(self.checkpoint)]
+            words += [*self._plan_words(plan, name)[:2], "--steps", str(how.tower_steps)]
+            words += ["--batch-size", str(how.tower_batch // PROCESSES)]
+            self._launch([*words, "--learning-rate", str(how.tower_rate)], path)
+        return path
 
     def _finishing(self, row: Row) -> list[str]:
         """The command that trains it further with hard masks."""

@@ -7,12 +7,23 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from examples.make_checkpoint import save_llava
+from patchsieve.writing import whole_or_nothing
 
 from .models import make_clip, make_llava
+
+
+def save_like(checkpoint: Path, model: Any, path: Path) -> None:
+    """Write a model that was trained further, with the other files of its checkpoint."""
+    with whole_or_nothing(path) as folder:
+        model.half().save_pretrained(folder)
+        for file in checkpoint.iterdir():
+            if file.is_file() and not (folder / file.name).exists():
+                (folder / file.name).write_bytes(file.read_bytes())
 
 
 def main() -> None:

@@ -16,7 +16,12 @@ from torch.nn.functional import silu
 
 
 def run_questions(
-    model: Any, prefix: Tensor, ids: Tensor, layer: Any = None, prefix_bias: Tensor | None = None
+    model: Any,
+    prefix: Tensor,
+    ids: Tensor,
+    layer: Any = None,
+    prefix_bias: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> Tensor:
     """Last hidden states of all questions.
 
@@ -27,6 +32,7 @@ def run_questions(
         layer: `run_layer`, or that compiled.
         prefix_bias: Added to the logits of every key of the prefix, [layers, B, P]: minus infinity
             where a pruned row is gone.
+        places: Rotary positions of the prefix, [B, P], where some of its rows were left out.
 
     Returns:
         Normalised hidden states, [B, Q, T, C]; the head makes logits of them.
@@ -35,10 +41,11 @@ def run_questions(
     rows, length = prefix.shape[1], ids.shape[2]
     asked = language.embed_tokens(ids).flatten(1, 2)  # [B, Q*T, C]
     hidden = torch.cat([prefix, asked.to(prefix.dtype)], 1)  # [B, P + Q*T, C]
-    places = torch.cat(
-        [torch.arange(rows), (rows + torch.arange(length)).repeat(ids.shape[1])]
-    )  # [P + Q*T]
-    cos, sin = language.rotary_emb(hidden, places[None])  # [1, P + Q*T, D]
+    if places is None:
+        places = torch.arange(rows)[None]
+    behind = places[:, -1:] + 1 + torch.arange(length)  # [B or 1, T]
+    places = torch.cat([places, behind.repeat(1, ids.shape[1])], 1)
+    cos, sin = language.rotary_emb(hidden, places)  # [B or 1, P + Q*T, D]
     if prefix_bias is None:
         prefix_bias = torch.zeros(len(language.layers), len(ids), rows)
     for index, block in enumerate(language.layers):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from .targets import NAMES, patch_targets
 from .training import Log, Optimiser, save, start_process
 
 LENGTH = 20  # tokens of a question and its answer at most, the last one not counted
+QUESTIONS = 20  # about one picture
 WEIGHTS = {"relation": 4.0, "count": 2.0, "position": 1.5, "texture": 1.5}  # learnt last
 
 
@@ -99,18 +100,20 @@ def are_right(model: Any, hidden: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(
-    model: Any, words: Words, images: int, layer: Any, split: str, is_blind: bool = False
+    model: Any, words: Words, images: int, ask: Callable[[Tensor, Tensor], Tensor], split: str
 ) -> dict[str, float]:
-    """Share of right answers by kind, twenty questions about each of a split's first scenes."""
+    """Share of right answers by kind, twenty questions about each of a split's first scenes.
+
+    `ask` takes pictures, [B, 3, h, w], and ids, [B, Q, T], and gives last hidden states.
+    """
     asker, hits = Asker(1), defaultdict(list)
     for start in range(0, images, 16):
         scenes = [make_scene(split, k) for k in range(start, min(start + 16, images))]
-        asked = [asker.ask(scene, 20) for scene in scenes]
+        asked = [asker.ask(scene, QUESTIONS) for scene in scenes]
         short = [[k % 2 == 0 for k in range(len(questions))] for questions in asked]
         ids, targets = words.batch(asked, short)
         seen = torch.stack([pixels(scene) for scene in scenes])
-        prefix = embed_prefix(model, words, seen * 0 if is_blind else seen)
-        right = are_right(model, run_questions(model, prefix, ids, layer), targets)
+        right = are_right(model, ask(seen, ids), targets)
         for row, questions in enumerate(asked):
             for column, question in enumerate(questions):
                 hits[question.kind].append(right[row, column].item())
@@ -142,22 +145,36 @@ class Looks(nn.Module):
         return torch.stack(told).mean()
 
 
-def batches(first: int, ranks: int, size: int, count: int, words: Words) -> Iterator[Any]:
-    """Endless fresh pictures from a number on, with their questions and the weight of each."""
+def batches(
+    first: int, ranks: int, size: int, words: Words, weighs: Mapping[str, float]
+) -> Iterator[Any]:
+    """Endless fresh pictures from a number on, with questions and the weight of each by its kind.
+
+    Yields:
+        Pixels, [B, 3, h, w]; ids and targets, [B, Q, T]; weights, [B, Q]; what each patch shows.
+    """
     asker, index = Asker(100 + first), first
     noise = torch.Generator().manual_seed(first)
     while True:
         scenes = [make_scene("train", index + ranks * k) for k in range(size)]
         index += ranks * size
-        asked = [asker.ask(scene, count) for scene in scenes]
-        short = (torch.rand(size, count, generator=noise) < 0.5).tolist()
+        asked = [asker.ask(scene, QUESTIONS) for scene in scenes]
+        short = (torch.rand(size, QUESTIONS, generator=noise) < 0.5).tolist()
         ids, targets = words.batch(asked, short)
         weights = torch.zeros(ids.shape[:2])
         for row, questions in enumerate(asked):
             for column, question in enumerate(questions):
-                weights[row, column] = WEIGHTS.get(question.kind, 1.0)
+                weights[row, column] = weighs.get(question.kind, 1.0)
         classes = torch.stack([patch_targets(scene)[0] for scene in scenes])
         yield torch.stack([pixels(scene) for scene in scenes]), ids, targets, weights, classes
+
+
+def answer_loss(model: Any, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Nats an answer, a mean over questions by their weights, [B, Q]; 0-d."""
+    is_asked = targets != -100
+    logits = model.lm_head(hidden[is_asked].float())
+    each = weights[..., None].expand_as(targets)[is_asked]
+    return (cross_entropy(logits, targets[is_asked], reduction="none") * each).sum() / weights.sum()
 
 
 def prepare(path: Path) -> tuple[Any, Any]:
@@ -186,20 +203,20 @@ def main() -> None:
         model.load_state_dict(torch.load(options.warm))
     words = Words(processor)
     looks, layer = Looks(), torch.compile(run_layer)
+
+    def ask(images: Tensor, ids: Tensor) -> Tensor:
+        return run_questions(model, embed_prefix(model, words, images), ids, layer)
+
     optimiser = Optimiser(nn.ModuleList([model, looks]), options.rate)
     log = Log(options.path / "language.jsonl", rank == 0)
-    source = batches(options.first + rank, ranks, options.batch, 20, words)
+    source = batches(options.first + rank, ranks, options.batch, words, WEIGHTS)
     start, step, done = time.monotonic(), 0, torch.zeros(1)
     while done.item() < 1:
         images, ids, targets, weights, classes = next(source)
         with torch.autocast("cpu", torch.bfloat16):
             prefix = embed_prefix(model, words, images)
             hidden = run_questions(model, prefix, ids, layer)
-        is_asked = targets != -100
-        logits = model.lm_head(hidden[is_asked].float())
-        each = weights[..., None].expand_as(targets)[is_asked]
-        loss = (cross_entropy(logits, targets[is_asked], reduction="none") * each).sum()
-        loss = loss / weights.sum()  # nats an answer
+        loss = answer_loss(model, hidden, targets, weights)
         rows = prefix[:, words.image : words.image + classes.shape[1]]
         dense = looks(rows, classes)
         (loss + dense).backward()
@@ -211,16 +228,16 @@ def main() -> None:
         if step % 20 == 0:
             log.write(
                 step=step,
-                questions=step * ranks * options.batch * 20,
+                questions=step * ranks * options.batch * QUESTIONS,
                 loss=loss.item(),
                 dense=dense.item(),
             )
         if rank == 0 and (step % 250 == 0 or done.item() >= 1):
-            right = accuracy(model, words, 64, layer, "validation")
+            right = accuracy(model, words, 64, ask, "validation")
             log.write(step=step, done=done.item(), validation=right)
             save(options.path / "language.pt", model.state_dict())
     if rank == 0:
-        log.write(held_out=accuracy(model, words, 256, layer, "held-out"))
+        log.write(held_out=accuracy(model, words, 256, ask, "held-out"))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from patchsieve.calibration.passes import GONE
 from patchsieve.calibration.records import Records
 from patchsieve.evaluation.questions import questions_of
 from patchsieve.runtime.model import Model
-from patchsieve.writing import whole_or_nothing
 
+from .save import save_like
 from .training import Log, Optimiser, start_process
 
 
@@ -181,11 +181,7 @@ def main() -> None:
         if step % 20 == 0:
             log.write(step=step, loss=loss.item())
     if rank == 0:
-        with whole_or_nothing(options.out) as folder:
-            model.half().save_pretrained(folder)
-            for path in options.checkpoint.iterdir():
-                if not (folder / path.name).exists() and path.is_file():
-                    (folder / path.name).write_bytes(path.read_bytes())
+        save_like(options.checkpoint, model, options.out)
 
 
 if __name__ == "__main__":
