@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patchsieve.cli.arguments import integers
+from patchsieve.cli.calibrate_options import add_arguments as add_arguments
+from patchsieve.cli.calibrate_options import check, check_partial, check_sites
 from patchsieve.cli.output import Progress, print_json, require, table
 from patchsieve.errors import PatchsieveError
 from patchsieve.heads import CONFIG
-from patchsieve.plan import GRID2D, TRAINED_RULES
-from patchsieve.trained import LAYOUTS
+from patchsieve.plan import GRID2D
 
 if TYPE_CHECKING:
     from patchsieve.calibrate import Encoder
@@ -24,123 +24,11 @@ if TYPE_CHECKING:
     from patchsieve.heads import HeadsConfig
 
 
-# Options that a training cannot change when it is resumed.
-_OF_A_TRAINING = (
-    "checkpoint",
-    "method",
-    "sites",
-    "normalisation",
-    "causal",
-    "modality",
-    "hidden",
-    "train_lm",
-    "hard",
-    "positions",
-    "sections",
-)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options."""
-    add = parser.add_argument
-    add("checkpoint", help="Hugging Face directory or hub id")
-    add("--data", type=Path, required=True, help="LLaVA's JSON or JSONL, or chat messages")
-    add("--image-folder", type=Path, help="what image paths are relative to (the data's folder)")
-    add("--skip-missing", action="store_true", help="leave out records whose image is not there")
-    add(
-        "--method",
-        default="atp",
-        choices=("atp", "quantile", "fixed"),
-        help="learn heads; or fix constants (quantile); or the number of tokens of a site, the "
-        "best by ATP's scores, n, n r, n r^2, ... (fixed)",
-    )
-    add(
-        "-o",
-        "--out",
-        type=Path,
-        required=True,
-        metavar="OUT",
-        help="directory to make: heads, or with --train-lm a whole checkpoint",
-    )
-    add(
-        "--sites",
-        type=integers,
-        required=True,
-        metavar="LAYERS",
-        help="layers at whose input to prune; the paper's are 4,14,24 of 32",
-    )
-    add(
-        "--target-tokens",
-        type=float,
-        required=True,
-        metavar="N",
-        help="mean visual tokens over all layers (the paper's: 144 and 88 of 576)",
-    )
-    add("--held-out", type=Path, metavar="DATA", help="data to count survivors on (--data)")
-    add(
-        "--percentile", type=float, default=99.0, help="of survivors, to reserve behind a site (99)"
-    )
-    scores = parser.add_argument_group("scores (recorded in OUT)")
-    scores.add_argument("--normalisation", default="minmax", help="minmax, rank, softmax or none")
-    scores.add_argument("--modality", default="both", help="of S_red: both, self or cross")
-    scores.add_argument("--causal", action="store_true", help="eq. 3 over causal pairs only")
-    scores.add_argument("--hidden", type=int, default=64, help="width of a threshold module (64)")
-    train = parser.add_argument_group("training (atp)")
-    add = train.add_argument
-    add("--steps", type=int, help="optimiser steps, instead of --epochs")
-    add("--epochs", type=float, default=1.0, help="passes over the data (1)")
-    add("--batch-size", type=int, default=4, help="samples of one device at a time (4)")
-    add("--accumulate", type=int, default=1, help="batches that one step sums (1)")
-    add("--learning-rate", type=float, default=1e-4, help="of the heads (1e-4)")
-    add(
-        "--train-lm",
-        action="store_true",
-        help="train the language model and the projector too; OUT is then a whole checkpoint",
-    )
-    add(
-        "--hard",
-        action="store_true",
-        help="--train-lm: finish a checkpoint that was trained so: tokens fall as in a bundle, "
-        "without soft masks, and its thresholds only keep the target",
-    )
-    add("--lm-learning-rate", type=float, default=2e-5, help="of the language model (2e-5)")
-    add(
-        "--positions",
-        choices=TRAINED_RULES,
-        help="--train-lm: of image tokens: grid2d (default), by row and column; or original, in "
-        "a row",
-    )
-    add(
-        "--sections",
-        choices=LAYOUTS,
-        help="grid2d: rotary frequencies by time, row and column as Qwen2-VL's (mrope, default), "
-        "or by row and column alone (2d)",
-    )
-    add("--lambda-atp", type=float, default=0.05, help="weight of eq. 12 (0.05)")
-    add("--lambda-target", type=float, default=0.2, help="weight of eq. 13 (0.2)")
-    add("--heads", type=Path, metavar="DIR", help="go on from these heads, not from new ones")
-    add("--initial-theta-r", type=float, default=0.12, help="theta_r before training (0.12)")
-    add(
-        "--initial-theta-s",
-        type=float,
-        default=0.88,
-        help="theta_s before training; a low one lets the finest grid through, and training may "
-        "stay there (0.88)",
-    )
-    add("--temperature", type=float, default=50.0, help="T of eqs. 9 and 10 (50)")
-    add("--bf16", action="store_true")
-    add("--gradient-checkpointing", action="store_true")
-    add("--workers", type=int, default=0, help="processes that load data (0)")
-    add("--save-steps", type=int, default=500, help="steps between checkpoints (500)")
-    add("--resume", action="store_true", help="go on from OUT.partial")
-    add("--seed", type=int, default=0)
-
-
 def run(args: argparse.Namespace) -> int:
     """Calibrate, save the heads or the checkpoint, print what survives."""
     libraries = ("torch", "transformers", "accelerate", "safetensors")
     require(libraries, "cpu,export,calibration", "calibrate")
-    _check_options(args)
+    check(args)
     if os.path.lexists(args.out):
         raise PatchsieveError(
             f"{args.out} exists already", do="remove it, or choose another name with -o"
@@ -199,42 +87,6 @@ def _tell(args: argparse.Namespace, report: dict[str, Any]) -> None:
     )
 
 
-def _check_options(args: argparse.Namespace) -> None:
-    """Refuse options that would have no effect."""
-    if args.train_lm and args.method == "quantile":
-        raise PatchsieveError(
-            "--train-lm moves the scores that constants are fixed to",
-            found="--method quantile",
-            expected="atp or fixed",
-            do="train first, then fix constants of what was trained",
-        )
-    if args.heads is not None and args.method != "atp":
-        raise PatchsieveError("only atp learns heads", found=f"--method {args.method} --heads")
-    if args.method == "fixed" and args.modality != "both":
-        raise PatchsieveError(
-            "fixed numbers go by both scores", found=f"--modality {args.modality}"
-        )
-    if args.hard and not args.train_lm:
-        raise PatchsieveError(
-            "hard masks teach the language model alone", found="--hard", do="add --train-lm"
-        )
-    given = [name for name in ("positions", "sections") if getattr(args, name) is not None]
-    if args.hard and given:
-        raise PatchsieveError(
-            "the positions are those of the checkpoint that --hard goes on from",
-            found=f"--{given[0]}",
-            do="leave it away",
-        )
-    if given and not args.train_lm:
-        raise PatchsieveError(
-            "a frozen language model keeps the positions that it was trained with",
-            found=f"--{given[0]}",
-            do="add --train-lm, or leave it away",
-        )
-    if args.sections is not None and args.positions == TRAINED_RULES[0]:
-        raise PatchsieveError("--sections is of --positions grid2d", found=args.positions)
-
-
 def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Encoder]:
     import torch
     from transformers import LlavaForConditionalGeneration
@@ -270,7 +122,7 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
         attn_implementation=None if torch.cuda.is_available() else "eager",
     )
     num_layers = llava.config.text_config.num_hidden_layers
-    _check_sites(args.sites, num_layers)
+    check_sites(args.sites, num_layers)
     torch.manual_seed(args.seed)
     if args.method == "atp":
         initial = (args.initial_theta_r, args.initial_theta_s)
@@ -324,15 +176,6 @@ def _heads_of(args: argparse.Namespace, encoder: Encoder) -> Path | None:
     return encoder.heads
 
 
-def _check_sites(sites: list[int], layers: int) -> None:
-    if sites != sorted(set(sites)) or not 0 < sites[0] <= sites[-1] < layers:
-        raise PatchsieveError(
-            "the sites cannot be used",
-            found=sites,
-            expected=f"ascending layers from 1 to {layers - 1}",
-        )
-
-
 def _train(
     args: argparse.Namespace,
     model: PrunedLlava,
@@ -347,40 +190,12 @@ def _train(
     )
     last = last_checkpoint(partial)
     if _is_main_process():
-        _check_partial(args, partial, last)
+        check_partial(args, partial, last)
     progress("training", 0.1)
     trainer = HeadsTrainer(model, samples, options, partial, quiet=args.json)
     trainer.train(resume_from_checkpoint=str(last) if args.resume and last else None)
     trainer.release()
     return trainer.state.log_history
-
-
-def _check_partial(args: argparse.Namespace, partial: Path, last: Path | None) -> None:
-    """Refuse to mix trainings: what is resumed must be what is asked for."""
-    path = partial / "asked.json"
-    asked = {name: getattr(args, name) for name in _OF_A_TRAINING}
-    if not args.resume:
-        if last is not None:
-            raise PatchsieveError(
-                f"{partial} holds a training that was interrupted",
-                found=last.name,
-                do="add --resume to go on with it, or remove it",
-            )
-        partial.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(asked) + "\n", encoding="utf-8")
-        return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PatchsieveError(f"{partial} cannot be resumed", found=error) from error
-    other = [name for name in _OF_A_TRAINING if found.get(name) != asked[name]]
-    if other:
-        raise PatchsieveError(
-            "the training to resume was another",
-            found=", ".join(f"{name} {asked[name]}" for name in other),
-            expected=", ".join(f"{name} {found.get(name)}" for name in other),
-            do=f"give the same options, or remove {partial}",
-        )
 
 
 def _fix(
