@@ -74,6 +74,22 @@ def geometric_counts(
     """Mean counts n r, n r^2, ... behind the sites, whose average over all layers is the target.
 
     Raises:
+        PatchsieveError: See `check_target`.
+    """
+    check_target(num_visual, sites, num_layers, target)
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        ratio = (low + high) / 2
+        counts = [num_visual * ratio ** (k + 1) for k in range(len(sites))]
+        is_low = average_tokens(counts, sites, num_layers, num_visual) < target
+        low, high = (ratio, high) if is_low else (low, ratio)
+    return [max(1.0, count) for count in counts]
+
+
+def check_target(num_visual: int, sites: Sequence[int], num_layers: int, target: float) -> None:
+    """Refuse an average that no choice behind the sites has.
+
+    Raises:
         PatchsieveError: Even a single token behind the first site averages more than the target, or
             the target is all tokens.
     """
@@ -86,13 +102,6 @@ def geometric_counts(
             "hold every token",
             do="move --sites to earlier layers, or change --target-tokens",
         )
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        ratio = (low + high) / 2
-        counts = [num_visual * ratio ** (k + 1) for k in range(len(sites))]
-        is_low = average_tokens(counts, sites, num_layers, num_visual) < target
-        low, high = (ratio, high) if is_low else (low, ratio)
-    return [max(1.0, count) for count in counts]
 
 
 def fix_thresholds(

@@ -18,9 +18,10 @@ from benchmarks.accuracy.__main__ import without_training
 from benchmarks.accuracy.asking import Task
 from benchmarks.accuracy.figures import draw_curves, draw_kinds
 from benchmarks.accuracy.marks import Marks, verdict
-from benchmarks.accuracy.plans import Budgets
+from benchmarks.accuracy.plans import Budgets, Row
 from benchmarks.accuracy.report import to_dict, to_text
-from benchmarks.accuracy.tables import LEARNED, TABLES, TRAINED, Table
+from benchmarks.accuracy.tables import IVTP_WHOLE, LEARNED, TABLES, TRAINED, Table
+from benchmarks.accuracy.workshop import Training, Workshop
 from patchsieve.evaluation.metrics import Interval
 from patchsieve.export.recipes import Size
 from patchsieve.runtime.model import Model
@@ -227,6 +228,38 @@ def test_rows_whose_decoder_is_not_trained_yet_are_left_out_if_asked(tmp_path: P
     assert all("--no-training" in row["not_run"] for row in last["rows"])
     assert not last["comparisons"] and last["title"] in to_text(found)
     assert LEARNED in draw_kinds(found, (TRAINED, LEARNED))
+
+
+def test_a_tower_learns_before_the_decoder_that_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoder goes on from the tower's checkpoint, on choices of that checkpoint's bundle."""
+    launched: list[list[str]] = []
+    exported: list[tuple[Path, Path]] = []
+
+    def launch(_: Workshop, words: list[str], path: Path) -> None:
+        launched.append(words)
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(bytes(path))
+
+    def export(_: Workshop, checkpoint: Path, bundle: Path, *words: str) -> None:
+        exported.append((checkpoint, bundle))
+        bundle.mkdir(parents=True)
+
+    monkeypatch.setattr(Workshop, "_launch", launch)
+    monkeypatch.setattr(Workshop, "_export", export)
+    monkeypatch.setattr(Workshop, "questions", lambda *_: tmp_path / "questions.jsonl")
+    demo = Path(__file__).parents[1] / "examples" / "demo_model"
+    shop = Workshop(demo / "checkpoint", demo / "clip", tmp_path, Training())
+    work = shop.prepare(Row(IVTP_WHOLE, shop.budgets.ivtp(16), trains=True, towers=2))
+    tower, again, decoder = launched
+    assert tower[:2] == ["examples.demo_model.train_tower_plan", str(demo / "checkpoint")]
+    assert again[1] not in (tower[1], decoder[1])
+    (own, base), (last, bundle) = exported
+    assert decoder[:2] == ["examples.demo_model.train_pruned", str(own)]
+    assert decoder[decoder.index("--bundle") + 1] == str(base)
+    assert own != last and base != bundle == work.bundle
+    assert shop.trained_path(work.row) == last
 
 
 def test_tokens_by_kind_are_a_figure_with_a_bar_each() -> None:

@@ -339,9 +339,9 @@ def test_jetpack_5_is_told_to_be_too_old_and_its_gpu_is_known(tmp_path: Path) ->
         {"name": "integrated", "driver": None, "memory": None, "compute_capability": "8.7"}
     ]
     (old,) = report["warnings"]
-    assert "JetPack 5.1.2" in old and "JetPack 6" in old
+    assert "JetPack 5.1.2" in old and "JetPack 6.1" in old
     build = report["targets"]["jetpack6"]["build"]
-    assert (build["can"], build["do"]) == (False, "install JetPack 6 or newer")
+    assert (build["can"], build["do"]) == (False, "install JetPack 6.1 or newer")
 
 
 @pytest.mark.parametrize(("swap", "is_little"), [("/dev/zram0", True), ("/swapfile", False)])

@@ -46,6 +46,19 @@ OUTSIDE = {
         "tensorrt_rtx",
         "cuda",
     },
+    "calibration": {"torch", "transformers", "safetensors"},
+    "export": {
+        "torch",
+        "transformers",
+        "onnx",
+        "onnx_ir",
+        "safetensors",
+        "huggingface_hub",
+        "tokenizers",
+        "PIL",
+        "numpy",
+        "open_clip",
+    },
 }
 
 

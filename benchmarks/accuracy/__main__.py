@@ -61,6 +61,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     how = Training()
     add("--steps", type=int, default=how.steps, help=f"of learning ATP's heads ({how.steps})")
     add("--lm-steps", type=int, default=how.lm_steps, help=f"of decoders ({how.lm_steps})")
+    add("--tower-steps", type=int, default=how.tower_steps, help=f"of towers ({how.tower_steps})")
     add(
         "--finish-steps",
         type=int,
@@ -127,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     how = Training(
         steps=args.steps,
         lm_steps=args.lm_steps,
+        tower_steps=args.tower_steps,
         finish_steps=args.finish_steps,
         rate=args.learning_rate,
         weight=args.lambda_atp,

@@ -27,6 +27,7 @@ from patchsieve.manifest import read
 from patchsieve.plan import NO_PRUNING, Plan
 
 _GREY = (122, 116, 104)  # CLIP's mean: what normalises to zero
+_FRESH = 1_000_000  # scenes of a tower's training begin here, behind all that others took
 PROCESSES = min(2, os.cpu_count() or 1)  # that train a decoder together; more see other batches
 _LIMITS = ("--max-text-tokens", "48", "--max-new-tokens", "16")
 
@@ -53,7 +54,7 @@ class Training:
         lm_rate: Of a decoder; the paper's 2e-5 is for one of 7 billion weights.
         tower_steps: Optimiser steps of tower, projector and decoder together.
         tower_batch: Pictures of such a step, twenty questions each, all processes together.
-        tower_rate: Learning rate of these steps.
+        tower_rate: Learning rate of these steps; a second time half of it.
         lm_heads_rate: Of the heads that learn with it.
         finish_steps: Optimiser steps of a decoder with hard masks, behind those; a second time
             at half the rate.
@@ -177,8 +178,10 @@ class Workshop:
         """Where the checkpoint of a row that trains is, or will be."""
         how = self.training
         name = row.heads.name if row.heads else digest(json.dumps(row.plan.to_dict()))
-        if row.has_tower:
+        if row.towers:
             name += f"_{how.tower_steps}x{how.tower_batch}-{how.tower_rate:g}"
+        if row.towers > 1:
+            name += f"_{row.towers}"
         name += f"_{how.lm_steps}x{how.lm_batch}-{how.lm_rate:g}"
         if row.finishes:
             name += f"_hard_{how.finish_steps}x{how.finish_batch}-{how.lm_rate:g}"
@@ -203,7 +206,7 @@ class Workshop:
         """The command that trains a decoder."""
         how = self.training
         data = self.questions("calibration", how.lm_steps * how.lm_batch)
-        start = self._tower(row.plan) if row.has_tower else self.checkpoint
+        start = self._tower(row.plan, row.towers) if row.towers else self.checkpoint
         own = [str(start), "--data", str(data), "--steps", str(how.lm_steps)]
         own += ["--batch-size", str(how.lm_batch // PROCESSES)]
         own += ["--lm-learning-rate", str(how.lm_rate)]
@@ -211,22 +214,26 @@ class Workshop:
             words = [*self._calibrating(row.heads, how.lm_heads_rate), *own]
             is_told = "--positions" in row.heads.options
             return words if is_told else [*words, "--positions", "original"]
-        base = self._own(start, row) if row.has_tower else self.prepare(replace(row, trains=False))
+        base = self._own(start, row) if row.towers else self.prepare(replace(row, trains=False))
         plan = ["--bundle", str(base.bundle), "--plan", base.plan]
         return ["examples.demo_model.train_pruned", *own, *plan]
 
-    def _tower(self, plan: Plan) -> Path:
+    def _tower(self, plan: Plan, times: int) -> Path:
         """A checkpoint whose tower learned with the rest, behind a plan's first stage."""
         how = self.training
         name = f"{digest(json.dumps(plan.to_dict()))}_tower"
         name += f"_{how.tower_steps}x{how.tower_batch}-{how.tower_rate:g}"
+        name += f"_{times}" if times > 1 else ""
         path = self.folder / "trained" / name
         if not path.exists():
+            start = self._tower(plan, times - 1) if times > 1 else self.checkpoint
             path.parent.mkdir(parents=True, exist_ok=True)
-            words = ["examples.demo_model.train_tower_plan", str(self.checkpoint)]
+            words = ["examples.demo_model.train_tower_plan", str(start)]
             words += [*self._plan_words(plan, name)[:2], "--steps", str(how.tower_steps)]
             words += ["--batch-size", str(how.tower_batch // PROCESSES)]
-            self._launch([*words, "--learning-rate", str(how.tower_rate)], path)
+            words += ["--first", str(times * _FRESH)]
+            rate = how.tower_rate / 2 ** (times - 1)
+            self._launch([*words, "--learning-rate", str(rate)], path)
         return path
 
     def _finishing(self, row: Row) -> list[str]:

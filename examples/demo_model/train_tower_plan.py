@@ -31,7 +31,6 @@ from .shared_prefix import run_layer, run_questions
 from .train_language import Looks, Words, accuracy, answer_loss, batches
 from .training import Log, Optimiser, start_process
 
-FIRST = 1_000_000  # number of the first scene: behind all that the model itself was trained on
 WEIGHTS = {"count": 2.0}
 
 
@@ -98,6 +97,7 @@ def main() -> None:
     add("--steps", type=int, default=2200, help="steps (2200)")
     add("--batch-size", type=int, default=8, help="images a process and step (8)")
     add("--learning-rate", type=float, default=1e-3, help="learning rate (1e-3)")
+    add("--first", type=int, default=1_000_000, help="number of the first scene (1000000)")
     options = parser.parse_args()
     rank, ranks = start_process()
     plan = Plan.from_file(options.plan)
@@ -105,12 +105,12 @@ def main() -> None:
         options.checkpoint, dtype=torch.float32
     )
     words = Words(AutoProcessor.from_pretrained(options.checkpoint))
-    make, looks = PrunedPrefix(model, plan, words, FIRST + rank), Looks()
+    make, looks = PrunedPrefix(model, plan, words, options.first + rank), Looks()
     layer = torch.compile(run_layer)
     parts = [make.vision, model.model.language_model, model.lm_head, looks]
     optimiser = Optimiser(nn.ModuleList(parts), options.learning_rate)
     log = Log(options.out.with_name(options.out.name + ".jsonl"), rank == 0)
-    source = batches(FIRST + rank, ranks, options.batch_size, words, WEIGHTS)
+    source = batches(options.first + rank, ranks, options.batch_size, words, WEIGHTS)
 
     def ask(images: Tensor, ids: Tensor) -> Tensor:
         rows, bias, places, _ = make(images)

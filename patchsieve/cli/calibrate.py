@@ -95,7 +95,7 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
     from patchsieve.calibration.model import Losses, PrunedLlava
     from patchsieve.calibration.records import Records
     from patchsieve.calibration.samples import Samples
-    from patchsieve.calibration.survivors import geometric_counts
+    from patchsieve.calibration.survivors import check_target, geometric_counts
     from patchsieve.calibration.thresholds import (
         constant_heads,
         fixed_counts,
@@ -123,6 +123,7 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
     )
     num_layers = llava.config.text_config.num_hidden_layers
     check_sites(args.sites, num_layers)
+    check_target(len(encoder.patch_ids), args.sites, num_layers, args.target_tokens)
     torch.manual_seed(args.seed)
     if args.method == "atp":
         initial = (args.initial_theta_r, args.initial_theta_s)

@@ -174,7 +174,8 @@ def _tensorrt(target: str, facts: dict[str, Any], libraries: Libraries) -> Abili
     why = f"tensorrt {found} is here, this target needs {_dotted(low)} up to below {_dotted(high)}"
     if board is None:
         return Ability(False, why, INSTALL[target])
-    return Ability(False, why, f"use --target {serves}" if serves else "install JetPack 6 or newer")
+    do = f"use --target {serves}" if serves else "install JetPack 6.1 or newer"
+    return Ability(False, why, do)
 
 
 def _opset_24(probes: Probes, libraries: Libraries) -> Ability:

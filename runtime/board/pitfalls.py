@@ -14,7 +14,7 @@ SWAPFILE = (
     "sudo swapon /swapfile"
 )
 _TIGHT_SWAP = 8 << 30  # boards with less memory than 16 GB need this much swap to build
-_OLDEST_JETPACK = 6  # 5 has TensorRT 8.5, which no target of ours serves
+_OLDEST_JETPACK = (6, 1)  # 5 has TensorRT 8.5 and 6.0 has 8.6, which no target of ours serves
 
 
 def pitfalls(
@@ -58,10 +58,10 @@ def _rtx(facts: dict[str, Any], libraries: Libraries) -> Iterator[str]:
 
 def _jetpack(probes: Probes, facts: dict[str, Any], libraries: Libraries) -> Iterator[str]:
     board = facts["jetson"]
-    if numbers_of(board["jetpack"])[0] < _OLDEST_JETPACK:
+    if numbers_of(board["jetpack"])[:2] < _OLDEST_JETPACK:
         yield (
             f"JetPack {board['jetpack']} has a TensorRT that no target serves | "
-            "what to do: flash JetPack 6 or newer, or use --target cpu"
+            "what to do: flash JetPack 6.1 or newer, or use --target cpu"
         )
     if libraries["tensorrt"] is None and probes.in_venv:
         yield (

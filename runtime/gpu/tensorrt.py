@@ -147,7 +147,7 @@ def parse(trt: ModuleType, path: Path, messages: Messages) -> tuple[Any, Any, An
         raise BackendMissingError(
             "this TensorRT cannot take the types of a graph as they are written",
             found=f"{trt.__name__} {trt.__version__}",
-            expected="10.3 (JetPack 6) or newer",
+            expected="10.3 (JetPack 6.1) or newer",
             do="upgrade TensorRT or JetPack",
         )
     network = builder.create_network(0 if typed is None else 1 << int(typed))
