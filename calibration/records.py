@@ -91,6 +91,9 @@ def _spans(data: mmap.mmap) -> Iterator[tuple[int, int]]:
     """First byte of each record and the byte behind it: the objects that no other object holds.
 
     The same walk serves an array and lines: what stands between the objects does not matter.
+
+    Raises:
+        PatchsieveError: The braces do not match, as in a truncated file: records may be hidden.
     """
     depth, start = 0, 0
     for mark in _MARKS.finditer(data):
@@ -103,6 +106,18 @@ def _spans(data: mmap.mmap) -> Iterator[tuple[int, int]]:
             depth -= 1
             if depth == 0:
                 yield start, mark.end()
+            if depth < 0:
+                raise PatchsieveError(
+                    "the data closes a record that it did not open",
+                    found=f"}} at byte {mark.start()}",
+                    do="mend that line, or remove it",
+                )
+    if depth:
+        raise PatchsieveError(
+            "the data breaks off inside a record",
+            found=f"the one from byte {start} on does not end",
+            do="get the file whole, or remove that record",
+        )
 
 
 def _record(data: Any, where: str, folder: Path) -> Record:

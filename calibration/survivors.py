@@ -139,7 +139,7 @@ def fix_thresholds(
 
 
 def _between(scores: Tensor, count: int) -> float:
-    """A threshold that `count` scores exceed, or as many more as tie with the last of them."""
+    """A threshold that `count` scores exceed; where the next ties with the last, fewer do."""
     ordered = scores.sort(descending=True).values
     if count >= len(ordered):
         return KEEP_ALL

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from patchsieve.calibration.model import PrunedLlava
@@ -106,6 +106,8 @@ class HeadsTrainer(Trainer):
             data_collator=collate,
         )
         self.pruned, self.options = model, options
+        if quiet:
+            self.remove_callback(PrinterCallback)  # it prints to stdout where no bar is wanted
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """One rate for the heads, another for the language model."""

@@ -21,7 +21,7 @@ from benchmarks.accuracy.marks import Marks, verdict
 from benchmarks.accuracy.plans import Budgets, Row
 from benchmarks.accuracy.report import to_dict, to_text
 from benchmarks.accuracy.tables import IVTP_WHOLE, LEARNED, TABLES, TRAINED, Table
-from benchmarks.accuracy.workshop import Training, Workshop
+from benchmarks.accuracy.workshop import Training, Workshop, _resuming
 from patchsieve.evaluation.metrics import Interval
 from patchsieve.export.recipes import Size
 from patchsieve.runtime.model import Model
@@ -260,6 +260,21 @@ def test_a_tower_learns_before_the_decoder_that_reads_it(
     assert decoder[decoder.index("--bundle") + 1] == str(base)
     assert own != last and base != bundle == work.bundle
     assert shop.trained_path(work.row) == last
+
+
+def test_an_interrupted_calibration_goes_on(tmp_path: Path) -> None:
+    path, words = tmp_path / "heads", ["patchsieve", "calibrate", "checkpoint"]
+    assert _resuming(words, path) == []
+    (tmp_path / "heads.partial").mkdir()
+    assert _resuming(words, path) == ["--resume"]
+    assert _resuming(["examples.demo_model.train_pruned"], path) == []
+
+
+def test_a_folder_of_another_clip_is_refused(tmp_path: Path) -> None:
+    demo = Path(__file__).parents[1] / "examples" / "demo_model"
+    Workshop(demo / "checkpoint", demo / "clip", tmp_path, Training())
+    with pytest.raises(SystemExit, match="another CLIP"):
+        Workshop(demo / "checkpoint", demo / "checkpoint", tmp_path, Training())
 
 
 def test_tokens_by_kind_are_a_figure_with_a_bar_each() -> None:

@@ -282,15 +282,18 @@ def calibrate(checkpoint: Path, data: Path, out: Path, *more: str) -> None:
 
 @pytest.fixture
 def printed(capsys: pytest.CaptureFixture[str]) -> Callable[[], dict[str, Any]]:
-    return lambda: json.loads(capsys.readouterr().out.splitlines()[-1])
+    """The last of the objects that were printed; nothing else may be."""
+    return lambda: [json.loads(line) for line in capsys.readouterr().out.splitlines()][-1]
 
 
 def test_constant_thresholds_keep_the_target_and_still_adapt(
     checkpoint: Path, bundle: Path, data: Path, tmp_path: Path, printed
 ) -> None:
-    out = tmp_path / "heads"
+    out, another = tmp_path / "heads", tmp_path / "heads.partial"
+    another.mkdir()  # of a training that was interrupted: not for constants to remove
     calibrate(checkpoint, data, out, "--method", "quantile", "--target-tokens", "18")
     report = printed()
+    assert another.is_dir()
     assert report["average_tokens"] == pytest.approx(18, rel=0.02)
     assert all(site["fewest"] < site["most"] for site in report["sites"])
     runtime = loaded(bundle, {"heads": str(out)}, "quantile")
@@ -410,7 +413,13 @@ def test_training_again_and_training_resumed_give_the_same_heads(
         (("--sites", "4"), "ascending layers"),
         (("--resume",), "nothing to resume"),
         (("--data", "no-such-file"), "cannot read the data"),
+        (("--target-tokens", "3"), "cannot reach"),
         (("--target-tokens", "3", "--method", "quantile"), "cannot reach"),
+        (("--percentile", "101"), "is a percentage"),
+        (("--percentile", "0"), "is a percentage"),
+        (("--method", "quantile", "--normalisation", "none"), "no constant threshold"),
+        (("--method", "fixed", "--normalisation", "rank"), "ranks tie"),
+        (("--method", "quantile", "--resume"), "only a training is resumed"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused_in_one_line(
@@ -452,7 +461,7 @@ def test_two_processes_train_one_set_of_heads(checkpoint: Path, data: Path, tmp_
         [*launch, *command, *TRAIN], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    report = json.loads(done.stdout.splitlines()[-1])
+    report = json.loads(done.stdout)
     assert report["average_tokens"] == pytest.approx(18, rel=0.1)
     assert (out / "heads.safetensors").is_file()
     assert last_epoch(out) == 150 * 2 * 3 / 12  # steps, processes, batch, records

@@ -88,7 +88,16 @@ def test_a_file_without_records_is_refused(tmp_path: Path, content: str) -> None
         Records(tmp_path / "data.json")
 
 
-def test_a_truncated_file_loses_its_last_record_only(tmp_path: Path) -> None:
+def test_a_truncated_record_is_refused_wherever_it_stands(tmp_path: Path) -> None:
+    """It would hide all that follow."""
     path = write(tmp_path, [llava(image="a.jpg"), llava(image="b.jpg")])
     path.write_bytes(path.read_bytes()[:-30])
-    assert len(Records(path)) == 1
+    with pytest.raises(PatchsieveError, match="breaks off inside a record"):
+        Records(path)
+    lines = [json.dumps(llava(image="a.jpg")) for _ in range(3)]
+    path.write_text("\n".join([lines[0], lines[1][:-1], lines[2]]))
+    with pytest.raises(PatchsieveError, match=f"byte {len(lines[0]) + 1} on"):
+        Records(path)
+    path.write_text("\n".join([lines[0], lines[1] + "}", lines[2]]))
+    with pytest.raises(PatchsieveError, match="did not open"):
+        Records(path)

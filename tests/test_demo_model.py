@@ -6,9 +6,12 @@ import json
 import re
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,16 +19,18 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import patchsieve
-from examples.demo_model import make_data
+from examples.demo_model import make_data, train_pruned
 from examples.demo_model.models import make_clip, make_llava, pixels
 from examples.demo_model.questions import KINDS, NUMBERS, Asker, as_prompt
+from examples.demo_model.save import check_free
 from examples.demo_model.scenes import COLOURS, GRID, PATCH, SHAPES, make_scene, owner_map, render
 from examples.demo_model.shared_prefix import run_questions
 from examples.demo_model.train_language import Words, embed_prefix
 from examples.demo_model.train_pruned import Pruner, read_answers
-from examples.demo_model.train_tower_plan import PrunedPrefix
+from examples.demo_model.train_tower_plan import PrunedPrefix, weights_in
 from patchsieve.calibration.attention import install
 from patchsieve.cli import main
+from patchsieve.errors import PatchsieveError
 from patchsieve.plan import MethodPlan, Plan, SitePlan
 from tests.models import make_checkpoint
 from tests.tiny_bundles import largest_error, recorded_logits
@@ -278,6 +283,26 @@ def test_as_many_tokens_fall_behind_a_trained_tower_as_the_plan_says() -> None:
     assert left.tolist() == [[30, 30]] * 3 + [[24, 24]] * 6 + [[16, 16]] * 3
     assert (bias[9] <= bias[3]).all()
     assert (bias[3, 0] != bias[3, 1]).any()
+
+
+def test_trainings_refuse_what_they_cannot_follow(tmp_path: Path) -> None:
+    model, processor = _untrained()
+    words, gtp = Words(processor), MethodPlan("gtp", {"keep": 30})
+    for plan in (
+        Plan(encoder=gtp, position_rule="contiguous"),
+        Plan((SitePlan(3, "fastv", {"keep_ratio": 0.5}),), encoder=gtp),
+        Plan(projector=MethodPlan("pooling", {"keep": 36})),
+    ):
+        with pytest.raises(PatchsieveError, match="original positions"):
+            PrunedPrefix(model, plan, words, 0)
+    with pytest.raises(SystemExit, match="exists already"):
+        check_free(tmp_path)
+    assert weights_in("count=2,shape=0.5") == {"count": 2.0, "shape": 0.5}
+    with pytest.raises(ArgumentTypeError, match="counts"):
+        weights_in("counts=2")
+    few: Any = SimpleNamespace(questions=[None] * 20)
+    with pytest.raises(PatchsieveError, match="too few questions .* found: 10"):
+        next(train_pruned.batches(few, 0, 2, 16))
 
 
 def test_the_committed_files_are_small() -> None:

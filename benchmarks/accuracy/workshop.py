@@ -28,6 +28,8 @@ from patchsieve.plan import NO_PRUNING, Plan
 
 _GREY = (122, 116, 104)  # CLIP's mean: what normalises to zero
 _FRESH = 1_000_000  # scenes of a tower's training begin here, behind all that others took
+# Of kinds of questions, the second time: relations have stopped to learn, and are noise.
+_LATE_WEIGHTS = "count=2,shape=2,texture=2,relation=0.3"
 PROCESSES = min(2, os.cpu_count() or 1)  # that train a decoder together; more see other batches
 _LIMITS = ("--max-text-tokens", "48", "--max-new-tokens", "16")
 
@@ -54,7 +56,8 @@ class Training:
         lm_rate: Of a decoder; the paper's 2e-5 is for one of 7 billion weights.
         tower_steps: Optimiser steps of tower, projector and decoder together.
         tower_batch: Pictures of such a step, twenty questions each, all processes together.
-        tower_rate: Learning rate of these steps; a second time half of it.
+        tower_rate: Learning rate of these steps.
+        tower_more_steps: Optimiser steps of the second time, at half the rate.
         lm_heads_rate: Of the heads that learn with it.
         finish_steps: Optimiser steps of a decoder with hard masks, behind those; a second time
             at half the rate.
@@ -73,6 +76,7 @@ class Training:
     tower_steps: int = 2200
     tower_batch: int = 16
     tower_rate: float = 1e-3
+    tower_more_steps: int = 1200
     lm_heads_rate: float = 5e-4
     finish_steps: int = 1200
     finish_batch: int = 64
@@ -114,6 +118,10 @@ class Workshop:
         self.model = digest(*weights)
         self.folder, self.data = folder / self.model, folder / "data"
         self.folder.mkdir(parents=True, exist_ok=True)
+        named, judge = self.folder / "scorer", digest(*_weights(scorer))
+        if named.exists() and named.read_text(encoding="utf-8") != judge:
+            sys.exit(f"{folder} was made with another CLIP | what to do: give another --work")
+        named.write_text(judge, encoding="utf-8")
 
     @cached_property
     def budgets(self) -> Budgets:
@@ -178,10 +186,12 @@ class Workshop:
         """Where the checkpoint of a row that trains is, or will be."""
         how = self.training
         name = row.heads.name if row.heads else digest(json.dumps(row.plan.to_dict()))
+        if row.heads and row.heads.method == "atp":
+            name += f"_{how.weight:g}-{how.pull:g}"
         if row.towers:
             name += f"_{how.tower_steps}x{how.tower_batch}-{how.tower_rate:g}"
         if row.towers > 1:
-            name += f"_{row.towers}"
+            name += f"_{how.tower_more_steps}"
         name += f"_{how.lm_steps}x{how.lm_batch}-{how.lm_rate:g}"
         if row.finishes:
             name += f"_hard_{how.finish_steps}x{how.finish_batch}-{how.lm_rate:g}"
@@ -200,7 +210,7 @@ class Workshop:
 
     def _launch(self, words: list[str], path: Path) -> None:
         launch = ["torch.distributed.run", "--nproc-per-node", str(PROCESSES)]
-        launched([*launch, "-m", *words, "-o", str(path)])
+        launched([*launch, "-m", *words, "-o", str(path), *_resuming(words, path)])
 
     def _learning(self, row: Row) -> list[str]:
         """The command that trains a decoder."""
@@ -223,17 +233,21 @@ class Workshop:
         how = self.training
         name = f"{digest(json.dumps(plan.to_dict()))}_tower"
         name += f"_{how.tower_steps}x{how.tower_batch}-{how.tower_rate:g}"
-        name += f"_{times}" if times > 1 else ""
+        name += f"_{how.tower_more_steps}" if times > 1 else ""
         path = self.folder / "trained" / name
         if not path.exists():
             start = self._tower(plan, times - 1) if times > 1 else self.checkpoint
             path.parent.mkdir(parents=True, exist_ok=True)
             words = ["examples.demo_model.train_tower_plan", str(start)]
-            words += [*self._plan_words(plan, name)[:2], "--steps", str(how.tower_steps)]
+            words += [*self._plan_words(plan, name)[:2], "--first", str(times * _FRESH)]
             words += ["--batch-size", str(how.tower_batch // PROCESSES)]
-            words += ["--first", str(times * _FRESH)]
-            rate = how.tower_rate / 2 ** (times - 1)
-            self._launch([*words, "--learning-rate", str(rate)], path)
+            if times > 1:
+                words += ["--steps", str(how.tower_more_steps)]
+                words += ["--weights", _LATE_WEIGHTS]
+                words += ["--learning-rate", str(how.tower_rate / 2)]
+            else:
+                words += ["--steps", str(how.tower_steps), "--learning-rate", str(how.tower_rate)]
+            self._launch(words, path)
         return path
 
     def _finishing(self, row: Row) -> list[str]:
@@ -263,6 +277,7 @@ class Workshop:
         path.parent.mkdir(parents=True, exist_ok=True)
         few = str(self.questions("calibration", 300, per_image=2))
         words = ["calibrate", str(self.checkpoint), "-o", str(path)]
+        words += _resuming(words, path) if wanted.method == "atp" else []
         words += ["--batch-size", str(how.batch), *self._words(wanted, how.rate)]
         if wanted.method == "atp":
             many = self.questions("calibration", how.steps * how.batch, per_image=8)
@@ -298,6 +313,12 @@ class Workshop:
             bundle.parent.mkdir(parents=True, exist_ok=True)
             words += [str(checkpoint), "-o", str(bundle), "--scorer", str(self.scorer), *_LIMITS]
         run([*words, *plan, "--quiet"])
+
+
+def _resuming(words: list[str], path: Path) -> list[str]:
+    """What `calibrate` must be told besides where an earlier run was interrupted."""
+    is_there = path.with_name(path.name + ".partial").is_dir()
+    return ["--resume"] if "calibrate" in words and is_there else []
 
 
 def _weights(checkpoint: Path) -> list[bytes]:

@@ -6,6 +6,7 @@ python -m examples.demo_model.save demo/training examples/demo_model
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from examples.make_checkpoint import save_llava
 from patchsieve.writing import whole_or_nothing
 
 from .models import make_clip, make_llava
+
+
+def check_free(path: Path) -> None:
+    """Refuse, before a training, to write where something is."""
+    if os.path.lexists(path):
+        raise SystemExit(
+            f"{path} exists already | what to do: remove it, or choose another with -o"
+        )
 
 
 def save_like(checkpoint: Path, model: Any, path: Path) -> None:

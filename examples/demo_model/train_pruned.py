@@ -28,10 +28,11 @@ from patchsieve.calibrate import Encoder
 from patchsieve.calibration.attention import PASS, install
 from patchsieve.calibration.passes import GONE
 from patchsieve.calibration.records import Records
+from patchsieve.errors import PatchsieveError
 from patchsieve.evaluation.questions import questions_of
 from patchsieve.runtime.model import Model
 
-from .save import save_like
+from .save import check_free, save_like
 from .training import Log, Optimiser, start_process
 
 
@@ -71,6 +72,11 @@ class Pruner:
         self.questions = questions_of(self.records, "<image>")
         self.model = Model(bundle, threads=1, check="size")
         self.model.pipeline.spare_images = 1  # an answer and its sample take the same features
+        rules = self.encode.trained.position_rule, self.model.manifest.plans[plan].position_rule
+        if set(rules) - {"original", None}:
+            raise PatchsieveError(
+                "training follows original positions alone", found=" and ".join(map(str, rules))
+            )
 
     def __getitem__(self, index: int) -> Pruned:
         """The sample of a record."""
@@ -144,6 +150,12 @@ def read_answers(model: Any, samples: Sequence[Pruned]) -> tuple[Tensor, Tensor]
 def batches(pruner: Pruner, rank: int, ranks: int, size: int) -> Iterator[list[Pruned]]:
     """Endless batches; every process takes records of its own."""
     order, rest = np.random.default_rng(rank), np.arange(rank, len(pruner.questions), ranks)
+    if len(rest) < size:
+        raise PatchsieveError(
+            "a process has too few questions for a batch",
+            found=len(rest),
+            expected=f"{size} or more",
+        )
     while True:
         drawn = order.permutation(rest)
         for start in range(0, len(drawn) - size + 1, size):
@@ -163,6 +175,7 @@ def main() -> None:
     add("--batch-size", type=int, default=16, help="questions a process and step (16)")
     add("--lm-learning-rate", type=float, default=3e-4, help="learning rate (3e-4)")
     options = parser.parse_args()
+    check_free(options.out)
     rank, ranks = start_process()
     pruner = Pruner(options.checkpoint, options.bundle, options.plan, options.data)
     model: Any = LlavaForConditionalGeneration.from_pretrained(

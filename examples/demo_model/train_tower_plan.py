@@ -20,18 +20,27 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from patchsieve.calibration.passes import GONE
+from patchsieve.errors import PatchsieveError
 from patchsieve.export.checkpoint import canonical
 from patchsieve.export.methods import build_encoder
 from patchsieve.export.vision import Vision, vision_model
 from patchsieve.export.weights import weights_of
 from patchsieve.plan import Plan
 
-from .save import save_like
+from .questions import KINDS
+from .save import check_free, save_like
 from .shared_prefix import run_layer, run_questions
 from .train_language import Looks, Words, accuracy, answer_loss, batches
 from .training import Log, Optimiser, start_process
 
-WEIGHTS = {"count": 2.0}
+
+def weights_in(words: str) -> dict[str, float]:
+    """Read "count=2,shape=1.5"."""
+    pairs = (word.partition("=") for word in words.split(",") if word)
+    weights = {kind: float(weight) for kind, _, weight in pairs}
+    if unknown := set(weights) - set(KINDS):
+        raise argparse.ArgumentTypeError(f"found: {unknown} | expected: {', '.join(KINDS)}")
+    return weights
 
 
 def vision_of(model: Any, plan: Plan) -> Vision:
@@ -60,6 +69,13 @@ class PrunedPrefix:
     """
 
     def __init__(self, model: Any, plan: Plan, words: Words, seed: int) -> None:
+        counted = all("num_keep" in site.params for site in plan.sites)
+        if plan.projector is not None or plan.position_rule == "contiguous" or not counted:
+            raise PatchsieveError(
+                "training follows plans with a method in the tower, sites that keep a number, and "
+                "original positions",
+                found=plan.to_dict(),
+            )
         self.vision = vision_of(model, plan)
         self._language, self._words = model.model.language_model, words
         self._counts = {site.layer: int(site.params["num_keep"]) for site in plan.sites}
@@ -98,7 +114,9 @@ def main() -> None:
     add("--batch-size", type=int, default=8, help="images a process and step (8)")
     add("--learning-rate", type=float, default=1e-3, help="learning rate (1e-3)")
     add("--first", type=int, default=1_000_000, help="number of the first scene (1000000)")
+    add("--weights", type=weights_in, default="count=2", help="of kinds of questions (count=2)")
     options = parser.parse_args()
+    check_free(options.out)
     rank, ranks = start_process()
     plan = Plan.from_file(options.plan)
     model: Any = LlavaForConditionalGeneration.from_pretrained(
@@ -110,7 +128,7 @@ def main() -> None:
     parts = [make.vision, model.model.language_model, model.lm_head, looks]
     optimiser = Optimiser(nn.ModuleList(parts), options.learning_rate)
     log = Log(options.out.with_name(options.out.name + ".jsonl"), rank == 0)
-    source = batches(options.first + rank, ranks, options.batch_size, words, WEIGHTS)
+    source = batches(options.first + rank, ranks, options.batch_size, words, options.weights)
 
     def ask(images: Tensor, ids: Tensor) -> Tensor:
         rows, bias, places, _ = make(images)

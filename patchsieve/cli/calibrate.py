@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchsieve.cli.calibrate_options import add_arguments as add_arguments
-from patchsieve.cli.calibrate_options import check, check_partial, check_sites
+from patchsieve.cli.calibrate_options import check, check_partial, check_sites, trains
 from patchsieve.cli.output import Progress, print_json, require, table
 from patchsieve.errors import PatchsieveError
 from patchsieve.heads import CONFIG
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     progress, started = Progress(args.json), time.monotonic()
     progress("loading the checkpoint", 0.0)
     model, samples, held_out, encoder = _load(args)
-    if args.method == "atp" or args.train_lm:
+    if trains(args):
         history = _train(args, model, samples, partial, progress)
     else:
         history = []
@@ -264,7 +264,8 @@ def _save(
             save_heads(folder, config, head_tensors(model))
         lines = "".join(json.dumps(entry) + "\n" for entry in history)
         (folder / "log.jsonl").write_text(lines, encoding="utf-8")
-    shutil.rmtree(partial, ignore_errors=True)
+    if trains(args):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _is_main_process() -> bool:

@@ -14,8 +14,20 @@ from patchsieve.trained import LAYOUTS
 # Options that a training cannot change when it is resumed.
 _OF_A_TRAINING = (
     "checkpoint",
+    "data",
+    "image_folder",
+    "skip_missing",
     "method",
     "sites",
+    "target_tokens",
+    "lambda_atp",
+    "lambda_target",
+    "temperature",
+    "learning_rate",
+    "lm_learning_rate",
+    "batch_size",
+    "accumulate",
+    "seed",
     "normalisation",
     "causal",
     "modality",
@@ -123,6 +135,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0)
 
 
+def trains(args: argparse.Namespace) -> bool:
+    """Whether something learns."""
+    return bool(args.method == "atp" or args.train_lm)
+
+
 def check(args: argparse.Namespace) -> None:
     """Refuse options that would have no effect."""
     if args.train_lm and args.method == "quantile":
@@ -131,6 +148,26 @@ def check(args: argparse.Namespace) -> None:
             found="--method quantile",
             expected="atp or fixed",
             do="train first, then fix constants of what was trained",
+        )
+    if not 0 < args.percentile <= 100:
+        raise PatchsieveError(
+            "--percentile is a percentage", found=args.percentile, expected="above 0, up to 100"
+        )
+    if args.method != "atp" and args.normalisation == "none":
+        raise PatchsieveError(
+            "scores that are not normalised have no constant threshold",
+            found=f"--method {args.method} --normalisation none",
+            expected="minmax, rank or softmax",
+        )
+    if args.method == "fixed" and args.normalisation == "rank":
+        raise PatchsieveError(
+            "ranks tie, so that no threshold lets a fixed number through",
+            found="--method fixed --normalisation rank",
+            expected="minmax or softmax",
+        )
+    if args.resume and not trains(args):
+        raise PatchsieveError(
+            "only a training is resumed", found=f"--resume --method {args.method}"
         )
     if args.heads is not None and args.method != "atp":
         raise PatchsieveError("only atp learns heads", found=f"--method {args.method} --heads")
@@ -172,7 +209,8 @@ def check_sites(sites: list[int], layers: int) -> None:
 def check_partial(args: argparse.Namespace, partial: Path, last: Path | None) -> None:
     """Refuse to mix trainings: what is resumed must be what is asked for."""
     path = partial / "asked.json"
-    asked = {name: getattr(args, name) for name in _OF_A_TRAINING}
+    given = {name: getattr(args, name) for name in _OF_A_TRAINING}
+    asked = {name: str(v) if isinstance(v, Path) else v for name, v in given.items()}
     if not args.resume:
         if last is not None:
             raise PatchsieveError(
