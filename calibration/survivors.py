@@ -93,12 +93,12 @@ def check_target(num_visual: int, sites: Sequence[int], num_layers: int, target:
         PatchsieveError: Even a single token behind the first site averages more than the target, or
             the target is all tokens.
     """
-    first = sites[0] * num_visual / num_layers
-    if not first + 1 <= target < num_visual:
+    least = (sites[0] * num_visual + num_layers - sites[0]) / num_layers
+    if not least <= target < num_visual:
         raise PatchsieveError(
             "the sites cannot reach this target",
             found=f"{target:g} tokens",
-            expected=f"from {first + 1:.0f} to {num_visual - 1}: all layers before the first site "
+            expected=f"from {least:.1f} to {num_visual - 1}: all layers before the first site "
             "hold every token",
             do="move --sites to earlier layers, or change --target-tokens",
         )

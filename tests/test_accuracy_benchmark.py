@@ -235,10 +235,12 @@ def test_a_tower_learns_before_the_decoder_that_reads_it(
 ) -> None:
     """The decoder goes on from the tower's checkpoint, on choices of that checkpoint's bundle."""
     launched: list[list[str]] = []
+    made: list[str] = []
     exported: list[tuple[Path, Path]] = []
 
     def launch(_: Workshop, words: list[str], path: Path) -> None:
         launched.append(words)
+        made.append(str(path))
         path.mkdir()
         (path / "model.safetensors").write_bytes(bytes(path))
 
@@ -251,10 +253,12 @@ def test_a_tower_learns_before_the_decoder_that_reads_it(
     monkeypatch.setattr(Workshop, "questions", lambda *_: tmp_path / "questions.jsonl")
     demo = Path(__file__).parents[1] / "examples" / "demo_model"
     shop = Workshop(demo / "checkpoint", demo / "clip", tmp_path, Training())
-    work = shop.prepare(Row(IVTP_WHOLE, shop.budgets.ivtp(16), trains=True, towers=2))
-    tower, again, decoder = launched
+    work = shop.prepare(Row(IVTP_WHOLE, shop.budgets.ivtp(16), trains=True, trains_tower=True))
+    tower, again, chosen, decoder = launched
     assert tower[:2] == ["examples.demo_model.train_tower_plan", str(demo / "checkpoint")]
-    assert again[1] not in (tower[1], decoder[1])
+    starts = [words[1] for words in launched]
+    assert len(set(starts)) == 4 and starts[1:] == made[:3]
+    assert "--falls" not in again and chosen[chosen.index("--falls") + 1] == "plan"
     (own, base), (last, bundle) = exported
     assert decoder[:2] == ["examples.demo_model.train_pruned", str(own)]
     assert decoder[decoder.index("--bundle") + 1] == str(base)

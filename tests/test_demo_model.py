@@ -21,17 +21,18 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 import patchsieve
 from examples.demo_model import make_data, train_pruned
 from examples.demo_model.models import make_clip, make_llava, pixels
+from examples.demo_model.pruned_prefix import PrunedPrefix
 from examples.demo_model.questions import KINDS, NUMBERS, Asker, as_prompt
 from examples.demo_model.save import check_free
 from examples.demo_model.scenes import COLOURS, GRID, PATCH, SHAPES, make_scene, owner_map, render
 from examples.demo_model.shared_prefix import run_questions
 from examples.demo_model.train_language import Words, embed_prefix
 from examples.demo_model.train_pruned import Pruner, read_answers
-from examples.demo_model.train_tower_plan import PrunedPrefix, weights_in
+from examples.demo_model.train_tower_plan import weights_in
 from patchsieve.calibration.attention import install
 from patchsieve.cli import main
 from patchsieve.errors import PatchsieveError
-from patchsieve.plan import MethodPlan, Plan, SitePlan
+from patchsieve.plan import MethodPlan, Plan, PseudoCls, SitePlan
 from tests.models import make_checkpoint
 from tests.tiny_bundles import largest_error, recorded_logits
 
@@ -241,18 +242,20 @@ def test_a_decoder_trains_on_what_its_bundle_sees(bundle: Path, tmp_path: Path) 
 
 
 @torch.no_grad()
-def test_a_tower_trains_as_its_bundle_sees(bundle: Path, tmp_path: Path) -> None:
+def test_a_tower_trains_as_its_bundle_sees(tmp_path: Path) -> None:
     """Logits of each first token as in the bundle of the same plan, and the model's own weights."""
-    plan, file = Plan(encoder=MethodPlan("gtp", {"keep": 30, "group_layers": 3})), tmp_path / "plan"
+    gtp, pseudo = MethodPlan("gtp", {"keep": 30, "group_layers": 3}), PseudoCls(text="none")
+    sites = tuple(SitePlan(i, "ivtp", {"num_keep": n}) for i, n in ((3, 24), (6, 20), (9, 16)))
+    plan, file = Plan(sites, encoder=gtp, pseudo_cls=pseudo), tmp_path / "plan"
     file.write_text(json.dumps(plan.to_dict()))
-    words = ["export", "--reuse", str(bundle), "--plan", str(file), "--plan-name", "gtp"]
+    folder, bundle = MODEL / "checkpoint", tmp_path / "bundle"
+    words = ["export", str(folder), "-o", str(bundle), "--plan", str(file), "--plan-name", "ivtp"]
     assert main([*words, "--quiet"]) == 0
     pruned = patchsieve.load(bundle)
     seen = recorded_logits(pruned)
-    folder = MODEL / "checkpoint"
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     words = Words(AutoProcessor.from_pretrained(folder))
-    make = PrunedPrefix(model, plan, words, 0)
+    make = PrunedPrefix(model, plan, words, 0, is_random=False)
     scene, questions = asked()[0]
     short = [row % 2 == 0 for row in range(6)]
     ids, targets = words.batch([questions[:6]], [short])
@@ -261,8 +264,11 @@ def test_a_tower_trains_as_its_bundle_sees(bundle: Path, tmp_path: Path) -> None
     firsts = [int(torch.nonzero(row >= 0)[0]) for row in targets[0]]
     for question, is_short in zip(questions, short, strict=False):
         text = as_prompt(question, is_short)[0]
-        told = pruned.generate(render(scene), text, plan="gtp", max_new_tokens=1)
+        told = pruned.generate(render(scene), text, plan="ivtp", max_new_tokens=1)
         assert list(told.images[0].ids) == kept[0].tolist()
+        for site in told.sites:
+            alive = torch.nonzero(bias[site.layer, 0, words.image : words.image + 30] == 0)[:, 0]
+            assert alive.tolist() == list(site.places)
     found = [logits[row, first].numpy() for row, first in enumerate(firsts)]
     assert largest_error(found, seen) < 2e-3
     shifted = run_questions(model, rows, ids, None, bias)  # positions without gaps
@@ -275,7 +281,7 @@ def test_a_tower_trains_as_its_bundle_sees(bundle: Path, tmp_path: Path) -> None
 def test_as_many_tokens_fall_behind_a_trained_tower_as_the_plan_says() -> None:
     model, processor = _untrained()
     sites = tuple(SitePlan(i, "ivtp", {"num_keep": n}) for i, n in ((3, 24), (9, 16)))
-    plan = Plan(sites, encoder=MethodPlan("gtp", {"keep": 30}))
+    plan = Plan(sites, encoder=MethodPlan("gtp", {"keep": 30}), pseudo_cls=PseudoCls())
     words = Words(processor)
     images = torch.stack([pixels(make_scene("held-out", index)) for index in range(2)])
     rows, bias, _, _ = PrunedPrefix(model, plan, words, 0)(images)

@@ -33,7 +33,7 @@ from tests.models import save_checkpoint
 
 GRID, NUM_VISUAL, COUNT = (6, 6), 36, 8
 # Few steps at high rates: they move every weight, and the thresholds into the scores.
-TRAIN = ("--hidden", "8", "--batch-size", "3", "--target-tokens", "12", "--lambda-target", "1")
+TRAIN = ("--hidden", "8", "--batch-size", "3", "--target-tokens", "16", "--lambda-target", "1")
 TRAIN += ("--learning-rate", "0.005", "--lm-learning-rate", "1e-3", "--percentile", "80")
 
 
@@ -242,8 +242,8 @@ def run(
 
     more = ("--sites", "1,2", "--steps", "12")
     if request.param == "original":
-        more = ("--sites", "2", "--steps", "12", "--bf16", "--gradient-checkpointing")
-        more += ("--positions", "original")
+        more = ("--sites", "2", "--target-tokens", "28", "--steps", "12", "--bf16")
+        more += ("--gradient-checkpointing", "--positions", "original")
     start = checkpoint
     if request.param == "hard":  # positions on a grid again, which the second training is not told
         start, soft = folder / "soft", ("--sites", "1,2", "--steps", "6")
@@ -426,7 +426,7 @@ def test_options_without_effect_are_refused(
     checkpoint: Path, data: Path, tmp_path: Path, capsys, options: tuple[str, ...], says: str
 ) -> None:
     argv = ["calibrate", str(checkpoint), "--data", str(data), "-o", str(tmp_path / "out")]
-    argv += ["--sites", "1", "--target-tokens", "12", "--json"]
+    argv += ["--sites", "1", "--target-tokens", "16", "--json"]
     assert main([*argv, *options]) == 2
     assert says in json.loads(capsys.readouterr().out)["error"]
 

@@ -8,8 +8,8 @@
 Heads, bundles and answers are made by patchsieve's own export, calibrate and evaluation, on the CPU
 backend, and kept in --work: an interrupted run goes on, another table asks only what is new. Rows
 whose decoder is trained take some 20 minutes of two cores each, the first time, that with the tower
-80. Each table is printed as Markdown and written to benchmarks/results/accuracy-TABLE.json and .md,
-figures of two of them to docs/.
+120. Each table is printed as Markdown and written to benchmarks/results/accuracy-TABLE.json and
+.md, figures of two of them to docs/.
 """
 
 from __future__ import annotations
@@ -62,13 +62,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     how = Training()
     add("--steps", type=int, default=how.steps, help=f"of learning ATP's heads ({how.steps})")
     add("--lm-steps", type=int, default=how.lm_steps, help=f"of decoders ({how.lm_steps})")
-    add("--tower-steps", type=int, default=how.tower_steps, help=f"of towers ({how.tower_steps})")
-    add(
-        "--tower-more-steps",
-        type=int,
-        default=how.tower_more_steps,
-        help=f"of towers, the second time ({how.tower_more_steps})",
-    )
+    steps = how.tower_steps
+    add("--tower-steps", type=int, nargs=len(steps), default=steps, help=f"of towers ({steps})")
     add(
         "--finish-steps",
         type=int,
@@ -135,8 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     how = Training(
         steps=args.steps,
         lm_steps=args.lm_steps,
-        tower_steps=args.tower_steps,
-        tower_more_steps=args.tower_more_steps,
+        tower_steps=tuple(args.tower_steps),
         finish_steps=args.finish_steps,
         rate=args.learning_rate,
         weight=args.lambda_atp,

@@ -50,8 +50,8 @@ class Row:
         plan: What prunes; sites of `atp` without thresholds take those of `heads`.
         heads: Thresholds to make first.
         trains: The decoder is trained with the plan first, and its checkpoint asked.
-        towers: How many times (0, 1 or 2) tower, projector and decoder are trained together before,
-            behind the plan's first stage.
+        trains_tower: Tower, projector and decoder are trained together before, behind the plan's
+            first stage.
         finishes: How many times it is trained further then, with hard masks.
         is_blind: Every question is asked about one grey picture.
         not_run: Why the row has no numbers, if it has none.
@@ -61,7 +61,7 @@ class Row:
     plan: Plan = field(default_factory=Plan)
     heads: Heads | None = None
     trains: bool = False
-    towers: int = 0
+    trains_tower: bool = False
     finishes: int = 0
     is_blind: bool = False
     not_run: str = ""

@@ -64,7 +64,7 @@ def main_table(to: Budgets) -> Table:
         if target == to.near:
             more = (finished(rows[-1], FINISHED), finished(rows[-1], TWICE, times=2))
         else:
-            more = (replace(rows[-1], label=IVTP_WHOLE, towers=2),)
+            more = (replace(rows[-1], label=IVTP_WHOLE, trains_tower=True),)
         rows, champion = (*rows, *more), more[-1].label
         parts.append(Part(title, rows, (champion, LEARNED, "IVTP")))
     return Table("main", "Every method at the same average number of visual tokens", tuple(parts))

@@ -29,7 +29,8 @@ from patchsieve.plan import NO_PRUNING, Plan
 _GREY = (122, 116, 104)  # CLIP's mean: what normalises to zero
 _FRESH = 1_000_000  # scenes of a tower's training begin here, behind all that others took
 # Of kinds of questions, the second time: relations have stopped to learn, and are noise.
-_LATE_WEIGHTS = "count=2,shape=2,texture=2,relation=0.3"
+_LATE = ("--weights", "count=2,shape=2,texture=2,relation=0.3")
+_ROUNDS = ((1.0, ()), (0.5, _LATE), (1.0, (*_LATE, "--falls", "plan")))  # rate's factor, options
 PROCESSES = min(2, os.cpu_count() or 1)  # that train a decoder together; more see other batches
 _LIMITS = ("--max-text-tokens", "48", "--max-new-tokens", "16")
 
@@ -54,10 +55,10 @@ class Training:
         lm_steps: Optimiser steps of a decoder and its heads.
         lm_batch: Questions of such a step, all processes together.
         lm_rate: Of a decoder; the paper's 2e-5 is for one of 7 billion weights.
-        tower_steps: Optimiser steps of tower, projector and decoder together.
+        tower_steps: Optimiser steps of tower, projector and decoder together, of each round; what
+            rounds do differently stands in `_ROUNDS`.
         tower_batch: Pictures of such a step, twenty questions each, all processes together.
         tower_rate: Learning rate of these steps.
-        tower_more_steps: Optimiser steps of the second time, at half the rate.
         lm_heads_rate: Of the heads that learn with it.
         finish_steps: Optimiser steps of a decoder with hard masks, behind those; a second time
             at half the rate.
@@ -73,10 +74,9 @@ class Training:
     lm_steps: int = 1500
     lm_batch: int = 32
     lm_rate: float = 3e-4
-    tower_steps: int = 2200
+    tower_steps: tuple[int, ...] = (2200, 1200, 2200)
     tower_batch: int = 16
     tower_rate: float = 1e-3
-    tower_more_steps: int = 1200
     lm_heads_rate: float = 5e-4
     finish_steps: int = 1200
     finish_batch: int = 64
@@ -188,10 +188,8 @@ class Workshop:
         name = row.heads.name if row.heads else digest(json.dumps(row.plan.to_dict()))
         if row.heads and row.heads.method == "atp":
             name += f"_{how.weight:g}-{how.pull:g}"
-        if row.towers:
-            name += f"_{how.tower_steps}x{how.tower_batch}-{how.tower_rate:g}"
-        if row.towers > 1:
-            name += f"_{how.tower_more_steps}"
+        if row.trains_tower:
+            name = self._tower_name(row.plan, len(how.tower_steps))
         name += f"_{how.lm_steps}x{how.lm_batch}-{how.lm_rate:g}"
         if row.finishes:
             name += f"_hard_{how.finish_steps}x{how.finish_batch}-{how.lm_rate:g}"
@@ -216,7 +214,7 @@ class Workshop:
         """The command that trains a decoder."""
         how = self.training
         data = self.questions("calibration", how.lm_steps * how.lm_batch)
-        start = self._tower(row.plan, row.towers) if row.towers else self.checkpoint
+        start = self._tower(row.plan, len(how.tower_steps) if row.trains_tower else 0)
         own = [str(start), "--data", str(data), "--steps", str(how.lm_steps)]
         own += ["--batch-size", str(how.lm_batch // PROCESSES)]
         own += ["--lm-learning-rate", str(how.lm_rate)]
@@ -224,31 +222,33 @@ class Workshop:
             words = [*self._calibrating(row.heads, how.lm_heads_rate), *own]
             is_told = "--positions" in row.heads.options
             return words if is_told else [*words, "--positions", "original"]
-        base = self._own(start, row) if row.towers else self.prepare(replace(row, trains=False))
+        untrained = replace(row, trains=False)
+        base = self._own(start, row) if row.trains_tower else self.prepare(untrained)
         plan = ["--bundle", str(base.bundle), "--plan", base.plan]
         return ["examples.demo_model.train_pruned", *own, *plan]
 
-    def _tower(self, plan: Plan, times: int) -> Path:
+    def _tower(self, plan: Plan, rounds: int) -> Path:
         """A checkpoint whose tower learned with the rest, behind a plan's first stage."""
-        how = self.training
-        name = f"{digest(json.dumps(plan.to_dict()))}_tower"
-        name += f"_{how.tower_steps}x{how.tower_batch}-{how.tower_rate:g}"
-        name += f"_{how.tower_more_steps}" if times > 1 else ""
-        path = self.folder / "trained" / name
+        if rounds == 0:
+            return self.checkpoint
+        how, (factor, options) = self.training, _ROUNDS[rounds - 1]
+        path = self.folder / "trained" / self._tower_name(plan, rounds)
         if not path.exists():
-            start = self._tower(plan, times - 1) if times > 1 else self.checkpoint
+            start = self._tower(plan, rounds - 1)
             path.parent.mkdir(parents=True, exist_ok=True)
-            words = ["examples.demo_model.train_tower_plan", str(start)]
-            words += [*self._plan_words(plan, name)[:2], "--first", str(times * _FRESH)]
+            words = [str(start), *self._plan_words(plan, path.name)[:2]]
+            words += ["--first", str(rounds * _FRESH)]
             words += ["--batch-size", str(how.tower_batch // PROCESSES)]
-            if times > 1:
-                words += ["--steps", str(how.tower_more_steps)]
-                words += ["--weights", _LATE_WEIGHTS]
-                words += ["--learning-rate", str(how.tower_rate / 2)]
-            else:
-                words += ["--steps", str(how.tower_steps), "--learning-rate", str(how.tower_rate)]
-            self._launch(words, path)
+            words += ["--steps", str(how.tower_steps[rounds - 1])]
+            words += ["--learning-rate", str(how.tower_rate * factor), *options]
+            self._launch(["examples.demo_model.train_tower_plan", *words], path)
         return path
+
+    def _tower_name(self, plan: Plan, rounds: int) -> str:
+        how = self.training
+        steps = "-".join(map(str, how.tower_steps[:rounds]))
+        name = digest(json.dumps(plan.to_dict()))
+        return f"{name}_tower_{steps}x{how.tower_batch}-{how.tower_rate:g}"
 
     def _finishing(self, row: Row) -> list[str]:
         """The command that trains it further with hard masks."""

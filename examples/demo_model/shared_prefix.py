@@ -110,6 +110,33 @@ def run_layer(
     return hidden + (silu(gate) * up) @ down.T
 
 
+def run_rows(
+    hidden: Tensor, weights: tuple[Tensor, ...], cos: Tensor, sin: Tensor, sees: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One decoder layer over rows alone, and what it attends by.
+
+    Args:
+        hidden: [B, L, C].
+        weights: As `layer_weights` gives them.
+        cos: Cosines of the rows' positions, [B, L, D].
+        sin: Their sines.
+        sees: Which row (axis 1) a row (axis 0) sees, bool [L, L].
+
+    Returns:
+        The rows behind it; rotated queries, rotated keys and values, [B, H, L, D] each.
+    """
+    before, qkv, out, after, gate_up, down = weights
+    dim = cos.shape[-1]
+    heads = (_norm(hidden, before) @ qkv.T).unflatten(-1, (3, -1, dim)).unbind(2)
+    query, key, value = (part.transpose(1, 2) for part in heads)
+    query, key = (_rotate(part, cos[:, None], sin[:, None]) for part in (query, key))
+    scores = (query * dim**-0.5 @ key.transpose(2, 3)).masked_fill(~sees, -1e4)
+    seen = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+    hidden = hidden + seen @ out.T
+    gate, up = (_norm(hidden, after) @ gate_up.T).chunk(2, -1)
+    return hidden + (silu(gate) * up) @ down.T, query, key, value
+
+
 def _norm(hidden: Tensor, weight: Tensor) -> Tensor:
     full = hidden.float()
     full = full * torch.rsqrt(full.pow(2).mean(-1, keepdim=True) + 1e-5)

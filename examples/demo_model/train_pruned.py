@@ -72,7 +72,7 @@ class Pruner:
         self.questions = questions_of(self.records, "<image>")
         self.model = Model(bundle, threads=1, check="size")
         self.model.pipeline.spare_images = 1  # an answer and its sample take the same features
-        rules = self.encode.trained.position_rule, self.model.manifest.plans[plan].position_rule
+        rules = self.encode.trained.position_rule, self.model.facts.plans[plan].position_rule
         if set(rules) - {"original", None}:
             raise PatchsieveError(
                 "training follows original positions alone", found=" and ".join(map(str, rules))
