@@ -6,9 +6,10 @@ import json
 import re
 import subprocess
 import sys
-from argparse import ArgumentTypeError
+from argparse import ArgumentTypeError, Namespace
 from collections import Counter, defaultdict
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import patchsieve
@@ -29,6 +31,7 @@ from examples.demo_model.shared_prefix import run_questions
 from examples.demo_model.train_language import Words, embed_prefix
 from examples.demo_model.train_pruned import Pruner, read_answers
 from examples.demo_model.train_tower_plan import weights_in
+from examples.demo_model.training import Optimiser, State
 from patchsieve.calibration.attention import install
 from patchsieve.cli import main
 from patchsieve.errors import PatchsieveError
@@ -309,6 +312,43 @@ def test_trainings_refuse_what_they_cannot_follow(tmp_path: Path) -> None:
     few: Any = SimpleNamespace(questions=[None] * 20)
     with pytest.raises(PatchsieveError, match="too few questions .* found: 10"):
         next(train_pruned.batches(few, 0, 2, 16))
+
+
+def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
+    options = Namespace(out=tmp_path / "trained", steps=500, falls="plan")
+
+    def train(until: int, options: Namespace) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4)])})
+        optimiser = Optimiser(model, 1e-2)
+        state = State(options, 0, 1, model, optimiser)
+        rows = torch.randn(500, 4)
+        for step in range(state.restore(), until):
+            model["layers"][0](rows[step]).pow(2).sum().backward()
+            optimiser.step(step / 500)
+            state.keep(step + 1)
+        return model["layers"][0].weight.detach()
+
+    train(300, options)  # and then it is gone
+    other = Namespace(**vars(options) | {"falls": "random"})
+    with pytest.raises(SystemExit, match=r"trained.state is of another training .* 'plan'"):
+        train(500, other)
+    resumed = train(500, options)
+    assert [path.name for path in tmp_path.iterdir()] == ["trained.state"]
+    (tmp_path / "trained.state").unlink()
+    assert torch.equal(train(500, options), resumed)
+
+    numbers: Any = Counting(questions=[None] * 20)
+    whole = list(islice(train_pruned.batches(numbers, 0, 1, 8), 6))
+    rest = list(islice(train_pruned.batches(numbers, 0, 1, 8, done=3), 3))
+    assert rest == whole[3:]
+
+
+class Counting(SimpleNamespace):
+    """Stands for a pruner; its samples are their numbers."""
+
+    def __getitem__(self, index: int) -> int:
+        return index
 
 
 def test_the_committed_files_are_small() -> None:

@@ -30,7 +30,7 @@ _GREY = (122, 116, 104)  # CLIP's mean: what normalises to zero
 _FRESH = 1_000_000  # scenes of a tower's training begin here, behind all that others took
 # Of kinds of questions, the second time: relations have stopped to learn, and are noise.
 _LATE = ("--weights", "count=2,shape=2,texture=2,relation=0.3")
-_ROUNDS = ((1.0, ()), (0.5, _LATE), (1.0, (*_LATE, "--falls", "plan")))  # rate's factor, options
+_ROUNDS = ((1.0, ()), (0.5, _LATE), (0.5, (*_LATE, "--falls", "plan")))  # rate's factor, options
 PROCESSES = min(2, os.cpu_count() or 1)  # that train a decoder together; more see other batches
 _LIMITS = ("--max-text-tokens", "48", "--max-new-tokens", "16")
 
@@ -74,7 +74,7 @@ class Training:
     lm_steps: int = 1500
     lm_batch: int = 32
     lm_rate: float = 3e-4
-    tower_steps: tuple[int, ...] = (2200, 1200, 2200)
+    tower_steps: tuple[int, ...] = (2200, 1200, 1200)
     tower_batch: int = 16
     tower_rate: float = 1e-3
     lm_heads_rate: float = 5e-4

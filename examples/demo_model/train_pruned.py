@@ -6,7 +6,7 @@
 Which tokens survive, and what the tower makes of them, is what the bundle of the untrained model
 says, question by question; tower and projector stand still. The choices of the trained model's own
 bundle differ a little, for its attention moved. Plans that merge tokens in the decoder cannot be
-followed.
+followed. The same command goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from patchsieve.evaluation.questions import questions_of
 from patchsieve.runtime.model import Model
 
 from .save import check_free, save_like
-from .training import Log, Optimiser, start_process
+from .training import Log, Optimiser, State, start_process
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,10 @@ def read_answers(model: Any, samples: Sequence[Pruned]) -> tuple[Tensor, Tensor]
     return model.lm_head(hidden[:, :-1][is_told]).float(), labels[:, 1:][is_told]
 
 
-def batches(pruner: Pruner, rank: int, ranks: int, size: int) -> Iterator[list[Pruned]]:
-    """Endless batches; every process takes records of its own."""
+def batches(
+    pruner: Pruner, rank: int, ranks: int, size: int, done: int = 0
+) -> Iterator[list[Pruned]]:
+    """Endless batches behind the first `done`; every process takes records of its own."""
     order, rest = np.random.default_rng(rank), np.arange(rank, len(pruner.questions), ranks)
     if len(rest) < size:
         raise PatchsieveError(
@@ -159,7 +161,8 @@ def batches(pruner: Pruner, rank: int, ranks: int, size: int) -> Iterator[list[P
     while True:
         drawn = order.permutation(rest)
         for start in range(0, len(drawn) - size + 1, size):
-            yield [pruner[int(index)] for index in drawn[start : start + size]]
+            if (done := done - 1) < 0:
+                yield [pruner[int(index)] for index in drawn[start : start + size]]
 
 
 def main() -> None:
@@ -184,17 +187,21 @@ def main() -> None:
     trained = nn.ModuleList([model.model.language_model, model.lm_head]).requires_grad_(True)
     install(model.model.language_model)
     optimiser = Optimiser(trained, options.lm_learning_rate)
-    source = batches(pruner, rank, ranks, options.batch_size)
+    state = State(options, rank, ranks, trained, optimiser)
+    first = state.restore()
+    source = batches(pruner, rank, ranks, options.batch_size, first)
     log = Log(options.out.with_name(options.out.name + ".jsonl"), rank == 0)
-    for step in range(options.steps):
+    for step in range(first, options.steps):
         with torch.autocast("cpu", torch.bfloat16):
             loss = cross_entropy(*read_answers(model, next(source)))
         loss.backward()
         optimiser.step(step / options.steps)
         if step % 20 == 0:
             log.write(step=step, loss=loss.item())
+        state.keep(step + 1)
     if rank == 0:
         save_like(options.checkpoint, model, options.out)
+        state.end()
 
 
 if __name__ == "__main__":

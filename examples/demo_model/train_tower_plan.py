@@ -6,7 +6,8 @@
 The tower is the module that export traces, so that its choices are those of a bundle; they have no
 gradient, what the kept rows hold has. In the decoder tokens fall as --falls says: at random, or as
 IVTP chooses them by the picture's own CLS. Either way all questions about a picture share what is
-left (`train_pruned` goes on with the choices for each question). No scene is seen twice.
+left (`train_pruned` goes on with the choices for each question). No scene is seen twice. The same
+command goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .questions import KINDS
 from .save import check_free, save_like
 from .shared_prefix import run_layer, run_questions
 from .train_language import Looks, Words, accuracy, answer_loss, batches
-from .training import Log, Optimiser, start_process
+from .training import Log, Optimiser, State, start_process
 
 
 def weights_in(words: str) -> dict[str, float]:
@@ -67,16 +68,19 @@ def main() -> None:
     is_random, looks = options.falls == "random", Looks()
     make = PrunedPrefix(model, plan, words, options.first + rank, is_random=is_random)
     layer = torch.compile(run_layer)
-    parts = [make.vision, model.model.language_model, model.lm_head, looks]
-    optimiser = Optimiser(nn.ModuleList(parts), options.learning_rate)
+    parts = nn.ModuleList([make.vision, model.model.language_model, model.lm_head, looks])
+    optimiser = Optimiser(parts, options.learning_rate)
+    state = State(options, rank, ranks, parts, optimiser)
+    done = state.restore()
     log = Log(options.out.with_name(options.out.name + ".jsonl"), rank == 0)
-    source = batches(options.first + rank, ranks, options.batch_size, words, options.weights)
+    scene = options.first + rank + done * ranks * options.batch_size
+    source = batches(scene, ranks, options.batch_size, words, options.weights)
 
     def ask(images: Tensor, ids: Tensor) -> Tensor:
         rows, bias, places, _ = make(images)
         return run_questions(model, rows, ids, layer, bias, places)
 
-    for step in range(options.steps):
+    for step in range(done, options.steps):
         images, ids, targets, weights, classes = next(source)
         with torch.autocast("cpu", torch.bfloat16):
             rows, bias, places, patches = make(images)
@@ -90,8 +94,10 @@ def main() -> None:
             log.write(step=step, loss=loss.item())
         if rank == 0 and (step % 250 == 249 or step == options.steps - 1):
             log.write(step=step, validation=accuracy(model, words, 64, ask, "validation"))
+        state.keep(step + 1)
     if rank == 0:
         save_like(options.checkpoint, model, options.out)
+        state.end()
 
 
 if __name__ == "__main__":

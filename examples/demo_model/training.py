@@ -6,13 +6,14 @@ import json
 import math
 import os
 import time
+from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 WARMUP = 0.06  # share of the training
 
@@ -64,6 +65,62 @@ class Optimiser:
             part.step()
             part.zero_grad()
 
+    def state_dict(self) -> list[Any]:
+        """What the next steps depend on."""
+        return [part.state_dict() for part in self._parts]
+
+    def load_state_dict(self, state: list[Any]) -> None:
+        """Go on from it."""
+        for part, own in zip(self._parts, state, strict=True):
+            part.load_state_dict(own)
+
+
+class State:
+    """What an interrupted training goes on from: a file beside the checkpoint that it makes.
+
+    Args:
+        options: The command line; `out` is the checkpoint.
+        rank: This process; the first one writes.
+        ranks: Processes.
+        model: What learns.
+        optimiser: Its optimiser.
+    """
+
+    _EVERY = 250  # steps
+
+    def __init__(
+        self, options: Namespace, rank: int, ranks: int, model: nn.Module, optimiser: Optimiser
+    ) -> None:
+        self._path = options.out.with_name(options.out.name + ".state")
+        told = {name: str(value) for name, value in vars(options).items() if name != "out"}
+        self._options, self._is_writer = told | {"processes": str(ranks)}, rank == 0
+        self._model, self._optimiser = model, optimiser
+
+    def restore(self) -> int:
+        """Go on from the file, where there is one: steps done."""
+        if not self._path.exists():
+            return 0
+        kept = torch.load(self._path)
+        if kept["options"] != self._options:
+            raise SystemExit(
+                f"{self._path} is of another training | found: {kept['options']} | expected: "
+                f"{self._options} | what to do: remove it, or give its options"
+            )
+        self._model.load_state_dict(kept["model"])
+        self._optimiser.load_state_dict(kept["optimiser"])
+        return int(kept["done"])
+
+    def keep(self, done: int) -> None:
+        """Write the file now and then, behind `done` steps."""
+        if self._is_writer and done % self._EVERY == 0:
+            model, optimiser = self._model.state_dict(), self._optimiser.state_dict()
+            facts = {"done": done, "options": self._options}
+            save(self._path, facts | {"model": model, "optimiser": optimiser})
+
+    def end(self) -> None:
+        """Remove it: the checkpoint is written."""
+        self._path.unlink(missing_ok=True)
+
 
 class Log:
     """A JSON line now and then, to a file and to the terminal."""
@@ -85,8 +142,8 @@ class Log:
             file.write(line + "\n")
 
 
-def save(path: Path, tensors: dict[str, Tensor]) -> None:
+def save(path: Path, state: dict[str, Any]) -> None:
     """Write a state, by a temporary name first."""
-    temporary = path.with_suffix(".part")
-    torch.save(tensors, temporary)
+    temporary = path.with_name(path.name + ".part")
+    torch.save(state, temporary)
     temporary.replace(path)
