@@ -20,7 +20,7 @@ from benchmarks.accuracy.figures import draw_curves, draw_kinds
 from benchmarks.accuracy.marks import Marks, verdict
 from benchmarks.accuracy.plans import Budgets, Row
 from benchmarks.accuracy.report import to_dict, to_text
-from benchmarks.accuracy.tables import IVTP_WHOLE, LEARNED, TABLES, TRAINED, Table
+from benchmarks.accuracy.tables import IVTP_TWICE, LEARNED, TABLES, TRAINED, Table
 from benchmarks.accuracy.workshop import Training, Workshop, _resuming
 from patchsieve.evaluation.metrics import Interval
 from patchsieve.export.recipes import Size
@@ -253,17 +253,18 @@ def test_a_tower_learns_before_the_decoder_that_reads_it(
     monkeypatch.setattr(Workshop, "questions", lambda *_: tmp_path / "questions.jsonl")
     demo = Path(__file__).parents[1] / "examples" / "demo_model"
     shop = Workshop(demo / "checkpoint", demo / "clip", tmp_path, Training())
-    work = shop.prepare(Row(IVTP_WHOLE, shop.budgets.ivtp(16), trains=True, trains_tower=True))
-    tower, again, chosen, decoder = launched
+    row = Row(IVTP_TWICE, shop.budgets.ivtp(16), trains=True, trains_tower=True, finishes=1)
+    work = shop.prepare(row)
+    tower, again, chosen, decoder, longer = launched
     assert tower[:2] == ["examples.demo_model.train_tower_plan", str(demo / "checkpoint")]
     starts = [words[1] for words in launched]
-    assert len(set(starts)) == 4 and starts[1:] == made[:3]
+    assert len(set(starts)) == 5 and starts[1:] == made[:4]
     assert "--falls" not in again and chosen[chosen.index("--falls") + 1] == "plan"
-    (own, base), (last, bundle) = exported
-    assert decoder[:2] == ["examples.demo_model.train_pruned", str(own)]
-    assert decoder[decoder.index("--bundle") + 1] == str(base)
-    assert own != last and base != bundle == work.bundle
-    assert shop.trained_path(work.row) == last
+    for words, (own, base) in zip((decoder, longer), exported[:2], strict=True):
+        assert words[:2] == ["examples.demo_model.train_pruned", str(own)]
+        assert words[words.index("--bundle") + 1] == str(base)
+    assert len({path for pair in exported for path in pair}) == 6
+    assert exported[-1] == (shop.trained_path(work.row), work.bundle)
 
 
 def test_an_interrupted_calibration_goes_on(tmp_path: Path) -> None:

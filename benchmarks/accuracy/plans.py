@@ -52,7 +52,8 @@ class Row:
         trains: The decoder is trained with the plan first, and its checkpoint asked.
         trains_tower: Tower, projector and decoder are trained together before, behind the plan's
             first stage.
-        finishes: How many times it is trained further then, with hard masks.
+        finishes: How many times it is trained further then: with hard masks, or without `heads`
+            on what the plan leaves in a bundle of the training before.
         is_blind: Every question is asked about one grey picture.
         not_run: Why the row has no numbers, if it has none.
     """

@@ -191,7 +191,9 @@ class Workshop:
         if row.trains_tower:
             name = self._tower_name(row.plan, len(how.tower_steps))
         name += f"_{how.lm_steps}x{how.lm_batch}-{how.lm_rate:g}"
-        if row.finishes:
+        if row.finishes and row.heads is None:
+            name += f"_again_{how.finish_steps}x{how.lm_batch}"
+        elif row.finishes:
             name += f"_hard_{how.finish_steps}x{how.finish_batch}-{how.lm_rate:g}"
         if row.finishes > 1:
             name += f"_{row.finishes}"
@@ -214,18 +216,25 @@ class Workshop:
         """The command that trains a decoder."""
         how = self.training
         data = self.questions("calibration", how.lm_steps * how.lm_batch)
-        start = self._tower(row.plan, len(how.tower_steps) if row.trains_tower else 0)
-        own = [str(start), "--data", str(data), "--steps", str(how.lm_steps)]
-        own += ["--batch-size", str(how.lm_batch // PROCESSES)]
-        own += ["--lm-learning-rate", str(how.lm_rate)]
-        if row.heads is not None:
-            words = [*self._calibrating(row.heads, how.lm_heads_rate), *own]
-            is_told = "--positions" in row.heads.options
-            return words if is_told else [*words, "--positions", "original"]
-        untrained = replace(row, trains=False)
-        base = self._own(start, row) if row.trains_tower else self.prepare(untrained)
-        plan = ["--bundle", str(base.bundle), "--plan", base.plan]
-        return ["examples.demo_model.train_pruned", *own, *plan]
+        if row.heads is None:
+            start = self._tower(row.plan, len(how.tower_steps) if row.trains_tower else 0)
+            untrained = replace(row, trains=False)
+            base = self._own(start, row) if row.trains_tower else self.prepare(untrained)
+            return self._pruning(start, base, data, how.lm_steps, 1.0)
+        words = self._calibrating(row.heads, how.lm_heads_rate)
+        words += [str(self.checkpoint), "--data", str(data), "--steps", str(how.lm_steps)]
+        words += ["--batch-size", str(how.lm_batch // PROCESSES)]
+        words += ["--lm-learning-rate", str(how.lm_rate)]
+        is_told = "--positions" in row.heads.options
+        return words if is_told else [*words, "--positions", "original"]
+
+    def _pruning(self, start: Path, base: Work, data: Path, steps: int, factor: float) -> list[str]:
+        """The command that trains a decoder on what the plan of a bundle leaves."""
+        how = self.training
+        words = ["examples.demo_model.train_pruned", str(start), "--data", str(data)]
+        words += ["--steps", str(steps), "--batch-size", str(how.lm_batch // PROCESSES)]
+        words += ["--lm-learning-rate", str(how.lm_rate * factor)]
+        return [*words, "--bundle", str(base.bundle), "--plan", base.plan]
 
     def _tower(self, plan: Plan, rounds: int) -> Path:
         """A checkpoint whose tower learned with the rest, behind a plan's first stage."""
@@ -251,10 +260,11 @@ class Workshop:
         return f"{name}_tower_{steps}x{how.tower_batch}-{how.tower_rate:g}"
 
     def _finishing(self, row: Row) -> list[str]:
-        """The command that trains it further with hard masks."""
+        """The command that trains it further: with hard masks, or on the plan's choices anew."""
         how, start = self.training, self.trained(replace(row, finishes=row.finishes - 1))
-        assert row.heads is not None
         data = self.questions("calibration", row.finishes * how.finish_steps * how.finish_batch)
+        if row.heads is None:
+            return self._pruning(start, self._own(start, row), data, how.finish_steps, 0.5)
         words = self._calibrating(row.heads, how.finish_heads_rate)
         words += [str(start), "--hard", "--data", str(data), "--steps", str(how.finish_steps)]
         words += ["--batch-size", str(how.lm_batch // PROCESSES)]
