@@ -28,7 +28,7 @@ from patchsieve.plan import NO_PRUNING, Plan
 
 _GREY = (122, 116, 104)  # CLIP's mean: what normalises to zero
 _FRESH = 1_000_000  # scenes of a tower's training begin here, behind all that others took
-# Of kinds of questions, the second time: relations have stopped to learn, and are noise.
+# Of kinds of questions, from the second round on: relations have stopped to learn, and are noise.
 _LATE = ("--weights", "count=2,shape=2,texture=2,relation=0.3")
 _ROUNDS = ((1.0, ()), (0.5, _LATE), (0.5, (*_LATE, "--falls", "plan")))  # rate's factor, options
 PROCESSES = min(2, os.cpu_count() or 1)  # that train a decoder together; more see other batches
