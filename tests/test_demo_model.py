@@ -291,6 +291,9 @@ def test_as_many_tokens_fall_behind_a_trained_tower_as_the_plan_says() -> None:
     assert left.tolist() == [[30, 30]] * 3 + [[24, 24]] * 6 + [[16, 16]] * 3
     assert (bias[9] <= bias[3]).all()
     assert (bias[3, 0] != bias[3, 1]).any()
+    few = Plan(sites[:1], encoder=MethodPlan("gtp", {"keep": 20}), pseudo_cls=PseudoCls())
+    _, bias, _, _ = PrunedPrefix(model, few, words, 0, is_random=False)(images)
+    assert (bias == 0).all()  # a site that wants more than there are
 
 
 def test_trainings_refuse_what_they_cannot_follow(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ class PrunedPrefix:
         for layer, block in enumerate(self._language.layers):
             if layer in self._methods:
                 keep = self._decide(layer, below, alive.shape[1])
-                left = ascending(keep, self._counts[layer])  # [B, n]
+                left = ascending(keep, min(self._counts[layer], alive.shape[1]))  # [B, n]
                 text = torch.arange(first + alive.shape[1], hidden.shape[1])
                 text = text.expand(len(rows), -1)
                 alive = alive.gather(1, left)
