@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from patchsieve.pruning.atp import ATP, hard_keep
+from patchsieve.pruning.atp import ATP, Scores
 from patchsieve.pruning.select import apply_budget
 from patchsieve.pruning.site import Site
 
@@ -154,15 +154,14 @@ class PruningPass:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Log mask [N], survivors [N], thresholds [2] and S_red [N alive] of one image."""
         method, seen, alive = self.methods[site], *self._site(site, number, query, key)
-        scores: tuple[Tensor, ...] = method.score(seen)
+        scores = method.score(seen)
         if self.hard:
-            scores = tuple(part.detach() for part in scores)
-        s_self, s_cross, s_red, s_spatial = scores
-        theta_r, theta_s = method.thresholds(s_self, s_cross, seen.patch_ids, seen.grid)  # [1, 1]
+            scores = Scores(*(part.detach() for part in scores))
+        maps = (scores.s_self, scores.s_cross, seen.patch_ids, seen.grid)
+        theta_r, theta_s = method.thresholds(*maps)  # [1, 1]
+        keep, margin = method.judge(scores, theta_r, theta_s)  # [1, N alive]
         # log max(sigmoid(a), sigmoid(b)), in a form whose gradient does not die.
-        margin = torch.maximum(s_red - theta_r, s_spatial - theta_s)  # [1, N alive]
         log_mask = functional.logsigmoid(margin * self.temperature)
-        keep = hard_keep(s_red, s_spatial, theta_r, theta_s)  # [1, N alive]
         if site in self.budgets:
             room = torch.tensor([self.budgets[site]], device=keep.device)
             keep, _ = apply_budget(keep, margin, room)
@@ -171,7 +170,7 @@ class PruningPass:
             torch.zeros(alive.shape, device=alive.device).index_put(where, log_mask[0]),
             torch.zeros_like(alive).index_put(where, keep[0]),
             torch.cat((theta_r[0], theta_s[0])),
-            s_red[0].detach(),
+            scores.s_red[0].detach(),
         )
 
     def _site(self, site: int, number: int, query: Tensor, key: Tensor) -> tuple[Site, Tensor]:

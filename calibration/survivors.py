@@ -86,6 +86,22 @@ def geometric_counts(
     return [max(1.0, count) for count in counts]
 
 
+def check_counts(counts: Sequence[float], num_visual: int) -> None:
+    """Refuse numbers of tokens that cannot stay, site after site.
+
+    Raises:
+        PatchsieveError: A number is larger than the one before it, or than all tokens.
+    """
+    before = [num_visual, *counts]
+    if any(not 0 < count <= most for count, most in zip(counts, before, strict=False)):
+        raise PatchsieveError(
+            "the sites cannot keep these numbers of tokens",
+            found=", ".join(f"{count:g}" for count in counts),
+            expected=f"numbers above 0 that do not rise, the first at most {num_visual}",
+            do="correct --counts",
+        )
+
+
 def check_target(num_visual: int, sites: Sequence[int], num_layers: int, target: float) -> None:
     """Refuse an average that no choice behind the sites has.
 
@@ -107,20 +123,26 @@ def check_target(num_visual: int, sites: Sequence[int], num_layers: int, target:
 def fix_thresholds(
     model: PrunedLlava,
     samples: Samples,
-    target: float,
+    wanted: Sequence[float],
     batch_size: int,
     progress: Progress,
 ) -> None:
-    """Set constant thresholds that keep a target average of tokens, site after site.
+    """Set constant thresholds that keep a mean number of tokens, site after site.
 
     Still adaptive: an image with more tokens above the quantile keeps more. Spatial sampling is
     switched off. Needs heads whose trunks are zero (`constant_heads`).
 
+    Args:
+        model: The model.
+        samples: What the scores are taken of.
+        wanted: Mean tokens that each site leaves.
+        batch_size: Samples of one pass.
+        progress: Takes what is done.
+
     Raises:
-        PatchsieveError: The target cannot be reached.
+        PatchsieveError: No sample has an image.
     """
-    sites, num_visual = list(model.methods), len(model.patch_ids)
-    wanted = geometric_counts(num_visual, sites, model.num_layers, target)
+    sites = list(model.methods)
     for done, (site, count) in enumerate(zip(sites, wanted, strict=True)):
 
         def step(part: float, done: int = done, site: int = site) -> None:

@@ -22,10 +22,26 @@ OFF = 0.9999  # a theta_s that no spatial score passes: the highest is below 1 -
 
 
 def learned_heads(
-    sites: Sequence[int], grid: tuple[int, int], hidden: int, initial: tuple[float, float]
+    sites: Sequence[int],
+    grid: tuple[int, int],
+    hidden: int,
+    initial: tuple[float, float],
+    parts: str = "both",
 ) -> dict[int, Thresholds]:
-    """New heads of each site, to be learned; `initial` are theta_r and theta_s before."""
-    return {site: Thresholds(hidden, grid, initial=initial) for site in sites}
+    """New heads of each site, to be learned.
+
+    Args:
+        sites: Decoder layers.
+        grid: Patch rows and columns.
+        hidden: Width of the modules.
+        initial: theta_r and theta_s before training.
+        parts: As ATP's: a threshold that judges nothing does not learn.
+    """
+    heads = {site: Thresholds(hidden, grid, initial=initial) for site in sites}
+    for module in heads.values():
+        module.head_r.requires_grad_(parts != "spatial")
+        module.head_s.requires_grad_(parts != "redundant")
+    return heads
 
 
 def constant_heads(grid: tuple[int, int]) -> Thresholds:
@@ -95,7 +111,8 @@ def go_on_from(folder: Path, model: PrunedLlava) -> None:
 def scores_of(model: PrunedLlava) -> dict[str, Any]:
     """How a model scores tokens, as heads record it."""
     method = next(iter(model.methods.values()))
-    return {
+    alone = {} if method.parts == "both" else {"parts": method.parts}  # as older heads have it
+    return alone | {
         "normalisation": method.normalisation,
         "modality": method.modality,
         "causal": method.causal,

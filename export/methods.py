@@ -121,6 +121,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "theta_s": _NUMBER,
     "normalisation": (str,),
     "modality": (str,),
+    "parts": (str,),
     "causal": (bool,),
     "granularities": (list, tuple),
     "spatial_lambda": _NUMBER,
@@ -282,6 +283,13 @@ def _build_atp(site: SitePlan, folder: Path) -> ATP:
             expected="heads (a directory that training made), or both theta_r and theta_s",
             do="train heads for this checkpoint and pass --heads DIR (the format is described in "
             "patchsieve/heads.py), or fix thresholds by --theta-r 0.5 --theta-s 0.9",
+        )
+    if given and "parts" in params:
+        raise PatchsieveError(
+            f"the parameter parts of atp at layer {site.layer} belongs to learned heads",
+            found=params["parts"],
+            do="remove it: constants of 2 switch a part off, theta_s for redundant pruning alone, "
+            "theta_r for spatial pruning alone",
         )
     try:
         if given:

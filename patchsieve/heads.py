@@ -35,7 +35,7 @@ class HeadsConfig:
         hidden: Width of the modules.
         activation: Of the modules: None, "relu" or "gelu".
         scores: Options of the ATP method: normalisation, causal, granularities, spatial_lambda,
-            modality.
+            modality, and parts where not both.
         budgets: Proposed tokens per image to reserve behind each site; empty if unknown.
     """
 

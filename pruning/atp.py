@@ -18,6 +18,8 @@ from patchsieve.pruning.thresholds import ConstantThresholds
 
 # Of which scores S_red is the mean.
 MODALITIES = {"both": (0, 1), "self": (0, 0), "cross": (1, 1)}
+# Which pairs of score and threshold judge a token: redundant pruning, spatial pruning.
+PARTS = {"both": (0, 1), "redundant": (0, 0), "spatial": (1, 1)}
 
 
 class Scores(NamedTuple):
@@ -56,6 +58,9 @@ class ATP:
         spatial_lambda: lambda_sample of eq. 5.
         modality: S_red is the mean of "both" scores, or "self" or "cross" alone, as in the paper's
             ablation (table 5); thresholds are predicted from both all the same.
+        parts: A token stays by "both" rules, or by the "redundant" or the "spatial" one alone, as
+            in the paper's ablation (table 4). If nothing passes, the highest score of the rule
+            that judges stays.
 
     Raises:
         PatchsieveError: An option is unknown or out of range.
@@ -70,6 +75,7 @@ class ATP:
     causal: bool = False
     spatial_lambda: float = 3.0
     modality: str = "both"
+    parts: str = "both"
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -92,6 +98,13 @@ class ATP:
                 "ATP does not know this modality",
                 found=self.modality,
                 expected=", ".join(MODALITIES),
+                do="use both, the default",
+            )
+        if self.parts not in PARTS:
+            raise PatchsieveError(
+                "ATP does not know these parts",
+                found=self.parts,
+                expected=", ".join(PARTS),
                 do="use both, the default",
             )
         object.__setattr__(self, "granularities", tuple(self.granularities))
@@ -124,12 +137,28 @@ class ATP:
         The decision's scores are the margins max(S_red - theta_r, S_spatial - theta_s): what is
         above 0 passes, and the budget cuts the lowest.
         """
-        s_self, s_cross, s_red, s_spatial = self.score(site)
-        theta_r, theta_s = self.thresholds(s_self, s_cross, site.patch_ids, site.grid)  # [B, 1]
-        keep = hard_keep(s_red, s_spatial, theta_r, theta_s)  # [B, N]
-        margin = torch.maximum(s_red - theta_r, s_spatial - theta_s)  # [B, N]
+        scores = self.score(site)
+        thetas = self.thresholds(scores.s_self, scores.s_cross, site.patch_ids, site.grid)
+        keep, margin = self.judge(scores, *thetas)  # [B, N] each
         keep, num_wanted = apply_budget(keep, margin, budget)
         return Decision(keep, margin, num_wanted)
+
+    def judge(self, scores: Scores, theta_r: Tensor, theta_s: Tensor) -> tuple[Tensor, Tensor]:
+        """Apply the thresholds, in training as in a bundle.
+
+        Args:
+            scores: Of one image at one site.
+            theta_r: Threshold of S_red, [B, 1].
+            theta_s: Threshold of S_spatial, [B, 1].
+
+        Returns:
+            What stays, bool [B, N], and how far the better of the parts is above its threshold,
+            max(S_red - theta_r, S_spatial - theta_s), [B, N].
+        """
+        rules = (scores.s_red, theta_r), (scores.s_spatial.expand_as(scores.s_red), theta_s)
+        (first, theta_1), (second, theta_2) = (rules[part] for part in PARTS[self.parts])
+        keep = hard_keep(first, second, theta_1, theta_2)
+        return keep, torch.maximum(first - theta_1, second - theta_2)
 
 
 def self_score(site: Site, causal: bool = False) -> Tensor:

@@ -40,6 +40,8 @@ CASES = {
     "atp by the self score": ATP(modality="self"),
     "atp by the cross score": ATP(learned(), normalisation="rank", modality="cross"),
     "atp learned": ATP(learned()),
+    "atp learned, redundant pruning alone": ATP(learned(), parts="redundant"),
+    "atp learned, spatial pruning alone": ATP(learned(), parts="spatial"),
     "atp learned on another grid": ATP(learned((5, 7), "relu"), causal=True),
     "ivtp": IVTP(7),
     "ivtp prefix": IVTP(7, block="prefix"),

@@ -18,10 +18,11 @@ from benchmarks.accuracy.__main__ import without_training
 from benchmarks.accuracy.asking import Task
 from benchmarks.accuracy.figures import draw_curves, draw_kinds
 from benchmarks.accuracy.marks import Marks, verdict
-from benchmarks.accuracy.plans import Budgets, Row
+from benchmarks.accuracy.plans import Budgets, Heads, Row
 from benchmarks.accuracy.report import to_dict, to_text
 from benchmarks.accuracy.tables import IVTP_TWICE, LEARNED, TABLES, TRAINED, Table
 from benchmarks.accuracy.workshop import Training, Workshop, _resuming
+from patchsieve.calibration.survivors import geometric_counts
 from patchsieve.evaluation.metrics import Interval
 from patchsieve.export.recipes import Size
 from patchsieve.runtime.model import Model
@@ -89,6 +90,32 @@ def test_counts_of_fixed_ratios_are_those_of_the_paper() -> None:
     assert PAPER.falling((4, 14, 24), 144, 1 / 2) == (136, 68, 34)
     assert PAPER.sites(144) == (4, 14, 24) and PAPER.sites(88) == (1, 13, 25)
     assert DEMO.sites(36) == (2, 5, 9) and DEMO.sites(16) == (1, 5, 9)
+
+
+def test_rivals_of_table_2_and_parts_of_table_4_are_trained_with_the_budget_of_atp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their counts are the paper's shares at our sites; what trains them says so."""
+    monkeypatch.setattr(Workshop, "questions", lambda *_, **__: tmp_path / "questions.jsonl")
+    demo = Path(__file__).parents[1] / "examples" / "demo_model"
+    shop = Workshop(demo / "checkpoint", demo / "clip", tmp_path, Training())
+    rows = {row.label: row for row in TABLES["atp-ratios"](DEMO).rows if row.trains}
+    half = rows["fixed, half kept from site to site"]
+    assert half.heads is not None and half.heads.options == ("--counts", "43,21,11")
+    assert DEMO.average((43, 21, 11), half.heads.sites) == pytest.approx(36, abs=0.1)
+    words = shop._learning(half)
+    assert words[words.index("--counts") + 1] == "43,21,11" and "--target-tokens" not in words
+    third = rows["fixed, a third kept from site to site"]
+    counts = geometric_counts(144, (1, 5, 9), 12, 36)
+    pairs = zip(counts, DEMO.falling((1, 5, 9), 36, 1 / 3), strict=True)
+    assert third.heads == Heads("fixed", (1, 5, 9), 36)
+    assert all(abs(count - paper) <= 1 for count, paper in pairs)
+    parts = {row.label: row for row in TABLES["atp-parts"](DEMO).rows if row.trains}
+    for part in ("redundant", "spatial"):
+        words = shop._learning(parts[f"{part} pruning alone, decoder trained"])
+        assert words[words.index("--parts") + 1] == part and "--train-lm" in words
+    paths = [shop.trained_path(row) for row in (*rows.values(), *parts.values())]
+    assert len(set(paths)) == len(paths) - 1  # both decoders of ATP are the same one
 
 
 def test_ivtp_ends_with_the_number_whose_average_is_nearest() -> None:

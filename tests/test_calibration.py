@@ -23,11 +23,14 @@ from patchsieve.calibration.passes import GONE
 from patchsieve.calibration.records import Records
 from patchsieve.calibration.samples import Samples, collate
 from patchsieve.calibration.survivors import budgets, geometric_counts
-from patchsieve.calibration.thresholds import FixedCount
+from patchsieve.calibration.thresholds import FixedCount, learned_heads, scores_of
+from patchsieve.calibration.train import head_tensors
 from patchsieve.cli import main
 from patchsieve.errors import PatchsieveError
 from patchsieve.export.exporter import ExportOptions, export
+from patchsieve.export.methods import build_method
 from patchsieve.export.reuse import reuse
+from patchsieve.heads import HeadsConfig, load_heads, save_heads
 from patchsieve.manifest import Limits
 from patchsieve.plan import Plan, SitePlan
 from patchsieve.pruning.atp import ATP
@@ -183,12 +186,29 @@ def loaded(bundle: Path, params: dict[str, Any], name: str) -> Model:
     return Model(bundle, threads=1, check="size")
 
 
-def test_the_hard_path_is_the_bundle(checkpoint: Path, bundle: Path, samples: Samples) -> None:
-    """Survivors of every image and site exactly; the logits behind the question to 1e-4."""
-    params = {"theta_r": 0.45, "theta_s": 0.7}
-    model = pruned(checkpoint, methods(**params))
+@pytest.mark.parametrize("parts", ("both", "redundant", "spatial"))
+def test_the_hard_path_is_the_bundle(
+    checkpoint: Path, bundle: Path, samples: Samples, tmp_path: Path, parts: str
+) -> None:
+    """Survivors of every image and site exactly; the logits behind the question to 1e-4.
+
+    Constants, or heads of one part alone, whose other threshold would let other tokens through.
+    """
+    params: dict[str, Any] = {"theta_r": 0.45, "theta_s": 0.7}
+    chosen = methods(**params)
+    if parts != "both":
+        torch.manual_seed(3)
+        heads = {site: Thresholds(8, GRID, initial=(0.4, 0.3)) for site in SITES}
+        for module in heads.values():  # thresholds that differ from image to image
+            torch.nn.init.normal_(module.head_s.weight, std=10.0)
+        chosen = {site: ATP(module, parts=parts) for site, module in heads.items()}
+    model = pruned(checkpoint, chosen)
+    if parts != "both":
+        config = HeadsConfig(SITES, GRID, 8, scores=scores_of(model))
+        save_heads(tmp_path / "heads", config, head_tensors(model))
+        params = {"heads": str(tmp_path / "heads")}
     model.is_hard = True
-    runtime = loaded(bundle, params, "constants")
+    runtime = loaded(bundle, params, f"parts-{parts}")
     seen = recorded_logits(runtime)
     sizes = set()
     for index in range(len(samples)):
@@ -196,7 +216,7 @@ def test_the_hard_path_is_the_bundle(checkpoint: Path, bundle: Path, samples: Sa
         question = record.messages[0]["content"][1]["text"]
         seen.clear()
         result = runtime.generate(
-            str(record.images[0]), question, max_new_tokens=1, plan="constants"
+            str(record.images[0]), question, max_new_tokens=1, plan=f"parts-{parts}"
         )
         with torch.no_grad():
             logits = model(**collate([sample]))["logits"][0]
@@ -206,8 +226,40 @@ def test_the_hard_path_is_the_bundle(checkpoint: Path, bundle: Path, samples: Sa
             sizes.add(len(decided.kept))
         last = int((sample.labels != -100).nonzero()[0]) - 1
         assert np.abs(logits[last].numpy() - seen[0]).max() < 1e-4
-    assert len(sizes) > 3  # counts adapt, so the equality says something
+    # Counts adapt, so the equality says something; on 6 x 6 patches grids keep 9 or 1 of them.
+    assert len(sizes) > (1 if parts == "spatial" else 3)
     runtime.close()
+
+
+@pytest.mark.parametrize(("parts", "idle"), [("redundant", "head_s"), ("spatial", "head_r")])
+def test_a_part_alone_learns_its_own_threshold(
+    checkpoint: Path, data: Path, tmp_path: Path, printed, parts: str, idle: str
+) -> None:
+    """The option reaches the stored heads, and the other threshold is not touched."""
+    out = tmp_path / "heads"
+    short = (*TRAIN, "--steps", "4", "--parts", parts, "--initial-theta-r", "0.4")
+    calibrate(checkpoint, data, out, *short)
+    config, tensors = load_heads(out)
+    assert printed() and config.scores["parts"] == parts
+    start = (0.4, 0.88 if parts == "redundant" else 0.2)
+    before = learned_heads(SITES, GRID, 8, start, parts)
+    for site, module in before.items():
+        for name in ("head_r", "head_s"):
+            same = torch.equal(tensors[f"layer.{site}.{name}.bias"], getattr(module, name).bias)
+            assert same == (name == idle), name
+
+
+@pytest.mark.parametrize(("method", "counts"), [("fixed", [14.0, 7.0]), ("quantile", [14.5, 7.25])])
+def test_counts_of_sites_can_be_given(
+    checkpoint: Path, data: Path, tmp_path: Path, printed, method: str, counts: list[float]
+) -> None:
+    out, words = tmp_path / "heads", ",".join(map(str, counts))
+    calibrate(checkpoint, data, out, "--method", method, "--counts", words)
+    report = printed()
+    assert report["target"] == pytest.approx(average_tokens(counts, SITES, LAYERS, NUM_VISUAL))
+    for site, count in zip(report["sites"], counts, strict=True):
+        assert site["mean tokens"] == pytest.approx(count, abs=0.2)
+        assert method == "quantile" or site["fewest"] == site["most"] == site["reserved"] == count
 
 
 def test_the_gradient_reaches_both_heads_and_nothing_of_the_model(
@@ -420,6 +472,8 @@ def test_training_again_and_training_resumed_give_the_same_heads(
         (("--method", "quantile", "--normalisation", "none"), "no constant threshold"),
         (("--method", "fixed", "--normalisation", "rank"), "ranks tie"),
         (("--method", "quantile", "--resume"), "only a training is resumed"),
+        (("--counts", "14,7"), "one budget"),
+        (("--method", "quantile", "--parts", "spatial"), "no spatial pruning"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused_in_one_line(
@@ -430,6 +484,31 @@ def test_what_cannot_be_calibrated_is_refused_in_one_line(
     captured = capsys.readouterr()
     assert code == 2 and says in json.loads(captured.out)["error"]
     assert "Traceback" not in captured.err and not (tmp_path / "heads").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ((), "one budget"),
+        (("--counts", "14,7"), "find the number"),
+        (("--counts", "14", "--method", "fixed"), "do not pair"),
+        (("--counts", "14,7.5", "--method", "fixed"), "whole number"),
+        (("--counts", "14,15", "--method", "fixed"), "do not rise"),
+        (("--counts", "37,3", "--method", "quantile"), "do not rise"),
+        (("--counts", "14,0", "--method", "fixed"), "above 0"),
+    ],
+)
+def test_numbers_that_cannot_be_kept_are_refused(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys, more: tuple[str, ...], says: str
+) -> None:
+    argv = ["calibrate", str(checkpoint), "--data", str(data), "-o", str(tmp_path / "heads")]
+    assert main([*argv, "--sites", "1,3", "--json", *more]) == 2
+    assert says in capsys.readouterr().out
+
+
+def test_constants_have_no_parts_to_choose() -> None:
+    with pytest.raises(PatchsieveError, match="belongs to learned heads"):
+        build_method(SitePlan(1, "atp", {"theta_r": 0.5, "theta_s": 0.5, "parts": "spatial"}))
 
 
 def test_a_missing_image_is_an_error_or_counted_as_asked(checkpoint: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from patchsieve.errors import PatchsieveError, ShapeError
-from patchsieve.pruning.atp import ATP, hard_keep, self_score
+from patchsieve.pruning.atp import ATP, Scores, hard_keep, self_score
 from patchsieve.pruning.rows import attention_rows
 from patchsieve.pruning.spatial import gather_patches, spatial_scores
 from patchsieve.pruning.thresholds import Thresholds, score_maps
@@ -193,3 +193,12 @@ def test_threshold_modules_refuse_wrong_options(options):
 def test_a_row_without_a_patch_scores_nothing_even_where_patch_0_scores():
     values = torch.tensor([0.7, 0.2])
     assert gather_patches(values, torch.tensor([-1, 0, 1])).tolist() == pytest.approx([0, 0.7, 0.2])
+
+
+def test_a_part_alone_keeps_its_own_best_where_nothing_passes() -> None:
+    red, high = torch.tensor([[0.9, 0.5, 0.1]]), torch.tensor([[2.0]])
+    scores = Scores(red, red, red, torch.tensor([0.0, 0.2, 0.2]))
+    for parts, best in (("both", 0), ("redundant", 0), ("spatial", 1)):
+        keep, margin = ATP(parts=parts).judge(scores, high, high)
+        assert keep.tolist() == [[number == best for number in range(3)]]
+        assert margin.argmax() == best

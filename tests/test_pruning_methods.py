@@ -228,6 +228,7 @@ def test_settings_are_json_and_rebuild_the_method(method):
         (lambda: ATP(thresholds=0.5), "ConstantThresholds"),
         (lambda: ATP(normalisation="zscore"), "normalisation"),
         (lambda: ATP(modality="text"), "modality"),
+        (lambda: ATP(parts="text"), "parts"),
         (lambda: ATP(granularities=(2, 3)), "granularities"),
         (lambda: ATP(granularities=()), "granularities"),
         (lambda: ATP(granularities=(1, 2)), "spatial score"),

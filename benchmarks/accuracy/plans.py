@@ -22,7 +22,7 @@ class Heads:
     """Thresholds that `patchsieve calibrate` makes.
 
     Attributes:
-        method: "atp" learns them, "quantile" fixes constants.
+        method: "atp" learns them, "quantile" fixes constants, "fixed" fixes numbers of tokens.
         sites: Decoder layers.
         target: Mean tokens over all layers.
         options: Further options of the command line.
@@ -37,7 +37,8 @@ class Heads:
     def name(self) -> str:
         """A folder's name."""
         sites = "-".join(map(str, self.sites))
-        words = [self.method, sites, str(self.target), *(o.strip("-") for o in self.options)]
+        options = (option.strip("-").replace(",", "-") for option in self.options)
+        words = [self.method, sites, str(self.target), *options]
         return "_".join(words)
 
 

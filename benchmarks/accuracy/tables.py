@@ -126,11 +126,14 @@ def atp_ratios(to: Budgets) -> Table:
         title = f"{words} fewer tokens, sites {', '.join(map(str, sites))}"
         parts.append(Part(title, tuple(rows), (LEARNED, FIXED)))
     sites = to.sites(to.far)
-    rows = [
-        Row(f"fixed, {words}", Plan(tuple(SitePlan(i, "atp") for i in places)), heads, trains=True)
-        for words, places in (("one site", sites[:1]), ("falling", sites))
-        for heads in [Heads("fixed", places, to.near)]
-    ]
+    halves = ",".join(map(str, to.falling(sites, to.near, 1 / 2)))
+    rivals = {
+        "fixed, one site": Heads("fixed", sites[:1], to.near),
+        # The same share at every site, from all tokens on, comes to a third at these sites.
+        "fixed, a third kept from site to site": Heads("fixed", sites, to.near),
+        "fixed, half kept from site to site": Heads("fixed", sites, to.near, ("--counts", halves)),
+    }
+    rows = [to.atp(label, heads, trains=True) for label, heads in rivals.items()]
     title = f"75 % fewer tokens, decoder trained with each, sites {', '.join(map(str, sites))}"
     parts.append(Part(title, (*rows, trained(to, to.near)), (TRAINED,)))
     last = [finished(row, f"{row.label}, hard at the end") for row in parts[-1].rows]
@@ -148,7 +151,12 @@ def atp_parts(to: Budgets) -> Table:
         to.atp(LEARNED, Heads("atp", sites, target)),
         to.atp("redundant pruning alone (constants)", Heads("quantile", sites, target)),
         grids("spatial pruning alone (nested grids)", sites, (0.2, 0.5, 0.9)),
+        *(to.atp(f"{words} alone, learned", heads) for words, heads in alone(sites, target)),
         replace(trained(to, target), label="both, decoder trained (table 3)"),
+        *(
+            to.atp(f"{words} alone, decoder trained", heads, trains=True)
+            for words, heads in alone(to.sites(to.far), target)
+        ),
         Row("both, decoder trained with 2-D positions (PP)", grid2d.plan, grid2d.heads, True),
     )
     scores = (
@@ -162,6 +170,13 @@ def atp_parts(to: Budgets) -> Table:
         Part("self and cross scores (table 5), constants", scores, ("self and cross",)),
     )
     return Table("atp-parts", "ATP's parts (ATP-LLaVA, tables 3 to 5)", parts, kinds=True)
+
+
+def alone(sites: tuple[int, ...], target: int) -> list[tuple[str, Heads]]:
+    """Heads that learn with one part of ATP alone."""
+    parts = ("redundant", "spatial")
+    made = [Heads("atp", sites, target, ("--parts", part)) for part in parts]
+    return [(f"{part} pruning", heads) for part, heads in zip(parts, made, strict=True)]
 
 
 def grids(label: str, sites: Sequence[int], levels: Sequence[float], **options: object) -> Row:

@@ -301,7 +301,8 @@ class Workshop:
     def _words(self, wanted: Heads, rate: float) -> list[str]:
         """What `calibrate` must be told of thresholds."""
         words = ["--method", wanted.method, "--sites", ",".join(map(str, wanted.sites))]
-        words += ["--target-tokens", str(wanted.target)]
+        if "--counts" not in wanted.options:
+            words += ["--target-tokens", str(wanted.target)]
         if wanted.method == "atp":
             words += ["--learning-rate", str(rate)]
             words += ["--lambda-atp", str(self.training.weight)]

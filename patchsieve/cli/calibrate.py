@@ -95,7 +95,7 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
     from patchsieve.calibration.model import Losses, PrunedLlava
     from patchsieve.calibration.records import Records
     from patchsieve.calibration.samples import Samples
-    from patchsieve.calibration.survivors import check_target, geometric_counts
+    from patchsieve.calibration.survivors import check_counts, check_target, geometric_counts
     from patchsieve.calibration.thresholds import (
         constant_heads,
         fixed_counts,
@@ -103,6 +103,8 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
         learned_heads,
     )
     from patchsieve.pruning.atp import ATP
+    from patchsieve.pruning.thresholds import INITIAL_THETA_S
+    from patchsieve.pruning.training import average_tokens
 
     positions = (args.positions or GRID2D) if args.train_lm and not args.hard else None
     encoder = Encoder(args.checkpoint, positions, args.sections)
@@ -121,25 +123,32 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
         # On a CPU the backward pass of SDPA is slower than that of plain products.
         attn_implementation=None if torch.cuda.is_available() else "eager",
     )
-    num_layers = llava.config.text_config.num_hidden_layers
+    num_layers, num_visual = llava.config.text_config.num_hidden_layers, len(encoder.patch_ids)
     check_sites(args.sites, num_layers)
-    check_target(len(encoder.patch_ids), args.sites, num_layers, args.target_tokens)
+    if args.counts is not None:
+        check_counts(args.counts, num_visual)
+        args.target_tokens = average_tokens(args.counts, args.sites, num_layers, num_visual)
+    elif args.method == "atp":
+        check_target(num_visual, args.sites, num_layers, args.target_tokens)
+    else:
+        args.counts = geometric_counts(num_visual, args.sites, num_layers, args.target_tokens)
     torch.manual_seed(args.seed)
     if args.method == "atp":
+        if args.initial_theta_s is None:  # alone, the coarsest grids would have no gradient
+            args.initial_theta_s = 0.2 if args.parts == "spatial" else INITIAL_THETA_S
         initial = (args.initial_theta_r, args.initial_theta_s)
-        starts = learned_heads(args.sites, encoder.grid, args.hidden, initial)
+        starts = learned_heads(args.sites, encoder.grid, args.hidden, initial, args.parts)
     elif args.method == "quantile":
         starts = {site: constant_heads(encoder.grid) for site in args.sites}
     else:
-        num_visual = len(encoder.patch_ids)
-        counts = geometric_counts(num_visual, args.sites, num_layers, args.target_tokens)
-        starts = fixed_counts(args.sites, counts, encoder.grid)
+        starts = fixed_counts(args.sites, args.counts, encoder.grid)
     methods = {
         site: ATP(
             thresholds=thresholds,
             normalisation=args.normalisation,
             modality=args.modality,
             causal=args.causal,
+            parts=args.parts,
         )
         for site, thresholds in starts.items()
     }
@@ -204,7 +213,7 @@ def _fix(
 ) -> None:
     from patchsieve.calibration.survivors import fix_thresholds
 
-    fix_thresholds(model, samples, args.target_tokens, args.batch_size, progress)
+    fix_thresholds(model, samples, args.counts, args.batch_size, progress)
 
 
 def _measure(

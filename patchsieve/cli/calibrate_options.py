@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from patchsieve.cli.arguments import integers
+from patchsieve.cli.arguments import integers, numbers
 from patchsieve.errors import PatchsieveError
 from patchsieve.plan import TRAINED_RULES
 from patchsieve.trained import LAYOUTS
@@ -20,6 +20,8 @@ _OF_A_TRAINING = (
     "method",
     "sites",
     "target_tokens",
+    "counts",
+    "parts",
     "lambda_atp",
     "lambda_target",
     "temperature",
@@ -50,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         default="atp",
         choices=("atp", "quantile", "fixed"),
-        help="learn heads; or fix constants (quantile); or the number of tokens of a site, the "
-        "best by ATP's scores, n, n r, n r^2, ... (fixed)",
+        help="atp (default) learns heads; quantile fixes constant thresholds; fixed keeps the same "
+        "number of tokens for every image, the best by ATP's scores",
     )
     add(
         "-o",
@@ -71,9 +73,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--target-tokens",
         type=float,
-        required=True,
         metavar="N",
-        help="mean visual tokens over all layers (the paper's: 144 and 88 of 576)",
+        help="mean visual tokens over all layers (the paper's: 144 and 88 of 576); quantile and "
+        "fixed keep one share of the tokens at every site to meet it",
+    )
+    add(
+        "--counts",
+        type=numbers,
+        metavar="N,N,...",
+        help="quantile, fixed: tokens that each site leaves, instead of --target-tokens: means of "
+        "all images (quantile), or whole numbers (fixed)",
     )
     add("--held-out", type=Path, metavar="DATA", help="data to count survivors on (--data)")
     add(
@@ -82,6 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scores = parser.add_argument_group("scores (recorded in OUT)")
     scores.add_argument("--normalisation", default="minmax", help="minmax, rank, softmax or none")
     scores.add_argument("--modality", default="both", help="of S_red: both, self or cross")
+    scores.add_argument(
+        "--parts",
+        choices=("both", "redundant", "spatial"),
+        default="both",
+        help="atp: which rule keeps a token: redundant (S_red above theta_r), spatial (S_spatial "
+        "above theta_s), or both (default: either is enough)",
+    )
     scores.add_argument("--causal", action="store_true", help="eq. 3 over causal pairs only")
     scores.add_argument("--hidden", type=int, default=64, help="width of a threshold module (64)")
     train = parser.add_argument_group("training (atp)")
@@ -122,9 +138,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--initial-theta-s",
         type=float,
-        default=0.88,
-        help="theta_s before training; a low one lets the finest grid through, and training may "
-        "stay there (0.88)",
+        help="theta_s before training (0.88; 0.2 with --parts spatial); a low one lets the finest "
+        "grid through, and training may stay there",
     )
     add("--temperature", type=float, default=50.0, help="T of eqs. 9 and 10 (50)")
     add("--bf16", action="store_true")
@@ -171,6 +186,13 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.heads is not None and args.method != "atp":
         raise PatchsieveError("only atp learns heads", found=f"--method {args.method} --heads")
+    _check_numbers(args)
+    if args.parts != "both" and args.method != "atp":
+        raise PatchsieveError(
+            f"--method {args.method} has no spatial pruning to leave out or to leave alone",
+            found=f"--parts {args.parts}",
+            do="remove --parts, or learn heads with --method atp",
+        )
     if args.method == "fixed" and args.modality != "both":
         raise PatchsieveError(
             "fixed numbers go by both scores", found=f"--modality {args.modality}"
@@ -194,6 +216,39 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.sections is not None and args.positions == TRAINED_RULES[0]:
         raise PatchsieveError("--sections is of --positions grid2d", found=args.positions)
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Refuse a budget that is not given, given twice, or of another method."""
+    if (args.counts is None) == (args.target_tokens is None):
+        raise PatchsieveError(
+            "calibrate needs one budget of tokens",
+            found="none" if args.counts is None else "--target-tokens and --counts",
+            expected="--target-tokens, or --counts with --method quantile or fixed",
+            do="give one of them",
+        )
+    if args.counts is None:
+        return
+    if args.method == "atp":
+        raise PatchsieveError(
+            "learned heads find the number of tokens of each site themselves",
+            found="--counts --method atp",
+            do="give --target-tokens, or --method quantile or fixed",
+        )
+    if len(args.counts) != len(args.sites):
+        raise PatchsieveError(
+            "--counts and --sites do not pair",
+            found=f"{len(args.counts)} numbers for {len(args.sites)} sites",
+            expected="one number for each site",
+            do="correct --counts",
+        )
+    if args.method == "fixed" and any(count % 1 for count in args.counts):
+        raise PatchsieveError(
+            "every image keeps a whole number of tokens",
+            found=", ".join(f"{count:g}" for count in args.counts),
+            expected="whole numbers with --method fixed",
+            do="round --counts, or take --method quantile, whose counts are means",
+        )
 
 
 def check_sites(sites: list[int], layers: int) -> None:
@@ -222,8 +277,10 @@ def check_partial(args: argparse.Namespace, partial: Path, last: Path | None) ->
         path.write_text(json.dumps(asked) + "\n", encoding="utf-8")
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        # A training that began before these options were there has neither.
+        before = {"parts": "both", "counts": asked["counts"]}
+        found = before | json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError) as error:  # TypeError: no object
         raise PatchsieveError(f"{partial} cannot be resumed", found=error) from error
     other = [name for name in _OF_A_TRAINING if found.get(name) != asked[name]]
     if other:

@@ -123,9 +123,15 @@ def decide(method, site, budget):
             )
         else:
             theta_r, theta_s = method.thresholds.theta_r, method.thresholds.theta_s
-        keep = (red > theta_r) | (s_spatial > theta_s)
-        keep = keep if keep.any() else top(red, 1)
-        margin = np.maximum(red - theta_r, s_spatial - theta_s)
+        by_red, by_place = red > theta_r, s_spatial > theta_s
+        if method.parts == "redundant":
+            keep, margin, best = by_red, red - theta_r, red
+        elif method.parts == "spatial":
+            keep, margin, best = by_place, s_spatial - theta_s, s_spatial
+        else:
+            keep, best = by_red | by_place, red
+            margin = np.maximum(red - theta_r, s_spatial - theta_s)
+        keep = keep if keep.any() else top(best, 1)
         keeps.append(within_budget(keep, margin, budget))
         margins.append(margin)
         wanted.append(keep.sum())
