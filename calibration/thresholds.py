@@ -59,7 +59,7 @@ class FixedCount(Thresholds):
     def forward(
         self, s_self: Tensor, s_cross: Tensor, patch_ids: Tensor, grid: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """theta_r halfway to the highest score that falls, a theta_s that nothing passes; [B, 1]."""
+        """theta_r halfway to the best that falls, and a theta_s that nothing passes; [B, 1]."""
         ordered = ((s_self + s_cross) / 2).detach().sort(-1, descending=True).values
         count = min(self.count, ordered.shape[-1])
         last = ordered[:, count - 1 : count]
