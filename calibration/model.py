@@ -94,7 +94,9 @@ class PrunedLlava(nn.Module):
         self.num_layers: int = llava.config.text_config.num_hidden_layers
         self.is_hard = False
         self.drops = dropping.can_drop(llava.model.language_model.config._attn_implementation)
-        self.budgets: dict[int, int] = {}
+        # A number that is fixed is its site's budget, as in a bundle: so ties keep no more.
+        fixed = {k: getattr(m.thresholds, "count", None) for k, m in self.methods.items()}
+        self.budgets = {k: count for k, count in fixed.items() if count is not None}
         self.last: PruningPass | None = None  # the pass of the last forward, for who reports on it
 
     @property

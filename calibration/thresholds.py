@@ -56,7 +56,8 @@ class FixedCount(Thresholds):
 
     It stands for what ATP is compared to: its scores, but a ratio that does not adapt. Masks are as
     soft as ATP's, so that a language model is trained alike. What is stored are heads that keep
-    everything; the number becomes the site's budget.
+    everything; the number becomes the site's budget. Of equal scores all exceed the threshold; the
+    budget then keeps those of the lowest index, in training as in a bundle.
 
     Differs from the paper: its fixed ratios rank by a score that it does not name.
 
@@ -74,12 +75,14 @@ class FixedCount(Thresholds):
     def forward(
         self, s_self: Tensor, s_cross: Tensor, patch_ids: Tensor, grid: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """theta_r halfway to the first that falls, and a theta_s that nothing passes; [B, 1]."""
+        """theta_r halfway to the best that falls, and a theta_s that nothing passes; [B, 1]."""
         ordered = ((s_self + s_cross) / 2).detach().sort(-1, descending=True).values
         count = min(self.count, ordered.shape[-1])
         last = ordered[:, count - 1 : count]
-        falls = ordered[:, count : count + 1] if count < ordered.shape[-1] else last - 1e-4
-        return (last + falls) / 2, torch.full_like(last, OFF)
+        falls = torch.where(ordered < last, ordered, -torch.inf).amax(-1, keepdim=True)
+        falls = torch.where(falls.isinf(), last - 1e-4, falls)  # of equal scores none falls
+        middle = (last + falls) / 2  # of two neighbours in float32 it is one of the two
+        return torch.where(middle < last, middle, falls), torch.full_like(last, OFF)
 
 
 def fixed_counts(

@@ -32,6 +32,7 @@ def ivtp(
     fusion: str = "rollout",
     block: str = "visual",
     pseudo_cls: PseudoCls | None = None,
+    layers: int | None = None,
 ) -> Plan:
     """IVTP: groups of layers in the tower by the class token, then in the decoder by a pseudo-CLS.
 
@@ -49,14 +50,20 @@ def ivtp(
         fusion: How a group's attention is joined (see `patchsieve.pruning.ivtp.IVTP`).
         block: Rows of its maps in the decoder.
         pseudo_cls: Which words judge; the paper's by default.
+        layers: First layers of the decoder that are grouped; by default 12, or all but the last of
+            a decoder that has no more.
 
     Raises:
         PatchsieveError: The model has fewer patches than are to be kept, or too few layers.
     """
-    most = min(IVTP_LAYERS, size.num_layers - 1)
-    if most < 1:
+    most = min(IVTP_LAYERS, size.num_layers - 1) if layers is None else layers
+    if not 1 <= most < size.num_layers:
         raise PatchsieveError(
-            "ivtp needs a decoder of two layers at least", found=f"{size.num_layers} layers"
+            "ivtp's groups do not fit the decoder",
+            found=f"{layers} grouped layers of {size.num_layers}"
+            if layers is not None
+            else f"{size.num_layers} layers",
+            expected="a decoder of 2 layers or more, of which the last is in no group",
         )
     if not 1 <= num_keep <= size.num_patches:
         raise PatchsieveError(

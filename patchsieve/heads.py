@@ -82,15 +82,19 @@ def load_heads(directory: Path) -> tuple[HeadsConfig, dict[str, Tensor]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    config = load_config(directory)
+    try:
+        return config, load_file(directory / TENSORS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _unreadable(directory, error) from error
+
+
+def load_config(directory: Path) -> HeadsConfig:
+    """Read what a heads directory says of itself, without its tensors and without torch."""
     try:
         data = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(directory / TENSORS)
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:  # ValueError: no JSON
-        raise PatchsieveError(
-            f"cannot read the heads in {directory}",
-            found=error,
-            expected=f"a directory with {CONFIG} and {TENSORS}",
-        ) from error
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON
+        raise _unreadable(directory, error) from error
     is_object = isinstance(data, dict)
     found = (data.pop("format", None), data.pop("version", None)) if is_object else "no object"
     if found != (FORMAT, VERSION):
@@ -99,6 +103,14 @@ def load_heads(directory: Path) -> tuple[HeadsConfig, dict[str, Tensor]]:
         )
     try:
         tuples = {k: tuple(data[k]) for k in ("sites", "grid", "budgets") if k in data}
-        return HeadsConfig(**(data | tuples)), tensors
+        return HeadsConfig(**(data | tuples))
     except TypeError as error:
         raise PatchsieveError(f"{directory / CONFIG} is not well formed", found=error) from error
+
+
+def _unreadable(directory: Path, error: Exception) -> PatchsieveError:
+    return PatchsieveError(
+        f"cannot read the heads in {directory}",
+        found=error,
+        expected=f"a directory with {CONFIG} and {TENSORS}",
+    )

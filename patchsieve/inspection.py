@@ -1,4 +1,7 @@
-"""What a bundle holds and what it reserves, read from its manifest alone: no backend, no numpy."""
+"""What a bundle holds and what it reserves, read from its manifest: no backend, no numpy.
+
+Only the measures of a text scorer are read elsewhere: at the beginning of its weights file.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,23 @@ from patchsieve.plan import NO_PRUNING, PLACES, Plan
 
 ENGINES = "engines"  # folder of a bundle with one folder per target
 _GROUPS = {"vision": "vision tower", "embed_tokens": "embeddings", "head": "output head"}
+_SCORER = "CLIP scorer"  # of bundles that hold one
 
 
-def inspect(bundle: Path, plan: str | None = None, text_tokens: int = 64) -> dict[str, Any]:
-    """Describe a bundle without opening its graphs or weights.
+def inspect(
+    bundle: Path,
+    plan: str | None = None,
+    text_tokens: int | None = None,
+    images: int | None = None,
+) -> dict[str, Any]:
+    """Describe a bundle without opening its graphs.
 
     Args:
         bundle: The directory.
         plan: The only plan to describe; all by default.
-        text_tokens: Rows of text of the request whose FLOPs are counted, beside one image.
+        text_tokens: Rows of text of the request whose FLOPs are counted; by default the bundle's
+            limit.
+        images: Its images; by default the bundle's limit.
 
     Returns:
         Facts that JSON can hold; bytes are counts.
@@ -37,6 +48,9 @@ def inspect(bundle: Path, plan: str | None = None, text_tokens: int = 64) -> dic
         raise RequestError(
             "the bundle holds no such plan", found=plan, expected=", ".join(facts.plans)
         )
+    text_tokens = facts.limits.max_text_tokens if text_tokens is None else text_tokens
+    images = facts.limits.max_images if images is None else images
+    shape = cost.from_bundle(bundle, facts)
     return {
         "bundle": str(bundle),
         "bundle_schema": facts.schema_version,
@@ -56,8 +70,11 @@ def inspect(bundle: Path, plan: str | None = None, text_tokens: int = 64) -> dic
         ],
         "default_plan": facts.default_plan,
         "text_tokens": text_tokens,
+        "images": images,
         "plans": {
-            name: plan_costs(facts, name, text_tokens) for name in ([plan] if plan else facts.plans)
+            name: plan_costs(facts, name)
+            | plan_flops(shape, facts.plans[name], text_tokens, images)
+            for name in ([plan] if plan else facts.plans)
         },
         "targets": targets(facts),
         "files": {name: file.size for name, file in facts.files.items()},
@@ -67,8 +84,8 @@ def inspect(bundle: Path, plan: str | None = None, text_tokens: int = 64) -> dic
     }
 
 
-def plan_costs(facts: Manifest, name: str, text_tokens: int) -> dict[str, Any]:
-    """What a plan prunes, its FLOPs, and the KV cache that it reserves, beside no pruning."""
+def plan_costs(facts: Manifest, name: str) -> dict[str, Any]:
+    """What a plan prunes, and the KV cache that it reserves, beside no pruning."""
     plan = facts.plans[name]
     stages = []
     rows = zip(
@@ -95,25 +112,28 @@ def plan_costs(facts: Manifest, name: str, text_tokens: int) -> dict[str, Any]:
         **{place: plan.to_dict()[place] for place in PLACES},
         "num_visual": facts.num_visual(name),
         "sites": [asdict(site) for site in plan.sites],
-        **plan_flops(facts, plan, text_tokens),
         "stages": stages,
         "kv_bytes": sum(stage["kv_bytes"] for stage in stages),
         "kv_bytes_unpruned": sum(stage["kv_bytes_unpruned"] for stage in stages),
     }
 
 
-def plan_flops(facts: Manifest, plan: Plan, text_tokens: int) -> dict[str, Any]:
-    """FLOPs of one image's prefill under a plan, as the runtime executes it.
+def plan_flops(shape: cost.ModelShape, plan: Plan, text_tokens: int, images: int) -> dict[str, Any]:
+    """FLOPs of a prefill under a plan, as the runtime executes it.
 
     A plan that adapts to the image is counted at its budgets: an upper bound.
     """
-    shape = cost.from_manifest(facts)
-    schedule, is_exact = cost.of_plan(shape, plan)
+    schedule, is_exact = cost.of_plan(shape, plan, text_tokens=text_tokens)
     pruned, full = (
-        cost.cost(shape, each, text_tokens, convention=cost.RUNTIME).flops.to_dict()
+        cost.cost(shape, each, text_tokens, images=images, convention=cost.RUNTIME)
         for each in (schedule, cost.no_pruning(shape))
     )
-    return {"flops": pruned, "flops_unpruned": full, "is_upper_bound": not is_exact}
+    return {
+        "flops": pruned.flops.to_dict(),
+        "flops_unpruned": full.flops.to_dict(),
+        "average_tokens": pruned.average_tokens,
+        "is_upper_bound": not is_exact,
+    }
 
 
 def targets(facts: Manifest) -> dict[str, dict[str, Any]]:
@@ -133,9 +153,11 @@ def targets(facts: Manifest) -> dict[str, dict[str, Any]]:
 
 
 def parts(facts: Manifest) -> dict[str, int]:
-    """Bytes by what they are for: decoder layers, tower, embeddings, head, graphs, the rest."""
+    """Bytes by what they are for: layers, tower, embeddings, head, scorer, graphs, the rest."""
     graphs = {path for paths in facts.targets.values() for path in paths.values()}
-    sizes = dict.fromkeys(("decoder layers", *_GROUPS.values(), "graphs", "other files"), 0)
+    scorer = [] if facts.scorer is None else [_SCORER]
+    parts = ("decoder layers", *_GROUPS.values(), *scorer, "graphs", "other files")
+    sizes = dict.fromkeys(parts, 0)
     for path, file in facts.files.items():
         stem = Path(path).name.removesuffix(".safetensors")
         part = "other files"
@@ -145,6 +167,10 @@ def parts(facts: Manifest) -> dict[str, int]:
             part = _GROUPS[stem]
         elif stem.startswith("layers."):
             part = "decoder layers"
+        elif facts.scorer is not None and (
+            stem in ("scorer", "joint") or path == facts.scorer.tokenizer
+        ):
+            part = _SCORER
         sizes[part] += file.size
     return sizes
 

@@ -168,6 +168,10 @@ def self_score(site: Site, causal: bool = False) -> Tensor:
     no mask and are linear in q, so the mean moves inside: k_n . mean(q_m) / sqrt(D), exactly, at
     O(N D) instead of O(N^2 D).
 
+    Differs from the paper: in a matrix A = Q K^T the first index of A(v_n, v_m) is the query, which
+    would make eq. 3 the attention that v_n pays. The prose says "receives", and the sentence after
+    eq. 4 has A(v_n, t_m) as what t_m pays to v_n: so n is the key here, and m the query.
+
     The paper leaves open: whether pairs that causal attention never uses count. Read literally they
     do (`causal` False). With `causal` True the mean runs over m >= n only, by suffix means of q.
 

@@ -25,7 +25,8 @@ class FastV:
 
     Differs from the paper: its text averages over all rows, which needs the [L, L] map, and its
     code takes the last row only. "last" is the code. "mean" here averages over the instruction's
-    rows behind the image.
+    rows behind the image. A half is rounded up, as in every method here: of 49 tokens 0.5 keeps 25,
+    where the code's `round`, which goes to the even number, keeps 24. Of 576 both keep 288.
 
     Attributes:
         keep_ratio: Fraction kept of the image's tokens as they enter the decoder, in (0, 1].

@@ -208,11 +208,17 @@ class Walk:
         self._group = (*self._group, layer)
 
     def prune(self, index: int, rows: Tensor, *, is_inside: bool) -> Tensor:
-        """Let the methods prune rows [B, n, C] that act at this place of layer `index`."""
+        """Let the methods prune rows [B, n, C] that act at this place of layer `index`.
+
+        A method's place ends its group of layers also where nothing is left to drop.
+        """
         for method, places in zip(self.methods, self.places, strict=True):
-            left = rows.shape[1] - self.tower.has_cls
-            if method.is_inside == is_inside and places.get(index, left) < left:
+            if method.is_inside != is_inside or index not in places:
+                continue
+            if places[index] < rows.shape[1] - self.tower.has_cls:
                 rows = self._apply(method, rows, places[index])
+            else:
+                self._end_group()
         return rows
 
     def finish(self, rows: Tensor) -> Tokens:
@@ -246,6 +252,12 @@ class Walk:
         self.sources = follow(self._sources(rows), chosen.moved)
         self.num_fused, self._sizes = chosen.num_fused, chosen.sizes
         return chosen.rows(rows)
+
+    def _end_group(self) -> None:
+        """Begin a new group of layers at the same rows."""
+        if self._group:
+            top = self._group[-1]
+            self._group, self._last = (), lambda: (top,)
 
     def _sources(self, rows: Tensor) -> Tensor:
         """Row of each patch, [B, N]."""

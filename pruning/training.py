@@ -75,7 +75,8 @@ def atp_loss(masks: Sequence[Tensor], sites: Sequence[int], num_visual: int = 57
     The weight i_k grows with depth, as the paper intends, though pruning deep saves less.
 
     Args:
-        masks: Effective mask of each site, zeros for tokens pruned before, [B, N] each.
+        masks: Effective mask of each site, the product of the masks so far, [B, N] each. A token
+            that fell before weighs 0, or the little that its soft masks leave of it.
         sites: Layer index i_k of each site, from 0, ascending.
         num_visual: Tokens before any pruning.
 
@@ -139,7 +140,7 @@ def target_loss(
     N_bar is the batch mean of `average_tokens` over all layers, of the masks' sums.
 
     Args:
-        masks: Effective mask of each site, zeros for tokens pruned before, [B, N] each.
+        masks: Effective mask of each site, as for `atp_loss`, [B, N] each.
         sites: Layer index i_k of each site, from 0, ascending.
         target: N_target, tokens.
         num_layers: Layers of the decoder.

@@ -394,6 +394,26 @@ def test_fixed_numbers_are_the_same_for_every_image_and_those_of_the_bundle(
     runtime.close()
 
 
+def test_of_equal_scores_a_fixed_number_keeps_as_many_the_lowest_first(
+    checkpoint: Path, samples: Samples
+) -> None:
+    """A decoder that looks nowhere in particular: every score is 0.5."""
+    fixed = {
+        site: ATP(thresholds=FixedCount(count, GRID))
+        for site, count in zip(SITES, (9, 2), strict=True)
+    }
+    model = pruned(checkpoint, fixed)
+    for layer in model.llava.model.language_model.layers:
+        torch.nn.init.zeros_(layer.self_attn.k_proj.weight)
+    model.is_hard = True
+    with torch.no_grad():
+        model(**collate([samples[0]]))
+    assert model.last is not None
+    for site, count in zip(SITES, (9, 2), strict=True):
+        assert model.last.sites[site].s_red[0].unique().tolist() == [0.5]
+        assert model.last.survivors(site) == [list(range(count))]
+
+
 STILL = ("--learning-rate", "0")
 TRAIN = (
     "--steps",

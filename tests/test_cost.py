@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 from benchmarks import papers
 from patchsieve import manifest
 from patchsieve.cli import cost as command
-from patchsieve.cli import main
+from patchsieve.cli import export, main
 from patchsieve.cost import (
     PAPERS,
     RUNTIME,
@@ -35,8 +36,17 @@ from patchsieve.cost import (
     shape_of_config,
 )
 from patchsieve.cost.flops import decoder_layer, tower_layer
-from patchsieve.cost.methods import DEFAULT_KEEP_RATIO, FIXED_RATIO, layerwise
+from patchsieve.cost.methods import (
+    ADAPTIVE,
+    DEFAULT_KEEP_RATIO,
+    DEFAULT_NUM_KEEP,
+    FIXED_NUMBER,
+    FIXED_RATIO,
+    layerwise,
+    reads_side_row,
+)
 from patchsieve.errors import PatchsieveError, ShapeError, UnsupportedModelError
+from patchsieve.export.recipes import Size
 from patchsieve.plan import Plan, SitePlan
 from patchsieve.precision import Precision
 from patchsieve.pruning.schedules import num_to_keep
@@ -118,7 +128,8 @@ def test_formulas_equal_the_loops_of_a_toy_model() -> None:
             if convention.projections:
                 vision.matmul(4, 6, 8)
                 vision.matmul(4, 8, 8)
-        rows = [4 * images + text + images, 3 * images + text + images, 1 * images + text]
+        side = images if convention.pseudo_cls else 0
+        rows = [4 * images + text + side, 3 * images + text + side, 1 * images + text]
         llm.decoder(TOY.text, rows, rows[-1] if convention.lm_head == "all" else 1)
         assert (ours.flops.vision, ours.flops.llm) == (vision.flops, llm.flops)
         kept_rows = (4 + 3 + 1) * images + 3 * text
@@ -165,13 +176,21 @@ def test_scorer_of_ivtp_is_six_windows_of_clip_text() -> None:
     )
 
 
-def test_side_row_of_ivtp_costs_what_twelve_layers_of_one_row_do() -> None:
-    with_row, without = (ivtp(LLAVA, has_side_row=has) for has in (True, False))
-    more = cost(LLAVA, with_row, 512).flops.llm - cost(LLAVA, without, 512).flops.llm
-    assert more / 1e12 == pytest.approx(0.0050, abs=1.5e-4)
-    assert cost(LLAVA, with_row, 512).kv_bytes == cost(LLAVA, without, 512).kv_bytes
-    joint = ivtp(LLAVA, has_joint_cls=True)
-    assert joint.vision[-1] == 121 and len(joint.vision) == 24
+def test_the_papers_count_leaves_out_what_makes_the_pseudo_cls() -> None:
+    schedule, with_row = ivtp(LLAVA), replace(PAPERS, pseudo_cls=True)
+    papers_count = cost(LLAVA, schedule, 512)
+    more = cost(LLAVA, schedule, 512, convention=with_row)
+    row = more.flops.llm - papers_count.flops.llm
+    assert row / 1e12 == pytest.approx(0.0050, abs=1.5e-4)  # twelve layers of one row
+    layer = more.flops.vision - papers_count.flops.vision
+    assert layer == tower_layer(LLAVA.vision, 121)
+    assert more.kv_bytes == papers_count.kv_bytes
+    assert more.vision_tokens == (*papers_count.vision_tokens, 121)
+    assert len(papers_count.vision_tokens) == 23
+    executed = cost(LLAVA, schedule, 512, convention=RUNTIME).flops
+    assert [papers_count.flops.total / 1e12, executed.total / 1e12] == pytest.approx(
+        [8.2335, 8.0966], abs=5e-5
+    )
 
 
 def test_every_figure_is_within_its_tolerance_or_explained() -> None:
@@ -253,7 +272,8 @@ def test_geometric_and_linear_schedules_have_their_golden_counts() -> None:
 def test_default_schedule_of_ivtp_prunes_at_the_end_of_each_group() -> None:
     schedule = ivtp(LLAVA)
     tower = [576, 473, 389, 320, 263, 216, 178, 146]
-    assert schedule.vision == tuple(tower[layer // 3] + 1 for layer in range(23))
+    assert schedule.vision[:23] == tuple(tower[layer // 3] + 1 for layer in range(23))
+    assert schedule.vision[23:] == (121,)  # for the scorer's class token
     assert schedule.vision_mlp == schedule.vision
     decoder = [120, 103, 88, 75, 64]
     assert schedule.llm == tuple(decoder[min(layer // 3, 4)] for layer in range(32))
@@ -262,11 +282,13 @@ def test_default_schedule_of_ivtp_prunes_at_the_end_of_each_group() -> None:
 
 
 @pytest.mark.parametrize("num_kept", [16, 64, 128, 512])
-@pytest.mark.parametrize("group_layers", [2, 3, 4, 6, 23])
+@pytest.mark.parametrize("group_layers", [2, 3, 4, 5, 6, 7, 8, 23])
 def test_ivtp_takes_any_last_count_and_group(num_kept: int, group_layers: int) -> None:
     schedule = ivtp(LLAVA, num_kept, group_layers=group_layers)
-    assert schedule.llm[11] > schedule.llm[12] == schedule.llm[-1] == num_kept
+    last = 12 // min(group_layers, 12) * min(group_layers, 12)  # groups of 5 end at 5 and 10
+    assert schedule.llm[last - 1] > schedule.llm[last] == schedule.llm[-1] == num_kept
     assert list(schedule.llm) == sorted(schedule.llm, reverse=True)
+    assert schedule.side_layers == last
 
 
 def test_placement_in_a_tower_layer_orders_the_cost() -> None:
@@ -285,8 +307,20 @@ def test_help_says_which_methods_exist() -> None:
     made = {"decoder": table.METHODS, "tower": table.ENCODERS, "output": table.PROJECTORS}
     for place, methods in made.items():
         assert set(command.EXPORTED[place]) == set(methods)
+
+
+def test_what_a_decoder_method_leaves_and_reads_is_what_its_class_says() -> None:
+    from patchsieve.pruning import table
+
+    assert {*FIXED_RATIO, *FIXED_NUMBER, *ADAPTIVE} == set(table.METHODS)
     for name in FIXED_RATIO:
         assert table.METHODS[name]().keep_ratio == DEFAULT_KEEP_RATIO
+    for name in FIXED_NUMBER:
+        assert table.METHODS[name]().num_keep == DEFAULT_NUM_KEEP
+    for name, kind in table.METHODS.items():
+        for params in ({"row": "last"}, {"row": "cls"}) if name == "topk" else ({},):
+            reads = kind(**params).reads
+            assert reads_side_row(SitePlan(1, name, dict(params))) == ("side_row" in reads)
 
 
 def test_plan_costs_its_ratio_its_budget_or_its_survivors() -> None:
@@ -413,7 +447,8 @@ def test_command_counts_every_method_at_every_place(
         assert told["ratio"] < 1 or method == "none"
         is_exported = method in command.EXPORTED[place]
         assert told["is_costs_only"] is not is_exported
-        assert told["tokens_per_layer"]["llm"][-1] == (576 if method == "none" else 64)
+        left = {"none": 576, "gtp": 120}.get(method, 64)  # as export has it
+        assert told["tokens_per_layer"]["llm"][-1] == left
         assert main(words) == 0
         assert "unpruned" in capsys.readouterr().out
 
@@ -435,6 +470,20 @@ def test_command_counts_every_method_at_every_place(
         "--config CONFIG --method ivtp --text-tokens -1",
         "--config CONFIG --sites 2",
         "--config CONFIG --method fastv --sites 2 --plan p.json",
+        "--config CONFIG --plan p.json --visual-tokens 64",
+        "--config CONFIG --survivors 64",
+        "--config CONFIG --encoder gtp --survivors 64",
+        "--config CONFIG --encoder gtp --place tower",
+        "--config CONFIG --encoder gtp --visual-tokens 64",
+        "--config CONFIG --method gtp --fusion mean",
+        "--config CONFIG --method fastv --sites 2 --num-keep 64",
+        "--config CONFIG --method fastv --sites 2 --placement mid",
+        "--config CONFIG --method fastv --sites 2 --survivors 64 --keep-ratio 0.5",
+        "--config CONFIG --method topk --sites 3 --num-keep 64 --visual-tokens 64",
+        "--config CONFIG --method tome --sites 3 --num-keep 64",
+        "--config CONFIG --method tome --place tower --sites 3",
+        "--config CONFIG --encoder gtp --projector pooling",
+        "--config CONFIG --encoder gtp --projector topk --projector-keep 120",
     ],
 )
 def test_mistakes_of_the_command_are_one_line(
@@ -444,6 +493,83 @@ def test_mistakes_of_the_command_are_one_line(
     assert main(["cost", *given]) == 2
     told = capsys.readouterr()
     assert told.out == "" and len(told.err.splitlines()) == 1
+
+
+# Options of export, what cost called the same before, and tokens at the decoder's layers.
+SPELLINGS = {
+    "gtp": ("--encoder gtp", "--method gtp", "--method gtp --place tower --visual-tokens 120"),
+    "gtp 64": ("--encoder gtp --encoder-keep 64", "--method gtp --visual-tokens 64"),
+    "gtp groups": (
+        "--encoder gtp --encoder-keep 64 --encoder-group 5",
+        "--method gtp --visual-tokens 64 --group-layers 5",
+    ),
+    "evit": ("--encoder evit", "--method evit --place tower", "--method evit --visual-tokens 64"),
+    "tome": ("--encoder tome --encoder-keep 36", "--method tome --visual-tokens 36"),
+    "topk": (
+        "--encoder topk --encoder-layers 4,9 --encoder-counts 300,64",
+        "--method topk --place tower --sites 4,9 --survivors 300,64",
+    ),
+    "pooling": ("--projector pooling --projector-keep 36", "--method pooling --visual-tokens 36"),
+    "output": (
+        "--projector topk --projector-keep 144",
+        "--method topk --place output --keep-ratio 0.25",
+    ),
+    "decoder topk": (
+        "--method topk --sites 3,6 --num-keep 64",
+        "--method topk --place decoder --sites 3,6 --visual-tokens 64",
+        "--method topk --place decoder --sites 3,6 --survivors 64,64",
+    ),
+    "decoder tome": ("--method tome --sites 3 --num-keep 300",),
+    "fastv": ("--method fastv --sites 2 --keep-ratio 0.5", "--method fastv --sites 2"),
+    "atp": (
+        "--method atp --sites 4,14 --survivors 126,88",
+        "--method atp --sites 4,14 --budget 126,88",
+    ),
+    "both": ("--encoder gtp --method fastv --sites 2", "--method fastv --sites 2 --encoder gtp"),
+    "ivtp": (
+        "--method ivtp",
+        "--method ivtp --visual-tokens 64",
+        "--method ivtp --num-keep 64 --group-layers 3 --decoder-layers 12",
+    ),
+    "ivtp counts": (
+        "--method ivtp --num-keep 64 --group-layers 5",
+        "--method ivtp --group-layers 5 --survivors 421,307,224,164,119,87,64",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPELLINGS)
+def test_the_options_of_export_and_their_older_spellings_count_alike(
+    config: str, case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As does the plan that export makes of them, from a file."""
+    lines = [*SPELLINGS[case]]
+    if "atp" not in case:
+        parser = argparse.ArgumentParser()
+        export.add_arguments(parser)
+        plan = export.plan_of(parser.parse_args(lines[0].split()), Size(576, 32))
+        (tmp_path / "plan.json").write_text(json.dumps(plan.to_dict()))
+        lines.append(f"--plan {tmp_path / 'plan.json'}")
+    told = []
+    for words in lines:
+        assert main(["cost", "--config", config, *words.split(), "--json"]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+        assert told[-1]["is_costs_only"] == ("--decoder-layers" in words)
+    shown = [[one[k] for k in ("flops", "tokens_per_layer", "kv_bytes")] for one in told]
+    assert all(one == shown[0] for one in shown)
+    assert shown[0][0]["total"] < told[0]["unpruned"]["flops"]["total"]
+
+
+def test_the_demo_models_ivtp_has_the_sites_of_its_export(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint = Path(papers.__file__).parents[1] / "examples" / "demo_model" / "checkpoint"
+    assert main(["cost", "--config", str(checkpoint), "--method", "ivtp", "--json"]) == 0
+    llm = json.loads(capsys.readouterr().out)["tokens_per_layer"]["llm"]
+    assert [layer for layer in range(1, 12) if llm[layer] < llm[layer - 1]] == [3, 6, 9]
+    words = ["cost", "--config", str(checkpoint), "--method", "ivtp", "--decoder-layers", "12"]
+    assert main(words) == 2
+    assert "do not fit the decoder" in capsys.readouterr().err
 
 
 def make_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -462,8 +588,8 @@ def make_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         vision=tower,
         tokens=manifest.Tokens("tokenizer.json", None, "<image>", 5, (2,), {}),
         embeddings=manifest.Embeddings("weights.bin", 0, "float32", (17, 8)),
-        limits=manifest.Limits(64, 32, 1),
-        stages=(manifest.Stage(0, 1, 105), manifest.Stage(1, 3, 101)),
+        limits=manifest.Limits(64, 32, 2),
+        stages=(manifest.Stage(0, 1, 114), manifest.Stage(1, 3, 106)),
         plans={"none": Plan(), "half": half, "adaptive": adaptive},
         default_plan="half",
         preprocessor="preprocessor.json",
@@ -481,12 +607,22 @@ def test_command_costs_the_plans_of_a_bundle(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = str(make_bundle(tmp_path / "bundle", monkeypatch))
-    words = ["cost", bundle, "--text-tokens", "5", "--json"]
+    words = ["cost", bundle, "--json"]
     assert main(words) == 0
     told = json.loads(capsys.readouterr().out)
-    ours = cost(TOY, in_decoder(TOY, [5], [1]), 5, precision="float32")
+    schedule = in_decoder(TOY, [5], [1])
+    ours = cost(TOY, schedule, 64, images=2, precision="float32", convention=RUNTIME)
     assert told["flops"] == ours.flops.to_dict() and told["kv_bytes"] == ours.kv_bytes
     assert (told["plan"], told["precision"]) == ("half", "float32")
+    assert (told["text_tokens"], told["images"], told["convention"]) == (64, 2, "runtime")
+    per_row = 2 * 2 * 3 * 4  # k and v, G, D, bytes
+    assert told["kv_bytes_reserved"] == ((96 + 2 * 9) + 2 * (96 + 2 * 5)) * per_row
+    assert told["kv_bytes_reserved_unpruned"] == 3 * (96 + 2 * 9) * per_row
+    words += ["--text-tokens", "5", "--images", "1", "--convention", "papers"]
+    assert main(words) == 0
+    told = json.loads(capsys.readouterr().out)
+    ours = cost(TOY, schedule, 5, precision="float32")
+    assert told["flops"] == ours.flops.to_dict() and told["kv_bytes"] == ours.kv_bytes
     assert told["is_upper_bound"] is False
     assert main([*words, "--plan", "adaptive"]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -7,7 +7,6 @@ from typing import Any
 
 from patchsieve import cost as costs
 from patchsieve.manifest import Manifest
-from patchsieve.plan import NO_PRUNING
 
 # Dense float16 TFLOP/s and GB/s of memory, from the vendor's data sheets, by a part of the name.
 PEAKS = {
@@ -68,10 +67,7 @@ def floors(facts: Manifest, text_tokens: int) -> dict[str, Floor]:
     row = facts.row_bytes(first) // first.num_layers  # keys and values of one row in one layer
     found = {}
     for name, plan in facts.plans.items():
-        schedule = costs.no_pruning(shape)
-        if name != NO_PRUNING:
-            counts = [site.budget or shape.num_visual for site in plan.sites]
-            schedule = costs.in_decoder(shape, counts, plan.layers)
+        schedule, _ = costs.of_plan(shape, plan, text_tokens=text_tokens)
         flops = costs.cost(shape, schedule, text_tokens, convention=costs.RUNTIME).flops
         visual = row * sum(schedule.llm)
         found[name] = Floor(

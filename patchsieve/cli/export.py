@@ -13,7 +13,8 @@ from patchsieve.cli import ivtp
 from patchsieve.cli.arguments import gigabytes, integers, numbers
 from patchsieve.cli.output import Progress, print_json, require, size
 from patchsieve.errors import PatchsieveError
-from patchsieve.heads import load_heads
+from patchsieve.export.recipes import Size
+from patchsieve.heads import load_config
 from patchsieve.manifest import Limits, Manifest, read
 from patchsieve.plan import NO_PRUNING, POSITION_RULES, MethodPlan, Plan, SitePlan
 from patchsieve.trained import Trained
@@ -42,9 +43,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plan = parser.add_argument_group("what prunes where")
     add = plan.add_argument
     add("--plan", type=Path, metavar="JSON", help="a plan file; instead of the shortcuts below")
+    add_plan_arguments(plan)
+    add("--plan-name", metavar="NAME", help="what requests call the plan")
+    _add_bundle_arguments(parser)
+
+
+def add_plan_arguments(group: Any) -> None:
+    """Declare the shortcuts of a plan, which `cost` takes too."""
+    add = group.add_argument
     add("--method", default=None, help="none (default), random, fastv, atp, topk, tome or ivtp")
     add("--sites", type=integers, metavar="LAYERS", help="layers at whose input to prune: 4,14,24")
-    add("--keep-ratio", type=numbers, metavar="R", help="fraction KEPT of what enters the decoder")
+    add(
+        "--keep-ratio",
+        type=numbers,
+        metavar="R",
+        help="fraction KEPT of what enters the decoder, a half token rounded up",
+    )
     add(
         "--rows",
         choices=("last", "mean"),
@@ -111,8 +125,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of survivors that enter the decoder: what the checkpoint was trained with (default), "
         "original with gaps as every plain one, grid2d by row and column; or contiguous",
     )
-    ivtp.add_arguments(plan)
-    add("--plan-name", metavar="NAME", help="what requests call the plan")
+    ivtp.add_arguments(group)
+
+
+def _add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
     bundle = parser.add_argument_group("the bundle")
     add = bundle.add_argument
     add("--cuts", type=integers, metavar="LAYERS", help="further layers to divide at")
@@ -149,7 +165,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export or reuse."""
     require(("torch", "transformers", "onnx", "onnxscript", "safetensors"), "export", "export")
-    plan = _plan(args)
+    plan = plan_of(args)
     name = args.plan_name or _free_name(plan, args.reuse)
     progress = Progress(args.quiet)
     start = time.perf_counter()
@@ -226,21 +242,31 @@ _METHOD_OPTIONS = {
 }
 
 
-def _plan(args: argparse.Namespace) -> Plan:
-    """The plan of a file, or of the shortcuts."""
+def given_shortcuts(args: argparse.Namespace) -> list[str]:
+    """The shortcuts of a plan that were given, as they are typed."""
     of_methods = [
         f"{place}{option}"
         for place, options in _METHOD_OPTIONS.items()
         for option in ("", *(f"_{name}" for name in options))
     ]
     shortcuts = (*_DECODER_OPTIONS, *of_methods, "positions")
-    used = [_option(name) for name in shortcuts if getattr(args, name) is not None]
+    return [_option(name) for name in shortcuts if getattr(args, name) is not None]
+
+
+def plan_of(args: argparse.Namespace, size: Size | None = None) -> Plan:
+    """The plan of a file, or of the shortcuts.
+
+    Args:
+        args: The parsed arguments.
+        size: The model that `--method ivtp` is fitted to; by default the one that `args` names.
+    """
+    used = given_shortcuts(args)
     if args.plan is not None:
         if used:
             raise PatchsieveError("--plan says it all", found=", ".join(used), do="leave them away")
         return Plan.from_file(args.plan)
     if args.method == "ivtp":
-        return ivtp.plan(args, used)
+        return ivtp.plan(args, used, size)
     plan = Plan(
         _sites(args),
         _method(args, "encoder"),
@@ -289,7 +315,7 @@ def _sites(args: argparse.Namespace) -> tuple[SitePlan, ...]:
     ivtp.check_other_method(args)
     sites, heads = args.sites, _heads(args)
     if sites is None and heads is not None:
-        sites = load_heads(heads)[0].sites
+        sites = load_config(heads).sites
     if sites is None:
         raise PatchsieveError(f"--method {args.method} needs --sites", expected="e.g. --sites 2")
     params: dict[str, Any] = {
@@ -344,7 +370,7 @@ def _per_site(option: str, values: list[Any] | None, count: int) -> list[Any]:
     return values
 
 
-def _name(plan: Plan) -> str:
+def name_of(plan: Plan) -> str:
     """A name that says what a plan does: gtp64-fastv-2-50, ivtp-64."""
     if plan.sites and all(site.method == "ivtp" for site in plan.sites):
         return f"ivtp-{plan.sites[-1].params.get('num_keep', '')}".rstrip("-")
@@ -365,7 +391,7 @@ def _name(plan: Plan) -> str:
 
 def _free_name(plan: Plan, bundle: Path | None) -> str:
     """A name that no other plan of the bundle has; the same plan keeps its own."""
-    name, there = _name(plan), {} if bundle is None else read(bundle).plans
+    name, there = name_of(plan), {} if bundle is None else read(bundle).plans
     candidates = (f"{name}{suffix}" for suffix in ("", *(f"-v{n}" for n in range(2, 1000))))
     return next(c for c in candidates if c not in there or _is_same(plan, there[c]))
 

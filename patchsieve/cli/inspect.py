@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve import inspection
-from patchsieve.cli.output import Progress, print_json, size, table
+from patchsieve.cli.output import Progress, flops, plural, print_json, size, table
 from patchsieve.manifest import Needs
 from patchsieve.plan import NO_PRUNING
 
@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("bundle", type=Path)
     add("--plan", metavar="NAME", help="show only this plan; all by default")
-    add("--text-tokens", type=int, default=64, metavar="T", help="of the request counted (64)")
+    limit = "of the request whose FLOPs are counted (default: the bundle's limit)"
+    add("--text-tokens", type=int, metavar="T", help=f"text tokens {limit}")
+    add("--images", type=int, help=f"images {limit}")
     add("--tensors", action="store_true", help="names, dtypes and shapes of each graph's tensors")
     add("--files", action="store_true", help="every file with its size")
     add("--check", action="store_true", help="compare every file with its hash")
@@ -26,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what the manifest says."""
-    facts = inspection.inspect(args.bundle, args.plan, args.text_tokens)
+    facts = inspection.inspect(args.bundle, args.plan, args.text_tokens, args.images)
     if args.tensors:
         facts |= inspection.tensors(args.bundle)
     if args.check:
@@ -74,7 +76,7 @@ def _model(facts: dict[str, Any]) -> str:
         (
             f"limits   {limits['max_text_tokens']} text tokens",
             f"{limits['max_new_tokens']} new tokens",
-            f"{limits['max_images']} image{'s' if limits['max_images'] > 1 else ''}",
+            plural(limits["max_images"], "image"),
         ),
     ]
     return "\n".join(", ".join(line) for line in lines)
@@ -94,10 +96,10 @@ def _plan(facts: dict[str, Any], name: str, costs: dict[str, Any]) -> str:
     for text, method in pruning:
         params = ", ".join(f"{key} {value}" for key, value in method["params"].items())
         lines.append(f"  {text}: {method['method']} {params}".rstrip())
-    lines.append(_flops(costs, facts["text_tokens"]))
+    lines.append(_flops(facts, costs))
     rows: list[tuple[Any, ...]] = [
         (
-            f"  {stage['layers'][0]}-{stage['layers'][1]}",
+            f"{stage['layers'][0]}-{stage['layers'][1]}",
             stage["budget"],
             stage["slots"],
             stage["slots_unpruned"],
@@ -107,19 +109,23 @@ def _plan(facts: dict[str, Any], name: str, costs: dict[str, Any]) -> str:
         for stage in costs["stages"]
     ]
     used, full = costs["kv_bytes"], costs["kv_bytes_unpruned"]
-    rows.append((f"  all, {used / full:.0%}", "", "", "", size(used), size(full)))
-    header = ("  layers", "tokens an image", "slots", "unpruned", "KV bytes", "unpruned")
-    return "\n".join([*lines, table(header, rows)])
+    rows.append((f"all, {used / full:.0%}", "", "", "", size(used), size(full)))
+    header = ("layers", "tokens an image", "slots", "unpruned", "KV bytes reserved", "unpruned")
+    return "\n".join([*lines, table(header, rows, indent=2)])
 
 
-def _flops(costs: dict[str, Any], text_tokens: int) -> str:
+def _flops(facts: dict[str, Any], costs: dict[str, Any]) -> str:
+    """FLOPs by part, each with its share of the unpruned part."""
     pruned, full = costs["flops"], costs["flops_unpruned"]
     parts = [
-        f"{part} {pruned[part] / 1e9:.2f} ({pruned[part] / full[part]:.0%})"
-        for part in ("vision", "llm", "total")
+        f"{part} {flops(pruned[part])}"
+        + (f" ({pruned[part] / full[part]:.0%})" if full[part] else "")
+        for part in ("vision", "llm", "scorer", "total")
+        if pruned[part]
     ]
+    request = f"{plural(facts['images'], 'image')} and {plural(facts['text_tokens'], 'text token')}"
     bound = ", at most" if costs["is_upper_bound"] else ""
-    return f"  GFLOP of an image and {text_tokens} text tokens{bound}: {', '.join(parts)}"
+    return f"  FLOPs of {request}{bound}: {', '.join(parts)}"
 
 
 def _sizes(facts: dict[str, Any]) -> str:
@@ -156,9 +162,9 @@ def _tensors(facts: dict[str, Any]) -> str:
     }
     for graph, tensors in (facts["tensors"] | departing).items():
         rows = [
-            (f"  {way[:-1]} {tensor['name']}", tensor["dtype"], "x".join(map(str, tensor["shape"])))
+            (f"{way[:-1]} {tensor['name']}", tensor["dtype"], "x".join(map(str, tensor["shape"])))
             for way in ("inputs", "outputs")
             for tensor in tensors[way]
         ]
-        blocks.append(f"{graph}\n" + table(("  tensor", "dtype", "shape"), rows))
+        blocks.append(f"{graph}\n" + table(("tensor", "dtype", "shape"), rows, indent=2))
     return "\n\n".join(blocks)

@@ -6,6 +6,8 @@ import argparse
 from typing import Any
 
 from patchsieve.errors import PatchsieveError
+from patchsieve.export import recipes
+from patchsieve.export.recipes import Size
 from patchsieve.manifest import read
 from patchsieve.plan import CLS_SOURCES, TEXTS, Plan, PseudoCls
 
@@ -30,18 +32,17 @@ def add_arguments(group: Any) -> None:
     add("--visual-cls", choices=CLS_SOURCES, help="ivtp: the layer that words are compared behind")
 
 
-def plan(args: argparse.Namespace, used: list[str]) -> Plan:
+def plan(args: argparse.Namespace, used: list[str], size: Size | None = None) -> Plan:
     """The plan of `--method ivtp`.
 
     Args:
         args: The parsed arguments.
         used: Options of the plan that were given.
+        size: The model; by default the one that `args` names.
 
     Raises:
         PatchsieveError: An option of another method was given, or the model is too small.
     """
-    from patchsieve.export.recipes import Size, ivtp
-
     own = ["--method", *("--" + name.replace("_", "-") for name in OPTIONS)]
     if others := [option for option in used if option not in own]:
         raise PatchsieveError(
@@ -50,19 +51,23 @@ def plan(args: argparse.Namespace, used: list[str]) -> Plan:
             expected=", ".join(own),
             do="leave them away, or write the plan into a file for --plan",
         )
+    size = _size_of(args) if size is None else size
+    judge = PseudoCls(**_given(args, _PSEUDO_CLS))
+    return recipes.ivtp(size, pseudo_cls=judge, **_given(args, _RECIPE))
+
+
+def _size_of(args: argparse.Namespace) -> Size:
+    """The size of the model that `export` is given."""
     if args.reuse is not None:
         facts = read(args.reuse)
-        size = Size(facts.vision.num_patches, facts.text.num_layers)
-    elif args.checkpoint is not None:
-        from patchsieve.export.checkpoint import locate, read_config
-
-        config = read_config(locate(args.checkpoint))
-        side = config.vision_config.image_size // config.vision_config.patch_size
-        size = Size(side * side, config.text_config.num_hidden_layers)
-    else:
+        return Size(facts.vision.num_patches, facts.text.num_layers)
+    if args.checkpoint is None:
         raise PatchsieveError("export needs a checkpoint and -o BUNDLE, or --reuse BUNDLE")
-    judge = PseudoCls(**_given(args, _PSEUDO_CLS))
-    return ivtp(size, pseudo_cls=judge, **_given(args, _RECIPE))
+    from patchsieve.export.checkpoint import locate, read_config
+
+    config = read_config(locate(args.checkpoint))
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return Size(side * side, config.text_config.num_hidden_layers)
 
 
 def pseudo_cls(args: argparse.Namespace) -> PseudoCls:

@@ -19,7 +19,7 @@ def print_json(data: dict[str, Any]) -> None:
     print(json.dumps({"schema_version": 1} | data, ensure_ascii=False))
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]], indent: int = 0) -> str:
     """A plain table; the first column to the left, the rest to the right."""
     cells = [list(header), *([_text(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
@@ -31,7 +31,21 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         for row in cells
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    return "\n".join(" " * indent + line for line in lines)
+
+
+def flops(count: float) -> str:
+    """FLOPs for people: four digits, in the unit that leaves one to three before the point."""
+    for unit in ("", " k", " M", " G"):
+        if count < 999.95:
+            return f"{count:#.4g}{unit}" if unit else f"{count:.0f}"
+        count /= 1000
+    return f"{count:#.4g} T" if count < 999.95 else f"{count:.0f} T"
+
+
+def plural(count: int, what: str) -> str:
+    """A number of things: "1 image", "2 images"."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def size(count: float) -> str:
@@ -65,12 +79,15 @@ def peak_memory() -> int | None:
 
 
 class Progress:
-    """A bar on a terminal, a line per step elsewhere; silent with `--quiet`."""
+    """A bar on a terminal, a line per step elsewhere; silent with `--quiet`.
+
+    Off a terminal a percentage is printed once, and blanks stand before the further steps at it.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self.is_terminal = sys.stderr.isatty()
-        self._last = ""
+        self._last = self._percent = ""
 
     def __call__(self, what: str, fraction: float) -> None:
         """Say what is being done and how much is done, 0 to 1."""
@@ -82,8 +99,10 @@ class Progress:
             sys.stderr.write(f"\r{line:<{len(self._last)}}")
             self._last = line
         elif what != self._last:
-            sys.stderr.write(f"{fraction:4.0%} {what}\n")
-            self._last = what
+            percent = f"{fraction:4.0%}"
+            blank = " " * len(percent)
+            sys.stderr.write(f"{blank if percent == self._percent else percent} {what}\n")
+            self._last, self._percent = what, percent
         sys.stderr.flush()
 
     def done(self) -> None:

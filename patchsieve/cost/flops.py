@@ -11,8 +11,6 @@ from patchsieve.cost.shapes import DecoderShape, ModelShape, ScorerShape, TowerS
 from patchsieve.errors import PatchsieveError, ShapeError
 from patchsieve.precision import BYTES
 
-_SCORER = ScorerShape()
-
 
 @dataclass(frozen=True)
 class Convention:
@@ -21,11 +19,14 @@ class Convention:
     Attributes:
         lm_head: "all": the vocabulary is scored at every row, as the papers count; "last": at the
             last row alone, as the runtime does.
-        projections: Count the projector and, with a scorer, CLIP's text projection.
+        projections: Count the projector and, with a scorer, CLIP's two projections.
+        pseudo_cls: Count what makes IVTP's pseudo-CLS beside the scorer: its row in the decoder,
+            and the tower layers that only the scorer's class token goes through.
     """
 
     lm_head: str = "all"
     projections: bool = False
+    pseudo_cls: bool = False
 
     def __post_init__(self) -> None:
         if self.lm_head not in ("all", "last"):
@@ -35,7 +36,7 @@ class Convention:
 
 
 PAPERS = Convention()
-RUNTIME = Convention(lm_head="last", projections=True)
+RUNTIME = Convention(lm_head="last", projections=True, pseudo_cls=True)
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,16 @@ class Schedule:
     """How many tokens each layer works on.
 
     Attributes:
-        vision: Rows of one image at the attention of each tower layer that runs, CLS included.
+        vision: Rows of one image at the attention of each tower layer that runs, CLS included; last
+            the layers that only the class token of a scorer needs (IVTP).
         vision_mlp: The same at each MLP; differs where a method prunes inside the layer.
         llm: Visual tokens of one image at each decoder layer.
         side_layers: Decoder layers, from the first, that carry one side row per image (IVTP).
         windows: Windows of the text scorer, over all of a request's text.
         queries: Learned queries of a resampler between tower and decoder; 0 for none.
         projected: Rows of one image that the projector takes; 0: those that enter the decoder.
+        has_cls: The class token goes through the projector too, for a pseudo-CLS.
+        has_joint_cls: It also goes into the space of the text scorer.
     """
 
     vision: tuple[int, ...]
@@ -59,6 +63,8 @@ class Schedule:
     windows: int = 0
     queries: int = 0
     projected: int = 0
+    has_cls: bool = False
+    has_joint_cls: bool = False
 
     def __post_init__(self) -> None:
         for name in ("vision", "vision_mlp", "llm"):
@@ -153,7 +159,7 @@ def scorer_window(scorer: ScorerShape, convention: Convention = PAPERS) -> int:
     """FLOPs of CLIP's text tower on one window; the papers' count has no text projection."""
     flops = scorer.num_layers * tower_layer(scorer, scorer.window)
     if convention.projections:
-        flops += 2 * scorer.window * scorer.hidden_size**2
+        flops += 2 * scorer.window * scorer.hidden_size * scorer.width
     return flops
 
 
@@ -172,7 +178,6 @@ def cost(
     images: int = 1,
     precision: str = "float16",
     convention: Convention = PAPERS,
-    scorer: ScorerShape = _SCORER,
 ) -> Cost:
     """Count one prefill.
 
@@ -183,7 +188,6 @@ def cost(
         images: Images of the request, each pruned to the same counts.
         precision: Of the keys and values, a key of BYTES.
         convention: What counts beside the layers.
-        scorer: The text tower behind `schedule.windows`.
 
     Raises:
         ShapeError: The schedule is for another number of layers.
@@ -191,28 +195,39 @@ def cost(
     """
     _check(shape, schedule, text_tokens, images)
     rows = [images * visual + text_tokens for visual in schedule.llm]
-    side = [images if layer < schedule.side_layers else 0 for layer in range(len(rows))]
+    side_layers = schedule.side_layers if convention.pseudo_cls else 0
+    side = [images if layer < side_layers else 0 for layer in range(len(rows))]
     llm = sum(decoder_layer(shape.text, n + more) for n, more in zip(rows, side, strict=True))
     scored = rows[-1] if convention.lm_head == "all" else 1
     llm += 2 * scored * shape.text.hidden_size * shape.text.vocab_size
 
-    vision = patch_embedding(shape.vision)
-    for n, n_mlp in zip(schedule.vision, schedule.vision_mlp, strict=True):
-        vision += tower_layer(shape.vision, n, n_mlp)
-    if convention.projections:  # two linear layers
-        width, d = shape.projector_in, shape.text.hidden_size
-        vision += 2 * (schedule.projected or schedule.llm[0]) * (width * d + d * d)
-
-    extra = schedule.windows * scorer_window(scorer, convention)
+    extra = schedule.windows * scorer_window(shape.scorer, convention)
     if schedule.queries:
         patches = shape.num_visual
         extra += images * resampler(shape.vision.hidden_size, schedule.queries, patches)
+    run = len(schedule.vision) if convention.pseudo_cls else shape.vision.num_layers_run
     return Cost(
-        flops=Flops(vision=images * vision, llm=llm, scorer=extra),
-        vision_tokens=schedule.vision,
+        flops=Flops(
+            vision=images * _vision(shape, schedule, run, convention), llm=llm, scorer=extra
+        ),
+        vision_tokens=schedule.vision[:run],
         llm_tokens=schedule.llm,
         kv_bytes=sum(rows) * kv_bytes_per_token(shape.text, precision),
     )
+
+
+def _vision(shape: ModelShape, schedule: Schedule, run: int, convention: Convention) -> int:
+    """FLOPs of one image in the first `run` tower layers and in the projector."""
+    flops = patch_embedding(shape.vision)
+    for n, n_mlp in zip(schedule.vision[:run], schedule.vision_mlp[:run], strict=True):
+        flops += tower_layer(shape.vision, n, n_mlp)
+    if convention.projections:  # two linear layers
+        width, d = shape.projector_in, shape.text.hidden_size
+        rows = (schedule.projected or schedule.llm[0]) + schedule.has_cls
+        flops += 2 * rows * (width * d + d * d)
+        if schedule.has_joint_cls:
+            flops += 2 * shape.vision.hidden_size * shape.scorer.width
+    return flops
 
 
 def _check(shape: ModelShape, schedule: Schedule, text_tokens: int, images: int) -> None:

@@ -1,4 +1,8 @@
-"""Tokens per layer under each pruning method: what a method costs, not how it chooses."""
+"""Tokens per layer under each pruning method: what a method costs, not how it chooses.
+
+`of_plan` counts a plan, the same whether it stands in a bundle, in a file or in options. The
+functions before it count what the papers' tables need and no plan says.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,17 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 from patchsieve.cost.flops import Schedule
-from patchsieve.cost.shapes import ModelShape, ScorerShape
+from patchsieve.cost.shapes import ModelShape
 from patchsieve.errors import PatchsieveError, ShapeError
-from patchsieve.plan import Plan
+from patchsieve.export import recipes
+from patchsieve.heads import load_config
+from patchsieve.plan import MethodPlan, Plan, SitePlan
 from patchsieve.pruning.schedules import (
-    IVTP_TOWER_SHARE,
     SCHEDULE_OPTIONS,
     TowerSchedule,
-    geometric,
     group_ends,
     linear,
     num_to_keep,
@@ -23,9 +28,11 @@ from patchsieve.pruning.schedules import (
 )
 
 PLACEMENTS = ("start", "mid", "end")
-NUM_KEPT = 64  # what the papers' tables keep of 576
-DEFAULT_KEEP_RATIO = 0.5  # of the decoder methods that keep a fixed fraction
+# Decoder methods by what they leave: a fraction or a number that is fixed, or what an image needs.
+DEFAULT_KEEP_RATIO, DEFAULT_NUM_KEEP = 0.5, 64
 FIXED_RATIO = ("random", "fastv")
+FIXED_NUMBER = ("topk", "tome", "ivtp")
+ADAPTIVE = ("atp",)
 # Methods that `export` has, and where in its tower layer each of them acts.
 TOWER_PLACEMENTS = {"gtp": "end", "topk": "end", "random": "end", "evit": "mid", "tome": "mid"}
 OUTPUT_METHODS = ("pooling", "topk", "random")
@@ -111,68 +118,62 @@ def in_decoder(
 
 def ivtp(
     shape: ModelShape,
-    num_kept: int = NUM_KEPT,
+    num_kept: int = DEFAULT_NUM_KEEP,
     *,
     counts: Sequence[int] | None = None,
     group_layers: int = 3,
-    decoder_layers: int = 12,
+    decoder_layers: int | None = None,
     text_tokens: int = 512,
-    has_side_row: bool = False,
-    has_joint_cls: bool = False,
-    scorer: ScorerShape | None = None,
 ) -> Schedule:
     """IVTP: groups of layers in the tower, then in the first layers of the decoder.
-
-    The paper leaves open: the counts. By default they fall geometrically to the share of
-    `IVTP_TOWER_SHARE` in the tower and from there to `num_kept`: 473, 389, 320, 263, 216, 178, 146,
-    120, then 103, 88, 75, 64. Each group prunes at its end, the last of the tower at its output.
 
     Args:
         shape: The model.
         num_kept: Visual tokens behind the last site.
         counts: Tokens left by each group of the tower, then of the decoder, instead.
         group_layers: Layers of a group.
-        decoder_layers: First layers of the decoder that are grouped.
+        decoder_layers: First layers of the decoder that are grouped (see `recipes.ivtp`).
         text_tokens: Decoder tokens of the text, for the windows of the text scorer.
-        has_side_row: Count the pseudo-CLS row through the grouped decoder layers.
-        has_joint_cls: Count one more tower layer on the survivors, which gives the CLS that the
-            scorer compares with the text.
-        scorer: The text tower; CLIP-L's by default.
 
     Raises:
         PatchsieveError: The decoder is too shallow, or the counts cannot be.
     """
-    if group_layers < 1 or not 1 <= decoder_layers < shape.text.num_layers:
-        raise PatchsieveError(
-            "IVTP's groups do not fit the decoder",
-            found=f"groups of {group_layers} in the first {decoder_layers} layers",
-            expected=f"fewer than its {shape.text.num_layers} layers",
-            do="group fewer decoder layers",
-        )
-    run = shape.vision.num_layers_run
-    ends = group_ends(run, group_layers)
-    sites = list(range(group_layers, decoder_layers, group_layers)) + [decoder_layers]
+    plan = ivtp_plan(shape, num_kept, counts, group_layers, decoder_layers)
+    return of_plan(shape, plan, text_tokens=text_tokens)[0]
+
+
+def ivtp_plan(
+    shape: ModelShape,
+    num_kept: int = DEFAULT_NUM_KEEP,
+    counts: Sequence[int] | None = None,
+    group_layers: int = 3,
+    decoder_layers: int | None = None,
+) -> Plan:
+    """The plan that `export --method ivtp` makes for a model of this shape (see `ivtp`)."""
+    size = recipes.Size(shape.vision.num_patches, shape.text.num_layers)
+    plan = recipes.ivtp(size, num_kept, group=group_layers, layers=decoder_layers)
     if counts is None:
-        n = shape.vision.num_patches
-        _check_counts([num_kept], n)
-        middle = int(n * (num_kept / n) ** IVTP_TOWER_SHARE + 0.5)
-        counts = geometric(n, middle, len(ends)) + geometric(middle, num_kept, len(sites))
-    tower, decoder = counts[: len(ends)], counts[len(ends) :]
-    schedule = in_decoder(shape, decoder, sites, in_tower(shape, tower, ends, "end"))
-    if has_joint_cls and run < shape.vision.num_layers:
-        one = (schedule.llm[0] + shape.vision.has_cls,)
-        schedule = replace(
-            schedule, vision=schedule.vision + one, vision_mlp=schedule.vision_mlp + one
+        return plan
+    ends = len(group_ends(shape.vision.num_layers_run, group_layers))
+    if len(counts) != ends + len(plan.sites):
+        raise ShapeError(
+            "IVTP's groups and their counts do not pair",
+            found=f"{len(counts)} counts",
+            expected=f"{ends} of the tower and {len(plan.sites)} of the decoder",
         )
-    return replace(
-        schedule,
-        side_layers=decoder_layers if has_side_row else 0,
-        windows=(scorer or ScorerShape()).windows(text_tokens),
-    )
+    encoder = MethodPlan("gtp", {"counts": list(counts[:ends]), "group_layers": group_layers})
+    pairs = zip(plan.sites, counts[ends:], strict=True)
+    sites = [replace(site, params=site.params | {"num_keep": count}) for site, count in pairs]
+    return replace(plan, encoder=encoder, sites=tuple(sites))
 
 
 def of_plan(
-    shape: ModelShape, plan: Plan, survivors: Sequence[int] | None = None
+    shape: ModelShape,
+    plan: Plan,
+    survivors: Sequence[int] | None = None,
+    *,
+    text_tokens: int = 512,
+    placement: str | None = None,
 ) -> tuple[Schedule, bool]:
     """Tokens per layer of a plan, and whether they are known or only bounded.
 
@@ -180,64 +181,169 @@ def of_plan(
         shape: The model.
         plan: The plan.
         survivors: Tokens left at each decoder site, where the method adapts them to the image.
+        text_tokens: Decoder tokens of the text, for the windows of a text scorer.
+        placement: Where in its layer the tower's method is counted; by default where it acts.
 
     Raises:
-        PatchsieveError: A site has neither a ratio nor a budget, and no survivors are given; or the
-            cost of a method is not known.
+        PatchsieveError: A site adapts, has no budget, and no survivors are given; or the plan
+            cannot be, or the cost of a method is not known.
     """
-    before = before_decoder(shape, plan)
-    if not plan.sites:
-        return before, True
-    counts, is_exact = list(survivors or ()), True
-    n = entering = before.llm[0]
-    for site in plan.sites if survivors is None else ():
-        default = DEFAULT_KEEP_RATIO if site.method in FIXED_RATIO else None
-        ratio = site.params.get("keep_ratio", default)
-        if ratio is None and site.budget is None:
+    schedule = before_decoder(shape, plan, placement)
+    is_exact = True
+    if plan.sites:
+        counts, is_exact = list(survivors or ()), True
+        if survivors is None:
+            counts, is_exact = _left_by_sites(plan.sites, schedule.llm[0])
+        schedule = in_decoder(shape, counts, plan.layers, schedule)
+    return _with_pseudo_cls(shape, plan, schedule, text_tokens), is_exact
+
+
+def reads_side_row(site: SitePlan) -> bool:
+    """Whether a site judges by the pseudo-CLS, a row of its own that is fed up to there."""
+    return site.method == "ivtp" or (
+        site.method == "topk" and site.params.get("row", "cls") == "cls"
+    )
+
+
+def _left_by_sites(sites: Sequence[SitePlan], entering: int) -> tuple[list[int], bool]:
+    """Tokens left at each site of `entering`, and whether none of them adapts to the image."""
+    n, counts = entering, []
+    for site in sites:
+        _check_known("in the decoder", site.method, (*FIXED_RATIO, *FIXED_NUMBER, *ADAPTIVE))
+        budget = _budget(site)
+        if site.method in FIXED_RATIO:
+            kept = num_to_keep(site.params.get("keep_ratio", DEFAULT_KEEP_RATIO), entering)
+        elif site.method in FIXED_NUMBER:
+            kept = site.params.get("num_keep", DEFAULT_NUM_KEEP)
+            _check_number(site, kept)
+        elif budget is None:
             raise PatchsieveError(
                 f"{site.method} at layer {site.layer} keeps as many tokens as the image needs",
                 expected="how many it keeps",
-                do="give --survivors, one for each site, as `run --json` reports them",
+                do="give --survivors, one for each site, as `run --json` reports them, or --budget "
+                "for an upper bound",
             )
-        is_exact = is_exact and ratio is not None
-        kept = num_to_keep(ratio, entering) if ratio is not None else n
-        n = min(n, kept, site.budget or n)
+        else:
+            kept = n
+        left = min(n, kept, budget or n)
+        if site.method == "tome":
+            _check_merging(f"decoder layer {site.layer}", n, left)
+        n = left
         counts.append(n)
-    return in_decoder(shape, counts, plan.layers, before), is_exact
+    return counts, not any(site.method in ADAPTIVE for site in sites)
 
 
-def before_decoder(shape: ModelShape, plan: Plan) -> Schedule:
+def _budget(site: SitePlan) -> int | None:
+    """The budget of a site, or what its heads propose; None if neither says."""
+    if site.budget is not None or "heads" not in site.params:
+        return site.budget
+    heads = load_config(Path(site.params["heads"]))
+    return dict(zip(heads.sites, heads.budgets, strict=False)).get(site.layer)
+
+
+def _with_pseudo_cls(
+    shape: ModelShape, plan: Plan, schedule: Schedule, text_tokens: int
+) -> Schedule:
+    """Add what makes the row that sites judge by, and feeds it up to the last of them."""
+    side_layers = max((site.layer for site in plan.sites if reads_side_row(site)), default=0)
+    judge = plan.pseudo_cls
+    if (side_layers > 0) != (judge is not None):
+        raise PatchsieveError(
+            "the plan's sites and its pseudo_cls do not belong together",
+            found="sites that judge by one, and none" if side_layers else "one that no site reads",
+            expected='"pseudo_cls": {"text": "clip"} beside sites of ivtp or topk',
+            do="correct the plan",
+        )
+    if judge is None:
+        return schedule
+    schedule = replace(schedule, side_layers=side_layers, has_cls=True)
+    if not judge.needs_scorer:
+        return schedule
+    further = shape.vision.num_layers - shape.vision.num_layers_run if judge.cls == "last" else 0
+    left = schedule.llm[0] - (shape.num_visual - shape.vision.num_patches)
+    pools = plan.projector is not None and plan.projector.method == "pooling"
+    rows = (shape.vision.num_patches if pools else left) + shape.vision.has_cls
+    return replace(
+        schedule,
+        vision=schedule.vision + (rows,) * further,
+        vision_mlp=schedule.vision_mlp + (rows,) * further,
+        windows=shape.scorer.windows(text_tokens),
+        has_joint_cls=True,
+    )
+
+
+def before_decoder(shape: ModelShape, plan: Plan, placement: str | None = None) -> Schedule:
     """Tokens per layer of what a plan prunes inside the tower and behind it.
 
     Raises:
         PatchsieveError: The cost of a method is not known, or its options do not fit.
     """
     run, patches = shape.vision.num_layers_run, shape.vision.num_patches
-    schedule, further = no_pruning(shape), shape.num_visual - patches
+    schedule, further, left = no_pruning(shape), shape.num_visual - patches, patches
     if plan.encoder is not None:
-        _check_known("inside the tower", plan.encoder.method, TOWER_PLACEMENTS)
-        params = plan.encoder.params
+        method, params = plan.encoder.method, plan.encoder.params
+        _check_known("inside the tower", method, TOWER_PLACEMENTS)
         options = {name: params[name] for name in SCHEDULE_OPTIONS if name in params}
-        places = TowerSchedule(**options).places(plan.encoder.method, patches, run)
-        placement = TOWER_PLACEMENTS[plan.encoder.method]
-        schedule = in_tower(shape, list(places.values()), list(places), placement)
+        places = TowerSchedule(**options).places(method, patches, run)
+        if method == "tome":
+            for layer, (n, count) in zip(
+                places, pairwise([patches, *places.values()]), strict=True
+            ):
+                _check_merging(f"tower layer {layer}", n, count)
+        where = TOWER_PLACEMENTS[method] if placement is None else placement
+        schedule = in_tower(shape, list(places.values()), list(places), where)
+        left = min(places.values())
     if plan.projector is None:
         return schedule
     method, params = plan.projector.method, plan.projector.params
-    _check_known("behind the tower", method, OUTPUT_METHODS)
+    _check_known("after the tower", method, OUTPUT_METHODS)
     keep = params.get("keep")
     if method == "pooling":
+        if plan.encoder is not None:
+            raise PatchsieveError(
+                "pooling needs every patch of the grid",
+                found=f"{plan.encoder.method} in the tower before it",
+                do="leave one of them away",
+            )
         side = math.isqrt(patches)
         count = pooled_side(keep, (side, side)) ** 2
     else:
         places = TowerSchedule(keep=keep, layers=(run - 1,)).places(method, patches, run)
         count = places[run - 1]
+        if plan.encoder is not None and count >= left:
+            raise PatchsieveError(
+                f"{method} after {plan.encoder.method} would drop nothing",
+                found=f"{count} to keep of {left}",
+                expected=f"fewer than {left}",
+            )
     is_late = params.get("place") == "after"  # pooled behind the projector
     return replace(
         schedule,
         llm=(count + further,) * shape.text.num_layers,
         projected=schedule.llm[0] if is_late else 0,
     )
+
+
+def _check_number(site: SitePlan, num_keep: object) -> None:
+    """Refuse a number of tokens that keeps none; a method says the same in its own words."""
+    if type(num_keep) is not int or num_keep < 1:
+        raise PatchsieveError(
+            f"{site.method} at layer {site.layer} cannot keep this many tokens",
+            found=repr(num_keep)[:80],
+            expected="a whole number of at least 1",
+            do="correct num_keep",
+        )
+
+
+def _check_merging(where: str, before: int, left: int) -> None:
+    """Refuse more merges at one place than there are pairs."""
+    if before - left > before // 2:
+        raise PatchsieveError(
+            f"tome merges at most every other token, not so many at {where}",
+            found=f"{before} to {left}",
+            expected=f"at least {before - before // 2} left",
+            do="keep more, or merge at several places",
+        )
 
 
 def _check_known(where: str, method: str, known: Iterable[str]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from patchsieve.errors import PatchsieveError, UnsupportedModelError
-from patchsieve.manifest import Manifest
+from patchsieve.errors import BundleError, PatchsieveError, UnsupportedModelError
+from patchsieve.manifest import WEIGHTS, Manifest
+
+_LARGEST_HEADER = 1 << 22  # bytes of a scorer's list of tensors
+_SCORER_MLP = ".mlp.fc1.weight"  # one in each of its layers
 
 # Hugging Face's defaults for entries that a config.json leaves away, by model_type.
 _DECODERS: dict[str, dict[str, int]] = {
@@ -112,12 +115,14 @@ class ScorerShape:
 
     Attributes:
         window: Positions of one window, the two markers included.
+        width: Width of the space that text and image share.
     """
 
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_layers: int = 12
     window: int = 77
+    width: int = 768
 
     def __post_init__(self) -> None:
         _check_sizes(self)
@@ -142,12 +147,14 @@ class ModelShape:
     Attributes:
         num_visual: Tokens that enter the decoder for one image when nothing is pruned.
         projector_in: Width of the features that the two-layer projector takes.
+        scorer: The text tower of plans that compare the question with an image.
     """
 
     vision: TowerShape
     text: DecoderShape
     num_visual: int
     projector_in: int
+    scorer: ScorerShape = ScorerShape()
 
     def __post_init__(self) -> None:
         _check_sizes(self)
@@ -190,8 +197,39 @@ def shape_of_config(config: Any) -> ModelShape:
     )
 
 
+def from_bundle(bundle: Path, manifest: Manifest) -> ModelShape:
+    """Read the shape out of a bundle: its manifest, and the measures of its text scorer.
+
+    Raises:
+        BundleError: The scorer's weights are not there or not readable.
+    """
+    shape = from_manifest(manifest)
+    if manifest.scorer is None:
+        return shape
+    path = bundle / WEIGHTS / "scorer.safetensors"
+    return replace(shape, scorer=_scorer(path, manifest.scorer.window, manifest.scorer.width))
+
+
+def _scorer(path: Path, window: int, width: int) -> ScorerShape:
+    """The measures of a text tower, from the names and shapes that its weights file begins with."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, _LARGEST_HEADER)))
+        layers = [each["shape"] for name, each in header.items() if name.endswith(_SCORER_MLP)]
+        hidden, inner = layers[0]  # stored [in, out]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise BundleError(
+            f"cannot read the measures of the text scorer in {path}",
+            found=error,
+            expected="the weights of CLIP's text tower (safetensors)",
+            do="copy or export the bundle again",
+        ) from error
+    return ScorerShape(hidden, inner, len(layers), window, width)
+
+
 def from_manifest(manifest: Manifest) -> ModelShape:
-    """Read the shape out of a bundle's manifest."""
+    """Read the shape out of a bundle's manifest; the text scorer's is CLIP-L's there."""
     text, vision = manifest.text, manifest.vision
     return ModelShape(
         vision=TowerShape(
