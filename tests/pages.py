@@ -81,7 +81,15 @@ def shown(
         for n, prompt in enumerate(prompts)
     )
     return Shown(
-        "bundle", "llava", "cpu, float32", "half", 48, images, asked, ("a budget capped image 0",)
+        "bundle",
+        "llava",
+        "cpu, float32",
+        "half",
+        48,
+        images,
+        asked,
+        ("a budget capped image 0",),
+        timed_runs=3,
     )
 
 

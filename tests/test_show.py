@@ -6,9 +6,11 @@ import base64
 import hashlib
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,10 +20,11 @@ from PIL import Image
 import patchsieve
 from patchsieve.errors import ShapeError
 from patchsieve.page import colours, panels, shapes
-from patchsieve.page.collect import collect
+from patchsieve.page.agreement import sentences
+from patchsieve.page.collect import collect, timed
 from patchsieve.page.html import render
 from patchsieve.page.sheet import draw
-from patchsieve.page.shown import Picture, Shown, View
+from patchsieve.page.shown import Asked, Picture, Place, Shown, View
 from tests import pages
 from tests.bundles import PHOTO, PLAN, PROMPT, command, command_json
 
@@ -372,6 +375,90 @@ def test_a_sheet_of_anything_is_a_picture() -> None:
     assert heights == sorted(heights)
 
 
+class Clocked:
+    """A model that answers at once; its clock says what runs of each plan are said to take."""
+
+    def __init__(self, times: dict[str, list[float]]) -> None:
+        self.times, self.asked = times, list[str]()
+
+    def __call__(self, plan: str) -> Any:
+        self.asked.append(plan)
+        took = self.times[plan].pop(0)
+        return SimpleNamespace(timings_ms={"ttft": took, "total": 10 * took})
+
+
+def test_times_are_medians_of_runs_in_turn_and_never_of_the_first() -> None:
+    """A slow run, of one plan or of both, changes no ratio."""
+    answers = [replace(pages.answer("a", plan), ttft_ms=None, total_ms=None) for plan in "pn"]
+    model = Clocked({"p": [50.0, 999.0, 52.0], "n": [100.0, 101.0, 900.0]})
+    measured = timed(answers, model, 3)
+    assert model.asked == ["p", "n"] * 3
+    assert [answer.ttft_ms for answer in measured] == [52, 101]
+    assert [answer.total_ms for answer in measured] == [520, 1010]
+    assert [answer.text for answer in measured] == ["a", "a"]
+    assert timed(answers, model, 0) == answers and len(model.asked) == 6
+
+
+def test_a_page_says_how_it_was_timed_or_shows_no_times(shown: Shown, tiny_bundle: Path) -> None:
+    page = render(shown)
+    assert "Times: median of 3 runs, both plans in turn, after an untimed run of each." in page
+    assert "time to first token" in page
+    model = patchsieve.load(tiny_bundle, threads=1)
+    bare = collect(model, [PHOTO], [PROMPT], max_new_tokens=2, timed_runs=0)
+    one = collect(model, [PHOTO], [PROMPT], max_new_tokens=2, timed_runs=1, plan="none")
+    model.close()
+    assert bare.asked[0].answer.ttft_ms is None and bare.summary()["timed_runs"] == 0
+    assert "time to first token" not in render(bare) and "Times:" not in render(bare)
+    assert "KV cache" in render(bare) and draw(bare)
+    assert one.timing == "Times: one run, after an untimed run of each."
+
+
+def of_kept(*kept: Sequence[int], layer: int | None = 2, method: str = "fastv") -> list[Asked]:
+    """Prompts that keep these of 144 patches at one place."""
+    return [
+        Asked(
+            f"question {number}",
+            pages.answer("a"),
+            None,
+            (View((Place(layer, method, 144, len(ids), len(ids), tuple(ids)),)),),
+        )
+        for number, ids in enumerate(kept)
+    ]
+
+
+def test_survivors_that_questions_have_in_common_are_counted() -> None:
+    """What the page measured, and where it is nearly all, that the question hardly matters."""
+    grid = [pages.picture(grid=(12, 12))]
+    first, alike, other = range(14), [*range(12), 40, 50], [*range(3), *range(20, 31)]
+    (told,) = sentences(of_kept(first, alike), grid)
+    assert told == (
+        "12 of 14 patches kept before layer 2 are the same for both questions: this plan's scores "
+        "there hardly depend on the question"
+    )
+    (told,) = sentences(of_kept(first, other), grid)
+    assert told == "3 of 14 patches kept before layer 2 are the same for both questions"
+    (told,) = sentences(of_kept(first, alike, range(4, 20)), grid)
+    assert told.startswith("8 patches kept before layer 2 are the same for all 3 questions (14, 14")
+    # By chance 120 of 144 patches have 100 in common: that alone says nothing of the scores.
+    (told,) = sentences(of_kept(range(120), range(24, 144)), grid)
+    assert told.startswith("96 of 120") and "hardly" not in told
+    assert not sentences(of_kept(first), grid)
+    asked = of_kept(first, first)
+    assert not sentences([asked[0], asked[0]], grid)  # the same question twice
+    assert not sentences(of_kept(range(144), range(144)), grid)
+
+
+def test_places_that_read_no_question_are_said_to() -> None:
+    grid = [pages.picture(grid=(12, 12))]
+    (told,) = sentences(of_kept(range(14), layer=None, method="gtp"), grid)
+    assert told.startswith("gtp acts before the question is read")
+    (told,) = sentences(of_kept(range(14), range(14), method="random"), grid)
+    assert "draws patches before layer 2" in told
+    named = [replace(one, views=one.views * 2) for one in of_kept(range(9), range(9))]
+    told_all = sentences(named, grid * 2)
+    assert [text[:9] for text in told_all] == ["image 1: ", "image 2: "]
+
+
 @pytest.mark.parametrize("suffix", [".html", ".PNG"])
 def test_the_command_writes_a_file_and_says_what_is_in_it(
     suffix: str, tiny_bundle: Path, tmp_path: Path
@@ -398,8 +485,8 @@ def test_the_command_writes_a_file_and_says_what_is_in_it(
 def test_an_unpruned_plan_is_shown_and_said(tiny_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     given = ("--image", PHOTO, "--prompt", PROMPT, "--plan", "none", "--max-new-tokens", 2)
-    code, said = command_json("show", tiny_bundle, *given, "-o", out)
-    assert code == 0
+    code, said = command_json("show", tiny_bundle, *given, "-o", out, "--timed-runs", 0)
+    assert code == 0 and said["prompts"][0]["answer"]["ttft_ms"] is None
     assert said["prompts"][0]["unpruned"] is None
     assert said["notes"] == ["the plan none prunes nothing: every token reaches every layer"]
     assert said["notes"][0] in out.read_text(encoding="utf-8")

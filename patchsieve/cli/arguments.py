@@ -19,6 +19,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """Read a whole number of at least 0."""
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of at least 0")
+    return int(text)
+
+
 def numbers(text: str) -> list[float]:
     """Read numbers with commas between them: 0.5,0.25."""
     return [float(part) for part in parts(text, r"\d*\.?\d+", "numbers such as 0.5,0.25")]

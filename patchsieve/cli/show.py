@@ -6,12 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from patchsieve.cli.arguments import whole
 from patchsieve.cli.output import Progress, print_json, size, table
 from patchsieve.cli.run import add_run_options, load
 from patchsieve.errors import PatchsieveError
 from patchsieve.writing import one_line, write_whole
 
 SUFFIXES = (".html", ".png")
+TIMED_RUNS = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plan", metavar="NAME", help="which of the bundle's plans; its default otherwise")
     add("--raw", action="store_true", help="the prompts are whole texts, without chat template")
     add("--max-new-tokens", type=int, metavar="N", help="default: 128, or what the bundle reserves")
+    add(
+        "--timed-runs",
+        type=whole,
+        default=TIMED_RUNS,
+        metavar="N",
+        help="runs of each prompt and plan whose median time is shown, after one that is not "
+        "timed; 0 shows no times (default: 3)",
+    )
     add_run_options(parser)
 
 
@@ -61,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         args.prompt,
         plan=args.plan,
         raw=args.raw,
+        timed_runs=args.timed_runs,
         progress=progress,
         **options,
     )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import numpy as np
 
 from patchsieve.errors import CapacityError
 from patchsieve.manifest import Manifest
+from patchsieve.page.agreement import sentences
 from patchsieve.page.shown import Answer, Asked, Picture, Place, Shown, View, Word
 from patchsieve.plan import NO_PRUNING, Plan
 from patchsieve.runtime.model import Model
@@ -25,10 +28,14 @@ def collect(
     *,
     plan: str | None = None,
     raw: bool = False,
+    timed_runs: int = 3,
     progress: Callable[[str, float], None] = lambda *_: None,
     **options: Any,
 ) -> Shown:
     """Answer each prompt about all images, with the plan and without pruning.
+
+    The first run of each is not timed: it pays for memory, caches and kernels that later runs find.
+    Then both plans run in turn, so that a slow moment of the machine falls on both.
 
     Args:
         model: The loaded bundle.
@@ -36,6 +43,7 @@ def collect(
         prompts: Each is a conversation of its own.
         plan: Which plan; the bundle's default otherwise.
         raw: The prompts are whole texts, without chat template.
+        timed_runs: Runs of each prompt and plan whose median is shown; 0 shows no times.
         progress: Told what is being run.
         **options: `max_new_tokens` and other fields of `SamplingOptions`.
 
@@ -53,17 +61,27 @@ def collect(
     for number, prompt in enumerate(prompts):
         progress(f"prompt {number + 1}, plan {plan}", number / len(prompts))
         result = model.generate(list(images), prompt, plan=plan, scores=True, **options)
-        unpruned = None
+        answers = [_answer(result)]
         if facts.plans[plan].prunes:
             progress(f"prompt {number + 1}, unpruned", (number + 0.5) / len(prompts))
-            unpruned = _unpruned(model, images, prompt, options, notes)
+            answers += _unpruned(model, images, prompt, options, notes)
+
+        def again(name: str, prompt: str = prompt, number: int = number) -> Result:
+            progress(f"prompt {number + 1}, timing", (number + 0.9) / len(prompts))
+            return model.generate(list(images), prompt, plan=name, **options)
+
+        answers = timed(answers, again, timed_runs)
         views = [view(facts, result, prompt, number) for number in range(len(images))]
-        asked.append(Asked(prompt, _answer(result), unpruned, tuple(views)))
+        unpruned = answers[1] if len(answers) > 1 else None
+        asked.append(Asked(prompt, answers[0], unpruned, tuple(views)))
         notes += result.notes
     if not facts.plans[plan].prunes:
         notes.append(f"the plan {plan} prunes nothing: every token reaches every layer")
     pixels = model.preprocess(images)  # [M, 3, h, w]
     device = model.backend.describe()
+    pictures = tuple(
+        _picture(model, source, values) for source, values in zip(images, pixels, strict=True)
+    )
     return Shown(
         bundle=model.bundle.path.resolve().name,
         checkpoint=facts.checkpoint,
@@ -71,23 +89,43 @@ def collect(
         f"{device['device']}",
         plan=plan,
         num_visual=facts.vision.num_visual,
-        pictures=tuple(
-            _picture(model, source, values) for source, values in zip(images, pixels, strict=True)
-        ),
+        pictures=pictures,
         asked=tuple(asked),
-        notes=tuple(dict.fromkeys(notes)),
+        notes=tuple(dict.fromkeys([*notes, *sentences(asked, pictures)])),
+        timed_runs=timed_runs,
     )
 
 
 def _unpruned(
     model: Model, images: Sequence[Any], prompt: str, options: dict[str, Any], notes: list[str]
-) -> Answer | None:
-    """The answer without pruning; None and a note where engines reserve too little for it."""
+) -> list[Answer]:
+    """The answer without pruning; none and a note where engines reserve too little for it."""
     try:
-        return _answer(model.generate(list(images), prompt, plan=NO_PRUNING, **options))
+        return [_answer(model.generate(list(images), prompt, plan=NO_PRUNING, **options))]
     except CapacityError as error:
         notes.append(f"the unpruned model was not asked: {error}")
-        return None
+        return []
+
+
+def timed(answers: Sequence[Answer], ask: Callable[[str], Result], runs: int) -> list[Answer]:
+    """Answers with the median times of some runs, their plans in turn.
+
+    Args:
+        answers: Of runs that were not timed, one for each plan.
+        ask: Asks again with a plan.
+        runs: How many times each.
+    """
+    if not runs:
+        return list(answers)
+    rounds = [[ask(answer.plan).timings_ms for answer in answers] for _ in range(runs)]
+    return [
+        replace(
+            answer,
+            ttft_ms=median(times["ttft"] for times in own),
+            total_ms=median(times["total"] for times in own),
+        )
+        for answer, own in zip(answers, zip(*rounds, strict=True), strict=True)
+    ]
 
 
 def _answer(result: Result) -> Answer:
@@ -98,8 +136,8 @@ def _answer(result: Result) -> Answer:
         prompt_tokens=result.prompt_tokens,
         kv_used=result.kv_bytes["used"],
         kv_reserved=result.kv_bytes["reserved"],
-        ttft_ms=result.timings_ms["ttft"],
-        total_ms=result.timings_ms["total"],
+        ttft_ms=None,  # a first run says little of time
+        total_ms=None,
     )
 
 

@@ -72,6 +72,7 @@ def _prompt(shown: Shown, asked: Asked, number: int) -> dict[str, Any]:
         "marked": asked.views[0].words if len(asked.views) == 1 else (),
         "answers": _answers(asked),
         "facts": _facts(asked),
+        "timing": shown.timing,
         "views": [
             {
                 "id": f"{number}-{index}",
@@ -98,15 +99,20 @@ def _facts(asked: Asked) -> list[tuple[str, list[str]]]:
     """Name of each number, and the number with the plan, without pruning, and their ratio."""
     answers = [asked.answer, *([asked.unpruned] if asked.unpruned else [])]
 
-    def row(name: str, text: Callable[[float], str], value: Callable[[Answer], float]) -> Any:
-        values = [value(answer) for answer in answers]
+    def row(
+        name: str, text: Callable[[float], str], value: Callable[[Answer], float | None]
+    ) -> Any:
+        values = [number for answer in answers if (number := value(answer)) is not None]
         ratio = [f"{values[0] / values[1] * 100:.0f}\xa0%"] if len(values) > 1 else []
         return name, [text(number) for number in values] + ratio
 
-    return [
-        row("KV cache", size, lambda answer: answer.kv_used),
+    times = [
         row("time to first token", _milliseconds, lambda answer: answer.ttft_ms),
         row("whole answer", _milliseconds, lambda answer: answer.total_ms),
+    ]
+    return [
+        row("KV cache", size, lambda answer: answer.kv_used),
+        *(times if asked.answer.ttft_ms is not None else ()),
         ("new tokens", [str(answer.num_tokens) for answer in answers]),
     ]
 

@@ -123,6 +123,8 @@ def _prompt(sheet: _Sheet, shown: Shown, asked: Asked) -> None:
         answers.append(("Unpruned", asked.unpruned))
     writers = [partial(_answer, sheet, title, answer) for title, answer in answers]
     sheet.side_by_side(writers, (sheet.width - GAP) // 2)
+    if shown.timing:
+        sheet.text(shown.timing, SMALL, QUIET)
     for number, (picture, view) in enumerate(zip(shown.pictures, asked.views, strict=True), 1):
         sheet.y += GAP
         if not is_alone:
@@ -138,7 +140,9 @@ def _prompt(sheet: _Sheet, shown: Shown, asked: Asked) -> None:
 def _answer(sheet: _Sheet, title: str, answer: Answer) -> None:
     sheet.text(title, SMALL, QUIET)
     sheet.text(answer.text, NORMAL)
-    facts = f"KV cache {size(answer.kv_used)}, first token after {answer.ttft_ms:.0f} ms"
+    facts = f"KV cache {size(answer.kv_used)}"
+    if answer.ttft_ms is not None:
+        facts += f", first token after {answer.ttft_ms:.0f} ms"
     sheet.text(f"{facts}, {answer.num_tokens} new tokens", SMALL, QUIET)
 
 

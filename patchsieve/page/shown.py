@@ -124,7 +124,7 @@ class View:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, and what that took."""
+    """What the model said, and what that took; no times if none were measured."""
 
     plan: str
     text: str
@@ -132,8 +132,8 @@ class Answer:
     prompt_tokens: int
     kv_used: int  # bytes
     kv_reserved: int  # bytes
-    ttft_ms: float
-    total_ms: float
+    ttft_ms: float | None
+    total_ms: float | None
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,7 @@ class Shown:
         pictures: The images of every prompt.
         asked: The prompts, all of them about all pictures and through the same places.
         notes: What the reader should know, in sentences.
+        timed_runs: Runs of each prompt and plan whose median the times are; 0 without times.
     """
 
     bundle: str
@@ -172,6 +173,7 @@ class Shown:
     pictures: tuple[Picture, ...]
     asked: tuple[Asked, ...]
     notes: tuple[str, ...] = ()
+    timed_runs: int = 0
 
     def __post_init__(self) -> None:
         """Check that every view belongs to its picture."""
@@ -194,6 +196,15 @@ class Shown:
         views = [view for asked in self.asked for view in asked.views]
         return views[0].places if views else ()
 
+    @property
+    def timing(self) -> str:
+        """How times were measured; nothing where none were."""
+        if not self.timed_runs:
+            return ""
+        runs = "one run" if self.timed_runs == 1 else f"median of {self.timed_runs} runs"
+        turns = "" if all(one.unpruned is None for one in self.asked) else ", both plans in turn"
+        return f"Times: {runs}{turns}, after an untimed run of each."
+
     def summary(self) -> dict[str, Any]:
         """The page's numbers and texts, without pixels and scores."""
         return {
@@ -204,6 +215,7 @@ class Shown:
             "images": [{"name": one.name, "grid": list(one.grid)} for one in self.pictures],
             "prompts": [_asked(asked) for asked in self.asked],
             "notes": list(self.notes),
+            "timed_runs": self.timed_runs,
         }
 
 

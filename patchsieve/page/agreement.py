@@ -1,0 +1,64 @@
+"""What several questions about one picture keep in common: measured on the page's own survivors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from patchsieve.page.shown import Asked, Picture, Place
+
+ALIKE = 0.75  # share of the way from chance to all in common above which questions hardly matter
+_DRAWS = ("random",)
+
+
+def sentences(asked: Sequence[Asked], pictures: Sequence[Picture]) -> list[str]:
+    """Say where patches are chosen without the question, or nearly so.
+
+    Two sentences follow from where and how a plan acts: what goes before the decoder is chosen
+    before the question is read, and `random` draws. All else is counted: how many patches the
+    questions keep in common at a site. What chance would have in common is taken off before a site
+    is said to depend on the question hardly at all.
+
+    Args:
+        asked: Prompts, each with a view of every picture.
+        pictures: The pictures.
+    """
+    different = list({one.prompt: one for one in asked}.values())
+    told: list[str] = []
+    for number, picture in enumerate(pictures):
+        name = f"image {number + 1}: " if len(pictures) > 1 else ""
+        views = [one.views[number].places for one in different]
+        before: list[int] = [picture.num_patches] * len(views)
+        for places in zip(*views, strict=True):
+            told += [name + text for text in _of_place(places, before)]
+            before = [len(place.kept) for place in places]
+    return told
+
+
+def _of_place(places: Sequence[Place], before: Sequence[int]) -> list[str]:
+    """What there is to say of one place under each of the prompts."""
+    first = places[0]
+    if first.layer is None:
+        if first.num_after == first.num_before:
+            return []
+        return [
+            f"{first.method} acts before the question is read: every question about this image "
+            "finds the same tokens after it"
+        ]
+    if first.method in _DRAWS:
+        return [f"{first.method} draws patches {first.name}: its choice depends on no score"]
+    if len(places) < 2:
+        return []
+    sizes = [len(place.kept) for place in places]
+    common = len(set(places[0].kept).intersection(*(place.kept for place in places)))
+    alive, least = max(before), min(sizes)
+    chance = alive * prod(size / alive for size in sizes)
+    if least == alive or least <= chance:
+        return []
+    questions = "both questions" if len(places) == 2 else f"all {len(places)} questions"
+    counts = f"{common} of {least}" if len(set(sizes)) == 1 else str(common)
+    kept = "" if len(set(sizes)) == 1 else f" ({', '.join(map(str, sizes))} are kept)"
+    text = f"{counts} patches kept {first.name} are the same for {questions}{kept}"
+    if common - chance < ALIKE * (least - chance):
+        return [text]
+    return [f"{text}: this plan's scores there hardly depend on the question"]
