@@ -23,14 +23,16 @@ from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.accuracy.asking import Askers, Task, load_questions
 from benchmarks.accuracy.figures import draw_curves, draw_kinds
 from benchmarks.accuracy.marks import Marks
+from benchmarks.accuracy.places import Costs
 from benchmarks.accuracy.plans import Row
-from benchmarks.accuracy.report import to_dict, to_text
+from benchmarks.accuracy.report import to_dict, to_text, with_earlier
 from benchmarks.accuracy.tables import LEARNED, TABLES, TRAINED, Table
 from benchmarks.accuracy.workshop import Training, Workshop, digest, log
 from patchsieve.evaluation.answers import Answer
@@ -68,12 +70,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--finish-steps",
         type=int,
         default=how.finish_steps,
-        help=f"of decoders with hard masks, behind those ({how.finish_steps})",
+        help=f"of decoders with hard masks, after those ({how.finish_steps})",
     )
     add("--learning-rate", type=float, default=how.rate, help=f"of them ({how.rate})")
     add("--lambda-atp", type=float, default=how.weight, help=f"weight of eq. 12 ({how.weight})")
     add("--lambda-target", type=float, default=how.pull, help=f"weight of eq. 13 ({how.pull})")
     add("--no-training", action="store_true", help="leave out decoders that are not trained yet")
+    add(
+        "--rows",
+        help="ask only rows whose label contains one of these words, with commas between them; "
+        "the others keep what --results holds of them (default: all rows)",
+    )
     add("--json", action="store_true", help="print JSON lines instead of Markdown")
     args = parser.parse_args(argv)
     args.tables = [name.strip() for name in args.tables.split(",")]
@@ -83,6 +90,27 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         if not (folder / "config.json").is_file():
             parser.error(f"{option} | found: no model in {folder} | expected: a checkpoint")
     return args
+
+
+def only(table: Table, words: str) -> Table:
+    """The table with rows left out whose label has none of the words; the first is always asked."""
+    wanted = [word.strip() for word in words.split(",")]
+
+    def checked(row: Row) -> Row:
+        is_wanted = row is table.rows[0] or any(word in row.label for word in wanted)
+        return row if is_wanted or row.not_run else replace(row, not_run="not run: --rows")
+
+    parts = [replace(part, rows=tuple(map(checked, part.rows))) for part in table.parts]
+    return replace(table, parts=tuple(parts))
+
+
+def earlier(path: Path, run: dict[str, object], questions: int) -> dict[str, Any] | None:
+    """What a file holds of the same table, model and number of questions; None without."""
+    if not path.exists():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    is_same = (found["checkpoint"], found["questions"]) == (run["checkpoint"], questions)
+    return found if is_same else None
 
 
 def without_training(table: Table, shop: Workshop) -> Table:
@@ -140,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     shop = Workshop(args.checkpoint, args.clip, args.work, how)
     data = shop.questions("held-out", max(args.questions, _DRAWN))
     questions = load_questions(data, args.questions)
+    costs = Costs.of(args.checkpoint, args.clip, data)
     args.results.mkdir(parents=True, exist_ok=True)
     run = {
         "checkpoint": shop.model,
@@ -152,9 +181,14 @@ def main(argv: list[str] | None = None) -> int:
             table = TABLES[name](shop.budgets)
             if args.no_training:
                 table = without_training(table, shop)
-            found = to_dict(table, measure(table, shop, data, questions, askers)) | run
-            text = to_text(found)
+            if args.rows is not None:
+                table = only(table, args.rows)
+            marks = measure(table, shop, data, questions, askers)
+            found = to_dict(table, marks, costs, run["date"]) | run
             path = args.results / f"accuracy-{name}.json"
+            if known := earlier(path, run, len(questions)):
+                found = with_earlier(found, known, table, costs)
+            text = to_text(found)
             path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
             path.with_suffix(".md").write_text(text, encoding="utf-8")
             if name in FIGURES:

@@ -14,12 +14,12 @@ Point = tuple[float, float, float, float]  # tokens, accuracy, its interval
 
 _WIDTH, _HEIGHT = 760, 430
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 226, 46, 48
-# Okabe and Ito's colours and two more, and a mark of its own for each line.
+# Okabe and Ito's colours and three more, and a mark of its own for each line.
 _COLOURS = (
     *("#e69f00", "#56b4e9", "#009e73", "#d55e00", "#cc79a7"),
-    *("#0072b2", "#999999", "#b8a800", "#8a6fd1"),
+    *("#0072b2", "#999999", "#b8a800", "#8a6fd1", "#a0522d"),
 )
-_MARKS = ("circle", "square", "diamond", "up", "down", "cross", "plus", "bar", "ring")
+_MARKS = ("circle", "square", "diamond", "up", "down", "cross", "plus", "bar", "ring", "left")
 _STYLE = (
     ":root{color-scheme:light dark}"
     "text{font:12px system-ui,sans-serif;fill:#24292f}.h{font-weight:600;font-size:14px}"
@@ -156,6 +156,7 @@ def _mark(kind: str, x: float, y: float, colour: str) -> str:
         "diamond": "M0-5l5 5-5 5-5-5z",
         "up": "M0-5l5 9h-10z",
         "down": "M0 5l5-9h-10z",
+        "left": "M-5 0l9 5v-10z",
         "cross": "M-4-4l8 8M4-4l-8 8",
         "plus": "M-5 0h10M0-5v10",
         "bar": "M-5-2h10v4h-10z",

@@ -118,7 +118,7 @@ class Budgets:
         return float(average_tokens(counts, sites, self.size.num_layers, self.size.num_patches))
 
     def falling(self, sites: Sequence[int], target: float, ratio: float) -> tuple[int, ...]:
-        """Counts n, n r, n r^2, ... behind the sites whose average is the target."""
+        """Counts n, n r, n r^2, ... after the sites whose average is the target."""
         unit = [ratio**k for k in range(len(sites))]
         base = self.average([0.0] * len(sites), sites)
         first = (target - base) / (self.average(unit, sites) - base)
@@ -135,7 +135,7 @@ class Budgets:
             params |= {"curve": "geometric"}
         return Plan(encoder=MethodPlan(method, {"keep": keep, **params}))
 
-    def behind(self, method: str, keep: int, **params: object) -> Plan:
+    def after(self, method: str, keep: int, **params: object) -> Plan:
         """A method between tower and decoder."""
         return Plan(projector=MethodPlan(method, {"keep": keep, **params}))
 

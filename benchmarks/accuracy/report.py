@@ -7,18 +7,23 @@ from dataclasses import asdict
 from typing import Any
 
 from benchmarks.accuracy.marks import GROUPS, Marks, verdict
+from benchmarks.accuracy.places import Costs, acts_in
 from benchmarks.accuracy.plans import Row
 from benchmarks.accuracy.tables import Part, Table
 
-_COLUMNS = ("", "tokens", "KV kB", "all", "to none", "kept", "fine", "coarse")
+_COLUMNS = ("", "acts in", "FLOPs", "tokens", "KV kB", "all", "to none", "kept", "fine", "coarse")
 
 
-def to_dict(table: Table, marks: Mapping[Row, Marks]) -> dict[str, Any]:
+def to_dict(
+    table: Table, marks: Mapping[Row, Marks], costs: Costs, date: str = ""
+) -> dict[str, Any]:
     """A table as JSON holds it: accuracies with intervals, paired differences, who beats whom.
 
     Args:
         table: The table, its first row the unpruned model.
         marks: Of each row that was run.
+        costs: What plans cost.
+        date: When.
     """
     full = marks[table.rows[0]]
     return {
@@ -26,18 +31,63 @@ def to_dict(table: Table, marks: Mapping[Row, Marks]) -> dict[str, Any]:
         "title": table.title,
         "questions": len(full.hits),
         "has_kinds": table.kinds,
-        "parts": [_part(part, marks, full) for part in table.parts],
+        "text_tokens": costs.text_tokens,
+        "parts": [_part(part, marks, full, costs, date) for part in table.parts],
     }
 
 
-def _part(part: Part, marks: Mapping[Row, Marks], full: Marks) -> dict[str, Any]:
+def with_earlier(
+    found: dict[str, Any], earlier: Mapping[str, Any], table: Table, costs: Costs
+) -> dict[str, Any]:
+    """A table whose rows that were not run now have what an earlier run of it found.
+
+    Their numbers and their date are the earlier ones, and so is a comparison of which one side was
+    not run now. Rows are the same that have the same label in the part of the same title.
+
+    Args:
+        found: From `to_dict`.
+        earlier: The same table as it was written before, of as many questions.
+        table: Whose rows they are.
+        costs: What plans cost.
+    """
+    known = {part["title"]: part for part in earlier["parts"]}
+    for part, rows in zip(found["parts"], table.parts, strict=True):
+        before = known.get(part["title"], {"rows": [], "comparisons": []})
+        old = {row["label"]: row for row in before["rows"] if "not_run" not in row}
+        left = {row["label"] for row in part["rows"] if "not_run" in row}
+        for place, row in enumerate(part["rows"]):
+            if row["label"] in left & set(old):
+                entry = {"date": earlier["date"]} | old[row["label"]]
+                part["rows"][place] = entry | _place(rows.rows[place], costs, entry)
+        shown = {row["label"] for row in part["rows"] if "not_run" not in row}
+        told = {(one["of"], one["to"]): one for one in part["comparisons"]}
+        kept = {(one["of"], one["to"]): one for one in before["comparisons"]} | told
+        part["comparisons"] = [
+            kept[of, to]
+            for of in rows.champions
+            for to in (row.label for row in rows.rows)
+            if (of, to) in kept and {of, to} <= shown
+        ]
+    return found
+
+
+def _place(row: Row, costs: Costs, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a row acts, and its FLOPs as a share of the unpruned model's."""
+    share = costs.share(row.plan, entry["tokens"]["all"])
+    return {"acts_in": acts_in(row.plan), "flops": share}
+
+
+def _part(
+    part: Part, marks: Mapping[Row, Marks], full: Marks, costs: Costs, date: str
+) -> dict[str, Any]:
     rows = []
     for row in part.rows:
         if row.not_run:
             rows.append({"label": row.label, "not_run": row.not_run})
             continue
         own = marks[row]
-        entry = {"label": row.label, "plan": row.plan.to_dict()} | own.to_dict()
+        entry = {"label": row.label, "date": date, "plan": row.plan.to_dict()} | own.to_dict()
+        entry |= _place(row, costs, entry)
         if row.heads is not None:
             entry["heads"] = asdict(row.heads)
         if own is not full:
@@ -65,8 +115,13 @@ def _comparisons(part: Part, marks: Mapping[Row, Marks]) -> list[dict[str, Any]]
 
 
 def to_text(found: Mapping[str, Any]) -> str:
-    """A table for the eye."""
-    blocks = [f"## {found['title']}", f"{found['questions']} held-out questions; 95 % intervals."]
+    """A table for people."""
+    blocks = [
+        f"## {found['title']}",
+        f"{found['questions']} held-out questions; 95 % intervals. FLOPs of tower, decoder and "
+        f"text scorer up to the first token, with {found['text_tokens']} text tokens, are a share "
+        "of the unpruned model's.",
+    ]
     for part in found["parts"]:
         blocks.append(f"**{part['title']}**")
         blocks.append(_grid(_COLUMNS, [_line(row) for row in part["rows"]]))
@@ -74,9 +129,21 @@ def to_text(found: Mapping[str, Any]) -> str:
         if told:
             blocks.append("\n".join(f"- {line}" for line in told))
         run = [row for row in part["rows"] if "not_run" not in row]
+        if dates := _dates(run):
+            blocks.append(dates)
         if found["has_kinds"] and run:
             blocks.append(_kinds(run))
     return "\n\n".join(blocks) + "\n"
+
+
+def _dates(rows: Sequence[Mapping[str, Any]]) -> str:
+    """When which rows were asked, if not all on one day."""
+    days: dict[str, list[str]] = {}
+    for row in rows:
+        days.setdefault(row["date"][:10], []).append(row["label"])
+    if len(days) < 2:
+        return ""
+    return "\n".join(f"Asked on {day}: {'; '.join(labels)}." for day, labels in days.items())
 
 
 def _line(row: Mapping[str, Any]) -> list[str]:
@@ -85,6 +152,8 @@ def _line(row: Mapping[str, Any]) -> list[str]:
     away = row.get("difference")
     return [
         row["label"],
+        row["acts_in"],
+        f"{100 * row['flops']:.0f} %",
         f"{row['tokens']['all']:.1f}",
         f"{row['kv_bytes'] / 1000:.0f}",
         _percent(row["accuracy"]["all"]),

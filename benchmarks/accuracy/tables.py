@@ -16,7 +16,7 @@ class Part:
     Attributes:
         title: The heading.
         rows: The first of the whole table is the unpruned model.
-        champions: Labels whose paired differences to all other rows of the part are told.
+        champions: Labels whose paired differences to all other rows of the part are reported.
     """
 
     title: str
@@ -52,6 +52,7 @@ LEARNED, FIXED = "ATP, learned", "ATP, constants"
 TRAINED, IVTP_TRAINED = "ATP, decoder trained", "IVTP, decoder trained"
 IVTP_WHOLE = "IVTP, tower and decoder trained"
 IVTP_TWICE = "IVTP, tower and decoder trained, for longer"
+RANDOM_INSIDE, RANDOM_AFTER = "random in the tower", "random after the tower"
 FINISHED = "ATP, decoder trained, hard at the end"
 TWICE = "ATP, decoder trained, hard for longer"
 
@@ -68,7 +69,8 @@ def main_table(to: Budgets) -> Table:
             whole = replace(rows[-1], label=IVTP_WHOLE, trains_tower=True)
             more = (whole, replace(whole, label=IVTP_TWICE, finishes=1))
         rows, champion = (*rows, *more), more[-1].label
-        parts.append(Part(title, rows, (champion, LEARNED, "IVTP")))
+        champions = (champion, LEARNED, "IVTP", RANDOM_INSIDE, RANDOM_AFTER)
+        parts.append(Part(title, rows, champions))
     return Table("main", "Every method at the same average number of visual tokens", tuple(parts))
 
 
@@ -89,14 +91,15 @@ def finished(row: Row, label: str, times: int = 1) -> Row:
 def methods(to: Budgets, target: int) -> list[Row]:
     """Every method at one average."""
     rows = [
-        Row("random", to.behind("random", target)),
+        Row(RANDOM_INSIDE, to.in_tower("random", target)),
+        Row(RANDOM_AFTER, to.after("random", target)),
         Row("TopK in the tower", to.in_tower("topk", target)),
-        Row("TopK behind the tower", to.behind("topk", target)),
+        Row("TopK after the tower", to.after("topk", target)),
         Row("EViT", to.in_tower("evit", target)),
         Row("ToMe", to.in_tower("tome", target)),
     ]
     if round(target**0.5) ** 2 == target:
-        rows.append(Row("pooling", to.behind("pooling", target)))
+        rows.append(Row("pooling", to.after("pooling", target)))
     rows.append(Row("GTP (IVTP in the tower alone)", to.in_tower("gtp", target)))
     for layer in (2, 1):
         if layer * to.size.num_patches < target * to.size.num_layers * 0.9:
@@ -233,7 +236,7 @@ def curves(to: Budgets) -> Table:
     rows: dict[str, list[Row]] = {}
     for target in targets:
         for row in methods(to, target):
-            extra = ("TopK behind the tower", LEARNED, "FastV at layer 2")
+            extra = ("TopK after the tower", LEARNED, "FastV at layer 2")
             is_extra = row.label in extra or "at its end" in row.label
             lowest = to.average([1.0] * 3, to.sites(target))
             is_out_of_reach = row.heads is not None and target < lowest + 2
@@ -265,14 +268,14 @@ def options(to: Budgets) -> Table:
     contiguous = Plan(encoder=gtp.encoder, position_rule="contiguous")
     places = (Row("original (default)", gtp), Row("contiguous", contiguous))
     pooled = (
-        Row("before the projection (default)", to.behind("pooling", target)),
-        Row("behind the projection", to.behind("pooling", target, place="after")),
+        Row("before the projection (default)", to.after("pooling", target)),
+        Row("after the projection", to.after("pooling", target, place="after")),
     )
     late = PseudoCls(cls="penultimate")
     states = (
         Row("last layer, visual block (default)", to.ivtp(to.far)),
         Row("penultimate layer", to.ivtp(to.far, pseudo_cls=late)),
-        Row("block with what stands before the image", to.ivtp(to.far, block="prefix")),
+        Row("block with what is before the image", to.ivtp(to.far, block="prefix")),
         Row("state kept (carry); repool", not_run="not run: the exporter has carry alone"),
     )
     rows = (
@@ -287,7 +290,7 @@ def options(to: Budgets) -> Table:
         Part("no pruning", (FULL,)),
         Part("ATP: normalisation and causal mode, constants", scores, ("min-max (default)",)),
         Part("ATP: granularities, spatial sampling alone", nested, ("2, 4, 8 (default)",)),
-        Part("positions behind GTP", places, ("original (default)",)),
+        Part("positions after GTP", places, ("original (default)",)),
         Part("IVTP: pseudo-CLS", states, ("last layer, visual block (default)",)),
         Part("FastV: whose attention", rows, ("last row (default)",)),
         Part("TopK: score", cosine, ("attention (default)",)),
