@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 
 from patchsieve.calibration.model import PrunedLlava
@@ -51,7 +59,7 @@ class TrainingOptions:
     save_steps: int = 500
     seed: int = 0
 
-    def arguments(self, folder: Path, *, quiet: bool) -> TrainingArguments:
+    def arguments(self, folder: Path) -> TrainingArguments:
         """The Trainer's own arguments; checkpoints go to `folder`."""
         arguments: dict[str, Any] = {}
         if self.gradient_checkpointing:  # transformers 5.23 warns of the name, so only where wanted
@@ -72,11 +80,34 @@ class TrainingOptions:
             logging_steps=10,
             seed=self.seed,
             report_to=[],
-            disable_tqdm=quiet,
+            disable_tqdm=True,
             remove_unused_columns=False,
             use_cpu=not torch.cuda.is_available(),
             **arguments,
         )
+
+
+class _Reporting(TrainerCallback):
+    """Says in a line where a training is."""
+
+    def __init__(self, progress: Callable[[str, float], None]) -> None:
+        self.progress = progress
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Report the loss and, of a batch with images, the tokens that are left."""
+        if logs is None or "loss" not in logs:  # the Trainer's summary at the end
+            return
+        line = f"training, step {state.global_step} of {state.max_steps}, loss {logs['loss']:.3f}"
+        if "average_tokens" in logs:
+            line += f", {logs['average_tokens']:.1f} tokens on average"
+        self.progress(line, state.global_step / state.max_steps)
 
 
 class HeadsTrainer(Trainer):
@@ -87,7 +118,7 @@ class HeadsTrainer(Trainer):
         samples: What it learns from.
         options: How it learns.
         folder: Where checkpoints go.
-        quiet: No progress bar.
+        progress: Takes a line about the training and how much of it is done, every ten steps.
     """
 
     def __init__(
@@ -96,18 +127,17 @@ class HeadsTrainer(Trainer):
         samples: Samples,
         options: TrainingOptions,
         folder: Path,
-        *,
-        quiet: bool = False,
+        progress: Callable[[str, float], None] = lambda *_: None,
     ) -> None:
         super().__init__(
             model=model,
-            args=options.arguments(folder, quiet=quiet),
+            args=options.arguments(folder),
             train_dataset=samples,
             data_collator=collate,
         )
         self.pruned, self.options = model, options
-        if quiet:
-            self.remove_callback(PrinterCallback)  # it prints to stdout where no bar is wanted
+        self.remove_callback(PrinterCallback)  # it prints Python's dictionaries to stdout
+        self.add_callback(_Reporting(progress))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """One rate for the heads, another for the language model."""

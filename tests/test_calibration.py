@@ -478,6 +478,19 @@ def test_training_again_and_training_resumed_give_the_same_heads(
         assert torch.allclose(tensor, three[name], atol=1e-6), name
 
 
+def test_a_training_says_where_it_is_in_lines_for_people(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys
+) -> None:
+    """Not in Python's dictionaries; stdout holds the result alone."""
+    argv = ["calibrate", str(checkpoint), "--data", str(data), "-o", str(tmp_path / "heads")]
+    argv += ["--sites", "1,3", "--hidden", "8", "--batch-size", "2", *TRAIN, "--steps", "10"]
+    assert main(argv) == 0
+    out, err = capsys.readouterr()
+    assert "{" not in out + err and "it/s" not in out
+    (line,) = [line for line in err.splitlines() if "step 10 of 10, loss" in line]
+    assert line.startswith("100% training") and line.endswith("tokens on average")
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

@@ -163,7 +163,7 @@ def test_heads_and_language_model_have_rates_of_their_own(
     model = pruned(checkpoint, encoder, train_lm=train_lm)
     options = train.TrainingOptions(learning_rate=3e-4, lm_learning_rate=7e-6)
     samples = Samples(Records(data), encoder)
-    made = train.HeadsTrainer(model, samples, options, tmp_path, quiet=True).create_optimizer()
+    made = train.HeadsTrainer(model, samples, options, tmp_path).create_optimizer()
     rates = {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
     heads = {id(p) for p in model.thresholds.parameters()}
     assert all(rates[one] == 3e-4 for one in heads)

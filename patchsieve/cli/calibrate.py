@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         raise PatchsieveError(
             "there is nothing to resume", found=f"no {partial}", do="start without --resume"
         )
-    progress, started = Progress(args.json), time.monotonic()
+    progress, started = Progress(args.json or not _is_main_process()), time.monotonic()
     progress("loading the checkpoint", 0.0)
     model, samples, held_out, encoder = _load(args)
     if trains(args):
@@ -201,8 +201,8 @@ def _train(
     last = last_checkpoint(partial)
     if _is_main_process():
         check_partial(args, partial, last)
-    progress("training", 0.1)
-    trainer = HeadsTrainer(model, samples, options, partial, quiet=args.json)
+    progress("training", 0.0)
+    trainer = HeadsTrainer(model, samples, options, partial, progress)
     trainer.train(resume_from_checkpoint=str(last) if args.resume and last else None)
     trainer.release()
     return trainer.state.log_history
