@@ -141,7 +141,7 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
     elif args.method == "quantile":
         starts = {site: constant_heads(encoder.grid) for site in args.sites}
     else:
-        starts = fixed_counts(args.sites, args.counts, encoder.grid)
+        starts = fixed_counts(args.sites, args.counts or (), encoder.grid)
     methods = {
         site: ATP(
             thresholds=thresholds,
