@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 
 from benchmarks.accuracy import asking
-from benchmarks.accuracy.__main__ import without_training
+from benchmarks.accuracy.__main__ import earlier, only, without_training
 from benchmarks.accuracy.asking import Task
 from benchmarks.accuracy.figures import draw_curves, draw_kinds
 from benchmarks.accuracy.marks import Marks, verdict
+from benchmarks.accuracy.places import Costs
 from benchmarks.accuracy.plans import Budgets, Heads, Row
-from benchmarks.accuracy.report import to_dict, to_text
+from benchmarks.accuracy.report import to_dict, to_text, with_earlier
 from benchmarks.accuracy.tables import IVTP_TWICE, LEARNED, TABLES, TRAINED, Table
 from benchmarks.accuracy.workshop import Training, Workshop, _resuming
 from patchsieve.calibration.survivors import geometric_counts
+from patchsieve.cost import read_shape
 from patchsieve.evaluation.metrics import Interval
 from patchsieve.export.recipes import Size
 from patchsieve.runtime.model import Model
@@ -221,7 +223,11 @@ def test_an_image_is_seen_once_for_all_its_questions(
     model.close()
 
 
-def synthetic(name: str, table: Table | None = None) -> dict[str, Any]:
+DEMO_MODEL = Path(__file__).parents[1] / "examples" / "demo_model"
+COSTS = Costs(read_shape(DEMO_MODEL / "checkpoint"), 30)
+
+
+def synthetic(name: str, table: Table | None = None, date: str = "2026-01-01") -> dict[str, Any]:
     """A table whose rows have half of the questions right, the first one all."""
     table = table or TABLES[name](DEMO)
     kinds = ["count", "ground"] * 20
@@ -229,8 +235,8 @@ def synthetic(name: str, table: Table | None = None) -> dict[str, Any]:
     for number, row in enumerate(table.rows):
         if not row.not_run:
             hits = [1.0] * 40 if not number else [1.0, 0.0] * 20
-            given[row] = marks(hits, kinds, tokens=10.0 + number)
-    return to_dict(table, given)
+            given[row] = marks(hits, kinds, tokens=40.0 + number)
+    return to_dict(table, given, COSTS, date) | {"date": date}
 
 
 def test_a_report_tells_marks_differences_and_what_was_not_run() -> None:
@@ -245,6 +251,59 @@ def test_a_report_tells_marks_differences_and_what_was_not_run() -> None:
     assert "carry alone" in text and "50.0 %" in text and "no different from" in text
     header, rule, line = text.split("\n\n")[3].splitlines()[:3]
     assert len(header) == len(rule) == len(line)
+
+
+def test_rows_say_where_they_act_and_what_they_cost() -> None:
+    """Inside the tower a method saves there too; a plan that adapts costs what it keeps."""
+    rows = {row["label"]: row for row in synthetic("main")["parts"][1]["rows"]}
+    inside, after = rows["random in the tower"], rows["random after the tower"]
+    assert (inside["acts_in"], after["acts_in"]) == ("tower", "after the tower")
+    assert inside["flops"] < after["flops"] < 1
+    assert inside["flops"] == rows["TopK in the tower"]["flops"]
+    assert rows["FastV at layer 2"]["acts_in"] == "decoder layer 2"
+    assert rows["IVTP"]["acts_in"] == "tower and decoder layers 3, 6, 9"
+    plan = next(row.plan for row in TABLES["main"](DEMO).rows if row.label == LEARNED)
+    few, some, more = (COSTS.share(plan, average) for average in (36.0, 36.5, 37.0))
+    assert few < some < more and some - few == pytest.approx(more - some, rel=0.2)
+    fixed = DEMO.fixed((2, 5, 9), 36, 1 / 2)
+    counts = [site.budget for site in fixed.sites]
+    adaptive = COSTS.share(plan, DEMO.average(counts, (2, 5, 9)))
+    assert COSTS.share(fixed, 0) == pytest.approx(adaptive, rel=0.01)  # attention alone differs
+    text = to_text(synthetic("main"))
+    assert "tower and decoder layers 3, 6, 9" in text and "30 text tokens" in text
+
+
+def test_rows_that_are_not_asked_again_keep_numbers_and_date() -> None:
+    """And comparisons with what was asked now are left out, for their answers are not there."""
+    before = synthetic("main")
+    for row in before["parts"][1]["rows"]:
+        row["accuracy"]["all"]["mean"] = 0.123
+    inside = "random in the tower"
+    before["parts"][1]["rows"] = [r for r in before["parts"][1]["rows"] if r["label"] != inside]
+    before["parts"][1]["comparisons"] = [
+        one for one in before["parts"][1]["comparisons"] if inside not in (one["of"], one["to"])
+    ]
+    table = only(TABLES["main"](DEMO), "random in, EViT")
+    found = with_earlier(synthetic("", table, "2026-02-02"), before, TABLES["main"](DEMO), COSTS)
+    rows = {row["label"]: row for row in found["parts"][1]["rows"]}
+    assert (rows[inside]["date"], rows[inside]["accuracy"]["all"]["mean"]) == ("2026-02-02", 0.5)
+    assert rows["EViT"]["accuracy"]["all"]["mean"] == 0.5
+    assert (rows["ToMe"]["date"], rows["ToMe"]["accuracy"]["all"]["mean"]) == ("2026-01-01", 0.123)
+    assert rows["ToMe"]["acts_in"] == "tower" and 0 < rows["ToMe"]["flops"] < 1
+    pairs = {(one["of"], one["to"]) for one in found["parts"][1]["comparisons"]}
+    assert (inside, "EViT") in pairs and ("IVTP", "ToMe") in pairs
+    assert (inside, "ToMe") not in pairs
+    text = to_text(found)
+    assert "Asked on 2026-02-02: random in the tower; EViT." in text and "2026-01-01: " in text
+    assert "not run" not in text.split("**89 %")[0]
+
+
+def test_results_of_another_model_or_of_fewer_questions_are_not_kept(tmp_path: Path) -> None:
+    path, run = tmp_path / "accuracy-main.json", {"checkpoint": "one"}
+    assert earlier(path, run, 4000) is None
+    path.write_text(json.dumps({"checkpoint": "one", "questions": 4000}))
+    assert earlier(path, run, 4000)
+    assert earlier(path, run, 1000) is None and earlier(path, {"checkpoint": "two"}, 4000) is None
 
 
 def test_rows_whose_decoder_is_not_trained_yet_are_left_out_if_asked(tmp_path: Path) -> None:
@@ -325,3 +384,5 @@ def test_curves_are_a_figure_for_light_and_dark_pages() -> None:
     assert len(lines) >= 7 and "IVTP" in texts
     assert len({line.get("stroke") for line in lines}) == len(lines)
     assert "prefers-color-scheme:dark" in drawn and "nan" not in drawn
+    few = draw_curves(synthetic("", only(TABLES["curves"](DEMO), "random")))
+    assert len(ElementTree.fromstring(few).findall(f"{named.svg}polyline")) == 2
