@@ -18,7 +18,7 @@ from benchmarks.accuracy.__main__ import earlier, only, without_training
 from benchmarks.accuracy.asking import Task
 from benchmarks.accuracy.figures import draw_curves, draw_kinds
 from benchmarks.accuracy.marks import Marks, verdict
-from benchmarks.accuracy.places import Costs
+from benchmarks.accuracy.places import Costs, acts_in
 from benchmarks.accuracy.plans import Budgets, Heads, Row
 from benchmarks.accuracy.report import to_dict, to_text, with_earlier
 from benchmarks.accuracy.tables import IVTP_TWICE, LEARNED, TABLES, TRAINED, Table
@@ -261,6 +261,8 @@ def test_rows_say_where_they_act_and_what_they_cost() -> None:
     assert inside["flops"] < after["flops"] < 1
     assert inside["flops"] == rows["TopK in the tower"]["flops"]
     assert rows["FastV at layer 2"]["acts_in"] == "decoder layer 2"
+    assert rows["random at layer 1"]["flops"] == rows["FastV at layer 1"]["flops"]
+    assert acts_in(DEMO.ivtp(16, group=1)) == "tower and decoder layers 1 to 11"
     assert rows["IVTP"]["acts_in"] == "tower and decoder layers 3, 6, 9"
     plan = next(row.plan for row in TABLES["main"](DEMO).rows if row.label == LEARNED)
     few, some, more = (COSTS.share(plan, average) for average in (36.0, 36.5, 37.0))

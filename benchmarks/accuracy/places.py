@@ -25,8 +25,10 @@ def acts_in(plan: Plan) -> str:
     if plan.projector is not None:
         places.append("after the tower")
     if plan.sites:
-        word = "layer" if len(plan.sites) == 1 else "layers"
-        places.append(f"decoder {word} {', '.join(map(str, plan.layers))}")
+        first, last = plan.layers[0], plan.layers[-1]
+        is_run = len(plan.layers) > 3 and plan.layers == list(range(first, last + 1))
+        layers = f"{first} to {last}" if is_run else ", ".join(map(str, plan.layers))
+        places.append(f"decoder layer{'s' if first != last else ''} {layers}")
     return " and ".join(places) or "nowhere"
 
 

@@ -145,6 +145,11 @@ class Budgets:
         params = {"keep_ratio": count / self.size.num_patches, "rows": rows}
         return Plan((SitePlan(layer, "fastv", params),))
 
+    def random_at(self, layer: int, target: int) -> Plan:
+        """Tokens drawn at a decoder layer: what FastV there has to beat."""
+        (site,) = self.fastv(layer, target).sites
+        return Plan((SitePlan(layer, "random", {"keep_ratio": site.params["keep_ratio"]}),))
+
     def fixed(self, sites: Sequence[int], target: int, ratio: float) -> Plan:
         """ATP's scores with fixed numbers instead of thresholds (table 2's pre-defined ratios)."""
         counts = self.falling(sites, target, ratio)

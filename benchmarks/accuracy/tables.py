@@ -53,6 +53,7 @@ TRAINED, IVTP_TRAINED = "ATP, decoder trained", "IVTP, decoder trained"
 IVTP_WHOLE = "IVTP, tower and decoder trained"
 IVTP_TWICE = "IVTP, tower and decoder trained, for longer"
 RANDOM_INSIDE, RANDOM_AFTER = "random in the tower", "random after the tower"
+RANDOM_LATE = "random at layer 1"
 FINISHED = "ATP, decoder trained, hard at the end"
 TWICE = "ATP, decoder trained, hard for longer"
 
@@ -69,7 +70,7 @@ def main_table(to: Budgets) -> Table:
             whole = replace(rows[-1], label=IVTP_WHOLE, trains_tower=True)
             more = (whole, replace(whole, label=IVTP_TWICE, finishes=1))
         rows, champion = (*rows, *more), more[-1].label
-        champions = (champion, LEARNED, "IVTP", RANDOM_INSIDE, RANDOM_AFTER)
+        champions = (champion, LEARNED, "IVTP", RANDOM_INSIDE, RANDOM_AFTER, RANDOM_LATE)
         parts.append(Part(title, rows, champions))
     return Table("main", "Every method at the same average number of visual tokens", tuple(parts))
 
@@ -104,6 +105,7 @@ def methods(to: Budgets, target: int) -> list[Row]:
     for layer in (2, 1):
         if layer * to.size.num_patches < target * to.size.num_layers * 0.9:
             rows.append(Row(f"FastV at layer {layer}", to.fastv(layer, target)))
+    rows.append(Row(RANDOM_LATE, to.random_at(1, target)))
     rows.append(Row("IVTP", to.ivtp_at(target)))
     if target == to.far:  # as the paper counts: tokens at the end
         rows.append(Row(f"IVTP, {target} at its end", to.ivtp(target)))
@@ -236,7 +238,7 @@ def curves(to: Budgets) -> Table:
     rows: dict[str, list[Row]] = {}
     for target in targets:
         for row in methods(to, target):
-            extra = ("TopK after the tower", LEARNED, "FastV at layer 2")
+            extra = ("TopK after the tower", LEARNED, "FastV at layer 2", RANDOM_LATE)
             is_extra = row.label in extra or "at its end" in row.label
             lowest = to.average([1.0] * 3, to.sites(target))
             is_out_of_reach = row.heads is not None and target < lowest + 2
