@@ -1,4 +1,4 @@
-"""What several questions about one picture keep in common: measured on the page's own survivors."""
+"""Why survivors may be hard to understand, as far as the page itself measures it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from math import prod
 from patchsieve.page.shown import Asked, Picture, Place
 
 ALIKE = 0.75  # share of the way from chance to all in common above which questions hardly matter
+ON_EDGE = 0.6  # share of survivors on the edge, at least twice that of all patches, worth a word
 _DRAWS = ("random",)
 
 
 def sentences(asked: Sequence[Asked], pictures: Sequence[Picture]) -> list[str]:
-    """Say where patches are chosen without the question, or nearly so.
+    """Say where patches are chosen without the question, or nearly so, or along the edge.
 
     Two sentences follow from where and how a plan acts: what goes before the decoder is chosen
-    before the question is read, and `random` draws. All else is counted: how many patches the
-    questions keep in common at a site. What chance would have in common is taken off before a site
-    is said to depend on the question hardly at all.
+    before the question is read, and `random` draws. All else is counted on the survivors: how many
+    the questions keep in common at a site, less what chance would have in common, and how many lie
+    on the edge of the picture, where attention often goes whatever is there.
 
     Args:
         asked: Prompts, each with a view of every picture.
@@ -30,7 +31,8 @@ def sentences(asked: Sequence[Asked], pictures: Sequence[Picture]) -> list[str]:
         views = [one.views[number].places for one in different]
         before: list[int] = [picture.num_patches] * len(views)
         for places in zip(*views, strict=True):
-            told += [name + text for text in _of_place(places, before)]
+            texts = [*_of_place(places, before), *_on_edge(places, picture.grid)]
+            told += [name + text for text in texts]
             before = [len(place.kept) for place in places]
     return told
 
@@ -61,4 +63,24 @@ def _of_place(places: Sequence[Place], before: Sequence[int]) -> list[str]:
     text = f"{counts} patches kept {first.name} are the same for {questions}{kept}"
     if common - chance < ALIKE * (least - chance):
         return [text]
-    return [f"{text}: this plan's scores there hardly depend on the question"]
+    return [f"{text}: which of them is asked hardly changes this plan's choice"]
+
+
+def _on_edge(places: Sequence[Place], grid: tuple[int, int]) -> list[str]:
+    """Whether most survivors of a decoder's site lie on the edge of the picture, R x C patches."""
+    rows, columns = grid
+    edge = {
+        patch
+        for patch in range(rows * columns)
+        if patch // columns in (0, rows - 1) or patch % columns in (0, columns - 1)
+    }
+    kept = [patch for place in places for patch in place.kept]
+    found = sum(patch in edge for patch in kept)
+    usual = len(edge) / (rows * columns)
+    is_scored = places[0].layer is not None and places[0].method not in _DRAWS
+    if not is_scored or not kept or found / len(kept) < max(ON_EDGE, 2 * usual):
+        return []
+    return [
+        f"{found} of {len(kept)} patches kept {places[0].name} lie on the picture's edge, where "
+        f"{len(edge)} of all {rows * columns} are"
+    ]
