@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import patchsieve
+from patchsieve import cli
 from patchsieve.cli import COMMANDS
+from patchsieve.cli.output import Progress, flops, plural
 from tests.bundles import PHOTO, PROMPT, command, command_json
 
 pytest_plugins = ["tests.bundles"]
@@ -45,10 +48,59 @@ def test_every_command_has_help(name: str) -> None:
 
 
 def test_the_program_has_help_and_a_version() -> None:
-    assert command("--version")[:2] == (0, f"patchsieve {patchsieve.__version__}\n")
+    for option in ("-v", "--version"):
+        assert command(option)[:2] == (0, f"patchsieve {patchsieve.__version__}\n")
     code, out, _ = command("--help")
     assert code == 0
-    assert all(name in out for name in COMMANDS)
+    assert all(f"    {name} " in out for name in COMMANDS)
+    assert set(re.findall(r"^  patchsieve (\w+)", out, flags=re.M)) <= set(COMMANDS)
+    assert max(map(len, out.splitlines())) <= 100
+
+
+def test_another_program_is_named_as_the_user_typed_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, code in ((["export", "--help"], 0), (["export", "--bogus"], 2)):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words, "optimum-cli export patchsieve")
+        said = capsys.readouterr()
+        assert ended.value.code == code
+        text = said.out + said.err
+        assert "optimum-cli export patchsieve" in text.splitlines()[0]
+        assert "patchsieve export" not in text
+
+
+def test_an_unknown_option_points_to_the_help_of_its_command() -> None:
+    code, _, err = command("inspect", "x", "--frobnicate", "y")
+    assert code == 2
+    assert err == (
+        "patchsieve inspect: unrecognized arguments: --frobnicate y "
+        "(see patchsieve inspect --help)\n"
+    )
+
+
+def test_off_a_terminal_each_percentage_is_printed_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    progress = Progress()
+    for number in range(4):
+        progress(f"writing {number}", number / 400)
+        progress(f"writing {number}", number / 400)  # said already
+    progress("done", 1.0)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "  0% writing 0",
+        "     writing 1",
+        "     writing 2",
+        "  1% writing 3",
+        "100% done",
+    ]
+
+
+def test_numbers_for_people_have_their_unit() -> None:
+    shown = [0, 999, 5800, 999_960, 4.3e9, 2.029e11, 8.2336e12, 1.5e15]
+    assert [flops(count) for count in shown] == [
+        *("0", "999", "5.800 k", "1.000 M", "4.300 G", "202.9 G", "8.234 T", "1500 T")
+    ]
+    assert [plural(count, "image") for count in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
 
 
 @pytest.mark.parametrize(

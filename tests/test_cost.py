@@ -533,7 +533,7 @@ SPELLINGS = {
     ),
     "ivtp counts": (
         "--method ivtp --num-keep 64 --group-layers 5",
-        "--method ivtp --group-layers 5 --survivors 421,307,224,164,119,87,64",
+        "--method ivtp --group-layers 5 --survivors 421,308,225,164,120,88,64",
     ),
 }
 

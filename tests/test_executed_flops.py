@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 
 from patchsieve import names
-from patchsieve.cost import RUNTIME, cost, from_manifest, in_decoder, no_pruning, of_plan
+from patchsieve.cost import (
+    RUNTIME,
+    cost,
+    from_bundle,
+    from_manifest,
+    in_decoder,
+    no_pruning,
+    of_plan,
+)
 from patchsieve.cost.methods import before_decoder
-from patchsieve.plan import NO_PRUNING
+from patchsieve.export.exporter import ExportOptions, export
+from patchsieve.export.recipes import Size, ivtp
+from patchsieve.export.reuse import reuse
+from patchsieve.manifest import Limits
+from patchsieve.plan import NO_PRUNING, MethodPlan, Plan, PseudoCls, SitePlan
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.cache import StageCache
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.ort import OrtBackend
 from patchsieve.runtime.record import Recorder
-from tests.bundles import PROMPT
+from tests.bundles import PROMPT, command_json
+from tests.models import make_checkpoint, tiny_llava
 from tests.tiny_bundles import pictures
+from tests.tiny_clip import save_clip
 from tests.tower_bundles import PLANS, Towers, towers
 
 __all__ = ["towers"]
@@ -66,18 +81,20 @@ class Shapes(Recorder):
 class Tap:
     """A model whose graphs give the inputs and outputs of every product."""
 
-    def __init__(self, towers: Towers) -> None:
+    def __init__(self, bundle: Path) -> None:
+        self.bundle = bundle
         self.graphs: dict[str, onnx.ModelProto] = {}
 
         def recorder(opened: Bundle) -> Shapes:
             facts = opened.manifest
             graphs = {facts.vision_graph(plan) for plan in facts.plans}
             graphs |= {names.stage(index) for index in range(len(facts.stages))}
+            graphs |= {names.SCORER} if facts.scorer is not None else set()
             models = {graph: self._tapped(opened, graph) for graph in graphs}
             self.recorder = Shapes(OrtBackend(opened, threads=1, models=models))
             return self.recorder
 
-        self.model = Model(towers.bundle, backend=recorder, check="size")
+        self.model = Model(bundle, backend=recorder, check="size")
 
     def _tapped(self, opened: Bundle, graph: str) -> bytes:
         model = onnx.load(opened.graph_path(graph), load_external_data=False)
@@ -123,32 +140,93 @@ def flops_of(node: onnx.NodeProto, left: Any, right: Any, out: Any) -> int:
     return 2 * math.prod(out) * left[-1]
 
 
+# Plans whose decoder sites fix a number, with a row that judges and without.
+JUDGED: dict[str, Plan] = {
+    "ivtp": ivtp(Size(16, 3), 4, group=1),
+    "pooled": Plan(
+        (SitePlan(2, "ivtp", {"num_keep": 3, "group": 1}),),
+        projector=MethodPlan("pooling", {"keep": 9}),
+        pseudo_cls=PseudoCls(cls="penultimate"),
+    ),
+    "topk-cls": Plan((SitePlan(1, "topk", {"num_keep": 5}),), pseudo_cls=PseudoCls("none")),
+    "topk-last": Plan((SitePlan(1, "random"), SitePlan(2, "topk", {"num_keep": 5, "row": "last"}))),
+    "tome-decoder": Plan(
+        (SitePlan(1, "tome", {"num_keep": 9}), SitePlan(2, "tome", {"num_keep": 5}))
+    ),
+}
+
+
 @pytest.fixture(scope="module")
-def tap(towers: Towers) -> Iterator[Tap]:
-    tap = Tap(towers)
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tap]:
+    """A bundle with a text scorer."""
+    folder = tmp_path_factory.mktemp("judged")
+    llava, processor = tiny_llava("llama", layers=3)
+    make_checkpoint.save_llava(folder / "checkpoint", llava, processor)
+    options = ExportOptions(
+        plan=JUDGED["ivtp"],
+        plan_name="ivtp",
+        limits=Limits(64, 8, 2),
+        scorer=str(save_clip(folder / "clip", llava)),
+    )
+    export(str(folder / "checkpoint"), folder / "bundle", options)
+    for name in list(JUDGED)[1:]:
+        reuse(folder / "bundle", JUDGED[name], name)
+    tap = Tap(folder / "bundle")
     yield tap
     tap.model.close()
 
 
-@pytest.mark.parametrize("plan", [NO_PRUNING, *PLANS])
-def test_executed_shapes_and_the_cost_model_agree(tap: Tap, plan: str) -> None:
+@pytest.fixture(scope="module")
+def tap(towers: Towers) -> Iterator[Tap]:
+    tap = Tap(towers.bundle)
+    yield tap
+    tap.model.close()
+
+
+@pytest.mark.parametrize("plan", [NO_PRUNING, *PLANS, *JUDGED])
+def test_executed_shapes_cost_and_inspect_agree(request: pytest.FixtureRequest, plan: str) -> None:
+    tap: Tap = request.getfixturevalue("judged" if plan in JUDGED else "tap")
     facts = tap.model.facts
     tap.recorder.forget()
     result = tap.model.generate(pictures(1), PROMPT, plan=plan, max_new_tokens=1)
     text_tokens = result.prompt_tokens - result.visual_tokens
-    shape, survivors = from_manifest(facts), [len(site.kept) for site in result.sites]
-    schedule, is_exact = of_plan(shape, facts.plans[plan], survivors or None)
-    expected = cost(shape, schedule, text_tokens, convention=RUNTIME).flops
+    shape, survivors = from_bundle(tap.bundle, facts), [len(site.kept) for site in result.sites]
+    adapts = any(site.method == "atp" for site in facts.plans[plan].sites)
+    given = survivors if adapts else None
+    schedule, is_exact = of_plan(shape, facts.plans[plan], given, text_tokens=text_tokens)
+    assert is_exact and list(schedule.llm[first] for first in facts.plans[plan].layers) == survivors
+    # The windows of a scorer are estimated from all of the text; the question alone is executed.
+    fed = tap.recorder.shapes.get(names.SCORER, {})
+    assert (schedule.windows > 0) == bool(fed)
+    executed = replace(schedule, windows=fed[names.TEXT_IDS][0] if fed else 0)
+    expected = cost(shape, executed, text_tokens, convention=RUNTIME).flops
     vision = tap.count(facts.vision_graph(plan))
     stages = [tap.count(names.stage(index)) for index in range(len(facts.stages))]
     assert vision.model == expected.vision
     assert sum(stage.model for stage in stages) == expected.llm
     assert not any(stage.decisions for stage in stages)
+    assert (tap.count(names.SCORER).model if fed else 0) == expected.scorer
+    full = cost(shape, no_pruning(shape), text_tokens, convention=RUNTIME).flops
     if plan == NO_PRUNING:
         assert vision.decisions == 0 and schedule == no_pruning(shape)
     else:
-        full = cost(shape, no_pruning(shape), text_tokens, convention=RUNTIME).flops
-        assert expected.total < full.total
+        assert expected.llm < full.llm
+    # `inspect` and `cost` of the bundle say the same of this request, and of the largest.
+    for words in ((), ("--text-tokens", text_tokens, "--images", 1)):
+        counted = command_json("cost", tap.bundle, "--plan", plan, *words)[1]
+        if words and not adapts:
+            assert (
+                counted["flops"]
+                == cost(shape, schedule, text_tokens, convention=RUNTIME).flops.to_dict()
+            )
+        told = command_json("inspect", tap.bundle, "--plan", plan, *words)[1]["plans"][plan]
+        assert (told["flops"], told["flops_unpruned"], told["average_tokens"]) == (
+            counted["flops"],
+            counted["unpruned"]["flops"],
+            counted["average_tokens"],
+        )
+        assert told["kv_bytes"] == counted["kv_bytes_reserved"]
+        assert told["is_upper_bound"] == counted["is_upper_bound"] == adapts
     print(f"{plan}: decisions {vision.decisions / vision.model:.1%} of the tower")
 
 

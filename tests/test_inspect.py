@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
-from patchsieve import manifest
+import pytest
+
+from patchsieve import inspection, manifest
+from patchsieve.cost import from_bundle
+from patchsieve.errors import BundleError
 from tests.bundles import PLAN, command, command_json
 
 pytest_plugins = ["tests.bundles"]
@@ -87,4 +92,35 @@ def test_the_tables_hold_every_stage_plan_and_file(tiny_bundle: Path) -> None:
         assert text in out
     for text in ("engines: none built", "tokenizer.json", "input keep_indices", "all intact"):
         assert text in out
+    assert "FLOPs of 1 image and 64 text tokens: vision " in out  # the bundle's limits
+    rules = [line for line in out.splitlines() if set(line) == {" ", "-"}]
+    above = [out.splitlines()[out.splitlines().index(line) - 1] for line in rules]
+    assert rules and all(
+        len(rule) - len(rule.lstrip()) == len(head) - len(head.lstrip())
+        for rule, head in zip(rules, above, strict=True)
+    )
     assert all(len(line) <= 120 for line in out.splitlines() if str(tiny_bundle) not in line)
+
+
+def test_the_scorers_files_are_a_part_of_their_own(tiny_bundle: Path) -> None:
+    facts = manifest.read(tiny_bundle)
+    scorer = manifest.Scorer("clip", "scorer_tokenizer.json", 0, 1, 77, 768)
+    files = {"scorer_tokenizer.json": 1}
+    weights = {"scorer": 20, "joint": 300, "head": 4000}
+    files |= {f"graphs/weights/{name}.safetensors": size for name, size in weights.items()}
+    found = {path: manifest.File(size, "") for path, size in files.items()}
+    parts = inspection.parts(replace(facts, scorer=scorer, files=found))
+    assert parts["CLIP scorer"] == 1 + 20 + 300
+    assert (parts["output head"], parts["other files"]) == (4000, 0)
+    assert "CLIP scorer" not in inspection.parts(facts)
+
+
+@pytest.mark.parametrize("damage", [b"", b"no header", b"\x02\0\0\0\0\0\0\0{}", None])
+def test_a_scorer_that_cannot_be_measured_is_one_line(own_bundle: Path, damage) -> None:
+    path = own_bundle / "graphs" / "weights" / "scorer.safetensors"
+    if damage is not None:
+        path.write_bytes(damage)
+    scorer = manifest.Scorer("clip", "scorer_tokenizer.json", 0, 1, 77, 768)
+    facts = replace(manifest.read(own_bundle), scorer=scorer)
+    with pytest.raises(BundleError, match="measures of the text scorer"):
+        from_bundle(own_bundle, facts)

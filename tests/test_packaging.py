@@ -173,7 +173,8 @@ def test_wheel_holds_the_files_that_a_page_is_made_of(wheel: Path) -> None:
 
 def test_wheel_imports_from_elsewhere_without_torch(wheel: Path, tmp_path: Path) -> None:
     installed = unpack(wheel, tmp_path / "installed")
-    # What a board imports: the face, every module under runtime, and the command line; it draws.
+    # What a board imports: the face, every module under runtime, the command line; it draws
+    # and counts costs.
     script = """
 import importlib, importlib.util, pkgutil, sys
 sys.path.insert(0, sys.argv[1])
@@ -194,9 +195,12 @@ from patchsieve.page.sheet import draw
 from patchsieve.page.shown import Shown
 shown = Shown("bundle", "checkpoint", "cpu", "none", 1, (), ())
 assert "</html>" in render(shown) and draw(shown)
+from patchsieve.cli import main
+assert main(["cost", "--config", "config.json", "--method", "ivtp"]) == 0
 heavy = sorted({"torch", "transformers", "onnx"} & set(sys.modules))
 assert not heavy, heavy
 """
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     command = [sys.executable, "-c", script, str(installed)]
     done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -301,7 +301,7 @@ def test_the_command_line_makes_and_inspects_such_plans(towers: Towers, tmp_path
     assert plan["flops"]["vision"] < plan["flops_unpruned"]["vision"]
     assert facts["plans"]["none"]["flops"] == plan["flops_unpruned"]
     code, text, _ = command("inspect", out)
-    assert "inside the tower: gtp keep 12" in text and "GFLOP" in text
+    assert "inside the tower: gtp keep 12" in text and "FLOPs of 3 images" in text
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,31 @@ COMMANDS = {
     "compare": "put two profiles side by side",
     "cost": "count FLOPs and KV bytes of a plan, with no weights",
     "inspect": "show what a bundle holds and what it costs",
-    "verify": "compare a bundle with its checkpoint, graph by graph and layer by layer",
-    "calibrate": "learn the thresholds of a checkpoint, or fix them, and what to reserve",
-    "eval": "mark a bundle's answers, pruned beside unpruned",
-    "doctor": "say what this machine can run, and what to install for the rest",
+    "verify": "compare a bundle with its checkpoint, layer by layer",
+    "calibrate": "learn a checkpoint's pruning thresholds",
+    "eval": "score a bundle's answers, pruned beside unpruned",
+    "doctor": "say what this machine can run and what it lacks",
 }
+_ABOUT = """\
+Make LLaVA models faster by removing image tokens, and run them without PyTorch.
+
+`export` turns a Hugging Face checkpoint into a bundle, a directory that holds all that is needed
+to answer. A bundle's plan says which image tokens are removed, and where; the plan "none", which
+every bundle holds, removes nothing.
+"""
+_ORDER = """\
+the usual order:
+  patchsieve doctor
+  patchsieve cost --config config.json --method fastv --sites 2
+  patchsieve export CHECKPOINT -o BUNDLE --method fastv --sites 2
+  patchsieve build BUNDLE        (TensorRT only: compile engines where they will run)
+  patchsieve run BUNDLE --image photo.jpg --prompt "What is this?"
+  patchsieve show BUNDLE --image photo.jpg --prompt "What is this?" -o page.html
+  patchsieve profile BUNDLE
+  patchsieve eval BUNDLE --data questions.json
+
+`patchsieve COMMAND --help` explains a command's options.
+"""
 USER_ERROR = 2
 INTERRUPTED = 130
 
@@ -43,19 +63,35 @@ class _Parser(argparse.ArgumentParser):
         self.exit(USER_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code is 2 for what the user can mend."""
+def main(argv: Sequence[str] | None = None, called: str | None = None) -> int:
+    """Run a command; the exit code is 2 for what the user can mend.
+
+    Args:
+        argv: The words; by default those of the command line.
+        called: What the user typed for `patchsieve COMMAND`, if another program passes them on.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(prog="patchsieve", description=__doc__.splitlines()[0])
-    parser.add_argument("--version", action="version", version=f"patchsieve {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser = _Parser(
+        prog="patchsieve",
+        description=_ABOUT,
+        epilog=_ORDER,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    version = f"patchsieve {__version__}"
+    parser.add_argument("-v", "--version", action="version", version=version)
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, title="commands"
+    )
     named = next((word for word in argv if not word.startswith("-")), None)
     for name, what in COMMANDS.items():
-        command = commands.add_parser(name, help=what, description=what)
+        program = called if name == named else None
+        command = commands.add_parser(name, help=what, description=what, prog=program)
         command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
         if name == named:  # only the command that is called is imported
             importlib.import_module(f"{__name__}.{name}").add_arguments(command)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     module = importlib.import_module(f"{__name__}.{args.command}")
     with _signals() as received:
         try:

@@ -419,7 +419,7 @@ def _print(facts: dict[str, Any], pruned: costs.Cost, full: costs.Cost) -> None:
         f"{facts['precision']}, counted as {facts['convention']} (see --convention)"
     )
     if facts["is_costs_only"]:
-        print(f"costs only: export has no {facts['plan']} at this place in this version")
+        print(f"costs only: export makes no such plan of {facts['plan']} in this version")
     if facts["is_upper_bound"]:
         print("an upper bound: the plan adapts to the image and was counted at its budget")
 

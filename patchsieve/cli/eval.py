@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _table(found: dict[str, Any]) -> str:
-    columns = ["plan", "exact match", "difference", "same answer", "visual tokens", "KV", "TTFT ms"]
+    columns = ["plan", "exact match", "difference", "same answer"]
+    columns += ["visual tokens, mean of layers", "KV", "TTFT ms"]
     extra = [name for name in ("vqa_accuracy", "yes_no") if any(name in p for p in found.values())]
     columns += [{"vqa_accuracy": "VQA accuracy", "yes_no": "yes/no F1"}[name] for name in extra]
     rows = []

@@ -86,7 +86,12 @@ def add_plan_arguments(group: Any) -> None:
         metavar="METHOD",
         help="prune inside the vision tower: gtp (IVTP's groups), topk, random, evit or tome",
     )
-    add("--encoder-keep", type=int, metavar="N", help="tokens that leave the tower (64 of 576)")
+    add(
+        "--encoder-keep",
+        type=int,
+        metavar="N",
+        help="tokens that leave the tower (64 of 576; gtp: 120)",
+    )
     add(
         "--encoder-counts",
         type=integers,

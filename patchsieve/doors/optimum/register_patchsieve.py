@@ -31,7 +31,8 @@ class PatchsieveExportCommand(BaseOptimumCLICommand):
         """Run `patchsieve export`, and exit as it does."""
         from patchsieve.cli import main  # here, because optimum loads this file for every command
 
-        raise SystemExit(main(["export", *self.args.words]))
+        called = "optimum-cli export patchsieve"
+        raise SystemExit(main(["export", *self.args.words], called))
 
 
 REGISTER_COMMANDS = [(PatchsieveExportCommand, ExportCommand)]
