@@ -67,6 +67,7 @@ class ExportOptions:
         limits: What requests may ask for.
         scorer: Where the CLIP comes from that compares the question with an image, for a plan whose
             pseudo_cls wants one (see `clip_source.open_source`).
+        revision: Branch, tag or commit of a hub id; None for its main branch.
     """
 
     plan: Plan = field(default_factory=Plan)
@@ -77,6 +78,7 @@ class ExportOptions:
     precision: str = "float32"
     limits: manifest.Limits = field(default_factory=lambda: manifest.Limits(512, 256, 1))
     scorer: str | None = None
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         check_plan_name(self.plan_name)
@@ -142,7 +144,7 @@ def export(
             do="remove it, choose another name, or change its plan with --reuse",
         )
     progress("reading the checkpoint", 0.0)
-    directory = locate(checkpoint)
+    directory = locate(checkpoint, options.revision, check=read_config)
     config = read_config(directory)
     job = _Job(directory, config, options)
     with whole_or_nothing(out) as partial:

@@ -61,21 +61,26 @@ class Reference:
 
     Args:
         checkpoint: A directory or a hub id.
+        revision: Branch, tag or commit of a hub id; None for its main branch.
 
     Raises:
         UnsupportedModelError: The checkpoint has a structure that is not known.
     """
 
-    def __init__(self, checkpoint: str) -> None:
+    def __init__(self, checkpoint: str, revision: str | None = None) -> None:
         import transformers
 
-        directory = locate(checkpoint)
+        directory = locate(checkpoint, revision, check=read_config)
         self.config = read_config(directory)
+        self.checkpoint = Checkpoint(directory)
         self.sections = Trained.of(self.config).rotary_sections
         try:
             self.processor = transformers.AutoProcessor.from_pretrained(directory, backend="pil")
             self.llava = transformers.LlavaForConditionalGeneration.from_pretrained(
-                directory, dtype=torch.float32, attn_implementation="eager"
+                directory,
+                config=self.config,
+                dtype=torch.float32,
+                attn_implementation="eager",
             ).eval()
         except (OSError, ValueError) as error:
             raise PatchsieveError(
@@ -88,7 +93,6 @@ class Reference:
         if self.processor.vision_feature_select_strategy is None:
             strategy = self.config.vision_feature_select_strategy
             self.processor.vision_feature_select_strategy = strategy
-        self.checkpoint = Checkpoint(directory)
         self.decoder = self.llava.model.language_model
         self.llava.generation_config.eos_token_id = None  # an early end would hide what follows
 

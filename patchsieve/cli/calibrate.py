@@ -105,7 +105,7 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
     from patchsieve.pruning.atp import ATP
 
     positions = (args.positions or GRID2D) if args.train_lm and not args.hard else None
-    encoder = Encoder(args.checkpoint, positions, args.sections)
+    encoder = Encoder(args.checkpoint, positions, args.sections, revision=args.revision)
 
     def read(path: Path) -> Samples:
         return Samples(Records(path, args.image_folder), encoder, skip_missing=args.skip_missing)
@@ -117,6 +117,7 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
     is_half = args.bf16 and not args.train_lm
     llava: Any = LlavaForConditionalGeneration.from_pretrained(
         encoder.directory,
+        config=encoder.config,
         dtype=torch.bfloat16 if is_half else torch.float32,
         # On a CPU the backward pass of SDPA is slower than that of plain products.
         attn_implementation=None if torch.cuda.is_available() else "eager",

@@ -14,6 +14,7 @@ from patchsieve.trained import LAYOUTS
 # Options that a training cannot change when it is resumed.
 _OF_A_TRAINING = (
     "checkpoint",
+    "revision",
     "data",
     "image_folder",
     "skip_missing",
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add("checkpoint", help="Hugging Face directory or hub id")
+    add("--revision", help="branch, tag or commit of a hub id (default: its main branch)")
     add("--data", type=Path, required=True, help="LLaVA's JSON or JSONL, or chat messages")
     add("--image-folder", type=Path, help="what image paths are relative to (the data's folder)")
     add("--skip-missing", action="store_true", help="leave out records whose image is not there")

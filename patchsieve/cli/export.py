@@ -22,6 +22,7 @@ _LIMITS = (512, 256, 1)  # text tokens, new tokens, images
 _OF_A_NEW_BUNDLE = (
     "checkpoint",
     "output",
+    "revision",
     "cuts",
     "build_memory",
     "scorer",
@@ -38,13 +39,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", nargs="?", help="Hugging Face directory or hub id of a LLaVA model")
     add("-o", "--output", type=Path, metavar="BUNDLE", help="the bundle to make")
+    add("--revision", help="branch, tag or commit of a hub id (default: its main branch)")
     add("--reuse", type=Path, metavar="BUNDLE", help="give this bundle another plan on its cuts")
     plan = parser.add_argument_group("what prunes where")
     add = plan.add_argument
     add("--plan", type=Path, metavar="JSON", help="a plan file; instead of the shortcuts below")
     add("--method", default=None, help="none (default), random, fastv, atp, topk, tome or ivtp")
     add("--sites", type=integers, metavar="LAYERS", help="layers at whose input to prune: 4,14,24")
-    add("--keep-ratio", type=numbers, metavar="R", help="fraction KEPT of what enters the decoder")
+    add(
+        "--keep-ratio",
+        type=numbers,
+        metavar="R",
+        help="fraction KEPT of what enters the decoder, one or one per site (random, fastv: 0.5)",
+    )
     add(
         "--rows",
         choices=("last", "mean"),
@@ -193,6 +200,7 @@ def _export(
             *(usual if n is None else n for n, usual in zip(limits, _LIMITS, strict=True))
         ),
         scorer=args.scorer,
+        revision=args.revision,
     )
     return export(args.checkpoint, args.output, options, progress, spent)
 
@@ -323,7 +331,7 @@ def _heads(args: argparse.Namespace) -> Path | None:
         return args.heads
     from patchsieve.export.checkpoint import locate, read_config
 
-    directory = locate(args.checkpoint)
+    directory = locate(args.checkpoint, args.revision, check=read_config)
     folder = Trained.of(read_config(directory)).heads
     return None if folder is None else directory / folder
 

@@ -56,7 +56,7 @@ def plan(args: argparse.Namespace, used: list[str]) -> Plan:
     elif args.checkpoint is not None:
         from patchsieve.export.checkpoint import locate, read_config
 
-        config = read_config(locate(args.checkpoint))
+        config = read_config(locate(args.checkpoint, args.revision, check=read_config))
         side = config.vision_config.image_size // config.vision_config.patch_size
         size = Size(side * side, config.text_config.num_hidden_layers)
     else:

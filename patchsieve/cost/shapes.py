@@ -9,6 +9,7 @@ from typing import Any
 
 from patchsieve.errors import PatchsieveError, UnsupportedModelError
 from patchsieve.manifest import Manifest
+from patchsieve.original import refuse_original
 
 # Hugging Face's defaults for entries that a config.json leaves away, by model_type.
 _DECODERS: dict[str, dict[str, int]] = {
@@ -172,6 +173,8 @@ def shape_of_config(config: Any) -> ModelShape:
         UnsupportedModelError: It is not LLaVA, or of a decoder or tower that is not known.
         PatchsieveError: A measure in it cannot be.
     """
+    if isinstance(config, dict):
+        refuse_original(config)
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type != "llava":
         raise UnsupportedModelError(
