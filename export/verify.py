@@ -6,6 +6,7 @@ rows: a row that is dropped leaves the list of rows and keeps its position.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -94,6 +95,7 @@ class Reference:
             strategy = self.config.vision_feature_select_strategy
             self.processor.vision_feature_select_strategy = strategy
         self.decoder = self.llava.model.language_model
+        self.cache_name = cache_name(self.decoder.layers[0])
         self.llava.generation_config.eos_token_id = None  # an early end would hide what follows
 
     def inputs(
@@ -273,8 +275,8 @@ class Reference:
             x,
             attention_mask=mask,
             position_embeddings=angles,
-            past_key_values=cache,
             use_cache=True,
+            **{self.cache_name: cache},
         )
         return x, query
 
@@ -297,6 +299,15 @@ class Reference:
 
     def _logits(self, x: Tensor) -> np.ndarray:
         return self.llava.lm_head(self.decoder.norm(x[:, -1]))[0].numpy()
+
+
+def cache_name(layer: torch.nn.Module) -> str:
+    """The argument by which a decoder layer takes its cache.
+
+    transformers 5.40 removes `past_key_values`; the first releases of 5 know no `cache`.
+    """
+    taken = inspect.signature(layer.forward).parameters
+    return "cache" if "cache" in taken else "past_key_values"
 
 
 def side_rows(positions: np.ndarray, image_index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
