@@ -134,7 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=0, help="processes that load data (0)")
     add("--save-steps", type=int, default=500, help="steps between checkpoints (500)")
     add("--resume", action="store_true", help="go on from OUT.partial")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="seed of new heads and of the order of records (0)")
 
 
 def trains(args: argparse.Namespace) -> bool:
