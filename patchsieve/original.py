@@ -51,6 +51,7 @@ def _is_original(config: dict[str, Any]) -> bool:
     return (
         _MODEL_TYPE.fullmatch(str(config.get("model_type"))) is not None
         or any(key.startswith("mm_") for key in config)
+        or (config.get("model_type") == "llava" and "hidden_size" in config)
         or any(_ARCHITECTURE.fullmatch(name) for name in _architectures(config))
     )
 

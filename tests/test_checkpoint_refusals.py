@@ -384,6 +384,7 @@ def flat(**changes: Any) -> dict[str, Any]:
         (flat(model_type="llava_llama", architectures=None), "convert_llava_weights_to_hf.py"),
         ({"model_type": "llava_mistral", "hidden_size": 4096}, "convert_llava_weights_to_hf.py"),
         ({"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}, "convert_llava"),
+        ({"model_type": "llava", "hidden_size": 5120}, "llava-hf/llava-1.5-13b-hf"),
         (flat(image_aspect_ratio="anyres"), "LLaVA-NeXT .* is not supported"),
     ],
 )
