@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -44,7 +43,7 @@ from patchsieve.export.weights import DTYPES, Weight, default_dtype, weights_of
 from patchsieve.plan import NO_PRUNING, Plan, check_plan_name
 from patchsieve.precision import BYTES, Precision
 from patchsieve.trained import Trained
-from patchsieve.writing import whole_or_nothing
+from patchsieve.writing import check_new, whole_or_nothing
 
 Progress = Callable[[str, float], None]
 EMBEDDINGS = "embed_tokens"
@@ -67,6 +66,7 @@ class ExportOptions:
         limits: What requests may ask for.
         scorer: Where the CLIP comes from that compares the question with an image, for a plan whose
             pseudo_cls wants one (see `clip_source.open_source`).
+        revision: Branch, tag or commit of a hub id; None for its main branch.
     """
 
     plan: Plan = field(default_factory=Plan)
@@ -77,6 +77,7 @@ class ExportOptions:
     precision: str = "float32"
     limits: manifest.Limits = field(default_factory=lambda: manifest.Limits(512, 256, 1))
     scorer: str | None = None
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         check_plan_name(self.plan_name)
@@ -135,14 +136,9 @@ def export(
         UnsupportedModelError: The checkpoint has a structure that is not known.
         PatchsieveError: The plan does not fit, the disk is full, the target exists.
     """
-    if os.path.lexists(out):  # a dangling link too
-        raise PatchsieveError(
-            f"{out} exists already",
-            expected="a name for a new bundle",
-            do="remove it, choose another name, or change its plan with --reuse",
-        )
+    check_new(out)
     progress("reading the checkpoint", 0.0)
-    directory = locate(checkpoint)
+    directory = locate(checkpoint, options.revision, check=read_config)
     config = read_config(directory)
     job = _Job(directory, config, options)
     with whole_or_nothing(out) as partial:

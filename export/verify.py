@@ -6,6 +6,7 @@ rows: a row that is dropped leaves the list of rows and keeps its position.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -61,21 +62,26 @@ class Reference:
 
     Args:
         checkpoint: A directory or a hub id.
+        revision: Branch, tag or commit of a hub id; None for its main branch.
 
     Raises:
         UnsupportedModelError: The checkpoint has a structure that is not known.
     """
 
-    def __init__(self, checkpoint: str) -> None:
+    def __init__(self, checkpoint: str, revision: str | None = None) -> None:
         import transformers
 
-        directory = locate(checkpoint)
+        directory = locate(checkpoint, revision, check=read_config)
         self.config = read_config(directory)
+        self.checkpoint = Checkpoint(directory)
         self.sections = Trained.of(self.config).rotary_sections
         try:
             self.processor = transformers.AutoProcessor.from_pretrained(directory, backend="pil")
             self.llava = transformers.LlavaForConditionalGeneration.from_pretrained(
-                directory, dtype=torch.float32, attn_implementation="eager"
+                directory,
+                config=self.config,
+                dtype=torch.float32,
+                attn_implementation="eager",
             ).eval()
         except (OSError, ValueError) as error:
             raise PatchsieveError(
@@ -88,8 +94,8 @@ class Reference:
         if self.processor.vision_feature_select_strategy is None:
             strategy = self.config.vision_feature_select_strategy
             self.processor.vision_feature_select_strategy = strategy
-        self.checkpoint = Checkpoint(directory)
         self.decoder = self.llava.model.language_model
+        self.cache_name = cache_name(self.decoder.layers[0])
         self.llava.generation_config.eos_token_id = None  # an early end would hide what follows
 
     def inputs(
@@ -269,8 +275,8 @@ class Reference:
             x,
             attention_mask=mask,
             position_embeddings=angles,
-            past_key_values=cache,
             use_cache=True,
+            **{self.cache_name: cache},
         )
         return x, query
 
@@ -293,6 +299,15 @@ class Reference:
 
     def _logits(self, x: Tensor) -> np.ndarray:
         return self.llava.lm_head(self.decoder.norm(x[:, -1]))[0].numpy()
+
+
+def cache_name(layer: torch.nn.Module) -> str:
+    """The argument by which a decoder layer takes its cache.
+
+    transformers 5.40 removes `past_key_values`; the first releases of 5 know no `cache`.
+    """
+    taken = inspect.signature(layer.forward).parameters
+    return "cache" if "cache" in taken else "past_key_values"
 
 
 def side_rows(positions: np.ndarray, image_index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

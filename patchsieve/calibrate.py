@@ -21,7 +21,7 @@ from patchsieve.calibration.model import PrunedLlava
 from patchsieve.calibration.records import Record
 from patchsieve.calibration.samples import Sample
 from patchsieve.errors import PatchsieveError
-from patchsieve.export.checkpoint import locate, read_config
+from patchsieve.export.checkpoint import Checkpoint, locate, read_config
 from patchsieve.export.families import decoder_spec
 from patchsieve.export.processor import preprocessor_from_checkpoint
 from patchsieve.export.tokenizer import write_tokenizer
@@ -63,9 +63,11 @@ class Encoder:
         positions: How rows are to be numbered, where not as the checkpoint was trained: "original"
             or "grid2d".
         layout: Of the sections of "grid2d", if the checkpoint has none (`patchsieve.trained`).
+        revision: Branch, tag or commit of a hub id; None for its main branch.
 
     Attributes:
         directory: Where the checkpoint lies.
+        config: Its config, as Hugging Face is to load it.
         trained: The positions that samples have.
         heads: The checkpoint's own thresholds; None without.
         patch_ids: Raster index of each visual token, -1 for a class token, [N].
@@ -73,10 +75,16 @@ class Encoder:
     """
 
     def __init__(
-        self, checkpoint: str, positions: str | None = None, layout: str | None = None
+        self,
+        checkpoint: str,
+        positions: str | None = None,
+        layout: str | None = None,
+        *,
+        revision: str | None = None,
     ) -> None:
-        self.directory = locate(checkpoint)
-        config: Any = read_config(self.directory)
+        self.directory = locate(checkpoint, revision, check=read_config)
+        self.config = config = read_config(self.directory)
+        Checkpoint(self.directory)  # refuses what Hugging Face would fill with random weights
         head_dim = decoder_spec(config.text_config).head_dim  # refuses what export would refuse
         found = Trained.of(config)
         self.heads = None if found.heads is None else self.directory / found.heads
@@ -205,6 +213,7 @@ def save_checkpoint(
     llava.generation_config = GenerationConfig.from_model_config(llava.config)
     llava.save_pretrained(folder, max_shard_size="5GB")
     config = read_config(encoder.directory)  # training changed the model's own
+    config.transformers_weights = None  # the name of a file that was not copied
     setattr(config, KEY, replace(encoder.trained, heads=HEADS).to_dict())
     config.architectures = [type(llava).__name__]
     for part in (config, config.text_config, config.vision_config):

@@ -48,10 +48,17 @@ class Verification:
         checkpoint: A directory or a hub id.
         target: Which of the bundle's graphs; they run in ONNX Runtime on the CPU.
         threads: Of the bundle's backend.
+        revision: Branch, tag or commit of a hub id; None for its main branch.
     """
 
     def __init__(
-        self, bundle: Path, checkpoint: str, *, target: str = "cpu", threads: int | None = None
+        self,
+        bundle: Path,
+        checkpoint: str,
+        *,
+        target: str = "cpu",
+        threads: int | None = None,
+        revision: str | None = None,
     ) -> None:
         if target not in TARGETS:
             raise PatchsieveError(
@@ -70,7 +77,7 @@ class Verification:
 
         self.model = Model(bundle, target=target, backend=recorder)
         self.facts = self.model.facts
-        self.reference = hf.Reference(checkpoint)
+        self.reference = hf.Reference(checkpoint, revision)
         self._check_shapes(checkpoint)
         self.tolerance = max(TOLERANCE[kind] for kind in self.facts.precision.kinds)
         self.is_exact = set(self.facts.precision.kinds) == {"float32"}

@@ -14,6 +14,20 @@ from patchsieve.errors import PatchsieveError
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def check_new(out: Path, do: str = "remove it, or choose another name with -o") -> None:
+    """Refuse to write where something is, be it a dangling link.
+
+    Args:
+        out: What is to be made.
+        do: What to do about it.
+
+    Raises:
+        PatchsieveError: It is there.
+    """
+    if os.path.lexists(out):
+        raise PatchsieveError(f"{out} exists already", expected="a name for a new one", do=do)
+
+
 @contextmanager
 def one_line(place: Path) -> Iterator[None]:
     """Turn an error of the file system into one of ours.

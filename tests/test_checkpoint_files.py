@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration
 
 from patchsieve.errors import PatchsieveError
 from patchsieve.export import weights
 from patchsieve.export.checkpoint import Checkpoint, canonical, locate, read_config
 from patchsieve.export.exporter import ExportOptions, _Job
+from patchsieve.export.verify import Reference
+from patchsieve.export.weight_files import ORDER
 from tests.models import save_checkpoint
 
 ROW = {"structure": "llama", "layers": 2, "vision_layers": 2}
@@ -124,6 +127,131 @@ def test_truncated_weights_are_one_line(stored: Path, tmp_path: Path, store) -> 
     with pytest.raises(PatchsieveError, match="cannot read the weights file") as caught:
         Checkpoint(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_torch_wrote_before_1_6_are_read(stored: Path, tmp_path: Path) -> None:
+    folder, tensors = base(stored, tmp_path / "checkpoint")
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    found = Checkpoint(folder)
+    assert all(torch.equal(found.read(canonical(name)), tensors[name]) for name in tensors)
+
+
+def table_of(folder: Path) -> torch.Tensor:
+    """The embedding table that export reads."""
+    return Checkpoint(folder).read("embed_tokens.weight")
+
+
+def hugging_face_table(folder: Path) -> torch.Tensor:
+    """The embedding table that transformers reads."""
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    return model.get_input_embeddings().weight.detach()
+
+
+def test_of_contradictory_weights_those_of_transformers_are_read(
+    stored: Path, tmp_path: Path, caplog
+) -> None:
+    folder, tensors = base(stored, tmp_path / "checkpoint")
+    name = next(name for name in tensors if name.endswith("embed_tokens.weight"))
+    stores = (one_safetensors, safetensors_shards, one_bin, bin_shards)
+    for number, store in enumerate(stores):
+        store(folder, tensors | {name: tensors[name] + number})
+    named = "another.safetensors"
+    save_file(tensors | {name: tensors[name] + 4}, folder / named)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": named}))
+    read = []
+    for chosen in (named, *ORDER):
+        if chosen != named:
+            (folder / "config.json").write_text(json.dumps(config))
+        caplog.clear()
+        table = table_of(folder)
+        assert torch.equal(table, hugging_face_table(folder)), chosen
+        read.append(round((table - tensors[name]).mean().item()))
+        (note,) = [entry.getMessage() for entry in caplog.records if "is read" in entry.message]
+        assert f"{chosen} is read, as transformers does, and not " in note
+        (folder / chosen).unlink()
+    assert read == [4, 0, 1, 2, 3]
+
+
+def test_a_model_saved_over_shards_is_the_new_one(stored: Path, tmp_path: Path, caplog) -> None:
+    """`save_pretrained` removes the old shards and leaves their index."""
+    folder, tensors = base(stored, tmp_path / "checkpoint")
+    safetensors_shards(folder, tensors)
+    for shard in folder.glob("model-*"):
+        shard.unlink()
+    one_safetensors(folder, tensors)
+    assert "embed_tokens.weight" in Checkpoint(folder)
+    assert "and not model.safetensors.index.json" in caplog.text
+
+
+def test_weights_alone_need_no_note(stored: Path, caplog) -> None:
+    Checkpoint(stored)
+    assert not caplog.text
+
+
+def test_an_incomplete_index_goes_before_a_whole_bin(stored: Path, tmp_path: Path) -> None:
+    """As in transformers, which then fails; the line names the way to the other weights."""
+    folder, tensors = base(stored, tmp_path / "checkpoint")
+    safetensors_shards(folder, tensors)
+    one_bin(folder, tensors)
+    next(folder.glob("model-*")).unlink()
+    with pytest.raises(PatchsieveError, match="incomplete.*remove model.safetensors.index.json if"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ("../model.safetensors", "weights.bin", 7, "a/b.safetensors"))
+def test_a_weights_file_named_by_the_config_is_one_beside_it(
+    stored: Path, tmp_path: Path, name
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(stored, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": name}))
+    with pytest.raises(PatchsieveError, match="that cannot be used.*transformers_weights"):
+        Checkpoint(folder)
+
+
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "name"),
+    (
+        (NF4, "bitsandbytes"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"load_in_8bit": True}, "bitsandbytes"),
+        ("gptq", "gptq"),
+        ({}, None),
+        (None, None),
+    ),
+)
+@pytest.mark.parametrize("place", ("", "text_config", "vision_config"))
+def test_float_weights_below_a_left_over_quantisation_are_used(
+    stored: Path, tmp_path: Path, caplog, entry, name, place: str
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(stored, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (config[place] if place else config)["quantization_config"] = entry
+    (folder / "config.json").write_text(json.dumps(config))
+    assert read_config(folder).to_dict() == read_config(stored).to_dict()
+    assert torch.equal(table_of(folder), table_of(stored))
+    notes = [line for line in caplog.messages if "quantization_config" in line]
+    assert len(notes) == (name is not None)
+    for note in notes:
+        assert f"({name})" in note and "stored in floating point" in note and place in note
+
+
+def test_verify_reads_float_weights_below_a_left_over_quantisation(
+    stored: Path, tmp_path: Path
+) -> None:
+    """transformers itself would ask for bitsandbytes."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(stored, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": NF4}))
+    table = Reference(str(folder)).llava.get_input_embeddings().weight
+    assert torch.equal(table, hugging_face_table(stored))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import tempfile
 from collections.abc import Callable
@@ -14,7 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from patchsieve.calibrate import Encoder
+from patchsieve.cost.shapes import read_shape
 from patchsieve.errors import PatchsieveError, UnsupportedModelError
+from patchsieve.export.checkpoint import Checkpoint
 from patchsieve.export.exporter import export
 from patchsieve.manifest import Limits
 from patchsieve.plan import MethodPlan, Plan, SitePlan
@@ -97,10 +101,7 @@ def edit_tensors(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], o
         ("text_config__model_type", 7),
         ("vision_config__model_type", "dinov2"),
         ("vision_config__model_type", "clip"),
-        ("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        ("quantization_config", {"quant_method": "awq"}),
-        ("quantization_config", "gptq"),
-        ("text_config__quantization_config", {"quant_method": "gptq"}),
+        ("model_type", "qwen2_vl"),
     ],
 )
 def test_an_unsupported_structure_is_refused_with_what_is_supported(
@@ -123,6 +124,8 @@ def test_an_unsupported_structure_is_refused_with_what_is_supported(
         ({"text_config__num_hidden_layers": 5}, "lacks 9 of"),
         ({"text_config__vocab_size": 100}, "does not fit"),
         ({"text_config__num_key_value_heads": 1}, "does not fit"),
+        ({"text_config__head_dim": 5}, "does not accept .*head_dim"),
+        ({"vision_config__num_attention_heads": 3}, "does not accept .*attention heads"),
         ({"text_config__hidden_act": "swishy"}, "activation"),
         ({"projector_hidden_act": "swishy"}, "activation"),
         ({"vision_config__hidden_act": "swishy"}, "activation"),
@@ -209,6 +212,7 @@ def test_missing_shards_are_counted(tmp_path: Path) -> None:
     [None, [], "x", {"a": 1}, {"a": "../../etc/passwd"}, {"a": "/etc/passwd"}, {"a": ""}],
 )
 def test_an_index_that_names_no_shards_is_refused(weight_map, checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     attempt(checkpoint, match="cannot use")
 
@@ -235,12 +239,167 @@ def header(size: int, text: bytes) -> bytes:
         header(70, b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,99999999999]}}      '),
         header(66, b'{"a":{"dtype":"F32","shape":[99999999],"data_offsets":[0,4]}}     ')
         + b"\0" * 4,
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n",
     ],
 )
 def test_a_weights_file_with_a_corrupt_header_is_refused(content: bytes, checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").write_bytes(content)
     attempt(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_pointer_of_git_lfs_is_called_one(name: str, checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+    (checkpoint / name).write_bytes(pointer)
+    attempt(checkpoint, match="pointer of Git LFS.*git lfs pull")
+
+
+@pytest.mark.parametrize(
+    ("present", "remedy"),
+    [
+        (["model.fp16.safetensors"], "rename the variant model.fp16.safetensors to model.safetens"),
+        (
+            ["model.safetensors.index.fp16.json", "model.fp16-00001-of-00002.safetensors"],
+            "index.fp16.json to model.safetensors.index.json",
+        ),
+        (["pytorch_model.fp16.bin"], "rename the variant .* to pytorch_model.bin"),
+        (["model-00001-of-00002.safetensors"], "download the index of the shards too"),
+        (["consolidated.safetensors"], "save_pretrained of transformers"),
+        (["adapter_model.safetensors"], "merge_and_unload"),
+        (["llava-q4.gguf"], "save_pretrained of transformers"),
+        (["checkpoint-90/", "checkpoint-500/", "training_args.bin"], "such as checkpoint-500"),
+    ],
+)
+def test_weights_that_transformers_does_not_read_are_named_with_the_way_out(
+    present: list[str], remedy: str, checkpoint: Path
+) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    for name in present:
+        if name.endswith("/"):
+            (checkpoint / name).mkdir()
+        else:
+            (checkpoint / name).write_bytes(b"x")
+    line = attempt(checkpoint, match="no weights")
+    assert all(name.rstrip("/") in line for name in present)
+    assert re.search(f"what to do: .*{remedy}", line), line
+
+
+# Quantised weights, adapters, LLaVA's original format.
+
+WEIGHT = "1.mlp.up_proj.weight"
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+def quantised(kind: str, tensors: dict[str, torch.Tensor]) -> None:
+    """One layer as a method of quantisation stores it."""
+    name = find(tensors, WEIGHT)
+    weight, base = tensors.pop(name), name.removesuffix("weight")
+    rows, columns = weight.shape
+    packed = torch.zeros(columns // 8, rows, dtype=torch.int32)
+    scales = torch.ones(1, rows, dtype=torch.float16)
+    tensors |= {
+        "bitsandbytes": {
+            name: torch.zeros(rows * columns // 2, 1, dtype=torch.uint8),
+            f"{name}.absmax": torch.ones(rows),
+            f"{name}.quant_map": torch.ones(16),
+        },
+        "int8": {name: weight.to(torch.int8), f"{base}SCB": torch.ones(rows)},
+        "awq": {f"{base}qweight": packed, f"{base}qzeros": packed.clone(), f"{base}scales": scales},
+        "gptq": {f"{base}qweight": packed, f"{base}g_idx": torch.zeros(columns)},
+        "compressed-tensors": {f"{base}weight_packed": packed, f"{base}weight_scale": scales},
+        "fp8": {name: weight.to(torch.float8_e4m3fn), f"{base}weight_scale_inv": scales},
+    }[kind]
+
+
+@pytest.mark.parametrize("is_said", [True, False])
+@pytest.mark.parametrize(
+    "kind", ["bitsandbytes", "int8", "awq", "gptq", "compressed-tensors", "fp8"]
+)
+def test_quantised_weights_are_refused_by_their_method(
+    kind: str, is_said: bool, checkpoint: Path
+) -> None:
+    method = "bitsandbytes" if kind == "int8" else kind
+    edit_tensors(checkpoint, lambda tensors: quantised(kind, tensors))
+    if is_said:
+        edit_config(checkpoint, quantization_config={"quant_method": method})
+    line = refused(lambda: Checkpoint(checkpoint), UnsupportedModelError, "are quantised with")
+    assert method in line and "what to do: " in line
+    assert "the checkpoint that it was quantised from" in line
+    assert ("dequantize()" in line) == (method == "bitsandbytes")
+
+
+def test_calibrate_refuses_quantised_weights_too(checkpoint: Path) -> None:
+    """Hugging Face would fill the layer with noise and go on."""
+    edit_tensors(checkpoint, lambda tensors: quantised("awq", tensors))
+    edit_config(checkpoint, quantization_config={"quant_method": "awq"})
+    refused(lambda: Encoder(str(checkpoint)), UnsupportedModelError, "are quantised with awq")
+
+
+def adapter(folder: Path, **changes: Any) -> None:
+    """A LoRA adapter as peft saves it."""
+    entry = {"peft_type": "LORA", "base_model_name_or_path": "llava-hf/llava-1.5-7b-hf", "r": 4}
+    (folder / "adapter_config.json").write_text(json.dumps(entry | changes))
+    name = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({name: torch.zeros(4, 64)}, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "removed", [("config.json", "model.safetensors"), ("model.safetensors",), ()]
+)
+def test_an_adapter_is_refused_with_its_base_and_how_to_merge(
+    removed: tuple[str, ...], checkpoint: Path
+) -> None:
+    """transformers adds one that lies beside a whole model to it, if peft is installed."""
+    adapter(checkpoint)
+    for name in removed:
+        (checkpoint / name).unlink()
+    line = attempt(checkpoint, UnsupportedModelError, "holds an adapter")
+    assert "a LORA adapter of llava-hf/llava-1.5-7b-hf" in line and "merge_and_unload" in line
+    assert ("remove adapter_config.json" in line) == ("config.json" not in removed)
+
+
+def test_an_adapter_that_names_no_base_is_still_called_one(checkpoint: Path) -> None:
+    adapter(checkpoint, base_model_name_or_path=None, peft_type="VERA")
+    attempt(checkpoint, UnsupportedModelError, "a VERA adapter of a base that it does not name")
+
+
+def flat(**changes: Any) -> dict[str, Any]:
+    """The config.json of liuhaotian/llava-v1.5-7b, in short."""
+    return {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "hidden_size": 4096,
+        "image_aspect_ratio": "pad",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "model_type": "llava",
+        "num_hidden_layers": 32,
+    } | changes
+
+
+@pytest.mark.parametrize(
+    ("config", "way"),
+    [
+        (flat(), "convert_llava_weights_to_hf.py.* llava-hf/llava-1.5-7b-hf"),
+        (flat(hidden_size=5120), "convert_llava_weights_to_hf.py.* llava-hf/llava-1.5-13b-hf"),
+        (flat(model_type="llava_llama", architectures=None), "convert_llava_weights_to_hf.py"),
+        ({"model_type": "llava_mistral", "hidden_size": 4096}, "convert_llava_weights_to_hf.py"),
+        ({"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}, "convert_llava"),
+        ({"model_type": "llava", "hidden_size": 5120}, "llava-hf/llava-1.5-13b-hf"),
+        (flat(image_aspect_ratio="anyres"), "LLaVA-NeXT .* is not supported"),
+    ],
+)
+def test_the_original_format_is_named_by_export_and_by_cost(
+    config: dict[str, Any], way: str, checkpoint: Path
+) -> None:
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    match = f"in LLaVA's original format.*{way}"
+    attempt(checkpoint, UnsupportedModelError, match)
+    refused(lambda: read_shape(checkpoint), UnsupportedModelError, match)
+
+
+def test_original_weights_below_a_converted_config_are_named(checkpoint: Path) -> None:
+    save_file({"model.mm_projector.0.weight": torch.zeros(4, 4)}, checkpoint / "model.safetensors")
+    attempt(checkpoint, UnsupportedModelError, "lacks .*convert_llava_weights_to_hf.py")
 
 
 @pytest.mark.parametrize("part", [0.01, 0.5, 0.999999])

@@ -13,7 +13,7 @@ import pytest
 
 import patchsieve
 from patchsieve import cli
-from patchsieve.cli import COMMANDS
+from patchsieve.cli import COMMANDS, main
 from patchsieve.cli.output import Progress, flops, plural
 from tests.bundles import PHOTO, PROMPT, command, command_json
 
@@ -154,6 +154,43 @@ def test_a_request_that_cannot_be_is_one_line(
     assert (code, out) == (2, "")
     assert names in err.splitlines()[-1]
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["export", "x", "-o", "{there}"],
+        ["export", "x", "-o", "{there}", "--method", "ivtp"],
+        ["calibrate", "x", "-o", "{there}", "--data", "x", "--sites", "1", "--target-tokens", "8"],
+    ],
+)
+def test_an_output_that_exists_is_refused_before_torch_is_loaded(
+    words: list[str], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    for name in ("exporter", "checkpoint", "lowering"):
+        monkeypatch.setitem(sys.modules, f"patchsieve.export.{name}", None)  # may not be imported
+    monkeypatch.setitem(sys.modules, "patchsieve.calibrate", None)
+    assert main([word.format(there=tmp_path) for word in words]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "default"),
+    [
+        ("export", "--keep-ratio", "0.5"),
+        ("export", "--revision", "main"),
+        ("run", "--top-k", "0: all"),
+        ("run", "--seed", "default: "),
+        ("calibrate", "--seed", "(0)"),
+    ],
+)
+def test_the_help_of_an_option_says_its_default(
+    name: str, option: str, default: str, capsys
+) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert default in words.rpartition(f"{option} ")[2].partition(" --")[0]
 
 
 def test_run_prints_the_answer_alone_on_stdout(tiny_bundle: Path) -> None:

@@ -6,12 +6,15 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from patchsieve import manifest
+from patchsieve.export.verify import cache_name
 from patchsieve.names import decide
 from patchsieve.verify import compare_tokens
 from tests.bundles import PHOTO, PLAN, PROMPT, command, command_json, export_tiny
@@ -163,6 +166,19 @@ def test_a_grey_image_goes_the_same_way_on_both_sides(
     arguments = ("verify", tiny_bundle, "--against", tiny_checkpoint, "--image", path)
     code, said = command_json(*arguments, "--max-new-tokens", 2)
     assert code == 0, said["first_departure"]
+
+
+def test_the_cache_goes_by_the_name_that_this_transformers_has_for_it() -> None:
+    """5.40 removes `past_key_values`, and the first of 5.x know no `cache`."""
+
+    class Newer(torch.nn.Module):
+        def forward(self, hidden_states: Any, cache: Any = None, **kwargs: Any) -> None: ...
+
+    class Older(torch.nn.Module):
+        def forward(self, hidden_states: Any, past_key_values: Any = None, **k: Any) -> None: ...
+
+    assert cache_name(Newer()) == "cache"
+    assert cache_name(Older()) == "past_key_values"
 
 
 def test_tokens_that_differ_in_a_tie_do_not_depart() -> None:

@@ -12,9 +12,11 @@ from typing import Any
 import onnx_ir as ir
 
 from patchsieve import names
-from patchsieve.export.lowering.base import Lowering, dtype_of, inputs_of
+from patchsieve.export.lowering.base import Lowering, dtype_of, inputs_of, length_of
+from patchsieve.export.lowering.reference import Heads
 
 MICROSOFT = "com.microsoft"
+GROUPED_WIDTH = 8  # GroupQueryAttention takes heads of a multiple of this width
 
 
 class Cpu(Lowering):
@@ -55,6 +57,8 @@ class Cpu(Lowering):
     def CachedAttention(self, node: ir.Node) -> Sequence[ir.Value]:
         """Past and present share their buffer when the caller binds it to both."""
         query, key, value, key_cache, value_cache, _, _ = inputs_of(node)
+        if length_of(key_cache, 3) % GROUPED_WIDTH:
+            return self._cached_in_parts(node)
         total = self.once("total", self._total)
         int32 = ir.DataType.INT32
         total_32 = self.once("total_32", lambda: self.op("Cast", total, to=int32))
@@ -87,6 +91,92 @@ class Cpu(Lowering):
             kv_num_heads=node.attributes["num_kv_heads"].as_int(),
             scale=node.attributes["scale"].as_float(),
         )
+
+    def _cached_in_parts(self, node: ir.Node) -> Sequence[ir.Value]:
+        """The same for heads of another width: rows are scattered into the cache, then read."""
+        query, key, value, key_cache, value_cache, slot, _ = inputs_of(node)
+        heads, head_dim = Heads.of(node), length_of(key_cache, 3)
+        total = self.once("total", self._total)
+        slots = self.once("slots", lambda: self._slots(slot, total))
+
+        def write(rows: ir.Value, cache: ir.Value) -> tuple[ir.Value, ir.Value]:
+            """The cache with new rows in it, and all rows that count, [1, total, G * D]."""
+            new = self.split_heads(rows, heads.num_kv_heads)  # [1, G, L, D]
+            where = self.op("Expand", slots, self.op("Shape", new))
+            cache = self.op("ScatterElements", cache, where, new, axis=2)
+            first, axis = self.constant([0]), self.constant([2])
+            return cache, self.merge_heads(self.op("Slice", cache, first, total, axis))
+
+        key_cache, keys = write(key, key_cache)
+        value_cache, values = write(value, value_cache)
+        mask = self.once(
+            "bias",
+            lambda: self.additive_mask(self.op("Squeeze", total, self.constant([0])), heads.dtype),
+        )
+        mixed = self.attend_rows(query, keys, values, mask, heads, head_dim)
+        return [mixed, key_cache, value_cache]
+
+    def attend_rows(
+        self,
+        query: ir.Value,
+        keys: ir.Value,
+        values: ir.Value,
+        mask: ir.Value,
+        heads: Heads,
+        head_dim: int,
+    ) -> ir.Value:
+        """Attention whose operator knows one count of heads: those of a KV head become its rows.
+
+        Args:
+            query: [1, L, H * D].
+            keys: [1, N, G * D].
+            values: [1, N, G * D].
+            mask: Added to the logits, [1, 1, L, N].
+            heads: How many, and their scale.
+            head_dim: D.
+
+        Returns:
+            [1, L, H * D].
+        """
+        group = heads.num_heads // heads.num_kv_heads
+        sizes = (heads.num_kv_heads, group, head_dim)
+        repeats = self.constant([1, 1, group, 1])
+        mixed = self.op(
+            "MultiHeadAttention",
+            self._stack(query, *sizes),
+            keys,
+            values,
+            None,
+            None,
+            mask if group == 1 else self.once("masks", lambda: self.op("Tile", mask, repeats)),
+            domain=MICROSOFT,
+            num_heads=heads.num_kv_heads,
+            scale=heads.scale,
+        )
+        mixed.dtype = heads.dtype  # which ONNX cannot infer behind another domain's operator
+        return self._unstack(mixed, *sizes)
+
+    def _stack(self, query: ir.Value, kv_heads: int, group: int, head_dim: int) -> ir.Value:
+        """[1, L, H * D] -> [1, H / G * L, G * D]; query head h reads KV head h // (H / G)."""
+        if group == 1:
+            return query
+        apart = self.op("Reshape", query, self.constant([1, -1, kv_heads, group, head_dim]))
+        turned = self.op("Transpose", apart, perm=[0, 3, 1, 2, 4])  # [1, H / G, L, G, D]
+        return self.op("Reshape", turned, self.constant([1, -1, kv_heads * head_dim]))
+
+    def _unstack(self, mixed: ir.Value, kv_heads: int, group: int, head_dim: int) -> ir.Value:
+        """[1, H / G * L, G * D] -> [1, L, H * D]."""
+        if group == 1:
+            return mixed
+        apart = self.op("Reshape", mixed, self.constant([1, group, -1, kv_heads, head_dim]))
+        turned = self.op("Transpose", apart, perm=[0, 2, 3, 1, 4])  # [1, L, G, H / G, D]
+        return self.op("Reshape", turned, self.constant([1, -1, kv_heads * group * head_dim]))
+
+    def _slots(self, slot: ir.Value, total: ir.Value) -> ir.Value:
+        """Slot of each new row, [1, 1, L, 1]."""
+        first, last = (self.op("Squeeze", end, self.constant([0])) for end in (slot, total))
+        numbers = self.op("Range", first, last, self.constant(1))
+        return self.op("Unsqueeze", numbers, self.constant([0, 1, 3]))
 
     def _row_numbers(self) -> ir.Value:
         length = self.op(

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from patchsieve.export.lowering.base import inputs_of, length_of
-from patchsieve.export.lowering.cpu import MICROSOFT, Cpu
+from patchsieve.export.lowering.cpu import Cpu
 from patchsieve.export.lowering.new_rows import NewRows
 from patchsieve.export.lowering.reference import Heads
 
@@ -39,41 +39,10 @@ class Cuda(NewRows, Cpu):
     opset = 18
 
     def CachedAttention(self, node: ir.Node) -> Sequence[ir.Value]:
-        """The operator knows one count of heads: those that share a KV head become rows of it."""
+        """Attention over past and new rows; the new ones go out."""
         query, key, value, past_keys, past_values, _, _ = inputs_of(node)
         heads = Heads.of(node)
-        group = heads.num_heads // heads.num_kv_heads
         head_dim = length_of(past_keys, 2) // heads.num_kv_heads
-        sizes = (heads.num_kv_heads, group, head_dim)
         mask = self.once("mask", lambda: self.new_rows_mask(past_keys, heads.dtype))
-        repeats = self.constant([1, 1, group, 1])
-        mixed = self.op(
-            "MultiHeadAttention",
-            self._stack(query, *sizes),
-            self.present(past_keys, key),
-            self.present(past_values, value),
-            None,
-            None,
-            mask if group == 1 else self.once("masks", lambda: self.op("Tile", mask, repeats)),
-            domain=MICROSOFT,
-            num_heads=heads.num_kv_heads,
-            scale=heads.scale,
-        )
-        mixed.dtype = heads.dtype  # which ONNX cannot infer behind another domain's operator
-        return [self._unstack(mixed, *sizes), key, value]
-
-    def _stack(self, query: ir.Value, kv_heads: int, group: int, head_dim: int) -> ir.Value:
-        """[1, L, H * D] -> [1, H / G * L, G * D]; query head h reads KV head h // (H / G)."""
-        if group == 1:
-            return query
-        apart = self.op("Reshape", query, self.constant([1, -1, kv_heads, group, head_dim]))
-        turned = self.op("Transpose", apart, perm=[0, 3, 1, 2, 4])  # [1, H / G, L, G, D]
-        return self.op("Reshape", turned, self.constant([1, -1, kv_heads * head_dim]))
-
-    def _unstack(self, mixed: ir.Value, kv_heads: int, group: int, head_dim: int) -> ir.Value:
-        """[1, H / G * L, G * D] -> [1, L, H * D]."""
-        if group == 1:
-            return mixed
-        apart = self.op("Reshape", mixed, self.constant([1, group, -1, kv_heads, head_dim]))
-        turned = self.op("Transpose", apart, perm=[0, 2, 3, 1, 4])  # [1, L, G, H / G, D]
-        return self.op("Reshape", turned, self.constant([1, -1, kv_heads * group * head_dim]))
+        keys, values = self.present(past_keys, key), self.present(past_values, value)
+        return [self.attend_rows(query, keys, values, mask, heads, head_dim), key, value]

@@ -16,6 +16,7 @@ from patchsieve.cli.output import Progress, print_json, require, table
 from patchsieve.errors import PatchsieveError
 from patchsieve.heads import CONFIG
 from patchsieve.plan import GRID2D
+from patchsieve.writing import check_new
 
 if TYPE_CHECKING:
     from patchsieve.calibrate import Encoder
@@ -29,10 +30,7 @@ def run(args: argparse.Namespace) -> int:
     libraries = ("torch", "transformers", "accelerate", "safetensors")
     require(libraries, "cpu,export,calibration", "calibrate")
     check(args)
-    if os.path.lexists(args.out):
-        raise PatchsieveError(
-            f"{args.out} exists already", do="remove it, or choose another name with -o"
-        )
+    check_new(args.out)
     partial = args.out.with_name(args.out.name + ".partial")
     if args.resume and not partial.is_dir():
         raise PatchsieveError(
@@ -107,7 +105,7 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
     from patchsieve.pruning.training import average_tokens
 
     positions = (args.positions or GRID2D) if args.train_lm and not args.hard else None
-    encoder = Encoder(args.checkpoint, positions, args.sections)
+    encoder = Encoder(args.checkpoint, positions, args.sections, revision=args.revision)
 
     def read(path: Path) -> Samples:
         return Samples(Records(path, args.image_folder), encoder, skip_missing=args.skip_missing)
@@ -119,6 +117,7 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
     is_half = args.bf16 and not args.train_lm
     llava: Any = LlavaForConditionalGeneration.from_pretrained(
         encoder.directory,
+        config=encoder.config,
         dtype=torch.bfloat16 if is_half else torch.float32,
         # On a CPU the backward pass of SDPA is slower than that of plain products.
         attn_implementation=None if torch.cuda.is_available() else "eager",

@@ -14,6 +14,7 @@ from patchsieve.trained import LAYOUTS
 # Options that a training cannot change when it is resumed.
 _OF_A_TRAINING = (
     "checkpoint",
+    "revision",
     "data",
     "image_folder",
     "skip_missing",
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add("checkpoint", help="Hugging Face directory or hub id")
+    add("--revision", help="branch, tag or commit of a hub id (default: its main branch)")
     add("--data", type=Path, required=True, help="LLaVA's JSON or JSONL, or chat messages")
     add("--image-folder", type=Path, help="what image paths are relative to (the data's folder)")
     add("--skip-missing", action="store_true", help="leave out records whose image is not there")
@@ -147,7 +149,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=0, help="processes that load data (0)")
     add("--save-steps", type=int, default=500, help="steps between checkpoints (500)")
     add("--resume", action="store_true", help="go on from OUT.partial")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="seed of new heads and of the order of records (0)")
 
 
 def trains(args: argparse.Namespace) -> bool:

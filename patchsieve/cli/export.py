@@ -18,11 +18,13 @@ from patchsieve.heads import load_config
 from patchsieve.manifest import Limits, Manifest, read
 from patchsieve.plan import NO_PRUNING, POSITION_RULES, MethodPlan, Plan, SitePlan
 from patchsieve.trained import Trained
+from patchsieve.writing import check_new
 
 _LIMITS = (512, 256, 1)  # text tokens, new tokens, images
 _OF_A_NEW_BUNDLE = (
     "checkpoint",
     "output",
+    "revision",
     "cuts",
     "build_memory",
     "scorer",
@@ -39,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", nargs="?", help="Hugging Face directory or hub id of a LLaVA model")
     add("-o", "--output", type=Path, metavar="BUNDLE", help="the bundle to make")
+    add("--revision", help="branch, tag or commit of a hub id (default: its main branch)")
     add("--reuse", type=Path, metavar="BUNDLE", help="give this bundle another plan on its cuts")
     plan = parser.add_argument_group("what prunes where")
     add = plan.add_argument
@@ -57,7 +60,8 @@ def add_plan_arguments(group: Any) -> None:
         "--keep-ratio",
         type=numbers,
         metavar="R",
-        help="fraction KEPT of what enters the decoder, a half token rounded up",
+        help="fraction KEPT of what enters the decoder, one or one per site, halves rounded up "
+        "(random, fastv: 0.5)",
     )
     add(
         "--rows",
@@ -170,6 +174,8 @@ def _add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export or reuse."""
     require(("torch", "transformers", "onnx", "onnxscript", "safetensors"), "export", "export")
+    if args.output is not None and args.reuse is None:  # before torch is loaded, for seconds
+        check_new(args.output, "remove it, choose another -o, or change its plan with --reuse")
     plan = plan_of(args)
     name = args.plan_name or _free_name(plan, args.reuse)
     progress = Progress(args.quiet)
@@ -214,6 +220,7 @@ def _export(
             *(usual if n is None else n for n, usual in zip(limits, _LIMITS, strict=True))
         ),
         scorer=args.scorer,
+        revision=args.revision,
     )
     return export(args.checkpoint, args.output, options, progress, spent)
 
@@ -354,7 +361,7 @@ def _heads(args: argparse.Namespace) -> Path | None:
         return args.heads
     from patchsieve.export.checkpoint import locate, read_config
 
-    directory = locate(args.checkpoint)
+    directory = locate(args.checkpoint, args.revision, check=read_config)
     folder = Trained.of(read_config(directory)).heads
     return None if folder is None else directory / folder
 

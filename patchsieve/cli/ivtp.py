@@ -65,7 +65,7 @@ def _size_of(args: argparse.Namespace) -> Size:
         raise PatchsieveError("export needs a checkpoint and -o BUNDLE, or --reuse BUNDLE")
     from patchsieve.export.checkpoint import locate, read_config
 
-    config = read_config(locate(args.checkpoint))
+    config = read_config(locate(args.checkpoint, args.revision, check=read_config))
     side = config.vision_config.image_size // config.vision_config.patch_size
     return Size(side * side, config.text_config.num_hidden_layers)
 

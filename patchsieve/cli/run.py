@@ -30,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = sampling.add_argument
     add("--max-new-tokens", type=int, help="default: 128, or what the bundle reserves")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    add("--top-k", type=int, default=0)
+    add("--top-k", type=int, default=0, help="sample among the K likeliest tokens (0: all)")
     add("--top-p", type=float, default=1.0)
     add("--repetition-penalty", type=float, default=1.0)
-    add("--seed", type=int)
+    add("--seed", type=int, help="seed of the sampling (default: another for each run)")
     add("--stop", action="append", default=[], help="end before this text; repeatable")
 
 

@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("bundle", type=Path)
     add("--against", required=True, metavar="CHECKPOINT", help="Hugging Face directory or hub id")
+    add("--revision", help="branch, tag or commit of a hub id (default: its main branch)")
     add(
         "--image",
         action="append",
@@ -46,7 +47,13 @@ def run(args: argparse.Namespace) -> int:
     progress = Progress(args.quiet or args.json)
     progress("loading both", 0.0)
     with _quiet_libraries():
-        both = Verification(args.bundle, args.against, target=args.target, threads=args.threads)
+        both = Verification(
+            args.bundle,
+            args.against,
+            target=args.target,
+            threads=args.threads,
+            revision=args.revision,
+        )
     plans = dict.fromkeys((NO_PRUNING, args.plan or both.facts.default_plan))
     if not set(plans) <= set(both.facts.plans):
         raise RequestError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from patchsieve.errors import BundleError, PatchsieveError, UnsupportedModelError
 from patchsieve.manifest import WEIGHTS, Manifest
+from patchsieve.original import refuse_original
 
 _LARGEST_HEADER = 1 << 22  # bytes of a scorer's list of tensors
 _SCORER_MLP = ".mlp.fc1.weight"  # one in each of its layers
@@ -179,6 +180,8 @@ def shape_of_config(config: Any) -> ModelShape:
         UnsupportedModelError: It is not LLaVA, or of a decoder or tower that is not known.
         PatchsieveError: A measure in it cannot be.
     """
+    if isinstance(config, dict):
+        refuse_original(config)
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type != "llava":
         raise UnsupportedModelError(

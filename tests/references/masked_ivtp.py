@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, CLIPModel
 
+from patchsieve.export.verify import cache_name
 from patchsieve.pruning.schedules import geometric
 from tests.references import ivtp, rollout, topk
 from tests.references.attention import softmax
@@ -198,8 +199,8 @@ class MaskedIvtp(MaskedLlava):
                 attention_mask=mask[None, None],
                 position_embeddings=angles,
                 position_ids=positions,
-                past_key_values=self.cache,
                 use_cache=True,
+                **{cache_name(layer): self.cache},
             )
             rows = out[0] if isinstance(out, tuple) else out
             cache = self.cache.layers[number]

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGeneration
 
+from patchsieve.export.verify import cache_name
 from tests.references import atp, fastv, grid2d, random, tome, topk
 
 ANSWER = "\u00a7"  # stands for an answer whose tokens are in the cache
@@ -244,8 +245,8 @@ class MaskedLlava:
                 attention_mask=mask.to(hidden.dtype),
                 position_embeddings=angles,
                 position_ids=positions,
-                past_key_values=self.cache,
                 use_cache=True,
+                **{cache_name(layer): self.cache},
             )
             hidden = out[0] if isinstance(out, tuple) else out
         return hidden
