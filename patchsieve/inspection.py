@@ -46,6 +46,8 @@ def inspect(bundle: Path, plan: str | None = None, text_tokens: int = 64) -> dic
         "text": asdict(facts.text),
         "vision": asdict(facts.vision),
         "limits": asdict(facts.limits),
+        "generation": asdict(facts.generation),
+        "eos_token_ids": list(facts.tokens.eos_token_ids),
         "stages": [
             {
                 "layers": [stage.first, stage.last - 1],
