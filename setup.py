@@ -11,15 +11,17 @@ OPTIMUM_DOOR = {"optimum.commands.register": "patchsieve/doors/optimum"}
 CPU = ["onnxruntime>=1.23"]  # 1.23 is the newest for Python 3.10
 RTX = ["tensorrt-rtx>=1.7; sys_platform != 'darwin'"]  # compiles ahead of time, without a GPU
 CUDA = ["cuda-python>=12.6; sys_platform != 'darwin'"]  # memory and streams beside TensorRT
+TRANSFORMERS = "transformers>=5.0,<5.40"  # 5.40 removes past_key_values, which verify passes
 EXPORT = [
     "torch>=2.8",
-    "transformers>=5.0",
+    TRANSFORMERS,
     "onnx>=1.20",
     "onnxscript>=0.7",
     "safetensors>=0.5",
+    "sentencepiece>=0.2",  # reads tokenizer.model; the protobuf that it needs comes with onnx
 ]
 
-CALIBRATION = ["accelerate>=1.1", "torch>=2.8", "transformers>=5.0", "safetensors>=0.5"]
+CALIBRATION = ["accelerate>=1.1", "torch>=2.8", TRANSFORMERS, "safetensors>=0.5"]
 OPTIMUM = ["optimum>=2.0"]  # 1.6 MB beside what export needs
 
 EXTRAS = {
