@@ -76,7 +76,7 @@ setup(
         "patchsieve": ["py.typed", "page/page.*"],
         "patchsieve.export.operators": ["*.json"],
     },
-    install_requires=["numpy>=1.24", "pillow>=10.1", "tokenizers>=0.21", "jinja2>=3.1"],
+    install_requires=["numpy>=1.24", "pillow>=10.1", "tokenizers>=0.21", "jinja2>=3.1.6"],
     extras_require=EXTRAS,
     entry_points={
         "console_scripts": ["patchsieve = patchsieve.cli:main"],

@@ -137,7 +137,7 @@ def _load(checkpoint: Path) -> Any:
 
     is_there = (checkpoint / _FILE).is_file()
     # As `GenerationMixin.adjust_generation_fn` of transformers 5.24
-    fallback = {"config_file_name": "config.json", "_from_model_config": True}
+    fallback: dict[str, Any] = {"config_file_name": "config.json", "_from_model_config": True}
     try:
         with their_warnings_off():
             return transformers.GenerationConfig.from_pretrained(

@@ -1,4 +1,4 @@
-"""Tokenizer, chat template and special tokens of a checkpoint -> bundle, as transformers loads them.
+"""Tokenizer, chat template and special tokens of a checkpoint, as transformers loads them.
 
 A token can be named in seven files, and which of them counts depends on the others and on the
 version of transformers. So transformers loads the tokenizer, and the bundle gets what it loaded.
@@ -53,7 +53,7 @@ def write_tokenizer(checkpoint: Path, out: Path, vocab_size: int | None = None) 
     backend.no_padding()
     backend.save(str(out / "tokenizer.json"), pretty=False)
     special = tokenizer.special_tokens_map
-    chat_template = _chat_template(checkpoint, tokenizer.chat_template)
+    chat_template = _chat_template(checkpoint, tokenizer)
     if chat_template is not None:
         # No newline translation: the template's text is part of the prompt
         (out / "chat_template.jinja").write_bytes(chat_template.encode("utf-8"))
@@ -177,7 +177,7 @@ def _check_sentencepiece(checkpoint: Path) -> None:
             ) from error
 
 
-def _chat_template(checkpoint: Path, of_tokenizer: object) -> str | None:
+def _chat_template(checkpoint: Path, tokenizer: Any) -> str | None:
     """The template that AutoProcessor finds; if it finds none, the tokenizer's own."""
     from transformers import ProcessorMixin
 
@@ -192,15 +192,33 @@ def _chat_template(checkpoint: Path, of_tokenizer: object) -> str | None:
             found=f"{type(error).__name__}: {error}"[:300],
             do="keep one, as chat_template.jinja",
         ) from error
-    template = settings.get("chat_template")
-    if template is None:
-        template = of_tokenizer
+    named = settings.get("chat_template")
+    template = _default_template(tokenizer.chat_template if named is None else named)
     if template is None:
         _LOG.warning(
             "the checkpoint has no chat template: the bundle takes whole prompts only (--raw);"
             " to give it one, put chat_template.jinja beside the weights and export again"
         )
-    return _default_template(template)
+    else:
+        _check_syntax(tokenizer, template)
+    return template
+
+
+def _check_syntax(tokenizer: Any, template: str) -> None:
+    """Refuse a template that never compiles; one may well refuse the message tried here."""
+    import jinja2
+
+    message = {"role": "user", "content": [{"type": "text", "text": "a"}]}
+    try:
+        tokenizer.apply_chat_template([message], chat_template=template, tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise UnsupportedModelError(
+            "the checkpoint's chat template does not compile",
+            found=f"line {error.lineno}: {error.message}"[:200],
+            do="correct it, or put the right one in chat_template.jinja",
+        ) from error
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError):
+        pass
 
 
 def _default_template(value: object) -> str | None:

@@ -43,7 +43,7 @@ class Penalties:
         }
         self._banned = np.array(sorted(banned), dtype=np.int64)
         self._banned_first = np.array(asked.begin_suppress_tokens, dtype=np.int64)
-        self._words = [  # of each length: what comes before the last token [K, P], and that token [K]
+        self._words = [  # of each length: the tokens before the last, [K, P], and the last, [K]
             (np.array([word[:-1] for word in same]), np.array([word[-1] for word in same]))
             for length in sorted({len(word) for word in words})
             for same in [[word for word in words if len(word) == length]]

@@ -243,10 +243,11 @@ def _is_real(value: object) -> bool:
 
 
 def _tokens(name: str, value: object) -> tuple[int, ...]:
-    is_list = isinstance(value, (tuple, list))
-    if not is_list or not all(type(token) is int and token >= 0 for token in value):
-        raise RequestError(f"bad {name}", found=repr(value)[:60], expected="token ids")
-    return tuple(value)
+    if isinstance(value, (tuple, list)) and all(
+        type(token) is int and token >= 0 for token in value
+    ):
+        return tuple(value)
+    raise RequestError(f"bad {name}", found=repr(value)[:60], expected="token ids")
 
 
 def _check_int(name: str, value: object, least: int) -> None:

@@ -1,4 +1,4 @@
-"""generation_config.json: what a bundle follows gives the tokens of `generate`; the rest is named."""
+"""generation_config.json: what a bundle follows gives `generate`'s tokens; the rest is named."""
 
 from __future__ import annotations
 

@@ -1,16 +1,18 @@
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from patchsieve.errors import BackendMissingError, UnsupportedModelError
 from patchsieve.export.tokenizer import write_tokenizer
 from patchsieve.manifest import Generation
 from patchsieve.runtime.prompt import PromptBuilder, expand
+from tests.models import tiny_llava
 from tests.tiny_tokenizers import IMAGE, SENTENCES, special_tokens, tokenizer, tokenizer_json
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}\r\n{% endfor %}"
@@ -256,6 +258,157 @@ def test_a_bos_that_the_two_files_disagree_about_is_named(
         update(checkpoint / "tokenizer_config.json", add_bos_token=False)
         write_tokenizer(checkpoint, out)
     assert "add_bos_token=False but tokenizer.json adds it" in caplog.text
+
+
+def added(content: str, **flags: bool) -> dict[str, object]:
+    """An entry of `added_tokens_decoder`."""
+    none = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    return {"content": content, "special": True, **none, **flags}
+
+
+def decoder(**flags: bool) -> dict[str, dict[str, object]]:
+    named = {"1200": added(IMAGE), "1201": added("<pad>"), "1202": added("<loc>", **flags)}
+    return {"tokenizer_config.json": {"added_tokens_decoder": named}}
+
+
+# What each file says besides what a saved processor says: `<loc>` is new, id 1202.
+NEW_TOKENS = {
+    "nowhere": {},
+    "added_tokens_decoder": decoder(),
+    "not special": decoder(special=False),
+    "normalised": decoder(special=False, normalized=True),
+    "lstrip": decoder(lstrip=True),
+    "rstrip": decoder(rstrip=True),
+    "single word": decoder(single_word=True, special=False),
+    "added_tokens.json": {"added_tokens.json": {"<loc>": 1202}},
+    "special_tokens_map.json": {
+        "added_tokens.json": {"<loc>": 1202},
+        "special_tokens_map.json": {
+            "additional_special_tokens": ["<loc>"],
+            "sep_token": "<sep>",
+            "eos_token": {**added("<end>", rstrip=True)},
+        },
+    },
+    "extra_special_tokens": {"tokenizer_config.json": {"extra_special_tokens": ["<loc>"]}},
+    "extra by name": {"tokenizer_config.json": {"extra_special_tokens": {"loc_token": "<loc>"}}},
+    "additional_special_tokens": {
+        "tokenizer_config.json": {
+            "additional_special_tokens": [{"__type": "AddedToken", **added("<loc>", rstrip=True)}]
+        }
+    },
+    "eos_token": {"tokenizer_config.json": {"eos_token": "<loc>", "tokenizer_class": "X"}},
+    "a slow class": {
+        "tokenizer_config.json": {
+            **decoder()["tokenizer_config.json"],
+            "tokenizer_class": "LlamaTokenizer",
+            "legacy": False,
+            "add_prefix_space": False,
+        }
+    },
+    "code of its own": {
+        "tokenizer_config.json": {
+            **decoder()["tokenizer_config.json"],
+            "auto_map": {"AutoTokenizer": ["x.Y", None]},
+        }
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints without weights."""
+    paths = {}
+    for structure in ("llama", "qwen2"):
+        path = paths[structure] = tmp_path_factory.mktemp("saved") / structure
+        model, processor = tiny_llava(structure, layers=1, vision_layers=1)
+        for part in (processor, model.config, model.generation_config):
+            part.save_pretrained(path)
+    return paths
+
+
+@pytest.mark.parametrize("where", NEW_TOKENS)
+@pytest.mark.parametrize("structure", ("llama", "qwen2"))
+def test_tokens_count_wherever_transformers_reads_them(
+    saved: dict[str, Path], tmp_path: Path, out: Path, structure: str, where: str
+) -> None:
+    path = Path(shutil.copytree(saved[structure], tmp_path / "files"))
+    for name, entries in NEW_TOKENS[where].items():
+        update(path / name, **entries)
+    processor = AutoProcessor.from_pretrained(path, backend="pil")
+    facts = write_tokenizer(path, out)
+    assert facts["special_tokens"] == processor.tokenizer.special_tokens_map
+    builder = PromptBuilder(
+        out / "tokenizer.json",
+        facts["chat_template"],
+        image_token=facts["image_token"],
+        image_token_id=facts["image_token_id"],
+        special_tokens=facts["special_tokens"],
+    )
+    ours, theirs = builder.tokenizer, processor.tokenizer
+    # AddedToken compares its text only
+    assert str(ours.get_added_tokens_decoder()) == str(theirs.added_tokens_decoder)
+    for text in ("Where is <loc> now?", "a <loc> b<loc>c <end>  d<sep>", "<loc>", " 中"):
+        message = builder.user_message(text, 1)
+        prompt = processor.apply_chat_template([message], add_generation_prompt=True)
+        expected = theirs(prompt).input_ids
+        assert builder.build([message], 1).token_ids.tolist() == expected
+        for skipped in (False, True):
+            said = theirs.decode(expected, skip_special_tokens=skipped)
+            assert ours.decode(expected, skip_special_tokens=skipped) == said
+
+
+def test_tokens_without_an_embedding_are_named(
+    checkpoint: Path, out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = tokenizer("llama").token_to_id(IMAGE)
+    update(checkpoint / "tokenizer_config.json", extra_special_tokens=["<loc>"])
+    with caplog.at_level(logging.WARNING):
+        write_tokenizer(checkpoint, out, image)  # the image token needs none
+    assert f"1 tokens of the tokenizer have no embedding in the model (ids from {image})" in (
+        caplog.text
+    )
+    assert caplog.text.count("<loc>") == 1
+
+
+@pytest.mark.parametrize(
+    "name, content, line",
+    [
+        (
+            "tokenizer_config.json",
+            {"split_special_tokens": True},
+            "splits special.*set it to false",
+        ),
+        (
+            "tokenizer_config.json",
+            {"image_token": "<s>"},
+            "not that of config.json.*'<s>', token 1",
+        ),
+        ("processor_config.json", {"image_token": "</s>"}, "not that of config.json.*'</s>'"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json cannot be read"),
+        ("added_tokens.json", "{", "added_tokens.json cannot be read"),
+        ("special_tokens_map.json", "x", "special_tokens_map.json cannot be read"),
+        ("generation_config.json", "{", "generation_config.json"),
+        ("tokenizer.json", '{"version": "1.0"}', "does not load the checkpoint's tokenizer"),
+        ("chat_template.json", {"template": "a"}, "does not accept the checkpoint's chat template"),
+        ("chat_template.jinja", "{% for", "chat template does not compile.*line 1"),
+    ],
+    ids=str,
+)
+def test_files_that_cannot_be_followed_are_refused_in_one_line(
+    checkpoint: Path, out: Path, name: str, content: object, line: str
+) -> None:
+    if isinstance(content, dict):
+        if name == "processor_config.json":
+            settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
+            dump(
+                checkpoint / "tokenizer_config.json",
+                {key: value for key, value in settings.items() if key != "image_token"},
+            )
+        update(checkpoint / name, **content)
+    else:
+        (checkpoint / name).write_text(str(content))
+    with pytest.raises(UnsupportedModelError, match=rf"\A[^\n]*{line}[^\n]*\Z"):
+        write_tokenizer(checkpoint, out)
 
 
 def test_missing_parts_are_refused_in_one_line(checkpoint: Path, out: Path) -> None:
