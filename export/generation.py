@@ -15,6 +15,18 @@ from patchsieve.reading import read_as
 _LOG = logging.getLogger(__name__)
 _FILE = "generation_config.json"
 _SHOWN = 80  # characters of an entry that is named
+# The entries that are followed, as JSON has them.
+_KINDS: dict[str, Any] = {
+    "eos_token_id": tuple[int, ...],
+    "stop_strings": tuple[str, ...],
+    "repetition_penalty": float,
+    "no_repeat_ngram_size": int,
+    "min_length": int,
+    "min_new_tokens": int,
+    "suppress_tokens": tuple[int, ...],
+    "begin_suppress_tokens": tuple[int, ...],
+    "bad_words_ids": tuple[tuple[int, ...], ...],
+}
 # What changes a greedy answer of transformers and is not followed: name -> values that change none.
 _NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
@@ -57,19 +69,47 @@ def read_generation(
         UnsupportedModelError: The file cannot be read, or transformers refuses its content.
     """
     config = _load(checkpoint)
-    given = {name: getattr(config, name, None) for name in _KINDS}
-    name = ""
-    try:
-        values = {}
-        for name, value in given.items():
-            if value is not None:
-                values[name] = read_as(_KINDS[name], _tidy(name, value), name)
-    except BundleError as error:
-        raise UnsupportedModelError(
-            f"{_FILE} cannot be followed: {error}", do=f"correct {name} in it, or remove it"
-        ) from error
-    ends = values.pop("eos_token_id", ())
+    values = _followed(config)
+    ends = tuple(dict.fromkeys(values.pop("eos_token_id", ())))
     values["stop"] = values.pop("stop_strings", ())
+    _check(values, vocab_size)
+    changing, sampling = _not_followed(config)
+    if changing:
+        _LOG.warning("a bundle does not follow these entries of %s: %s", _FILE, ", ".join(changing))
+    if sampling:
+        _LOG.warning(
+            "%s asks for sampling (%s): a bundle takes the likeliest token unless a request says"
+            " otherwise (--temperature, --top-k, --top-p)",
+            _FILE,
+            ", ".join(sampling),
+        )
+    if not any(token < (vocab_size or token + 1) for token in ends):
+        _LOG.warning(
+            "the checkpoint names no end token that the model can say: answers end at"
+            " max_new_tokens only, as in transformers; eos_token_id in %s names one",
+            _FILE,
+        )
+    return Generation(**values, not_followed=(*changing, *sampling)), ends
+
+
+def _followed(config: Any) -> dict[str, Any]:
+    """The entries that are followed and set, each of its type."""
+    values = {}
+    for name, kind in _KINDS.items():
+        value = getattr(config, name, None)
+        if value is None:
+            continue
+        try:
+            values[name] = read_as(kind, _tidy(name, value), name)
+        except BundleError as error:
+            raise UnsupportedModelError(
+                f"{_FILE} cannot be followed: {error}", do=f"correct {name} in it, or remove it"
+            ) from error
+    return values
+
+
+def _check(values: dict[str, Any], vocab_size: int | None) -> None:
+    """Refuse what transformers refuses when it answers."""
     if values.get("repetition_penalty") == 0:
         raise _refuse("repetition_penalty = 0", "above 0", "correct repetition_penalty in it")
     words = values.get("bad_words_ids", ())
@@ -83,39 +123,6 @@ def read_generation(
         )
     if not all(values["stop"]):
         raise _refuse("an empty stop string", "texts", "remove it from stop_strings")
-    ends = tuple(dict.fromkeys(ends))
-    changing, sampling = _not_followed(config)
-    if changing:
-        _LOG.warning("a bundle does not follow these entries of %s: %s", _FILE, ", ".join(changing))
-    if sampling:
-        _LOG.warning(
-            "%s asks for sampling (%s): a bundle takes the likeliest token unless a request says"
-            " otherwise (--temperature, --top-k, --top-p)",
-            _FILE,
-            ", ".join(sampling),
-        )
-    generation = Generation(**values, not_followed=(*changing, *sampling))
-    if not ends:
-        _LOG.warning(
-            "the checkpoint names no end token: answers end at max_new_tokens only, as in"
-            " transformers; eos_token_id in %s names one",
-            _FILE,
-        )
-    return generation, ends
-
-
-# The entries that are followed, as JSON has them.
-_KINDS: dict[str, Any] = {
-    "eos_token_id": tuple[int, ...],
-    "stop_strings": tuple[str, ...],
-    "repetition_penalty": float,
-    "no_repeat_ngram_size": int,
-    "min_length": int,
-    "min_new_tokens": int,
-    "suppress_tokens": tuple[int, ...],
-    "begin_suppress_tokens": tuple[int, ...],
-    "bad_words_ids": tuple[tuple[int, ...], ...],
-}
 
 
 @contextlib.contextmanager
