@@ -20,6 +20,11 @@ from patchsieve.export.processor import prompt_fields_from_checkpoint
 _LOG = logging.getLogger(__name__)
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _SLOW_FILES = (*_SENTENCEPIECE_FILES, "vocab.json", "vocab.txt", "tekken.json")
+# What transformers raises on files that it cannot use
+_LOAD_ERRORS: tuple[type[Exception], ...] = (
+    *(OSError, ValueError, LookupError, TypeError),
+    *(AttributeError, ImportError, RuntimeError),
+)
 _SHOWN = 5  # tokens that a note names
 
 
@@ -135,10 +140,7 @@ def _from_pretrained(checkpoint: Path) -> Any:
                 return kind.from_pretrained(
                     checkpoint, local_files_only=True, trust_remote_code=False
                 )
-            except (
-                *(OSError, ValueError, LookupError, TypeError, AttributeError),
-                *(ImportError, RuntimeError),
-            ) as error:
+            except _LOAD_ERRORS as error:
                 reason = reason or f"{type(error).__name__}: {error}"
             except Exception as error:
                 if type(error) is not Exception:  # what tokenizers raises has no type of its own
