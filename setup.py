@@ -18,6 +18,7 @@ EXPORT = [
     "onnx>=1.20",
     "onnxscript>=0.7",
     "safetensors>=0.5",
+    "sentencepiece>=0.2",  # reads tokenizer.model; the protobuf that it needs comes with onnx
 ]
 
 CALIBRATION = ["accelerate>=1.1", "torch>=2.8", TRANSFORMERS, "safetensors>=0.5"]
@@ -75,7 +76,7 @@ setup(
         "patchsieve": ["py.typed", "page/page.*"],
         "patchsieve.export.operators": ["*.json"],
     },
-    install_requires=["numpy>=1.24", "pillow>=10.1", "tokenizers>=0.21", "jinja2>=3.1"],
+    install_requires=["numpy>=1.24", "pillow>=10.1", "tokenizers>=0.21", "jinja2>=3.1.6"],
     extras_require=EXTRAS,
     entry_points={
         "console_scripts": ["patchsieve = patchsieve.cli:main"],

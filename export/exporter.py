@@ -244,7 +244,8 @@ class _Job:
 
     def write(self, partial: Path, progress: Progress) -> None:
         """Write tokenizer, preprocessor, weights and graphs."""
-        self.tokenizer = write_tokenizer(self.directory, partial)  # first: it may be refused
+        # First, because it may be refused
+        self.tokenizer = write_tokenizer(self.directory, partial, self.spec.vocab_size)
         _dump(partial / "preprocessor.json", self.preprocessor)
         if self.clip is not None:
             (partial / SCORER_TOKENIZER).write_text(self.clip.tokenizer, encoding="utf-8")
@@ -310,6 +311,7 @@ class _Job:
             needs={target: lowering(target).needs() for target in options.targets},
             files=_hashes(partial),
             scorer=self._scorer_facts(),
+            generation=self.tokenizer["generation"],
         )
         manifest.write(partial, facts)
         return facts

@@ -96,7 +96,8 @@ class Reference:
             self.processor.vision_feature_select_strategy = strategy
         self.decoder = self.llava.model.language_model
         self.cache_name = cache_name(self.decoder.layers[0])
-        self.llava.generation_config.eos_token_id = None  # an early end would hide what follows
+        # Greedy, and without an end, which would hide what follows
+        self.llava.generation_config = transformers.GenerationConfig()
 
     def inputs(
         self, images: list[Image.Image], messages: list[dict[str, Any]] | str

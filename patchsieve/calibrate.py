@@ -102,6 +102,9 @@ class Encoder:
                 special_tokens=made["special_tokens"],
             )
         self.eos = made["eos_token_ids"][:1]
+        if not self.eos:  # generation_config.json may name no end; a learnt answer has one
+            named = self.prompts.tokenizer.token_to_id(made["special_tokens"].get("eos_token", ""))
+            self.eos = [] if named is None else [named]
 
     def __call__(self, record: Record) -> Sample:
         """Encode a conversation.

@@ -25,6 +25,7 @@ def check(facts: Manifest) -> None:
     _check_plans(facts)
     _check_files(facts)
     _check_graphs(facts)
+    _check_generation(facts)
 
 
 def check_inside(path: Any) -> str:
@@ -183,6 +184,16 @@ def _check_graphs(facts: Manifest) -> None:
             _check_tensors(graph, listed.get(graph, {}), expected.get(graph, {}))
     for graph in decisions:
         _check_layers_read(facts, graph)
+
+
+def _check_generation(facts: Manifest) -> None:
+    asked = facts.generation
+    if asked.repetition_penalty == 0:
+        raise BundleError("the repetition penalty cannot be 0", do="export the bundle again")
+    if not all(asked.bad_words_ids) or not all(asked.stop):
+        raise BundleError(
+            "a bad word or a stop string of the bundle is empty", do="export the bundle again"
+        )
 
 
 def _check_tensors(graph: str, listed: dict[str, Any], expected: dict[str, _Shape]) -> None:

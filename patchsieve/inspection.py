@@ -60,6 +60,8 @@ def inspect(
         "text": asdict(facts.text),
         "vision": asdict(facts.vision),
         "limits": asdict(facts.limits),
+        "generation": asdict(facts.generation),
+        "eos_token_ids": list(facts.tokens.eos_token_ids),
         "stages": [
             {
                 "layers": [stage.first, stage.last - 1],

@@ -153,6 +153,31 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Generation:
+    """What the checkpoint's generation_config.json asks of every answer; a request may override it.
+
+    Attributes:
+        stop: `stop_strings` there; the others have their names of there, and its meaning.
+        not_followed: Its entries that change answers in transformers but not here, "name = value".
+    """
+
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    min_length: int = 0
+    min_new_tokens: int = 0
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    stop: tuple[str, ...] = ()
+    not_followed: tuple[str, ...] = ()
+
+    def options(self) -> dict[str, Any]:
+        """Options of a request that say the same, those that change something."""
+        plain = Generation(not_followed=self.not_followed)
+        return {key: value for key, value in vars(self).items() if value != getattr(plain, key)}
+
+
+@dataclass(frozen=True)
 class Scorer:
     """The text tower that compares the question's words with an image.
 
@@ -217,6 +242,8 @@ class Manifest:
         target_tensors: The same for each target and graph that departs from `tensors`.
         needs: For each target what builds or runs it; bundles of schema 1 do not say.
         scorer: The text tower of plans that compare the question with an image; None without.
+        generation: What the checkpoint asks of every answer. Written only if it asks something, so
+            that an older patchsieve reads all other bundles.
     """
 
     patchsieve_version: str
@@ -237,6 +264,7 @@ class Manifest:
     needs: dict[str, Needs] = field(default_factory=dict)
     files: dict[str, File] = field(default_factory=dict)
     scorer: Scorer | None = None
+    generation: Generation = Generation()
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -305,6 +333,8 @@ class Manifest:
         data["plans"] = {name: plan.to_dict() for name, plan in self.plans.items()}
         data["precision"] = str(self.precision)
         data["cuts"] = self.cuts
+        if self.generation == Generation():
+            del data["generation"]
         data["schema_version"] = SCHEMA_VERSION  # of what is written, whatever was read
         return json.dumps(data, indent=1) + "\n"
 

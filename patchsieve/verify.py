@@ -38,6 +38,7 @@ from patchsieve.runtime.pseudo_cls import cosines, pool
 from patchsieve.runtime.record import Recorder
 from patchsieve.runtime.result import Result
 from patchsieve.runtime.rows import number_rows
+from patchsieve.runtime.sampling import PLAIN
 
 
 class Verification:
@@ -170,7 +171,7 @@ class Verification:
     ) -> tuple[Result, str]:
         """The bundle's answer, or why it gave none although its graphs ran."""
         result = Result()
-        options: dict[str, Any] = {"plan": plan, "raw": raw, "max_new_tokens": count}
+        options = {"plan": plan, "raw": raw, "max_new_tokens": count} | PLAIN
         answer = self.model.stream(images, prompt, result=result, ignore_eos=True, **options)
         try:
             deque(answer, maxlen=0)

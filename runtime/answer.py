@@ -30,7 +30,7 @@ class State:
         asked: The conversation when its last answer began.
         is_answer_cached: The tokens of that answer are in the cache, but for `pending`.
         pending: Tokens generated but not fed.
-        history: All token ids, each image once.
+        history: All token ids, each image's repeated for its visual tokens, as penalties see them.
         sites: Survivors of each image.
     """
 
@@ -87,13 +87,15 @@ class Answer:
         result, before = self.result, self.state
         logits = self._prefill(prompt)
         prompt_mark = self.cache.mark()
-        sampler = Sampler(self.options, self.tokens.eos_token_ids)
+        # With all visual tokens of an image, pruned or not, as transformers' processors see them
+        whole = expand(prompt, self.model.facts.vision.num_visual).token_ids
+        history = [*before.history, *before.pending, *whole.tolist()]
+        sampler = Sampler(self.options, self.tokens.eos_token_ids, history)
         stream = TextStream(self.model.bundle.prompts.tokenizer, self.options.stop)
-        history = [*before.history, *before.pending, *prompt.token_ids.tolist()]
         decode_ms: list[float] = []
         device_ms: list[float] = []  # the same steps on the GPU's clock
         while True:
-            token = sampler.next_token(logits, history + result.token_ids)
+            token = sampler.next_token(logits)
             result.token_ids.append(token)
             if len(result.token_ids) == 1:
                 result.timings_ms["ttft"] = since(self.start)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from patchsieve.errors import CapacityError, RequestError
+from patchsieve.manifest import Manifest
 from patchsieve.runtime.answer import Answer, Images, State
 from patchsieve.runtime.cache import Cache
 from patchsieve.runtime.chat_template import Message
@@ -69,7 +70,7 @@ class Chat:
             raw: The prompt is the whole text, without a chat template; for a first turn.
             scores: Bring the scores of this turn's decisions into its result's sites.
             result: Filled at the end.
-            **sampling: Fields of `SamplingOptions`.
+            **sampling: Fields of `SamplingOptions`; they go before what the bundle asks.
 
         Yields:
             Pieces of text.
@@ -110,7 +111,7 @@ class Chat:
         """One turn, whole or not at all."""
         start = time.perf_counter()
         result.plan = self.plan
-        options = _options(sampling, self.model.facts.limits.max_new_tokens)
+        options = _options(sampling, self.model.facts)
         cache = self._open_cache()
         sources = _as_list(image)
         pixels = self.model.preprocess(sources) if sources else None
@@ -122,7 +123,7 @@ class Chat:
         self._check_room(tokens, len(sources), options.max_new_tokens, continues)
 
         seen = len(self._images.features)
-        rng = np.random.default_rng(options.seed)
+        rng = np.random.default_rng(options.seed)  # of noise; tokens are drawn from its child
         mark: tuple[int, ...] | None = cache.mark()
         try:
             self._see(pixels, result, rng)
@@ -266,16 +267,19 @@ class Chat:
         self._state = State()
 
 
-def _options(sampling: dict[str, Any], most: int) -> SamplingOptions:
-    """Options of a request; without a number of new tokens, the usual or what is reserved."""
+def _options(sampling: dict[str, Any], facts: Manifest) -> SamplingOptions:
+    """Options of a request: its own, then what the bundle asks of every answer.
+
+    Without a number of new tokens it is the usual, or what is reserved.
+    """
     known = [option.name for option in fields(SamplingOptions)]
     unknown = [name for name in sampling if name not in known]
     if unknown:
         raise RequestError(
             "unknown option of a request", found=", ".join(unknown), expected=", ".join(known)
         )
-    usual = min(SamplingOptions.max_new_tokens, most)
-    return SamplingOptions(**{"max_new_tokens": usual} | sampling)
+    usual = min(SamplingOptions.max_new_tokens, facts.limits.max_new_tokens)
+    return SamplingOptions(**{"max_new_tokens": usual} | facts.generation.options() | sampling)
 
 
 def _as_list(image: Any) -> list[Any]:

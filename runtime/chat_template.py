@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
+import jinja2.utils
 from jinja2 import TemplateError, nodes
 from jinja2.parser import Parser
 
@@ -169,6 +170,27 @@ class _Generation(jinja2.ext.Extension):
         return nodes.Scope(body).set_lineno(line)  # a scope, as the call block of transformers is
 
 
+class _Namespace(jinja2.utils.Namespace):
+    """Takes no names that begin with an underscore, as in transformers: they reach into Python."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        # As in Jinja's, so that a template may set an attribute named self
+        self, args = args[0], args[1:]
+        attributes = dict(*args, **kwargs)
+        for name in attributes:
+            _check_attribute(name)
+        jinja2.utils.Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        super().__setitem__(name, value)
+
+
+def _check_attribute(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.sandbox.SecurityError(f"a namespace cannot hold the attribute {name!r}")
+
+
 def _environment() -> jinja2.Environment:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
@@ -178,6 +200,7 @@ def _environment() -> jinja2.Environment:
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
+    environment.globals["namespace"] = _Namespace
     return environment
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from patchsieve.errors import PatchsieveError, RequestError
+from patchsieve.runtime.penalties import Penalties
 
 _SORTED_FIRST = (1024, 16384)  # tokens sorted for top-p before all are: most nuclei are smaller
 
@@ -23,8 +25,16 @@ class SamplingOptions:
         top_k: Only tokens with at least the k-th highest logit are drawn; 0 is off.
         top_p: Only the most likely tokens that together reach this probability; 1 is off.
         repetition_penalty: Logits of tokens seen before are divided (if positive) or multiplied
-            (if negative) by it; 1 is off. Acts in greedy choice too, as in Hugging Face.
-        seed: Makes the draws repeatable; None takes fresh entropy from the system.
+            (if negative) by it; 1 is off. It and the next six act in greedy choice too, see the
+            prompt with all its visual tokens, and mean what they mean in Hugging Face.
+        no_repeat_ngram_size: So many tokens in a row come only once; 0 is off.
+        min_length: No end token before prompt and answer are so long.
+        min_new_tokens: No end token before the answer is so long.
+        suppress_tokens: Tokens that never come.
+        begin_suppress_tokens: Tokens that do not come first.
+        bad_words_ids: Rows of tokens that never come.
+        seed: Makes the draws repeatable; None takes fresh entropy from the system. Tokens and the
+            noise of pruning methods are drawn from two separate streams of it.
         stop: Strings that end the answer and are not part of it.
         ignore_eos: End tokens do not end the answer, so that every run has the same length.
     """
@@ -34,6 +44,12 @@ class SamplingOptions:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    min_length: int = 0
+    min_new_tokens: int = 0
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
@@ -45,7 +61,8 @@ class SamplingOptions:
             RequestError: An option has the wrong type or lies outside its range.
         """
         _check_int("max_new_tokens", self.max_new_tokens, 1)
-        _check_int("top_k", self.top_k, 0)
+        for name in ("top_k", "no_repeat_ngram_size", "min_length", "min_new_tokens"):
+            _check_int(name, getattr(self, name), 0)
         if self.seed is not None:
             _check_int("seed", self.seed, 0)
         if not _is_real(self.temperature) or self.temperature < 0:
@@ -56,6 +73,15 @@ class SamplingOptions:
             raise RequestError(
                 "bad repetition_penalty", found=repr(self.repetition_penalty), expected="> 0"
             )
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            object.__setattr__(self, name, _tokens(name, getattr(self, name)))
+        words = self.bad_words_ids
+        if not isinstance(words, (tuple, list)) or not all(words):
+            raise RequestError(
+                "bad bad_words_ids", found=repr(words)[:60], expected="lists of token ids"
+            )
+        words = tuple(_tokens("bad_words_ids", word) for word in words)
+        object.__setattr__(self, "bad_words_ids", words)
         if not isinstance(self.stop, (tuple, list)) or not all(
             isinstance(text, str) and text for text in self.stop
         ):
@@ -65,73 +91,93 @@ class SamplingOptions:
         object.__setattr__(self, "stop", tuple(self.stop))
 
 
-class Sampler:
-    """Chooses tokens for one request; holds the random state of that request.
+# Of a request that takes the model's logits as they are, whatever its bundle asks.
+PLAIN: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "suppress_tokens": (),
+    "begin_suppress_tokens": (),
+    "bad_words_ids": (),
+    "stop": (),
+}
 
-    The order and the mathematics are those of Hugging Face: repetition penalty, temperature,
-    top-k, top-p. Ties at the k-th logit are all kept, as there. Differs: among equal logits at the
+
+class Sampler:
+    """Chooses the tokens of one answer; holds its random state.
+
+    The order and the mathematics are those of Hugging Face: penalties, temperature, top-k, top-p.
+    Ties at the k-th logit are all kept, as there. Differs: among equal logits at the
     edge of the top-p nucleus the lower ids are kept, where Hugging Face leaves it to the sort.
     """
 
-    def __init__(self, options: SamplingOptions, eos_token_ids: Collection[int] = ()) -> None:
-        """Start a request.
+    def __init__(
+        self,
+        options: SamplingOptions,
+        eos_token_ids: Collection[int] = (),
+        prompt: Sequence[int] | np.ndarray = (),
+    ) -> None:
+        """Start an answer.
 
         Args:
             options: How to choose.
             eos_token_ids: Tokens that end an answer.
+            prompt: Tokens before it, each image's repeated, [L0]; only the penalties read them.
         """
         self.options = options
         self.eos_token_ids = frozenset(int(token) for token in eos_token_ids)
-        self._rng = np.random.Generator(np.random.PCG64(options.seed))
+        self._penalties = Penalties(options, self.eos_token_ids, prompt)
+        # A child of the seed: the seed itself feeds the noise of pruning methods.
+        self._rng = np.random.default_rng(np.random.SeedSequence(options.seed).spawn(1)[0])
 
     def is_eos(self, token_id: int) -> bool:
         """Whether `token_id` ends the answer."""
         return token_id in self.eos_token_ids and not self.options.ignore_eos
 
-    def next_token(self, logits: np.ndarray, history: Sequence[int] | np.ndarray = ()) -> int:
-        """Choose the next token.
+    def next_token(self, logits: np.ndarray) -> int:
+        """Choose the next token of the answer.
 
         Args:
             logits: One row of logits, [V].
-            history: Prompt and answer so far, read by the repetition penalty only; ids that have
-                no logit (image tokens past V) are passed over.
 
         Returns:
             The token's id.
 
         Raises:
             PatchsieveError: A logit is NaN or infinite.
+            RequestError: The options forbid every token.
         """
         if self.options.temperature == 0:
             # argmax takes the first of equal maxima: the lower id
-            return int(np.argmax(self._penalised(logits, history)))
-        ids, probabilities = self.candidates(logits, history)
-        edges = np.cumsum(probabilities)
-        drawn = int(np.searchsorted(edges, self._rng.random() * edges[-1], side="right"))
-        return int(ids[min(drawn, len(ids) - 1)])
+            token = int(np.argmax(self._penalised(logits)))
+        else:
+            ids, probabilities = self.candidates(logits)
+            edges = np.cumsum(probabilities)
+            drawn = int(np.searchsorted(edges, self._rng.random() * edges[-1], side="right"))
+            token = int(ids[min(drawn, len(ids) - 1)])
+        self._penalties.add(token)
+        return token
 
-    def candidates(
-        self, logits: np.ndarray, history: Sequence[int] | np.ndarray = ()
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def candidates(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that may be drawn and their probabilities; `temperature` must not be 0.
 
         Args:
             logits: One row of logits, [V].
-            history: As for `next_token`.
 
         Returns:
             Ids, ascending, int64 [K], and probabilities, float64 [K], that add up to 1.
 
         Raises:
             PatchsieveError: A logit is NaN or infinite.
-            RequestError: `temperature` is 0.
+            RequestError: `temperature` is 0, or the options forbid every token.
         """
         options = self.options
         if options.temperature == 0:
             raise RequestError("greedy choice has no distribution", found="temperature 0")
-        scores = self._penalised(logits, history)
-        ids = np.arange(scores.size)
-        if 0 < options.top_k < scores.size:
+        scores = self._penalised(logits)
+        ids = np.flatnonzero(scores > -np.inf)
+        if 0 < options.top_k < ids.size:
             split = scores.size - options.top_k
             ids = np.flatnonzero(scores >= np.partition(scores, split)[split])  # [K]
         # float64 and the maximum taken off first: a tiny temperature overflows float32
@@ -144,8 +190,8 @@ class Sampler:
             probabilities = probabilities / probabilities.sum()
         return ids.astype(np.int64), probabilities
 
-    def _penalised(self, logits: np.ndarray, history: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Finite float32 scores after the repetition penalty, [V]."""
+    def _penalised(self, logits: np.ndarray) -> np.ndarray:
+        """float32 scores after the penalties, [V]: finite, or minus infinity where forbidden."""
         scores = np.asarray(logits, dtype=np.float32)
         if scores.ndim != 1 or scores.size == 0:
             raise PatchsieveError("bad logits", found=f"shape {scores.shape}", expected="[V]")
@@ -157,13 +203,13 @@ class Sampler:
                 do="use a wider type (bf16 or fp32) or re-export; `patchsieve verify` names the"
                 " first layer that departs",
             )
-        penalty = np.float32(self.options.repetition_penalty)
-        if penalty == 1 or len(history) == 0:
-            return scores
-        seen = np.unique(np.asarray(history, dtype=np.int64))
-        seen = seen[(seen >= 0) & (seen < scores.size)]
-        scores = scores.copy()
-        scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+        scores = self._penalties(scores)
+        if scores.max() == -np.inf:
+            raise RequestError(
+                "the options forbid every token",
+                found=f"{scores.size} tokens, all suppressed",
+                do="shorten suppress_tokens or bad_words_ids, or lower no_repeat_ngram_size",
+            )
         return scores
 
 
@@ -194,6 +240,14 @@ def _is_real(value: object) -> bool:
         and not isinstance(value, bool)
         and math.isfinite(value)
     )
+
+
+def _tokens(name: str, value: object) -> tuple[int, ...]:
+    if isinstance(value, (tuple, list)) and all(
+        type(token) is int and token >= 0 for token in value
+    ):
+        return tuple(value)
+    raise RequestError(f"bad {name}", found=repr(value)[:60], expected="token ids")
 
 
 def _check_int(name: str, value: object, least: int) -> None:

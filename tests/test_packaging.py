@@ -58,6 +58,8 @@ OUTSIDE = {
         "PIL",
         "numpy",
         "open_clip",
+        "sentencepiece",
+        "jinja2",
     },
 }
 

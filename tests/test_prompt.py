@@ -357,6 +357,7 @@ def test_templates_render_as_transformers_renders_them() -> None:
         "{{ m | tojson }} {{ [1, {'a': '<&é>'}] | tojson(indent=2) }}\n"
         "{% generation %}{{ text }}{% set text = 'inner' %}{% endgeneration %}{{ text }}\n"
         "{% endfor %}{% if tools is not none %}tools{% endif %}{{ strftime_now('%Y') }}"
+        "{% set ns = namespace(n=1, self=2) %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ ns.self }}"
         "{% if not add_generation_prompt is defined %}?{% endif %}{{ undefined_name }}"
     )
     messages = [{"role": "user", "content": f"<b>'{n}' & é</b>"} for n in range(8)]
@@ -371,6 +372,11 @@ def test_templates_render_as_transformers_renders_them() -> None:
 
 
 def test_a_template_cannot_reach_python_or_change_the_messages() -> None:
-    for source in ("{{ messages.append(1) }}", "{{ messages.__class__.__mro__ }}"):
+    for source in (
+        "{{ messages.append(1) }}",
+        "{{ messages.__class__.__mro__ }}",
+        "{% set ns = namespace(__class__=1) %}",
+        "{% set ns = namespace() %}{% set ns._a = 1 %}",
+    ):
         with pytest.raises(RequestError, match="refuses"):
             ChatTemplate(source, image_token=IMAGE).render([{"role": "user", "content": "a"}])

@@ -3,7 +3,13 @@ import pytest
 import torch
 from transformers.generation.logits_process import (
     LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -24,6 +30,94 @@ CASES = [
     {"temperature": 0.9, "top_k": 50, "top_p": 0.8, "repetition_penalty": 0.7},
     {"temperature": 1.0, "top_k": 10_000_000},
 ]
+# Eight tokens, 3 and 5 end an answer, the prompt has eleven tokens and its image token lies past V
+EOS, PROMPT, V = (3, 5), [0, 1, 2, 8, 8, 8, 4, 1, 2, 1, 2], 8
+PENALTIES = [
+    {"repetition_penalty": 1.7},
+    {"repetition_penalty": 0.6},
+    {"no_repeat_ngram_size": 1},
+    {"no_repeat_ngram_size": 2},
+    {"no_repeat_ngram_size": 3},
+    {"no_repeat_ngram_size": 40},
+    {"min_length": 15},
+    {"min_length": 5},
+    {"min_new_tokens": 4},
+    {"suppress_tokens": (1, 6, 99)},
+    {"begin_suppress_tokens": (0, 4)},
+    {"bad_words_ids": ((6,), (2, 7), (1, 2), (3,), (1, 2, 1, 2, 0), (0, 1, 2, 4) * 9)},
+    {
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 3,
+        "min_new_tokens": 6,
+        "suppress_tokens": (6,),
+        "begin_suppress_tokens": (1,),
+        "bad_words_ids": ((4, 0),),
+    },
+]
+
+
+def huggingface_penalties(options: SamplingOptions) -> LogitsProcessorList:
+    """The processors that `generate` makes of these options, in its order."""
+    asked = {
+        "repetition_penalty": lambda value: RepetitionPenaltyLogitsProcessor(value),
+        "no_repeat_ngram_size": lambda value: NoRepeatNGramLogitsProcessor(value),
+        "bad_words_ids": lambda value: NoBadWordsLogitsProcessor(
+            [list(word) for word in value], torch.tensor(EOS)
+        ),
+        "min_length": lambda value: MinLengthLogitsProcessor(value, torch.tensor(EOS)),
+        "min_new_tokens": lambda value: MinNewTokensLengthLogitsProcessor(
+            len(PROMPT), value, torch.tensor(EOS)
+        ),
+        "suppress_tokens": lambda value: SuppressTokensLogitsProcessor(value),
+        "begin_suppress_tokens": lambda value: SuppressTokensAtBeginLogitsProcessor(
+            value, len(PROMPT)
+        ),
+    }
+    plain = SamplingOptions()
+    return LogitsProcessorList(
+        make(getattr(options, name))
+        for name, make in asked.items()
+        if getattr(options, name) != getattr(plain, name)
+    )
+
+
+@pytest.mark.parametrize("case", PENALTIES, ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_penalties_are_those_of_hugging_face_at_each_token(
+    case: dict[str, object], temperature: float
+) -> None:
+    rng = np.random.default_rng(0)
+    options = SamplingOptions(temperature=temperature, max_new_tokens=8, seed=0, **case)
+    sampler, theirs, said = Sampler(options, EOS, PROMPT), huggingface_penalties(options), []
+    changed = 0
+    for _ in range(8):
+        logits = rng.standard_normal(V).astype(np.float32)
+        ids = torch.tensor([[*PROMPT, *said]])
+        wanted = theirs(ids, torch.from_numpy(logits)[None].clone())[0].numpy()
+        changed += not np.array_equal(wanted, logits)
+        if np.isneginf(wanted).all():
+            with pytest.raises(RequestError, match="forbid every token"):
+                sampler.next_token(logits)
+            break
+        if temperature:
+            ids, probabilities = sampler.candidates(logits)
+            assert ids.tolist() == np.flatnonzero(wanted > -np.inf).tolist()
+            expected = torch.softmax(torch.from_numpy(wanted).double(), -1).numpy()[ids]
+            assert np.abs(probabilities - expected).max() < 1e-6
+            said.append(sampler.next_token(logits))
+            assert said[-1] in ids
+        else:
+            said.append(sampler.next_token(logits))
+            assert said[-1] == int(wanted.argmax())
+    assert changed or case in ({"no_repeat_ngram_size": 40}, {"min_length": 5})
+
+
+def test_tokens_are_not_drawn_from_the_numbers_that_feed_noise() -> None:
+    """One seed, two streams: a method's noise and the draws of tokens are independent."""
+    sampler = Sampler(SamplingOptions(temperature=1.0, seed=5))
+    drawn = [sampler.next_token(np.zeros(1 << 20, np.float32)) / (1 << 20) for _ in range(3)]
+    noise = np.random.default_rng(5).random(3)  # `Chat` draws it so
+    assert np.abs(np.array(drawn) - noise).min() > 1e-3
 
 
 def huggingface_probabilities(
@@ -44,7 +138,7 @@ def huggingface_probabilities(
 def our_probabilities(
     logits: np.ndarray, history: list[int], options: SamplingOptions
 ) -> np.ndarray:
-    ids, probabilities = Sampler(options).candidates(logits, history)
+    ids, probabilities = Sampler(options, (), history).candidates(logits)
     full = np.zeros(logits.size)
     full[ids] = probabilities
     return full
@@ -99,8 +193,8 @@ def test_greedy_takes_the_lower_of_equal_logits() -> None:
 
 def test_greedy_obeys_the_repetition_penalty() -> None:
     logits = np.array([2.0, 1.9, -1.0], dtype=np.float32)
-    sampler = Sampler(SamplingOptions(repetition_penalty=1.5))
-    assert sampler.next_token(logits, [0, 0, 99, 2]) == 1
+    sampler = Sampler(SamplingOptions(repetition_penalty=1.5), (), [0, 0, 99, 2])
+    assert sampler.next_token(logits) == 1
     assert logits.tolist() == pytest.approx([2.0, 1.9, -1.0])  # the caller's row is left alone
 
 
@@ -154,6 +248,13 @@ def test_logits_that_are_not_finite_are_an_error(bad: float) -> None:
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"repetition_penalty": 0},
+        {"no_repeat_ngram_size": -1},
+        {"min_length": 1.0},
+        {"min_new_tokens": None},
+        {"suppress_tokens": 5},
+        {"begin_suppress_tokens": (-1,)},
+        {"bad_words_ids": ((),)},
+        {"bad_words_ids": (1,)},
         {"seed": -1},
         {"stop": "USER:"},
         {"stop": ("",)},

@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 
 from patchsieve import manifest
+from patchsieve.comparison import TOLERANCE
 from patchsieve.export.verify import cache_name
 from patchsieve.names import decide
+from patchsieve.precision import BYTES
 from patchsieve.verify import compare_tokens
 from tests.bundles import PHOTO, PLAN, PROMPT, command, command_json, export_tiny
 from tests.models import save_checkpoint
@@ -148,6 +150,24 @@ def test_a_float16_bundle_is_held_to_its_own_tolerance(tmp_path: Path, tiny_chec
     parts = {p["name"]: p for p in said["parts"] if p["plan"] == "none"}
     assert not parts["layer 4 hidden rows"]["departs"]
     assert parts["layer 4 hidden rows"]["relative_error"] > 1e-5
+
+
+def test_every_type_of_a_bundle_has_a_tolerance() -> None:
+    assert TOLERANCE.keys() == BYTES.keys()
+
+
+def test_what_the_checkpoint_asks_of_answers_does_not_change_what_is_compared(
+    own_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    asked = {"repetition_penalty": 0.3, "no_repeat_ngram_size": 2}
+    facts = manifest.read(own_bundle)
+    manifest.write(own_bundle, replace(facts, generation=manifest.Generation(**asked)))
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    settings = json.loads((checkpoint / "generation_config.json").read_text())
+    more = {"num_beams": 2, "eos_token_id": list(range(300))}
+    (checkpoint / "generation_config.json").write_text(json.dumps(settings | asked | more))
+    code, found = verify(own_bundle, checkpoint, "--plan", "none", "--max-new-tokens", 8)
+    assert code == 0 and not any(part["departs"] for part in found["parts"])
 
 
 def test_another_models_checkpoint_is_refused(tiny_bundle, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from patchsieve import inspection
 from patchsieve.cli.output import Progress, flops, plural, print_json, size, table
-from patchsieve.manifest import Needs
+from patchsieve.manifest import Generation, Needs
 from patchsieve.plan import NO_PRUNING
 
 
@@ -79,7 +79,21 @@ def _model(facts: dict[str, Any]) -> str:
             plural(limits["max_images"], "image"),
         ),
     ]
+    lines += [(line,) for line in _generation(facts["generation"])]
     return "\n".join(", ".join(line) for line in lines)
+
+
+def _generation(asked: dict[str, Any]) -> list[str]:
+    """What the checkpoint's generation_config.json asks of every answer, if anything."""
+    followed = Generation(**asked | {"not_followed": ()}).options()
+    lines = []
+    if followed:
+        texts = [f"{name} {value}" for name, value in followed.items()]
+        texts = [text if len(text) <= 60 else text[:57] + "..." for text in texts]
+        lines.append(f"answers  {', '.join(texts)}")
+    if asked["not_followed"]:
+        lines.append(f"         not followed: {', '.join(asked['not_followed'])}")
+    return lines
 
 
 def _plans(facts: dict[str, Any]) -> list[str]:

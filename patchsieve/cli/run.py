@@ -10,6 +10,9 @@ from typing import Any
 from patchsieve.cli.output import Progress, print_json, size, table
 from patchsieve.manifest import Manifest
 
+# Options whose default is the bundle's.
+_GIVEN = ("max_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "stop")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -32,9 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     add("--top-k", type=int, default=0, help="sample among the K likeliest tokens (0: all)")
     add("--top-p", type=float, default=1.0)
-    add("--repetition-penalty", type=float, default=1.0)
+    add("--repetition-penalty", type=float, help="default: what the checkpoint asks, or 1")
+    add("--no-repeat-ngram-size", type=int, help="default: what the checkpoint asks, or 0")
+    add("--min-new-tokens", type=int, help="default: what the checkpoint asks, or 0")
     add("--seed", type=int, help="seed of the sampling (default: another for each run)")
-    add("--stop", action="append", default=[], help="end before this text; repeatable")
+    add("--stop", action="append", help="end before this text; repeatable")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -84,13 +89,11 @@ def run(args: argparse.Namespace) -> int:
             repick=args.repick,
             raw=args.raw,
             result=result,
-            **({} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}),
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
-            repetition_penalty=args.repetition_penalty,
             seed=args.seed,
-            stop=tuple(args.stop),
+            **{name: getattr(args, name) for name in _GIVEN if getattr(args, name) is not None},
         )
         for piece in pieces:
             if not args.json:

@@ -24,8 +24,11 @@ _FOLLOWED = {
     "top_k",
     "top_p",
     "repetition_penalty",
+    "no_repeat_ngram_size",
+    "min_new_tokens",
     "num_beams",
 }
+_AS_THEY_ARE = (*("top_k", "top_p", "repetition_penalty"), "no_repeat_ngram_size", "min_new_tokens")
 OVERSIZED = ("refuse", "empty")
 
 
@@ -151,9 +154,7 @@ class Benchmark:
             "temperature": temperature if told.get("do_sample", True) else 0.0,
             "stop": _stop(told.get("until", ())),
         }
-        return options | {
-            key: told[key] for key in ("top_k", "top_p", "repetition_penalty") if key in told
-        }
+        return options | {key: told[key] for key in _AS_THEY_ARE if key in told}
 
     def _check_text(self, text: str) -> None:
         """The text must fit, whatever images come."""
