@@ -25,7 +25,8 @@ class SamplingOptions:
         repetition_penalty: Logits of tokens seen before are divided (if positive) or multiplied
             (if negative) by it; 1 is off. Acts in greedy choice too, as in Hugging Face.
         seed: Makes the draws repeatable; None takes fresh entropy from the system.
-        stop: Strings that end the answer and are not part of it.
+        stop: Strings that end the answer and are not part of its text; a special token counts with
+            its name. The token ids keep what was said, as in Hugging Face.
         ignore_eos: End tokens do not end the answer, so that every run has the same length.
     """
 

@@ -11,6 +11,7 @@ import pytest
 
 from patchsieve.cli.inputs import images_of_turns
 from patchsieve.errors import RequestError
+from tests import damage
 from tests.bundles import PHOTO, PROMPT, command, command_json
 from tests.references.masked_llava import user_message
 from tests.tiny_bundles import pictures
@@ -130,6 +131,13 @@ def test_a_prompt_that_is_empty_or_too_long_is_one_line(tiny_bundle: Path) -> No
         (("--prompt", "x", "--stop", ""), "none empty"),
     ):
         assert fault in one_line(*command("run", tiny_bundle, *FEW, *arguments))
+
+
+def test_profile_asks_for_no_more_new_tokens_than_the_bundle_holds() -> None:
+    given = ("--runs", 1, "--warmup", 0, "--alone", "--no-hash", "--threads", 1)
+    code, said = command_json("profile", damage.bundle(), *given)
+    assert code == 0
+    assert [p["new_tokens"] for p in said["plans"].values()] == [damage.LIMITS.max_new_tokens]
 
 
 # Stdin

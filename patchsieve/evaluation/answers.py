@@ -160,7 +160,7 @@ def depends_on(facts: Manifest, target: str) -> tuple[str, dict[str, str]]:
     for graph in graphs:
         decided = names.decided(graph)
         plan = decided[0] if decided else graph.partition(".")[2]
-        if decided or (names.is_vision(graph) and plan):
+        if plan in own and (decided or names.is_vision(graph)):
             own[plan].append(graph)
     apart = {graph for of_plan in own.values() for graph in of_plan}
     in_graphs = {path for of_target in facts.targets.values() for path in of_target.values()}
