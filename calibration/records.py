@@ -6,6 +6,11 @@ r"""Conversations about images on disk: LLaVA's JSON or JSONL, or Hugging Face c
                                                {"type": "text", "text": "What?"}]},
                   {"role": "assistant", "content": "A cup."}]}
 
+LLaVA's own training moves the one image of a turn before its words, wherever `<image>` is written
+in them, and so does this reader; several images stay where they are. In chat messages every part
+stays where it is, and the chat template decides. Both kinds may begin with a system turn ("from" or
+"role": "system").
+
 A file is indexed once and records are read when they are asked for, so that a million of them need
 eight bytes each.
 """
@@ -140,7 +145,14 @@ def _record(data: Any, where: str, folder: Path) -> Record:
                 found=repr(turn.get("role", turn.get("from")))[:60],
                 expected=", ".join(_ROLES),
             )
-        parts, own = _parts(turn.get("content", turn.get("value")), where)
+        is_llava = "role" not in turn and "content" not in turn
+        parts, own = _parts(turn.get("content", turn.get("value")), where, is_llava)
+        if role == "system" and own:
+            raise PatchsieveError(
+                f"{where} has an image in its system turn",
+                expected="text only",
+                do="move the image to the first question",
+            )
         messages.append({"role": role, "content": parts})
         found += own
     named = [file for file in found if file is not None]
@@ -171,8 +183,13 @@ def _record(data: Any, where: str, folder: Path) -> Record:
     return Record(where, messages, paths, tuple(answers), category)
 
 
-def _parts(content: Any, where: str) -> tuple[list[dict[str, Any]], list[str | None]]:
-    """A turn's content as parts, and the file of each image part, None where it names none."""
+def _parts(
+    content: Any, where: str, is_llava: bool = False
+) -> tuple[list[dict[str, Any]], list[str | None]]:
+    """A turn's content as parts, and the file of each image part, None if it names none."""
+    if is_llava and isinstance(content, str) and content.count(PLACEHOLDER) == 1:
+        text = content.replace(PLACEHOLDER, "").strip()  # as LLaVA's preprocess_multimodal
+        return [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])], [None]
     if isinstance(content, str):
         pieces = content.split(PLACEHOLDER)
         parts: list[dict[str, Any]] = []

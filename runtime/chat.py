@@ -15,7 +15,7 @@ from patchsieve.manifest import Manifest
 from patchsieve.runtime.answer import Answer, Images, State
 from patchsieve.runtime.cache import Cache
 from patchsieve.runtime.chat_template import Message
-from patchsieve.runtime.prompt import Prompt
+from patchsieve.runtime.prompt import Content, Prompt
 from patchsieve.runtime.result import ImageResult, Result, since
 from patchsieve.runtime.sampling import SamplingOptions
 
@@ -32,18 +32,25 @@ class Chat:
     Args:
         model: The loaded bundle.
         plan: Name of the plan to follow.
+        system: What the conversation begins with, where the chat template places it; it never
+            judges visual tokens.
+
+    Raises:
+        RequestError: The template has no place for a system prompt, or it is no text.
     """
 
-    def __init__(self, model: Model, plan: str) -> None:
+    def __init__(self, model: Model, plan: str, system: Content | None = None) -> None:
         self.model, self.plan = model, plan
+        begin = [] if system is None else [model.bundle.prompts.system_message(system)]
+        self.messages: list[Message] = begin
+        self._has_system = system is not None
         self.cache: Cache | None = model.take_cache(plan)
-        self.messages: list[Message] = []
         self._images = Images()
         self._state = State()
         self._is_streaming = self._is_closed = False
         self._is_choice_lost = False  # an answer that chose again was interrupted
 
-    def ask(self, prompt: str, image: Any = None, **options: Any) -> Result:
+    def ask(self, prompt: Content, image: Any = None, **options: Any) -> Result:
         """Ask, and wait for the whole answer. The options are those of `stream`."""
         result = Result()
         for _ in self.stream(prompt, image, result=result, **options):
@@ -52,7 +59,7 @@ class Chat:
 
     def stream(
         self,
-        prompt: str,
+        prompt: Content,
         image: Any = None,
         *,
         repick: bool = False,
@@ -64,7 +71,8 @@ class Chat:
         """Ask, and yield the answer as it comes.
 
         Args:
-            prompt: The user's words; `<image>` places an image, otherwise images come first.
+            prompt: The user's words; `<image>` places an image, otherwise images come first. Or the
+                parts of a message, as chat templates take them.
             image: One image, a list, or None.
             repick: Prefill again, so that this question chooses the visual tokens.
             raw: The prompt is the whole text, without a chat template; for a first turn.
@@ -100,7 +108,7 @@ class Chat:
 
     def _turn(
         self,
-        prompt: str,
+        prompt: Content,
         image: Any,
         repick: bool,
         raw: bool,
@@ -176,7 +184,7 @@ class Chat:
 
     def _tokenise(
         self,
-        prompt: str,
+        prompt: Content,
         messages: list[Message],
         num_images: int,
         repick: bool,
@@ -187,6 +195,10 @@ class Chat:
         prompts, state = self.model.bundle.prompts, self._state
         has_past = self._open_cache().position > 0
         if raw:
+            if self._has_system:
+                raise RequestError(
+                    "a raw prompt takes no system prompt", do="write it into the raw prompt"
+                )
             if has_past or self.messages:
                 raise RequestError(
                     "a raw prompt cannot continue a conversation", do="start another for it"

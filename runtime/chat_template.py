@@ -104,19 +104,33 @@ class ChatTemplate:
         self.reads_parts = min(places) >= 0 and "'type'" not in parts
         self.keeps_order = self.reads_parts and places == sorted(places)
         self.reads_text = _PROBE_LEFT in self._try(_PROBE_LEFT)
+        # Some templates read a system turn in another form than a user's
+        asked = {"role": "user", "content": [right] if self.reads_parts else _PROBE_RIGHT}
+        forms: list[Any] = [[left], _PROBE_LEFT]
+        written = [self._try(form, role="system", then=[asked]) for form in forms]
+        self._system_forms = [_PROBE_LEFT in text and "'type'" not in text for text in written]
 
-    def _try(self, content: str | list[dict[str, str]]) -> str:
+    def _try(
+        self,
+        content: str | list[dict[str, str]],
+        *,
+        role: str = "user",
+        then: Sequence[Message] = (),
+    ) -> str:
         try:
-            return self._render([{"role": "user", "content": content}], True)
+            return self._render([{"role": role, "content": content}, *then], True)
         except _RENDER_ERRORS:
             return ""
 
     def _adapt(self, message: Message) -> Message:
         content = message["content"]
+        reads_parts, reads_text = self.reads_parts, self.reads_text
+        if message["role"] == "system":
+            reads_parts, reads_text = self._system_forms
         if isinstance(content, str):
-            if self.reads_parts and not self.reads_text:
+            if reads_parts and not reads_text:
                 return {**message, "content": [{"type": "text", "text": content}]}
-        elif self.reads_text and not self.reads_parts:
+        elif reads_text and not reads_parts:
             return {**message, "content": parts_as_text(content, self._image_token)}
         return message
 
@@ -143,7 +157,7 @@ def _check_messages(messages: Sequence[Message]) -> None:
         content = message.get("content")
         if isinstance(content, str):
             continue
-        if not isinstance(content, (list, tuple)) or not all(map(_is_part, content)):
+        if not isinstance(content, (list, tuple)) or not all(map(is_part, content)):
             raise RequestError(
                 "bad message content",
                 found=repr(content)[:80],
@@ -151,7 +165,8 @@ def _check_messages(messages: Sequence[Message]) -> None:
             )
 
 
-def _is_part(part: object) -> bool:
+def is_part(part: object) -> bool:
+    """Whether an object is a text or an image of a message."""
     if not isinstance(part, Mapping):
         return False
     if part.get("type") == "text":

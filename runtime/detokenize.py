@@ -6,6 +6,8 @@ from collections.abc import Collection
 
 from tokenizers import Tokenizer
 
+from patchsieve.runtime.stopping import Stop, StopStrings
+
 _REPLACEMENT = "\ufffd"  # stands for bytes that are not, or not yet, a character
 _MOST_PENDING = 32  # tokens; an unfinished character has at most 3 bytes, so more are final
 
@@ -21,7 +23,8 @@ class TextStream:
     - Byte fallback (`<0x..>` tokens): one bad byte turns the whole run of byte tokens into
       replacement characters, so a run is held until it ends. In a script that the vocabulary lacks,
       text therefore arrives by the word.
-    - A tail that may begin a stop string is held until it does or does not.
+    - A tail that may begin a stop string is held until it does or does not. Stop strings are looked
+      for in what the model says, so they may hold special tokens, which the text leaves out.
     """
 
     def __init__(
@@ -38,7 +41,7 @@ class TextStream:
             skip_ids: Tokens without text, besides the tokenizer's special ones.
         """
         self._tokenizer = tokenizer
-        self._stop = tuple(stop)
+        self._stop = StopStrings(tokenizer, tuple(stop)) if stop else None
         added = tokenizer.get_added_tokens_decoder()
         self._skip = {token for token, entry in added.items() if entry.special} | set(skip_ids)
         self._byte_ids = _byte_fallback_ids(tokenizer)
@@ -67,24 +70,53 @@ class TextStream:
         Returns:
             The new text that is safe to show, often empty.
         """
-        if self._is_stopped or token_id in self._skip:
+        if self._is_stopped:
             return ""
-        self._window.append(int(token_id))
-        if token_id in self._byte_ids:
-            return ""
-        return self._release(self._settled_text(), is_last=False)
+        is_shown = token_id not in self._skip
+        if self._stop is not None and (stop := self._stop.push(int(token_id), is_shown)):
+            return self._end(stop, int(token_id), is_shown)
+        new = ""
+        if is_shown:
+            self._window.append(int(token_id))
+            if token_id not in self._byte_ids:
+                new = self._settled_text()
+        return self._release(new)
 
     def finish(self) -> str:
         """Flush what was held back; the answer is over.
 
         Returns:
-            The last of the text, up to a stop string if one completes here.
+            The last of the text.
         """
         if self._is_stopped:
             return ""
-        rest = self._decode(self._window)[self._emitted :]
-        self._window, self._emitted = [], 0
-        return self._release(rest, is_last=True)
+        return self._show(self._held + self._decode(self._window)[self._emitted :])
+
+    def _end(self, stop: Stop, token_id: int, is_shown: bool) -> str:
+        """The last of the text before a stop string that `token_id` completes."""
+        self._is_stopped = True
+        text = self._decode(self._window)
+        undecided = self._undecided_bytes()
+        if stop.before > undecided:  # undecided bytes are part of the stop string
+            return self._show(_drop(self._held, stop.before - undecided))
+        if stop.before:  # it begins in a run of byte tokens, of one byte each
+            text = self._decode(self._window[: -stop.before])
+        elif stop.kept and is_shown:
+            text = self._decode([*self._window, token_id])
+            text = text[: len(text) - len(stop.cut.decode(errors="replace"))]
+        return self._show(self._held + text[self._emitted :])
+
+    def _undecided_bytes(self) -> int:
+        """How many of the last bytes, if they may belong to a stop string, gave no text yet."""
+        assert self._stop is not None
+        run = 0
+        while run < len(self._window) and self._window[-1 - run] in self._byte_ids:
+            run += 1
+        known = len(self._window) - run
+        if not self._decode(self._window[:known])[self._emitted :]:
+            return run
+        tail = self._stop.open[: len(self._stop.open) - run]  # ends in the undecided character
+        return run + next((n for n in (3, 2, 1) if _is_one_character(tail[-n:], n)), 0)
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True) if ids else ""
@@ -121,28 +153,30 @@ class TextStream:
                 self._window = self._window[start - 1 :]
                 return
 
-    def _release(self, new: str, *, is_last: bool) -> str:
-        """Pass `new` through the stop strings."""
-        buffer = self._held + new
-        self._held = ""
-        found = [at for at in (buffer.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            buffer = buffer[: min(found)]
-            self._is_stopped = True
-        elif not is_last:
-            keep = len(buffer) - _open_tail(buffer, self._stop)
-            buffer, self._held = buffer[:keep], buffer[keep:]
-        if buffer:
-            self._pieces.append(buffer)
-        return buffer
+    def _release(self, new: str) -> str:
+        """Show what cannot belong to a stop string any more, and hold the rest."""
+        text, shown = self._held + new, self._held + new
+        if self._stop is not None and self._stop.open:
+            shown = _drop(text, len(self._stop.open) - self._undecided_bytes())
+        self._held = text[len(shown) :]
+        return self._show(shown)
+
+    def _show(self, text: str) -> str:
+        if text:
+            self._pieces.append(text)
+        return text
 
 
-def _open_tail(text: str, stops: tuple[str, ...]) -> int:
-    """Length of the longest end of `text` that begins a stop string."""
-    for length in range(min(len(text), max(map(len, stops), default=1) - 1), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return length
-    return 0
+def _is_one_character(tail: bytes, size: int) -> bool:
+    return len(tail) == size and tail.decode(errors="replace") == _REPLACEMENT
+
+
+def _drop(text: str, count: int) -> str:
+    """A text without the characters that its last `count` bytes belong to."""
+    while count > 0 and text:
+        count -= len(text[-1].encode())
+        text = text[:-1]
+    return text
 
 
 def _byte_fallback_ids(tokenizer: Tokenizer) -> frozenset[int]:

@@ -15,6 +15,7 @@ from patchsieve.runtime.cache import Cache
 from patchsieve.runtime.chat import Chat
 from patchsieve.runtime.images import load_image
 from patchsieve.runtime.pipeline import Pipeline
+from patchsieve.runtime.prompt import Content
 from patchsieve.runtime.result import Result
 
 
@@ -52,13 +53,14 @@ class Model:
         self._spare: dict[str, Cache] = {}  # one cache per plan, for the next request
         self._is_closed = False
 
-    def generate(self, image: Any = None, prompt: str = "", **options: Any) -> Result:
+    def generate(self, image: Any = None, prompt: Content = "", **options: Any) -> Result:
         """Answer one prompt about an image, several (a list), or none.
 
         Args:
             image: A path, bytes, a PIL image or an array [h, w, 3]; or a list of them.
             prompt: The user's words; `<image>` in them places an image.
-            **options: `plan`, and those of `Chat.stream`: raw, scores, max_new_tokens, ...
+            **options: `plan` and `system` as for `chat`, and those of `Chat.stream`: raw, scores,
+                max_new_tokens, ...
 
         Returns:
             The answer.
@@ -69,17 +71,32 @@ class Model:
         return result
 
     def stream(
-        self, image: Any = None, prompt: str = "", *, result: Result | None = None, **options: Any
+        self,
+        image: Any = None,
+        prompt: Content = "",
+        *,
+        result: Result | None = None,
+        **options: Any,
     ) -> Iterator[str]:
         """The same, piece by piece; `result` is filled when the last piece has come."""
-        chat = self.chat(plan=options.pop("plan", None))
+        chat = self.chat(plan=options.pop("plan", None), system=options.pop("system", None))
         try:
             yield from chat.stream(prompt, image, result=result, **options)
         finally:
             chat.close()
 
-    def chat(self, *, plan: str | None = None) -> Chat:
-        """Start a conversation that continues from its cache."""
+    def chat(self, *, plan: str | None = None, system: Content | None = None) -> Chat:
+        """Start a conversation that continues from its cache.
+
+        Args:
+            plan: Which of the bundle's plans; its default otherwise.
+            system: A system prompt.
+
+        Raises:
+            RequestError: There is no such plan, or the chat template has no place for a system
+                prompt.
+            CapacityError: The plan needs more slots than the engines reserve.
+        """
         self.check_open()
         plan = plan or self.facts.default_plan
         if plan not in self.facts.plans:
@@ -95,7 +112,7 @@ class Model:
                     expected=f"at most {built}",
                     do="export with a larger --budget",
                 )
-        return Chat(self, plan)
+        return Chat(self, plan, system)
 
     def take_cache(self, plan: str) -> Cache:
         """An empty cache: the one that the last request gave back, or a new one."""

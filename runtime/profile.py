@@ -15,6 +15,7 @@ import numpy as np
 from patchsieve.errors import RequestError
 from patchsieve.runtime.board import machine, power
 from patchsieve.runtime.model import Model
+from patchsieve.runtime.prompt import Content
 from patchsieve.runtime.result import Result
 
 PERCENTILES = (50, 90, 95, 99)
@@ -150,6 +151,7 @@ def profile(
     runs: int = 10,
     max_new_tokens: int = 32,
     raw: bool = False,
+    system: Content | None = None,
     progress: Callable[[str, float], None] = lambda *_: None,
     root: Path = Path("/"),
 ) -> dict[str, Any]:
@@ -165,6 +167,7 @@ def profile(
         runs: Runs of each plan that do.
         max_new_tokens: Tokens of every answer; end tokens do not end it.
         raw: The prompt is the whole text, without chat template.
+        system: The system prompt.
         progress: Told what is being run.
         root: The file system whose /sys tells power and temperatures.
 
@@ -182,6 +185,7 @@ def profile(
     plans = list(dict.fromkeys([plan, *([against] if against else [])]))
     model.spare_caches = max(model.spare_caches, len(plans))  # no run pays for a new cache
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "ignore_eos": True, "raw": raw}
+    options["system"] = system
     taken = {name: Runs() for name in plans}
     with Conditions(root) as conditions:
         for number in range(warmup + runs):

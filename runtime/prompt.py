@@ -10,10 +10,11 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from patchsieve.errors import BundleError, RequestError
-from patchsieve.runtime.chat_template import ChatTemplate, Message
+from patchsieve.runtime.chat_template import ChatTemplate, Message, is_part
 from patchsieve.runtime.instruction import instruction_spans, message_texts
 
 _ANSWER = "\ue0f2"  # a private-use character that stands for an answer
+_SYSTEM = "\ue0f3"  # and one for a system prompt
 _ANCHORS = (".", "\n", "a")  # what may stand before a suffix, so that it does not begin a text
 
 
@@ -100,6 +101,10 @@ def expand(prompt: Prompt, visual_tokens_per_image: int) -> ExpandedPrompt:
     )
 
 
+# What a turn says: its words, or the parts of a message.
+Content = str | Sequence[Mapping[str, str]]
+
+
 class PromptBuilder:
     """Renders and tokenises prompts for one bundle.
 
@@ -161,13 +166,44 @@ class PromptBuilder:
         """Whether `build` works; without a template only `build_raw` does."""
         return self._template is not None
 
-    def user_message(self, text: str, num_images: int) -> Message:
+    def system_message(self, text: Content) -> Message:
+        """A system turn.
+
+        Args:
+            text: Its words, or the text parts of a message; empty words are a turn of their own,
+                which some templates write instead of their usual system prompt.
+
+        Returns:
+            A message, for `build`.
+
+        Raises:
+            RequestError: The text is no text or places an image, or the template has no place for
+                a system prompt.
+        """
+        if not _is_parts(text):
+            _check_text(text, "system prompt")
+            text = [{"type": "text", "text": str(text)}]
+        parts: list[Mapping[str, str]] = [dict(part) for part in text if isinstance(part, Mapping)]
+        if any(self.image_token in part.get("text", self.image_token) for part in parts):
+            raise RequestError(
+                "the system prompt cannot hold an image",
+                found=self.image_token,
+                expected="text only",
+                do=f"put {self.image_token} into the prompt",
+            )
+        message = {"role": "system", "content": parts}
+        asked = {"role": "user", "content": _text_parts("a")}
+        _check_system(self._required_template(), [message, asked])
+        return message
+
+    def user_message(self, text: Content, num_images: int) -> Message:
         """A user's turn from a text and a number of images.
 
         Args:
-            text: May hold image placeholders, which are then used in place; else the images come
-                first. Empty text is allowed beside an image, if the template puts at least one
-                token behind the image (`build` checks it).
+            text: The words. Image placeholders in them are used in place; without any, the images
+                come first. Empty text is allowed beside an image, if the template puts at least one
+                token after the image (`build` checks it). Or the parts of a message, one for each
+                image, which stay as they are.
             num_images: How many images the request has.
 
         Returns:
@@ -177,7 +213,11 @@ class PromptBuilder:
             RequestError: Placeholders and images do not match, the text is no text, or there is
                 nothing to send.
         """
-        _check_text(text)
+        if _is_parts(text):
+            parts = [dict(part) for part in text if isinstance(part, Mapping)]
+            self._check_count(sum(part["type"] == "image" for part in parts), num_images)
+            return {"role": "user", "content": parts}
+        text = _check_text(text)
         placeholders = text.count(self.image_token)
         if placeholders:
             self._check_count(placeholders, num_images)
@@ -210,9 +250,11 @@ class PromptBuilder:
             The prompt, image tokens not expanded.
 
         Raises:
-            RequestError: No template, bad messages, or images and placeholders that do not match.
+            RequestError: No template, bad messages, a system turn that the template leaves out, or
+                images and placeholders that do not match.
         """
         template = self._required_template()
+        _check_system(template, messages)
         text = template.render(messages)
         self._check_count(text.count(self.image_token), num_images)
         if num_images == 0 and not message_texts(messages[-1], self.image_token):
@@ -221,7 +263,7 @@ class PromptBuilder:
         encoding = self._encode(text)
         return self._prompt(text, encoding, spans)
 
-    def build_raw(self, text: str, num_images: int) -> Prompt:
+    def build_raw(self, text: Content, num_images: int) -> Prompt:
         """Tokenise a text as it is, without a template.
 
         BOS is added as the tokenizer's post-processor does, unless the text begins with it. Role
@@ -238,7 +280,7 @@ class PromptBuilder:
         Raises:
             RequestError: Images and placeholders do not match, or the text is empty or no text.
         """
-        _check_text(text)
+        text = _check_text(text)
         if not text.strip():
             raise _nothing_to_send()
         self._check_count(text.count(self.image_token), num_images)
@@ -388,19 +430,47 @@ def _nothing_to_send() -> RequestError:
     return RequestError("the prompt is empty", do="give a question, an image or both")
 
 
-def _check_text(text: object) -> None:
+def _is_parts(content: object) -> bool:
+    """Whether a turn is given as the parts of a message."""
+    return isinstance(content, (list, tuple)) and bool(content) and all(map(is_part, content))
+
+
+def _check_text(text: object, what: str = "prompt") -> str:
     """Bytes that are no text reach a program as half characters, which no tokenizer takes."""
     if not isinstance(text, str):
         raise RequestError(
-            "the prompt is not text",
+            f"the {what} is not text",
             found=f"an object of type {type(text).__name__}",
             expected="a string",
-            do="pass the question as a string",
+            do="pass the question as a string" if what == "prompt" else "pass a string",
         )
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RequestError("the prompt is not valid Unicode", found=error.reason) from error
+        raise RequestError(f"the {what} is not valid Unicode", found=error.reason) from error
+    return text
+
+
+def _check_system(template: ChatTemplate, messages: Sequence[Message]) -> None:
+    """Refuse a system turn that the template raises on, or leaves out without a word."""
+    others = [m for m in messages if not (isinstance(m, Mapping) and m.get("role") == "system")]
+    count = len(messages) - len(others)
+    if not count:
+        return
+    marks = {"role": "system", "content": [{"type": "text", "text": _SYSTEM}]}
+    found = "it leaves the text out"
+    try:
+        text = template.render([m if m in others else marks for m in messages])
+        if text.count(_SYSTEM) >= count:
+            return
+    except RequestError as error:
+        template.render(others)  # if this fails too, the system turn is not what is wrong
+        found = str(error.__cause__ or error)
+    raise RequestError(
+        "the chat template has no place for a system prompt",
+        found=found,
+        do="write it at the beginning of the first prompt",
+    )
 
 
 def _hide_answer(message: Message) -> Message:

@@ -35,7 +35,8 @@ class SamplingOptions:
         bad_words_ids: Rows of tokens that never come.
         seed: Makes the draws repeatable; None takes fresh entropy from the system. Tokens and the
             noise of pruning methods are drawn from two separate streams of it.
-        stop: Strings that end the answer and are not part of it.
+        stop: Strings that end the answer and are not part of its text; a special token counts with
+            its name. The token ids keep what was said, as in Hugging Face.
         ignore_eos: End tokens do not end the answer, so that every run has the same length.
     """
 

@@ -13,7 +13,7 @@ import pytest
 from patchsieve.calibration.records import Records
 from patchsieve.cli import main
 from patchsieve.errors import PatchsieveError
-from patchsieve.evaluation.answers import Answer, AnswerFile
+from patchsieve.evaluation.answers import Answer, AnswerFile, depends_on
 from patchsieve.evaluation.metrics import (
     exact_match,
     interval,
@@ -24,8 +24,15 @@ from patchsieve.evaluation.metrics import (
 )
 from patchsieve.evaluation.questions import Question, questions_of
 from patchsieve.evaluation.report import report
+from patchsieve.export.reuse import reuse
+from patchsieve.manifest import File, read
+from patchsieve.plan import Plan, SitePlan
+from patchsieve.runtime.prompt import PromptBuilder
+from tests import damage
 from tests.bundles import PHOTO, command
 from tests.conversations import make_conversations
+from tests.test_prompt import CHATML, LLAVA
+from tests.tiny_tokenizers import tokenizer, tokenizer_json
 
 pytest_plugins = ["tests.bundles"]
 
@@ -177,7 +184,9 @@ TURNS = {"user": "What?", "assistant": "A cup.", "system": "Be brief."}
         ["assistant", "user", "assistant"],
         ["user", "user", "assistant"],
         ["user", "assistant", "assistant"],
-        ["system", "user", "assistant"],  # which an evaluation would leave out
+        ["system", "system", "user", "assistant"],
+        ["user", "assistant", "system", "user", "assistant"],
+        ["system", "assistant"],
     ],
 )
 def test_turns_that_are_no_questions_and_answers_are_refused(
@@ -187,6 +196,160 @@ def test_turns_that_are_no_questions_and_answers_are_refused(
     (tmp_path / "data.json").write_text(json.dumps([{"messages": turns}]))
     with pytest.raises(PatchsieveError, match="record 0 is not questions and answers in turn"):
         questions_of(Records(tmp_path / "data.json"), "<image>")
+
+
+def llava(*values: str, system: str | None = None, **more: object) -> dict[str, object]:
+    turns = [{"from": "system", "value": system}] if system is not None else []
+    for value in values:
+        turns += [{"from": "human", "value": value}, {"from": "gpt", "value": "A cup."}]
+    return {"conversations": turns, "image": "a.png"} | more
+
+
+def chat(*content: object, system: object = None, **more: object) -> dict[str, object]:
+    turns = [{"role": "system", "content": system}] if system is not None else []
+    for each in content:
+        turns += [{"role": "user", "content": each}, {"role": "assistant", "content": "A cup."}]
+    return {"messages": turns} | more
+
+
+WORDS, IMAGE = {"type": "text", "text": "What is it?"}, {"type": "image", "path": "a.png"}
+RECORDS = [
+    llava("<image>\nWhat is it?"),
+    llava("What is it?\n<image>"),
+    llava("  What <image> is it? "),
+    llava("What is it?"),
+    llava("<image>"),
+    llava("<image>\nWhat is it?", "And why?", system="Be brief."),
+    llava("Is <image> like <image>?", image=["a.png", "b.png"]),
+    llava("Alike?\n<image>\n<image>", image=["a.png", "b.png"], system="Be brief."),
+    llava("What is a cup?", image=[]),
+    chat([IMAGE, WORDS]),
+    chat([WORDS, IMAGE]),
+    chat([WORDS, IMAGE, WORDS], system=[{"type": "text", "text": "Be brief."}]),
+    chat("What is it?<image>", image="a.png", system="Be brief."),
+    chat([IMAGE, WORDS], [{"type": "text", "text": "And why?"}], system="Be brief."),
+]
+
+
+@pytest.mark.parametrize("template", [LLAVA, CHATML])
+def test_eval_asks_the_prompt_that_calibrate_trains_on(template: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer_json("qwen"), encoding="utf-8")
+    number = tokenizer("qwen").token_to_id("<image>")
+    prompts = PromptBuilder(path, template, image_token="<image>", image_token_id=number)
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "data.json").write_text(json.dumps(RECORDS))
+    records = Records(tmp_path / "data.json")
+    first = [q for q in questions_of(records, "<image>") if not q.key.endswith(".1")]
+    assert len(first) == len(records) == len(RECORDS)
+    for question, record in zip(first, map(records.__getitem__, range(len(records))), strict=True):
+        count = len(record.images)
+        asked = [message["role"] for message in record.messages].index("assistant")
+        begin = [] if question.system is None else [prompts.system_message(question.system)]
+        found = prompts.build([*begin, prompts.user_message(question.content, count)], count)
+        trained = prompts.build(record.messages[:asked], count)
+        assert found.text == trained.text
+        assert found.instruction.tolist() == trained.instruction.tolist()
+
+
+def test_one_image_of_llavas_json_comes_first_wherever_its_words_place_it(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(RECORDS[:8]))
+    contents = [Records(path)[number].messages[-2]["content"] for number in (0, 1, 2, 4)]
+    first, words = {"type": "image"}, [WORDS, WORDS, {"type": "text", "text": "What  is it?"}]
+    assert contents == [*([first, word] for word in words), [first]]
+    several = Records(path)[6].messages[0]["content"]
+    assert [part["type"] for part in several] == ["text", "image", "text", "image", "text"]
+
+
+def test_a_system_turn_is_asked_with_and_one_with_an_image_is_refused(
+    tiny_bundle: Path, tmp_path: Path, printed
+) -> None:
+    from patchsieve.runtime.model import Model
+
+    model = Model(tiny_bundle, threads=1, check="size")
+    asked = {"system": "Be brief.", "plan": "none", "max_new_tokens": 4}
+    expected = model.generate(str(PHOTO), "What is it?", **asked)
+    model.close()
+    kept, data = tmp_path / "answers.jsonl", tmp_path / "data.json"
+    argv = ["eval", str(tiny_bundle), "--data", str(data), "--answers", str(kept), "--json"]
+    for record in (
+        llava("What is it? <image>", system="Be brief.", image=PHOTO),
+        chat("What is it?", system="Be brief.", image=PHOTO),
+    ):
+        data.write_text(json.dumps([record]))
+        assert main([*argv, "--plan", "none", "--max-new-tokens", "4"]) == 0
+        said = json.loads(kept.read_text().splitlines()[1])
+        assert said["token_ids"] == expected.token_ids
+        kept.unlink()
+    data.write_text(json.dumps([llava("What?", system="<image>", image=PHOTO)]))
+    assert main(argv) == 2
+    assert "has an image in its system turn" in printed()["error"]
+
+
+def test_an_image_after_the_first_question_is_refused_as_calibrate_refuses_it(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.png").touch()
+    (tmp_path / "data.json").write_text(json.dumps([llava("What?", "And <image>?")]))
+    with pytest.raises(PatchsieveError, match="record 0 shows an image after its first question"):
+        questions_of(Records(tmp_path / "data.json"), "<image>")
+
+
+def test_answers_stay_when_a_plan_comes_to_the_bundle_and_go_when_their_plan_changes(
+    own_bundle: Path, tmp_path: Path, printed
+) -> None:
+    data, kept = make_conversations(tmp_path / "data", 1), tmp_path / "answers.jsonl"
+    argv = ["eval", str(own_bundle), "--data", str(data), "--answers", str(kept), "--json"]
+    argv += ["--max-new-tokens", "3", "--limit", "1"]
+
+    def keep(ratio: float, name: str) -> None:
+        reuse(own_bundle, Plan((SitePlan(2, "fastv", {"keep_ratio": ratio}),)), name)
+
+    def answers(*plans: str) -> list[tuple[str, str]]:
+        """Plan and text of each line after asking these plans; lines so far say "kept"."""
+        if kept.exists():
+            head, *lines = kept.read_text().splitlines()
+            marked = [json.dumps(json.loads(line) | {"text": "kept"}) for line in lines]
+            kept.write_text("\n".join([head, *marked]) + "\n")
+        assert main([*argv, *(f"--plan={plan}" for plan in plans)]) == 0
+        printed()
+        said = [json.loads(line) for line in kept.read_text().splitlines()[1:]]
+        return [(line["plan"], "kept" if line["text"] == "kept" else "new") for line in said]
+
+    assert answers("half") == [("none", "new"), ("half", "new")]
+    keep(0.25, "quarter")
+    so_far = [("none", "kept"), ("half", "kept")]
+    assert answers("half", "quarter") == [*so_far, ("quarter", "new")]
+    keep(0.75, "half")
+    so_far.append(("quarter", "kept"))
+    assert answers("half", "quarter") == [*so_far, ("half", "new")]
+    manifest = read(own_bundle)
+    shared, own = depends_on(manifest, "cpu")
+    weights = next(path for path in manifest.files if path.startswith("graphs/weights/layer"))
+    other = replace(manifest, files=manifest.files | {weights: File(1, "0" * 64)})
+    assert depends_on(other, "cpu")[0] != shared and depends_on(other, "cpu")[1] == own
+
+
+def test_eval_asks_for_no_more_new_tokens_than_the_bundle_holds(tmp_path: Path, printed) -> None:
+    assert damage.LIMITS.max_new_tokens == 16
+    data = make_conversations(tmp_path / "data", 1)
+    argv = ["eval", str(damage.bundle()), "--data", str(data), "--limit", "1"]
+    assert main([*argv, "--json"]) == 0
+    assert printed()["max_new_tokens"] == 16
+    code, said, _ = command(*argv, "--quiet")
+    assert code == 0 and "at most 16 new tokens (what the bundle reserves)" in said
+    assert main([*argv, "--json", "--max-new-tokens", "17"]) == 2
+    line = printed()["error"]
+    assert "give --max-new-tokens 16" in line and "--max-new-tokens 17" in line
+
+
+def test_a_question_that_does_not_fit_is_named(tiny_bundle: Path, tmp_path: Path, printed) -> None:
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([chat("x"), chat("word " * 90)]))
+    assert main(["eval", str(tiny_bundle), "--data", str(data), "--json"]) == 2
+    assert printed()["error"].startswith("question 1 of the data: the request has too many text")
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]\n", b'"a"\n', b"\xff\xfe\n", b'{"a": 1}\n[2]\n'])

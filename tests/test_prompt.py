@@ -380,3 +380,110 @@ def test_a_template_cannot_reach_python_or_change_the_messages() -> None:
     ):
         with pytest.raises(RequestError, match="refuses"):
             ChatTemplate(source, image_token=IMAGE).render([{"role": "user", "content": "a"}])
+
+
+# System prompts
+
+# Llama 2's way: the system prompt is written inside the first question
+INSIDE = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
+    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}[INST] {% if loop.index0 == 0 and system is defined %}"
+    "<<SYS>>\n{{ system | trim }}\n<</SYS>>\n\n{% endif %}{{ m['content'] | trim }} [/INST]"
+    "{% else %} {{ m['content'] | trim }} {% endif %}{% endfor %}"
+)
+# Questions are lists of parts and the system prompt is a string: a list would print itself
+MIXED = (
+    "{% for m in messages %}{{ m['role'] }}: {% if m['role'] == 'system' %}{{ m['content'] }}"
+    "{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}"
+    "{{ c['text'] }}{% endif %}{% endfor %}{% endif %}\n{% endfor %}assistant: "
+)
+DROPS = MIXED.replace("{{ m['content'] }}", "")
+SYSTEM = "Be brief, and name the cup."
+
+
+@pytest.mark.parametrize("template", [LLAVA, CHATML, INSIDE, MIXED])
+def test_a_system_prompt_is_written_where_the_template_has_it_and_judges_nothing(
+    builder, template: str
+) -> None:
+    made = builder("qwen", template)
+    question = "Where is the cup?"
+    messages = [made.system_message(SYSTEM), made.user_message(question, 1)]
+    prompt = made.build(messages, 1)
+    assert prompt.text.count(SYSTEM) == 1 and "'type'" not in prompt.text
+    assert prompt.text.index(SYSTEM) < prompt.text.index(question)
+    assert "".join(words(made, prompt).split()) == "Whereisthecup?"
+    same = made.build([made.system_message("Where is the cup?"), messages[1]], 1)
+    assert "".join(words(made, same).split()) == "Whereisthecup?"
+    assert same.instruction.min() > len(same.token_ids) // 3  # the user's, not the system's
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "There."}]}
+    then = [*messages, answer, made.user_message("And now?", 0)]
+    suffix = made.continuation(messages, then, is_answer_cached=True)
+    assert suffix is not None and SYSTEM not in suffix
+    assert made.build(then, 1).text.endswith("There." + suffix)
+
+
+@pytest.mark.parametrize("template", [LLAVA, CHATML])
+@pytest.mark.parametrize("system", [SYSTEM, "", "  padded\n"])
+def test_a_system_prompt_is_rendered_as_the_llava_processor_renders_it(
+    builder, template: str, system: str
+) -> None:
+    made = builder("qwen", template)
+    messages = [made.system_message(system), made.user_message("What?", 1)]
+    theirs = as_processor_reads(made, messages, [Image.new("RGB", (8, 8))])
+    rendered = llava_processor("qwen", template).apply_chat_template(
+        theirs, add_generation_prompt=True
+    )
+    assert made.build(messages, 1).text == rendered
+    assert (
+        made.build([{"role": "system", "content": system}, messages[1]], 1).text.strip()
+        == rendered.strip()
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "why"), [(DROPS, "leaves the text out"), (MISTRAL, "roles must alternate")]
+)
+def test_a_template_without_a_place_for_a_system_prompt_refuses_it(
+    builder, template: str, why: str
+) -> None:
+    made = builder("llama", template)
+    match = f"has no place for a system prompt.*{why}.*first prompt"
+    turn = {"role": "system", "content": [{"type": "text", "text": SYSTEM}]}
+    for call in (
+        lambda: made.system_message(SYSTEM),
+        lambda: made.system_message(""),
+        lambda: made.build([turn, made.user_message("What?", 0)], 0),
+    ):
+        with pytest.raises(RequestError, match=match) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    question = made.user_message("What?", 0)
+    with pytest.raises(RequestError, match="refuses these messages") as caught:
+        builder("llama", MISTRAL).build([question, question], 0)
+
+
+@pytest.mark.parametrize(
+    ("system", "message"),
+    [
+        ("see <image>", "the system prompt cannot hold an image"),
+        ([{"type": "image"}], "the system prompt cannot hold an image"),
+        (7, "the system prompt is not text"),
+        ("\ud800", "the system prompt is not valid Unicode"),
+    ],
+)
+def test_a_bad_system_prompt_is_one_clear_line(builder, system, message: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        builder("qwen", CHATML).system_message(system)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_question_may_be_given_as_the_parts_of_a_message(builder) -> None:
+    made = builder("qwen", CHATML)
+    parts = [{"type": "text", "text": "Is "}, {"type": "image"}, {"type": "text", "text": " red?"}]
+    prompt = made.build([made.user_message(parts, 1)], 1)
+    assert prompt.text == made.build([made.user_message("Is <image> red?", 1)], 1).text
+    with pytest.raises(RequestError, match="more placeholders than images"):
+        made.user_message([*parts, {"type": "image"}], 1)
+    with pytest.raises(RequestError, match="not text"):
+        made.user_message([], 0)

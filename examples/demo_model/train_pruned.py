@@ -83,7 +83,9 @@ class Pruner:
         sample, question = self.encode(self.records[index]), self.questions[index]
         assert sample.pixel_values is not None
         files = [str(path) for path in question.images]
-        told = self.model.generate(files, question.prompt, plan=self.plan, max_new_tokens=1)
+        told = self.model.generate(
+            files, question.content, system=question.system, plan=self.plan, max_new_tokens=1
+        )
         noise = np.random.default_rng(0)
         seen = self.model.pipeline.see(sample.pixel_values.numpy(), self.plan, noise)
         patches = torch.from_numpy(self.encode.patch_ids)

@@ -10,6 +10,8 @@ from patchsieve.cli.arguments import count
 from patchsieve.cli.output import Progress, print_json, size, table
 from patchsieve.cli.run import add_run_options, load
 
+USUAL = 32  # new tokens of an answer
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -19,7 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image-folder", type=Path, help="what image paths are relative to (the data's folder)")
     add("--plan", action="append", help='a plan beside "none"; repeatable (the default plan)')
     add("--limit", type=count, metavar="N", help="the first N questions only")
-    add("--max-new-tokens", type=count, default=32, metavar="N", help="of an answer (32)")
+    add(
+        "--max-new-tokens",
+        type=count,
+        metavar="N",
+        help="the most tokens of an answer (32, or what the bundle reserves if that is fewer)",
+    )
     add(
         "-o",
         "--answers",
@@ -33,11 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Ask, mark, print."""
     from patchsieve.calibration.records import Records
-    from patchsieve.errors import RequestError
-    from patchsieve.evaluation.answers import AnswerFile, ask
+    from patchsieve.errors import CapacityError, RequestError
+    from patchsieve.evaluation.answers import AnswerFile, ask, depends_on
     from patchsieve.evaluation.questions import questions_of
     from patchsieve.evaluation.report import report
-    from patchsieve.manifest import FILE_NAME, hash_file
+    from patchsieve.manifest import hash_file
     from patchsieve.plan import NO_PRUNING
 
     records = Records(args.data, args.image_folder)
@@ -50,30 +57,43 @@ def run(args: argparse.Namespace) -> int:
             found=", ".join(unknown),
             expected=", ".join(model.facts.plans),
         )
+    most = model.facts.limits.max_new_tokens
+    asked = min(USUAL, most) if args.max_new_tokens is None else args.max_new_tokens
+    if asked > most:
+        raise CapacityError(
+            "the bundle cannot hold answers of this length",
+            found=f"--max-new-tokens {asked}",
+            expected=f"at most {most}",
+            do=f"give --max-new-tokens {most}, or export with --max-new-tokens {asked}",
+        )
     model.spare_caches = len(plans)  # each plan's own, since they take turns
     questions = questions_of(records, model.facts.tokens.image_token, args.limit)
+    shared, own = depends_on(model.facts, model.bundle.target)
     about = {
-        "bundle": hash_file(args.bundle / FILE_NAME).sha256,
+        "model": shared,
         "data": hash_file(args.data).sha256,
-        "target": args.target,
-        "max_new_tokens": args.max_new_tokens,
+        "target": model.bundle.target,
+        "max_new_tokens": asked,
     }
     progress = Progress(args.quiet or args.json)
     answers = ask(
         model,
         questions,
         plans,
-        AnswerFile(args.answers, about),
-        max_new_tokens=args.max_new_tokens,
+        AnswerFile(args.answers, about, own),
+        max_new_tokens=asked,
         progress=progress,
     )
     progress.done()
     model.close()
     found = report(questions, answers)
     if args.json:
-        print_json({"bundle": str(args.bundle), "data": str(args.data), "plans": found})
+        told = {"bundle": str(args.bundle), "data": str(args.data), "max_new_tokens": asked}
+        print_json(told | {"plans": found})
         return 0
     print(_table(found))
+    why = " (what the bundle reserves)" if args.max_new_tokens is None and asked < USUAL else ""
+    print(f"answers of at most {asked} new tokens{why}")
     kinds = next(iter(found.values())).get("categories")
     if kinds:
         print(f"\n{_categories(found, list(kinds))}")

@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from patchsieve.cli.inputs import take_inputs
 from patchsieve.cli.output import Progress, print_json, size, table
 from patchsieve.cli.picture import picture
-from patchsieve.cli.run import add_run_options, load
+from patchsieve.cli.run import add_run_options, add_system, load
 from patchsieve.errors import PatchsieveError
 from patchsieve.plan import NO_PRUNING
 
@@ -21,14 +22,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("bundle", type=Path)
     add("--image", action="append", default=[], metavar="FILE", help="a generated one by default")
-    add("--prompt", default=PROMPT)
+    add("--prompt", default=PROMPT, metavar="TEXT", help=f"the question, or - for stdin ({PROMPT})")
+    add_system(parser)
     add("--raw", action="store_true", help="the prompt is the whole text, without chat template")
     add("--plan", metavar="NAME", help="which of the bundle's plans; its default otherwise")
     add("--against", default=NO_PRUNING, metavar="NAME", help="plan to compare with (none)")
     add("--alone", action="store_true", help="compare with nothing")
     add("--warmup", type=int, default=3, metavar="N", help="runs that do not count (3)")
     add("--runs", type=int, default=10, metavar="N", help="runs that do (10)")
-    add("--max-new-tokens", type=int, default=32, metavar="N", help="tokens of each answer (32)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of each answer (32, or what the bundle reserves if that is fewer)",
+    )
     add("--output", type=Path, metavar="FILE", help="write the JSON object there too")
     add_run_options(parser)
 
@@ -37,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     from patchsieve.runtime.profile import profile
 
+    take_inputs(args)
     model = load(args)
     progress = Progress(args.quiet or args.json)
     plan = args.plan or model.facts.default_plan
@@ -48,8 +56,11 @@ def run(args: argparse.Namespace) -> int:
         against=None if args.alone or args.against == plan else args.against,
         warmup=args.warmup,
         runs=args.runs,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=min(32, model.facts.limits.max_new_tokens)
+        if args.max_new_tokens is None
+        else args.max_new_tokens,
         raw=args.raw,
+        system=args.system,
         progress=progress,
     )
     progress.done()

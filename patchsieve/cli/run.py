@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from patchsieve.cli.inputs import images_of_turns, take_inputs
 from patchsieve.cli.output import Progress, print_json, size, table
+from patchsieve.errors import RequestError
 from patchsieve.manifest import Manifest
 
 # Options whose default is the bundle's.
@@ -18,13 +20,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add("bundle", type=Path)
-    add("--image", action="append", default=[], metavar="FILE", help="repeat it for several")
+    add(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an image file, or - for stdin; repeat it for several",
+    )
     add(
         "--prompt",
         action="append",
         required=True,
-        help="repeat it for further turns of one conversation; <image> places an image",
+        metavar="TEXT",
+        help="the question, or - for stdin; repeat it for further turns of one conversation. Each "
+        "<image>, in the order of all turns, places the next --image; images without one come "
+        "before the first question",
     )
+    add_system(parser)
     add("--plan", help="which of the bundle's plans; its default otherwise")
     add("--raw", action="store_true", help="the prompt is the whole text, without chat template")
     add("--repick", action="store_true", help="each turn chooses the visual tokens anew")
@@ -39,7 +51,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-repeat-ngram-size", type=int, help="default: what the checkpoint asks, or 0")
     add("--min-new-tokens", type=int, help="default: what the checkpoint asks, or 0")
     add("--seed", type=int, help="seed of the sampling (default: another for each run)")
-    add("--stop", action="append", help="end before this text; repeatable")
+    add(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="end the answer before this text, which may hold special tokens; repeatable",
+    )
+
+
+def add_system(parser: argparse.ArgumentParser) -> None:
+    """The system prompt, for each command that asks."""
+    parser.add_argument(
+        "--system",
+        metavar="TEXT",
+        help="the system prompt, placed by the chat template; it judges no visual token (default: "
+        "what the template writes without one)",
+    )
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -78,14 +105,25 @@ def run(args: argparse.Namespace) -> int:
     """Answer each prompt in turn."""
     from patchsieve.runtime.result import Result
 
+    take_inputs(args)
+    if args.raw and len(args.prompt) > 1:
+        raise RequestError(
+            "a raw prompt cannot be continued",
+            found=f"--raw with {len(args.prompt)} prompts",
+            do="give one --prompt, or leave out --raw",
+        )
     model = load(args)
-    chat = model.chat(plan=args.plan)
+    mark = model.facts.tokens.image_token
+    turns = images_of_turns(args.prompt, args.image, mark, is_raw=args.raw)
+    if len(turns) > 1:
+        _check_turns(model, args, turns)
+    chat = model.chat(plan=args.plan, system=args.system)
     results = []
-    for turn, prompt in enumerate(args.prompt):
+    for prompt, images in zip(args.prompt, turns, strict=True):
         result = Result()
         pieces = chat.stream(
             prompt,
-            args.image if turn == 0 else None,
+            images,
             repick=args.repick,
             raw=args.raw,
             result=result,
@@ -103,12 +141,22 @@ def run(args: argparse.Namespace) -> int:
             print()
         results.append(result)
     if args.json:
-        turns = [result.to_dict() for result in results]
-        print_json(turns[-1] if len(turns) == 1 else turns[-1] | {"turns": turns})
+        told = [result.to_dict() for result in results]
+        print_json(told[-1] if len(told) == 1 else told[-1] | {"turns": told})
     elif not args.quiet:
         _summary(model.facts, results[-1])
     model.close()
     return 0
+
+
+def _check_turns(model: Any, args: argparse.Namespace, turns: list[list[Any]]) -> None:
+    """Refuse before the first answer what a later turn could not use."""
+    from patchsieve.runtime.images import load_image
+
+    for prompt, images in zip(args.prompt, turns, strict=True):
+        model.bundle.prompts.user_message(prompt, len(images))
+        for image in images:
+            load_image(image)
 
 
 def _summary(facts: Manifest, result: Any) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve.cli.arguments import whole
+from patchsieve.cli.inputs import take_inputs
 from patchsieve.cli.output import Progress, print_json, size, table
-from patchsieve.cli.run import add_run_options, load
+from patchsieve.cli.run import add_run_options, add_system, load
 from patchsieve.errors import PatchsieveError
 from patchsieve.writing import one_line, write_whole
 
@@ -20,13 +21,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add("bundle", type=Path)
-    add("--image", action="append", required=True, metavar="FILE", help="repeat it for several")
+    add(
+        "--image",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="an image file, or - for stdin; repeat it for several",
+    )
     add(
         "--prompt",
         action="append",
         required=True,
-        help="repeat it to compare prompts about the same images; <image> places an image",
+        metavar="TEXT",
+        help="the question, or - for stdin; repeat it to compare prompts about the same images; "
+        "<image> places an image",
     )
+    add_system(parser)
     add(
         "-o",
         "--output",
@@ -62,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         raise PatchsieveError(f"cannot write {out}", found=f"no folder {out.parent}")
     from patchsieve.page.collect import collect
 
+    take_inputs(args)
     model = load(args)
     progress = Progress(args.quiet or args.json)
     options = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
@@ -72,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         plan=args.plan,
         raw=args.raw,
         timed_runs=args.timed_runs,
+        system=args.system,
         progress=progress,
         **options,
     )

@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image",
         action="append",
         metavar="FILE",
-        help="an image, repeated for several; a generated one by default",
+        help="an image, or - for stdin; repeated for several; a generated one by default",
     )
-    add("--prompt", default=PROMPT)
+    add("--prompt", default=PROMPT, metavar="TEXT", help=f"the question, or - for stdin ({PROMPT})")
     add("--raw", action="store_true", help="the prompt is the whole text, without chat template")
     add("--plan", metavar="NAME", help='the pruned plan beside "none"; the default one otherwise')
     add("--max-new-tokens", type=int, default=32, metavar="N", help="greedy tokens to compare (32)")
@@ -40,10 +40,12 @@ def run(args: argparse.Namespace) -> int:
     """Compare, print the table, name the first part that departs."""
     libraries = ("torch", "transformers", "onnx", "onnxruntime")
     require(libraries, "cpu,export", "verify")
+    from patchsieve.cli.inputs import take_inputs
     from patchsieve.errors import RequestError
     from patchsieve.plan import NO_PRUNING
     from patchsieve.verify import Verification
 
+    take_inputs(args)
     progress = Progress(args.quiet or args.json)
     progress("loading both", 0.0)
     with _quiet_libraries():

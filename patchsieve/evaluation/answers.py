@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from patchsieve import names
 from patchsieve.errors import PatchsieveError
 from patchsieve.evaluation.questions import Question
 from patchsieve.manifest import Manifest
@@ -16,6 +18,7 @@ from patchsieve.runtime.result import Result
 from patchsieve.writing import one_line
 
 Progress = Callable[[str, float], None]
+_HEADS = "heads/"  # thresholds in a bundle, each in a folder named by its content, as plans say it
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Answer:
         kv_bytes: Used at the end of the answer.
         ttft_ms: Time to the first token.
         total_ms: Time to the last.
+        plan_sha256: Hash of what the plan does, see `depends_on`; empty where the file says it.
     """
 
     key: str
@@ -41,21 +45,26 @@ class Answer:
     kv_bytes: int
     ttft_ms: float
     total_ms: float
+    plan_sha256: str = ""
 
 
 class AnswerFile:
-    """Answers as JSON lines, behind a first line that says what they belong to.
+    """Answers as JSON lines, after a first line that says what they belong to.
 
     Args:
         path: The file; None keeps nothing. What it holds already is not asked again.
-        about: What must be the same for answers to be used again: bundle, data, options.
+        about: What must be the same for all answers to be used again: model, data, options.
+        plans: Hash of what each plan does. Answers of a plan that did something else stay in the
+            file and are not used.
 
     Raises:
         PatchsieveError: The file belongs to another evaluation or is none.
     """
 
-    def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path | None, about: dict[str, Any], plans: Mapping[str, str] | None = None
+    ) -> None:
+        self.path, self.plans = path, dict(plans or {})
         self.known: dict[tuple[str, str], Answer] = {}
         if path is None:
             return
@@ -81,7 +90,11 @@ class AnswerFile:
                 found=f"another {', '.join(different)}",
                 do="choose another file, or remove it",
             )
-        self.known = {(answer.key, answer.plan): answer for answer in answers}
+        self.known = {
+            (answer.key, answer.plan): answer
+            for answer in answers
+            if answer.plan_sha256 == self.plans.get(answer.plan, "")
+        }
 
     def add(self, answer: Answer) -> None:
         """Keep an answer."""
@@ -112,16 +125,67 @@ def ask(
         progress(f"question {done + 1} of {len(questions)}", done / len(questions))
         for plan in plans:
             if (question.key, plan) not in file.known:
-                result = model.generate(
-                    [str(path) for path in question.images] or None,
-                    question.prompt,
-                    plan=plan,
-                    max_new_tokens=max_new_tokens,
-                    seed=done,
-                )
-                file.add(_answer(model, question, plan, result))
+                try:
+                    result = model.generate(
+                        [str(path) for path in question.images] or None,
+                        question.content,
+                        plan=plan,
+                        system=question.system,
+                        max_new_tokens=max_new_tokens,
+                        seed=done,
+                    )
+                except PatchsieveError as error:
+                    raise type(error)(f"question {question.key} of the data: {error}") from error
+                given = _answer(model, question, plan, result)
+                file.add(replace(given, plan_sha256=file.plans.get(plan, "")))
             answers[plan].append(file.known[question.key, plan])
     return answers
+
+
+def depends_on(facts: Manifest, target: str) -> tuple[str, dict[str, str]]:
+    """What answers depend on: the model, and each plan.
+
+    A plan that comes to a bundle by `export --reuse` changes neither the model nor other plans.
+
+    Args:
+        facts: The bundle's manifest.
+        target: What it runs as.
+
+    Returns:
+        Hash of what all plans share (weights, tokenizer, stages of the target, precision), and for
+        each plan the hash of its content, of its graphs and of its budgets.
+    """
+    graphs = facts.targets[target]
+    own: dict[str, list[str]] = {plan: [] for plan in facts.plans}
+    for graph in graphs:
+        decided = names.decided(graph)
+        plan = decided[0] if decided else graph.partition(".")[2]
+        if plan in own and (decided or names.is_vision(graph)):
+            own[plan].append(graph)
+    apart = {graph for of_plan in own.values() for graph in of_plan}
+    in_graphs = {path for of_target in facts.targets.values() for path in of_target.values()}
+    model = {
+        "files": {
+            path: file.sha256
+            for path, file in facts.files.items()
+            if path not in in_graphs and not path.startswith(_HEADS)
+        },
+        "graphs": {g: facts.files[path].sha256 for g, path in graphs.items() if g not in apart},
+        "facts": [asdict(part) for part in (facts.precision, facts.text, facts.tokens)],
+    }
+    plans = {
+        plan: {
+            "content": facts.plans[plan].to_dict(),
+            "graphs": {graph: facts.files[graphs[graph]].sha256 for graph in of_plan},
+            "budgets": facts.budgets(plan),
+        }
+        for plan, of_plan in own.items()
+    }
+    return _digest(model), {plan: _digest(what) for plan, what in plans.items()}
+
+
+def _digest(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def _answer(model: Model, question: Question, plan: str, result: Result) -> Answer:

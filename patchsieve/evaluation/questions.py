@@ -6,11 +6,13 @@ which the report is divided.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from patchsieve.calibration.records import Record, Records
 from patchsieve.errors import PatchsieveError
+from patchsieve.runtime.prompt import Content
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,13 @@ class Question:
 
     Attributes:
         key: Which record and which of its questions: "12" or "12.1".
-        prompt: The user's words, a placeholder for each image.
+        prompt: The user's words, for people: a placeholder for each image that is not in front.
         images: Files.
         references: Right answers.
         is_vote: The references are what several people said.
         category: Where the report counts it.
+        parts: The words and images as calibration has them; empty if the prompt says it all.
+        system: The parts of the record's system turn; None without.
     """
 
     key: str
@@ -32,6 +36,13 @@ class Question:
     references: tuple[str, ...]
     is_vote: bool
     category: str
+    parts: tuple[Mapping[str, str], ...] = ()
+    system: tuple[Mapping[str, str], ...] | None = None
+
+    @property
+    def content(self) -> Content:
+        """What `Model.generate` is asked: the prompt that calibration makes of the record."""
+        return self.parts or self.prompt
 
     @property
     def subject(self) -> str:
@@ -67,34 +78,55 @@ def questions_of(records: Records, image_token: str, limit: int | None = None) -
 
 
 def _questions(record: Record, index: int, image_token: str) -> list[Question]:
-    roles = [message["role"] for message in record.messages]
+    messages = list(record.messages)
+    system = None
+    if messages[0]["role"] == "system":
+        system = tuple(messages.pop(0)["content"])
+    roles = [message["role"] for message in messages]
     if roles != ["user", "assistant"] * (len(roles) // 2):
         raise PatchsieveError(
             f"{record.where} is not questions and answers in turn",
             found=", ".join(roles)[:80],
-            expected="user, assistant, user, assistant ...",
+            expected="user, assistant, user, assistant ..., after at most one system turn",
+        )
+    if sum(part["type"] == "image" for part in messages[0]["content"]) != len(record.images):
+        raise PatchsieveError(
+            f"{record.where} shows an image after its first question",
+            expected="every image in the first question: its survivors are chosen there",
         )
     answered = range(1, len(roles), 2)
     out = []
     for number, place in enumerate(answered):
-        # A later question has no image of its own: the record's come first, as `run` puts them.
-        prompt = _text(record.messages[place - 1], image_token if number == 0 else None)
+        parts = list(messages[place - 1]["content"])
+        if number:
+            # Each question is asked on its own, about all images of the record, which come first.
+            parts = [{"type": "image"}] * len(record.images) + _texts(parts)
         out.append(
             Question(
                 key=str(index) if len(answered) == 1 else f"{index}.{number}",
-                prompt=prompt,
+                prompt=_prompt(parts, image_token),
                 images=record.images,
-                references=record.answers or (_text(record.messages[place]),),
+                references=record.answers or ("\n".join(_words(messages[place]["content"])),),
                 is_vote=len(record.answers) > 1,
                 category=record.category,
+                parts=tuple(parts),
+                system=system,
             )
         )
     return out
 
 
-def _text(message: dict[str, object], image_token: str | None = None) -> str:
-    """The words of a message, with a token for each image where one is given."""
-    parts = message["content"]
-    assert isinstance(parts, list)  # as `Records` makes them
-    pieces = [part["text"] if part["type"] == "text" else image_token for part in parts]
-    return "\n".join(piece for piece in pieces if piece is not None)
+def _prompt(parts: Sequence[Mapping[str, str]], image_token: str) -> str:
+    """The same in one string: images in front need no placeholder, as in `run`."""
+    texts, images = _texts(parts), len(parts) - len(_texts(parts))
+    if list(parts[images:]) == texts:
+        return "\n".join(_words(parts))
+    return "".join(image_token if p["type"] == "image" else p["text"] for p in parts)
+
+
+def _texts(parts: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    return [part for part in parts if part["type"] == "text"]
+
+
+def _words(parts: Sequence[Mapping[str, str]]) -> list[str]:
+    return [part["text"] for part in _texts(parts)]
