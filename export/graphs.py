@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from patchsieve import names
 from patchsieve.errors import PatchsieveError
 from patchsieve.export import operators
 from patchsieve.export.lowering import lower, lowering
@@ -23,6 +24,7 @@ class GraphWriter:
     Args:
         folder: `graphs/` of the bundle.
         targets: For which each graph is written.
+        attention: How half-precision attention is spelt, one of `names.ATTENTION_FORMS`.
 
     Attributes:
         tensors: Inputs and outputs of each graph written, as the manifest lists them.
@@ -31,8 +33,10 @@ class GraphWriter:
         written: Every file that stands, so that a failure can take it back.
     """
 
-    def __init__(self, folder: Path, targets: tuple[str, ...]) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, targets: tuple[str, ...], attention: str = names.DECOMPOSED
+    ) -> None:
+        self.folder, self.attention = folder, attention
         self.lowerings = [lowering(target) for target in targets]
         self.tensors: Tensors = {}
         self.target_tensors: dict[str, Tensors] = {}
@@ -62,7 +66,7 @@ class GraphWriter:
             while fresh and path.exists():
                 generation += 1
                 path = self.folder / f"{target.name}.{name}.{generation}.onnx"
-            lowered = lower(traced, target, slots)
+            lowered = lower(traced, target, slots, self.attention)
             own = _describe(lowered.graph)
             if own != self.tensors[name]:
                 self.target_tensors.setdefault(target.name, {})[name] = own

@@ -43,6 +43,7 @@ def inspect(bundle: Path, plan: str | None = None, text_tokens: int = 64) -> dic
         "patchsieve_version": facts.patchsieve_version,
         "checkpoint": facts.checkpoint,
         "precision": str(facts.precision),
+        "attention": facts.attention,
         "text": asdict(facts.text),
         "vision": asdict(facts.vision),
         "limits": asdict(facts.limits),

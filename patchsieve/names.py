@@ -23,6 +23,13 @@ from __future__ import annotations
 IN_PLACE = "in place"
 NEW_ROWS = "new rows"
 
+# How the graphs of caches in place spell float16 and bfloat16 attention for TensorRT: every one in
+# parts, all but that of the tower, which has no mask, or none.
+DECOMPOSED = "decomposed"
+FUSED_TOWER = "fused-tower"
+FUSED = "fused"
+ATTENTION_FORMS = (DECOMPOSED, FUSED_TOWER, FUSED)
+
 # Graphs.
 VISION = "vision"
 SCORER = "scorer"

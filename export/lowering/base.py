@@ -31,10 +31,11 @@ class Lowering(ABC):
     static_slots = False  # the target wants the length of the caches as a number
     operators: str | None = None  # table of patchsieve.export.operators that the graphs keep to
     precisions: ClassVar[tuple[str, ...]] = ("float32", "float16", "bfloat16")
+    has_attention_forms = False  # half precision may be spelt as `names.ATTENTION_FORMS` say
     domains: ClassVar[dict[str, int]] = {}
 
-    def __init__(self, graph: ir.Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: ir.Graph, attention: str = names.DECOMPOSED) -> None:
+        self.graph, self.attention = graph, attention
         self.inputs = {value.name: value for value in graph.inputs}
         self._tape = tape.Tape()
         self._shared: dict[str, ir.Value] = {}
@@ -196,13 +197,19 @@ def length_of(value: ir.Value, axis: int) -> int:
     return length
 
 
-def lower(traced: ir.Model, lowering: type[Lowering], slots: int | None = None) -> ir.Model:
+def lower(
+    traced: ir.Model,
+    lowering: type[Lowering],
+    slots: int | None = None,
+    attention: str = names.DECOMPOSED,
+) -> ir.Model:
     """Derive a target's graph from a traced one, which stays as it is.
 
     Args:
         traced: What `trace` returned, initializers bound.
         lowering: The target.
         slots: Length of the caches, for a target that wants a number.
+        attention: One of `names.ATTENTION_FORMS`, for a target that has them.
     """
     model = traced.clone()
     if lowering.static_slots and slots is not None:
@@ -210,7 +217,7 @@ def lower(traced: ir.Model, lowering: type[Lowering], slots: int | None = None) 
             value.shape = ir.Shape(
                 [slots if str(axis) == names.AXIS_SLOTS else axis for axis in shape_of(value)]
             )
-    lowering(model.graph).run()
+    lowering(model.graph, attention).run()
     fold_constants(model.graph)
     for node in model.graph:
         node.version = None

@@ -59,7 +59,8 @@ class Reference(Lowering):
         heads = Heads.of(node)
         query, key, value, *bias = inputs_of(node)
         rows, keys, values = (self.split_heads(t, heads.num_heads) for t in (query, key, value))
-        mask = [self.spell_rows(each, query) for each in bias]
+        kind = self.mask_type(heads, bool(bias))
+        mask = [self.spell_rows(self.cast(each, dtype_of(each), kind), query) for each in bias]
         return [self.merge_heads(self.attend(rows, heads, keys, values, *mask))]
 
     def CachedAttention(self, node: ir.Node) -> Sequence[ir.Value]:
@@ -77,9 +78,14 @@ class Reference(Lowering):
             )
             for cache, rows in ((key_cache, key), (value_cache, value))
         )
-        mask = self.once("mask", lambda: self._mask(key_cache, heads.dtype))
+        kind = self.mask_type(heads, has_mask=True)
+        mask = self.once("mask", lambda: self._mask(key_cache, kind))
         rows = self.split_heads(query, heads.num_heads)
         return [self.merge_heads(self.attend(rows, heads, keys, values, mask)), keys, values]
+
+    def mask_type(self, heads: Heads, has_mask: bool) -> ir.DataType:
+        """Type of what is added to the products: the operator takes the queries' own."""
+        return heads.dtype
 
     def attend(self, query: ir.Value, heads: Heads, *rest: ir.Value) -> ir.Value:
         """The attention itself, which a target may spell otherwise.

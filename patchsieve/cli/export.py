@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from patchsieve import build_memory
+from patchsieve import build_memory, names
 from patchsieve.cli import ivtp
 from patchsieve.cli.arguments import gigabytes, integers, numbers
 from patchsieve.cli.output import Progress, print_json, require, size
@@ -27,6 +27,7 @@ _OF_A_NEW_BUNDLE = (
     "scorer",
     "targets",
     "precision",
+    "attention",
     "max_text_tokens",
     "max_new_tokens",
     "max_images",
@@ -140,6 +141,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="float32 (default), float16 or bfloat16, or by part: "
         "tower=float16,decoder=bfloat16,head=float32",
     )
+    add(
+        "--attention",
+        choices=names.ATTENTION_FORMS,
+        help="how tensorrt, tensorrt10 and tensorrt-rtx get float16 and bfloat16 attention: "
+        "decomposed (default) in parts, its scores in float32; fused as one operator, which may be "
+        "faster and which TensorRT 10.16 to 11.2 refuses or gets wrong in some shapes "
+        "(python -m benchmarks.settle --only i tells on your GPU); fused-tower: the tower alone",
+    )
     add("--max-text-tokens", type=int, metavar="N", help="default: 512")
     add("--max-new-tokens", type=int, metavar="N", help="default: 256")
     add("--max-images", type=int, metavar="N", help="default: 1")
@@ -193,6 +202,7 @@ def _export(
             *(usual if n is None else n for n, usual in zip(limits, _LIMITS, strict=True))
         ),
         scorer=args.scorer,
+        attention=args.attention,
     )
     return export(args.checkpoint, args.output, options, progress, spent)
 

@@ -77,6 +77,8 @@ def _model(facts: dict[str, Any]) -> str:
             f"{limits['max_images']} image{'s' if limits['max_images'] > 1 else ''}",
         ),
     ]
+    if facts["attention"]:
+        lines.append((f"half-precision attention for TensorRT: {facts['attention']}",))
     return "\n".join(", ".join(line) for line in lines)
 
 
