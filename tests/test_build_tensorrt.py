@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from patchsieve import manifest
+from patchsieve import build_memory, manifest
 from patchsieve.errors import BackendMissingError, BundleError, PatchsieveError
 from patchsieve.runtime.building import build as build_module
 from patchsieve.runtime.building.build import Built, build
@@ -531,3 +531,11 @@ def test_the_driver_tells_the_gpu() -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
     assert find_device(absent) is None
+
+
+def test_the_memory_of_a_build_is_an_estimate_where_it_was_not_measured(bundle: Path) -> None:
+    facts = manifest.read(bundle)
+    said = build_memory.source(facts)
+    assert said.startswith("measured with tensorrt-rtx, an estimate for tensorrt, tensorrt10, jetp")
+    measured = replace(facts, targets={"tensorrt-rtx": facts.targets["cpu"]})
+    assert build_memory.source(measured) == "measured with tensorrt-rtx"

@@ -133,7 +133,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--targets",
         help="comma-separated: cpu (default), cuda, jetpack6, tensorrt, tensorrt10, tensorrt-rtx, "
-        "reference; or all",
+        "reference; or all. In jetpack6 the cache is an input that grows, so each new token also "
+        "costs TensorRT the work of new shapes; the three tensorrt targets write into their caches",
     )
     add(
         "--precision",
@@ -149,9 +150,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "faster and which TensorRT 10.16 to 11.2 refuses or gets wrong in some shapes "
         "(python -m benchmarks.settle --only i tells on your GPU); fused-tower: the tower alone",
     )
-    add("--max-text-tokens", type=int, metavar="N", help="default: 512")
-    add("--max-new-tokens", type=int, metavar="N", help="default: 256")
-    add("--max-images", type=int, metavar="N", help="default: 1")
+    add(
+        "--max-text-tokens",
+        type=int,
+        metavar="N",
+        help="most tokens of text in a conversation (default: 512); TensorRT reads every reserved "
+        "slot at each new token, so fit this limit and the next two to the use",
+    )
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="most new tokens of an answer (default: 256)",
+    )
+    add("--max-images", type=int, metavar="N", help="most images in a conversation (default: 1)")
     add("--quiet", action="store_true", help="no progress")
 
 
@@ -456,7 +468,7 @@ def _report(
         largest = max(building, key=lambda graph: building[graph])
         print(
             f"  building engines takes at most about {size(building[largest])} of memory, for "
-            f"{largest} (measured for {build_memory.MEASURED}; --build-memory sets it)"
+            f"{largest} ({build_memory.source(facts)}; --build-memory sets it)"
         )
     if not fits:
         engines = [stage.slots for stage in facts.stages]
