@@ -64,6 +64,8 @@ class ExportOptions:
         targets: For which to write graphs.
         precision: Type of each part, as `Precision.parse` reads it.
         limits: What requests may ask for.
+        attention: How TensorRT's graphs spell float16 and bfloat16 attention, one of
+            `names.ATTENTION_FORMS`; None for the default, every one in parts.
         scorer: Where the CLIP comes from that compares the question with an image, for a plan whose
             pseudo_cls wants one (see `clip_source.open_source`).
         revision: Branch, tag or commit of a hub id; None for its main branch.
@@ -78,6 +80,7 @@ class ExportOptions:
     limits: manifest.Limits = field(default_factory=lambda: manifest.Limits(512, 256, 1))
     scorer: str | None = None
     revision: str | None = None
+    attention: str | None = None
 
     def __post_init__(self) -> None:
         check_plan_name(self.plan_name)
@@ -111,6 +114,28 @@ class ExportOptions:
                     expected=", ".join(taken),
                     do=f"leave {target} out of --targets, or choose another --precision",
                 )
+        if self.attention not in (None, *names.ATTENTION_FORMS):
+            raise PatchsieveError(
+                "unknown --attention",
+                found=self.attention,
+                expected=", ".join(names.ATTENTION_FORMS),
+            )
+        if self.attention is not None and self.attention_form is None:
+            raise PatchsieveError(
+                "--attention has no effect: no target and part of this export has a choice",
+                found=f"{', '.join(self.targets)} in {precision}",
+                expected="float16 or bfloat16 for tensorrt, tensorrt10 or tensorrt-rtx",
+                do="leave --attention out, or change --targets or --precision",
+            )
+
+    @property
+    def attention_form(self) -> str | None:
+        """How half-precision attention is spelt; None where no graph has a choice."""
+        kinds = Precision.parse(self.precision)
+        is_half = {kinds.tower, kinds.decoder} != {"float32"}
+        if not is_half or not any(lowering(t).has_attention_forms for t in self.targets):
+            return None
+        return self.attention or names.DECOMPOSED
 
 
 def export(
@@ -263,7 +288,8 @@ class _Job:
                 name=HEAD,
                 base_dir=self.embeddings.base_dir,
             )
-        self.writer = GraphWriter(graphs, self.options.targets)
+        form = self.options.attention_form or names.DECOMPOSED
+        self.writer = GraphWriter(graphs, self.options.targets, form)
         self.paths: dict[str, dict[str, str]] = {}
         has_scorer = self.clip is not None
         total = len(self.stages) + 2 + self.plan.has_vision + has_scorer + len(self.graphs)
@@ -312,6 +338,7 @@ class _Job:
             files=_hashes(partial),
             scorer=self._scorer_facts(),
             generation=self.tokenizer["generation"],
+            attention=options.attention_form,
         )
         manifest.write(partial, facts)
         return facts

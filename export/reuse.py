@@ -71,7 +71,8 @@ def reuse(
     stored: dict[str, ir.ExternalTensor] = {}
     for part in ("vision", "joint") if old.scorer is not None else ("vision",):
         stored |= stored_weights(bundle / manifest.WEIGHTS / f"{part}.safetensors")
-    writer = GraphWriter(bundle / "graphs", tuple(old.targets))
+    form = old.attention or names.DECOMPOSED
+    writer = GraphWriter(bundle / "graphs", tuple(old.targets), form)
     written: dict[str, dict[str, str]] = {}
     new = old
     try:

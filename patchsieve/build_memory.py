@@ -19,6 +19,13 @@ _ALWAYS = 0.55e9  # bytes, whatever the engine; pages of the weights that are no
 _FACTOR = 1.7  # bytes for each of an engine's weights
 
 
+def source(facts: Manifest) -> str:
+    """What the expectations of a bundle are worth, in words."""
+    others = [t for t in TARGETS if t in facts.targets and t != MEASURED]
+    rest = f", an estimate for {', '.join(others)}, which may take more" if others else ""
+    return f"measured with {MEASURED}{rest}"
+
+
 def expected(weights: int) -> int:
     """Most bytes that are resident while an engine with so many bytes of weights is built."""
     return int(_ALWAYS + _FACTOR * weights)

@@ -173,6 +173,12 @@ def _check_graphs(facts: Manifest) -> None:
     decisions = [
         names.decide(name, site.layer) for name, plan in facts.plans.items() for site in plan.sites
     ]
+    if facts.attention not in (None, *names.ATTENTION_FORMS):
+        raise BundleError(
+            "the manifest names a form of attention that is not known",
+            found=facts.attention[:60],
+            expected=", ".join(names.ATTENTION_FORMS),
+        )
     for target, graphs in facts.targets.items():
         expected = _tensors(facts, facts.caches(target))
         every = (*expected, names.COMPACT, *decisions)

@@ -57,6 +57,7 @@ def inspect(
         "patchsieve_version": facts.patchsieve_version,
         "checkpoint": facts.checkpoint,
         "precision": str(facts.precision),
+        "attention": facts.attention,
         "text": asdict(facts.text),
         "vision": asdict(facts.vision),
         "limits": asdict(facts.limits),

@@ -244,6 +244,9 @@ class Manifest:
         scorer: The text tower of plans that compare the question with an image; None without.
         generation: What the checkpoint asks of every answer. Written only if it asks something, so
             that an older patchsieve reads all other bundles.
+        attention: How TensorRT's graphs spell half-precision attention, one of
+            `names.ATTENTION_FORMS`; None where no graph has a choice, and in bundles from before
+            there was one, which are fused.
     """
 
     patchsieve_version: str
@@ -265,6 +268,7 @@ class Manifest:
     files: dict[str, File] = field(default_factory=dict)
     scorer: Scorer | None = None
     generation: Generation = Generation()
+    attention: str | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -321,6 +325,16 @@ class Manifest:
         outputs = self.tensors_of(target).get(names.stage(0), {}).get("outputs", [])
         has_rows = any(str(tensor.get("name")).endswith(names.NEW) for tensor in outputs)
         return names.NEW_ROWS if has_rows else names.IN_PLACE
+
+    def has_fused_attention(self, target: str, graph: str) -> bool:
+        """Whether a target's graph holds attention as one operator, which some TensorRTs refuse."""
+        tower = names.is_vision(graph) or graph == names.SCORER
+        kind = self.precision.tower if tower else self.precision.decoder
+        has_choice = target.startswith("tensorrt") and kind != "float32"
+        if not has_choice or not (tower or graph.startswith("stage_")):
+            return False
+        form = self.attention or names.FUSED  # a bundle that does not say is from before the choice
+        return form == names.FUSED or (form == names.FUSED_TOWER and names.is_vision(graph))
 
     def row_bytes(self, stage: Stage) -> int:
         """KV bytes of one row in a stage: layers x 2 x KV heads x head dim x bytes."""

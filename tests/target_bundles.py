@@ -37,23 +37,28 @@ def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bundle_of(
     small_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """For a precision the bundle with FastV at layer 1; not to be changed."""
-    made: dict[str, Path] = {}
+) -> Callable[..., Path]:
+    """For a precision the bundle with FastV at layer 1; not to be changed.
 
-    def bundle(precision: str) -> Path:
-        if precision not in made:
+    One with a form of attention that is not the default has graphs for TensorRT-RTX alone.
+    """
+    made: dict[tuple[str, str | None], Path] = {}
+
+    def bundle(precision: str, attention: str | None = None) -> Path:
+        if (precision, attention) not in made:
             out = tmp_path_factory.mktemp("bundle") / "bundle"
             targets = [t for t in LOWERINGS if "bfloat16" not in precision or t not in ON_A_CPU]
+            targets = targets if attention is None else ["tensorrt-rtx"]
             options = ExportOptions(
                 plan=FASTV,
                 plan_name="fastv",
                 targets=tuple(targets),
                 precision=precision,
                 limits=Limits(64, 16, 2),
+                attention=attention,
             )
             export(str(small_checkpoint), out, options)
-            made[precision] = out
-        return made[precision]
+            made[precision, attention] = out
+        return made[precision, attention]
 
     return bundle

@@ -35,6 +35,9 @@ class Kind:
         most_level: So does one of a higher level.
         needs_streaming: So does one that does not stream weights.
         dies: Running out of memory kills the process, as Linux does.
+        fails: A build of a graph with this text in its file's name fails, or crashes.
+        errors: What it says then; nothing for a crash.
+        warnings: What it warns of first.
     """
 
     version: str = "10.3.0"
@@ -47,6 +50,9 @@ class Kind:
     most_level: int = 5
     needs_streaming: bool = False
     dies: bool = False
+    fails: str = "nothing"
+    errors: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def install(folder: Path, kind: Kind) -> Path:
@@ -108,6 +114,7 @@ class _Network:
     def __init__(self, is_typed: bool) -> None:
         self.is_typed = is_typed
         self.inputs: list[_Tensor] = []
+        self.file = ""
         self.num_outputs = 0
 
     @property
@@ -130,6 +137,7 @@ class _Parser:
             sizes = [axis.dim_value or -1 for axis in value.type.tensor_type.shape.dim]
             self.network.inputs.append(_Tensor(value.name, tuple(sizes)))
         self.network.num_outputs = len(graph.output)
+        self.network.file = Path(path).name
         return True
 
 
@@ -211,6 +219,14 @@ class _Builder:
             config.progress_monitor.phase_start("Building engine", None, 1)
             config.progress_monitor.phase_finish("Building engine")
         kind = self.kind
+        if kind.fails in network.file:
+            for text in kind.warnings:
+                self.logger.log(_Logger.Severity.WARNING, text)
+            for text in kind.errors:
+                self.logger.log(_Logger.Severity.ERROR, text)
+            if not kind.errors:
+                os.kill(os.getpid(), signal.SIGSEGV)
+            return None
         has_room = (
             kind.most_workspace is None or (config.workspace or 1 << 62) <= kind.most_workspace
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from patchsieve import names
 from patchsieve.export import ops
 from patchsieve.export.lowering import lower, lowering
 from patchsieve.export.trace import Input, trace
@@ -28,17 +30,28 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 class Biased(nn.Module):
     """One attention and nothing else."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
         """[B, L, H * D] -> [B, L, H * D]."""
         return ops.attention(query, key, value, HEADS, WIDTH**-0.5, bias)
 
 
-def lowered(path: Path, target: str, shape: str, dtype: torch.dtype) -> Path:
+@functools.cache
+def traced(dtype: torch.dtype, shape: str | None) -> ir.Model:
+    """The graph that all targets are lowered from, with a bias of a shape or without one."""
+    inputs = [Input(dtype, ("images", ROWS, HEADS * WIDTH))] * 3
+    if shape is not None:
+        inputs.append(Input(dtype, ("images", *SHAPES[shape])))
+    names_in = ["query", "key", "value", "bias"][: len(inputs)]
+    return trace(Biased(), tuple(inputs), names_in, ["mixed"])
+
+
+def lowered(
+    path: Path, target: str, shape: str, dtype: torch.dtype, form: str = names.DECOMPOSED
+) -> Path:
     """The graph of one target."""
-    rows = [Input(dtype, ("images", ROWS, HEADS * WIDTH))] * 3
-    names = ["query", "key", "value", "bias"]
-    inputs = (*rows, Input(dtype, ("images", *SHAPES[shape])))
-    model = lower(trace(Biased(), inputs, names, ["mixed"]), lowering(target))
+    model = lower(traced(dtype, shape), lowering(target), attention=form)
     path.write_bytes(ir.to_proto(model).SerializeToString())
     return path
 
@@ -72,8 +85,10 @@ def test_a_bias_is_added_to_the_products_of_each_image(tmp_path, shape, dtype) -
     fed = feeds(shape, dtype)
     want = expected(fed)
     np.testing.assert_allclose(Biased()(**fed).double(), want, atol=TOLERANCE[dtype])
-    for target in ("cpu", "reference"):
-        path = lowered(tmp_path / f"{target}.onnx", target, shape, dtype)
+    forms = [("cpu", names.DECOMPOSED), ("reference", names.DECOMPOSED)]
+    forms += [("tensorrt", form) for form in names.ATTENTION_FORMS]
+    for target, form in forms:
+        path = lowered(tmp_path / f"{target}.{form}.onnx", target, shape, dtype, form)
         session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
         (found,) = session.run(None, {name: value.numpy() for name, value in fed.items()})
         np.testing.assert_allclose(found, want, atol=TOLERANCE[dtype], err_msg=target)
@@ -82,15 +97,40 @@ def test_a_bias_is_added_to_the_products_of_each_image(tmp_path, shape, dtype) -
         np.testing.assert_allclose(one, found[1:2], atol=TOLERANCE[dtype], err_msg=target)
 
 
+@pytest.mark.parametrize(
+    ("form", "fused"),
+    [
+        (names.DECOMPOSED, set()),
+        (names.FUSED_TOWER, {"float16", "bfloat16"}),
+        (names.FUSED, {"float16", "bfloat16", "masked float16", "masked bfloat16"}),
+    ],
+)
+def test_an_attention_is_one_operator_only_where_it_was_asked_for(form: str, fused: set) -> None:
+    found = set()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for mask in ("masked ", ""):
+            model = traced(dtype, "keys" if mask else None)
+            for target in ("tensorrt", "tensorrt10", "tensorrt-rtx"):
+                graph = lower(model, lowering(target), attention=form).graph
+                if any(node.op_type == "Attention" for node in graph):
+                    found.add(f"{mask}{str(dtype).removeprefix('torch.')}")
+                else:
+                    assert any(node.op_type == "Softmax" for node in graph)
+    assert found == fused
+
+
 @pytest.mark.tensorrt
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_a_bias_reaches_the_network_of_tensorrt_rtx(tmp_path, dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "form"),
+    [(torch.float32, names.FUSED), (torch.float16, names.DECOMPOSED), (torch.float16, names.FUSED)],
+    ids=str,
+)
+def test_a_bias_reaches_the_network_of_tensorrt_rtx(tmp_path, dtype, form) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    path = lowered(tmp_path / "rtx.onnx", "tensorrt-rtx", "keys", dtype)
+    path = lowered(tmp_path / "rtx.onnx", "tensorrt-rtx", "keys", dtype, form)
     network = parse_network(path)
-    if dtype == torch.float16:
-        (attention,) = network.attentions
-        assert attention.has_mask
+    is_fused = dtype == torch.float16 and form == names.FUSED
+    assert [one.has_mask for one in network.attentions] == [True] * is_fused
     assert any("bias" in layer.inputs for layer in network.layers)
     rows = tuple((b, ROWS, HEADS * WIDTH) for b in (1, 1, 3))
     profile = dict.fromkeys(("query", "key", "value"), rows)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from patchsieve import manifest
+from patchsieve import build_memory, manifest
 from patchsieve.errors import BackendMissingError, BundleError, PatchsieveError
 from patchsieve.runtime.building import build as build_module
 from patchsieve.runtime.building.build import Built, build
@@ -23,11 +23,12 @@ from patchsieve.runtime.building.build_config import TIMING_CACHE
 from patchsieve.runtime.building.build_request import Request
 from patchsieve.runtime.building.builder_process import Job, build_in_process
 from patchsieve.runtime.building.compile import build_engine
-from patchsieve.runtime.building.ladder import LADDER, OutOfMemoryError, climb
+from patchsieve.runtime.building.ladder import LADDER, CompilerError, OutOfMemoryError, climb
 from patchsieve.runtime.building.profiles import profiles
 from patchsieve.runtime.gpu.cuda_device import Device, find_device
 from patchsieve.runtime.gpu.engines import Gpu, Options, engine_path, folder_of, read_record
 from tests.bundles import command, command_json
+from tests.damage import edit_manifest
 from tests.tensorrt_double import Kind, install, module
 
 pytest_plugins = ["tests.bundles"]
@@ -210,6 +211,98 @@ def test_a_ladder_that_ends_says_what_to_change_at_export(bundle: Path, tensorrt
         built(bundle, Request(TARGET, streaming="off"))
     assert "\n" not in str(raised.value) and "weight streaming" not in str(raised.value)
     assert not list(folder_of(bundle, TARGET).glob("*.engine"))
+
+
+NO_KERNEL = (
+    "[optimizer.cpp::computeCosts] Error Code 10: Internal Error (Could not find any "
+    "implementation for node {ForeignNode[attention.0...]}"
+)
+SKIPPED = "Skipping tactic 0x5 due to insufficient memory on requested size of 2147483648 detected."
+TACTIC = "Tactic Device request: 2048MB Available: 1024MB. Device memory is insufficient to use it."
+
+
+@pytest.mark.parametrize(
+    ("errors", "warnings", "is_memory"),
+    [
+        ((f"{NO_KERNEL}.)",), (), False),
+        ((f"{NO_KERNEL} due to insufficient workspace. See verbose log.)",), (), True),
+        ((f"{NO_KERNEL}.)",), (SKIPPED,), True),
+        ((f"{NO_KERNEL}.)",), (TACTIC,), True),
+        (("Tensor scratch could not be allocated.",), (), True),
+        (("Requested amount of GPU memory (9 bytes) could not be allocated.",), (), True),
+        (
+            ("Error Code 1: Myelin (MyelinCheckException: utils.cpp:692: CHECK(idx < 4) failed)",),
+            (),
+            False,
+        ),
+        # A tactic that was skipped is no reason for another failure.
+        (("Error Code 1: Myelin (MyelinCheckException)",), (SKIPPED,), False),
+        (("CUDA driver version is insufficient for CUDA runtime version",), (), False),
+    ],
+)
+def test_only_what_says_so_is_a_lack_of_memory(
+    bundle: Path, tensorrt: Any, errors: tuple, warnings: tuple, is_memory: bool
+) -> None:
+    tensorrt(fails="stage_0", errors=errors, warnings=warnings)
+    said: list[str] = []
+    with pytest.raises(OutOfMemoryError if is_memory else CompilerError) as raised:
+        built(bundle, told=said.append)
+    tries = 1 + sum("stage_0: " in text for text in said)
+    assert tries == (len(LADDER) if is_memory else 1)
+    assert ("free memory" in str(raised.value)) == is_memory
+    assert ("another --optimization-level" in str(raised.value)) == (not is_memory)
+    assert "--attention" not in str(raised.value)  # these graphs hold it in parts
+
+
+def with_half_precision(bundle: Path, attention: str | None) -> None:
+    """Let the manifest say float16, and how attention is spelt: the graphs stay what they are."""
+
+    def change(data: dict[str, Any]) -> None:
+        data.update(precision="float16", attention=attention)
+        data["embeddings"]["dtype"] = "float16"
+
+    edit_manifest(bundle, change)
+
+
+@pytest.mark.parametrize(
+    ("attention", "graph", "is_fused"),
+    [
+        ("fused", "stage_0", True),
+        ("fused", "vision", True),
+        ("fused", "decide.half.2", False),
+        ("fused-tower", "vision", True),
+        ("fused-tower", "stage_0", False),
+        ("decomposed", "stage_0", False),
+        (None, "stage_0", True),  # from before there was a choice
+    ],
+)
+def test_a_compiler_that_fails_over_fused_attention_asks_for_its_parts(
+    bundle: Path, tensorrt: Any, attention: str | None, graph: str, is_fused: bool
+) -> None:
+    with_half_precision(bundle, attention)
+    tensorrt(
+        version="11.2.0",
+        has_typed_flag=False,
+        has_fp16=False,
+        fails=f".{graph}.",
+        errors=(NO_KERNEL,),
+    )
+    with pytest.raises(CompilerError) as raised:
+        built(bundle, Request("tensorrt"))
+    line = str(raised.value)
+    assert "\n" not in line and "Could not find any implementation" in line
+    assert ("export the bundle again with --attention decomposed" in line) == is_fused
+
+
+def test_a_compiler_that_crashes_is_no_lack_of_memory(bundle: Path, tensorrt: Any) -> None:
+    with_half_precision(bundle, "fused")
+    tensorrt(version="11.2.0", has_typed_flag=False, has_fp16=False, fails=".stage_0.")
+    (bundle / "engines" / "tensorrt").mkdir(parents=True)
+    with pytest.raises(CompilerError, match="died .*SIGSEGV.*--attention decomposed") as raised:
+        for _ in build(bundle, Request("tensorrt")):
+            continue
+    assert "\n" not in str(raised.value)
+    assert not list((bundle / "engines" / "tensorrt").glob("stage_0*"))
 
 
 def test_other_failures_climb_down_nowhere() -> None:
@@ -438,3 +531,11 @@ def test_the_driver_tells_the_gpu() -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
     assert find_device(absent) is None
+
+
+def test_the_memory_of_a_build_is_an_estimate_where_it_was_not_measured(bundle: Path) -> None:
+    facts = manifest.read(bundle)
+    said = build_memory.source(facts)
+    assert said.startswith("measured with tensorrt-rtx, an estimate for tensorrt, tensorrt10, jetp")
+    measured = replace(facts, targets={"tensorrt-rtx": facts.targets["cpu"]})
+    assert build_memory.source(measured) == "measured with tensorrt-rtx"

@@ -12,6 +12,7 @@ from patchsieve import manifest
 from patchsieve.errors import BackendMissingError, BundleError
 from patchsieve.manifest import Manifest
 from patchsieve.runtime.gpu.engines import (
+    RTX,
     Attempt,
     Engine,
     Gpu,
@@ -115,12 +116,32 @@ def test_an_engine_built_ahead_of_time_runs_on_the_gpus_of_its_list(bundle: Path
     record = read_record(bundle, TARGET)
     ahead = replace(record.engines["vision"], gpu=None, options=Options())
     only_ada = replace(ahead, options=Options(compute_capabilities=("8.9",)))
-    for engine, capability in ((ahead, "8.6"), (ahead, "12.1"), (only_ada, "8.9")):
+    spark = replace(ahead, options=Options(compute_capabilities=("12.1",)))
+    pairs = [(ahead, "8.6"), (ahead, "8.9"), (ahead, "12.0"), (only_ada, "8.9"), (spark, "12.1")]
+    for engine, capability in pairs:
         card = Gpu("any", capability)
-        check_loadable(Record(bundle, TARGET, {"vision": engine}), card, TRT)
-    for engine, capability in ((ahead, "7.5"), (only_ada, "8.6")):
+        check_loadable(Record(bundle, RTX, {"vision": engine}), card, TRT)
+    for engine, capability in ((ahead, "7.5"), (ahead, "8.0"), (ahead, "12.1"), (only_ada, "8.6")):
         with pytest.raises(BundleError, match=f"--compute-capability {capability}$"):
-            check_loadable(Record(bundle, TARGET, {"vision": engine}), Gpu("any", capability), TRT)
+            check_loadable(Record(bundle, RTX, {"vision": engine}), Gpu("any", capability), TRT)
+
+
+@pytest.mark.parametrize("capability", ["6.1", "8.7", "9.0", "10.0", "10.3", "11.0", "13.0"])
+def test_a_gpu_that_tensorrt_rtx_refuses_is_sent_to_another_target(
+    bundle: Path, capability: str
+) -> None:
+    engine = read_record(bundle, TARGET).engines["vision"]
+    card = Gpu("any", capability)
+    forms = (
+        replace(engine, gpu=None, options=Options()),
+        replace(engine, gpu=None, options=Options(compute_capabilities=(capability,))),
+        replace(engine, gpu=card),
+    )
+    for form in forms:
+        line = f"found: any .SM {capability}. .*--targets tensorrt "
+        with pytest.raises(BundleError, match=line):
+            check_loadable(Record(bundle, RTX, {"vision": form}), card, TRT)
+    check_loadable(Record(bundle, TARGET, {"vision": forms[-1]}), card, TRT)  # full TensorRT
 
 
 def test_missing_damaged_and_stale_engines_are_refused(bundle: Path) -> None:

@@ -105,6 +105,44 @@ def test_a_call_that_fails_leaves_the_bundle_usable(tiny, machine, function: str
     model.close()
 
 
+def test_a_step_that_failed_is_over_before_its_row_is_written_again(tiny, machine) -> None:
+    gpu = machine()
+    model = gpu.load(tiny(ROW))
+    ask(model)
+    cache = model.pipeline.new_cache("none")  # so that the first step on it is not captured
+    decoder = model.backend._decoder
+    # The row's upload is on its way when the copy of the logits is refused.
+    gpu.gpu.fail("cudaMemcpyAsync", cudaError_t.cudaErrorInvalidValue, after=1)
+    refused(lambda: model.pipeline.decode(6, cache), PatchsieveError, "refuses cudaMemcpyAsync")
+    failed, uploaded = decoder._row.copy(), []
+    gpu.gpu.enqueue(lambda: uploaded.append(decoder._row.copy()))
+    model.pipeline.decode(7, cache)
+    assert np.array_equal(uploaded[0], failed) and not np.array_equal(decoder._row, failed)
+    assert model.backend.driver.waits["a step that was given up"] == 1
+    model.pipeline.decode(8, cache)
+    assert model.backend.driver.waits["a step that was given up"] == 1
+    model.close()
+
+
+@pytest.mark.parametrize("calls", (0, 1))
+def test_page_locked_memory_is_held_while_a_copy_that_failed_may_be_under_way(calls: int) -> None:
+    gpu = FakeGpu()
+    memory = Memory(Driver(gpu.module()))
+    rows = np.arange(64, dtype=np.int64)
+    tensors = [memory.upload({"a": rows})["a"] for _ in range(2)]
+    memory.driver.synchronise("both are there")
+    gpu.fail("cudaMemcpyAsync", cudaError_t.cudaErrorInvalidValue, after=calls)
+    if calls:
+        refused(lambda: memory.fetch("both", tensors), PatchsieveError, "cudaMemcpyAsync")
+    else:
+        refused(lambda: memory.upload({"a": rows}), PatchsieveError, "cudaMemcpyAsync")
+    gc.collect()
+    assert len(memory.driver._kept) == 1
+    memory.driver.synchronise("all is over")
+    assert not memory.driver._kept
+    memory.close()
+
+
 def test_a_stream_that_nobody_finishes_leaves_the_conversation_as_it_was(tiny, machine) -> None:
     gpu = machine()
     model = gpu.load(tiny(ROW), FASTV)

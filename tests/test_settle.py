@@ -6,7 +6,9 @@ import dataclasses
 import json
 import os
 import signal
+import types
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -86,12 +88,12 @@ class CpuSetup(Setup):
         path = self.folder / f"{name}.onnx"
         return path if path.exists() else BUILDS[name].write(self.folder, name)
 
-    def engine(self, name: str) -> Any:
+    def engine(self, name: str, *, apart: bool = False) -> Any:
         return CpuEngine(self.build(name))
 
 
 @needs_opset_24
-@pytest.mark.parametrize("letter", ["a", "c", "e", "f", "h", "i"])
+@pytest.mark.parametrize("letter", ["a", "c", "e", "f", "h", "i", "j"])
 def test_a_runtime_that_is_right_is_answered_yes(
     letter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,3 +327,143 @@ def test_every_question_is_asked_on_a_gpu(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "answers.json").read_text())
     assert set(told["answers"]) == set(settle.QUESTIONS)
     assert os.path.getsize(tmp_path / "answers.json")
+
+
+def test_every_context_computes_in_memory_that_it_is_given() -> None:
+    """An engine built with REQUIRE_USER_ALLOCATION takes no context with memory of its own."""
+    given: list[Any] = []
+
+    class Strict:
+        device_memory_size_v2 = 5000
+
+        def create_execution_context(self, strategy: str) -> Any:
+            assert strategy == "user managed"
+            return SimpleNamespace(
+                set_optimization_profile_async=lambda profile, stream: True,
+                set_device_memory=lambda *block: given.append(block),
+            )
+
+    class Driver:
+        def call(self, name: str, *arguments: Any) -> int:
+            return {"cudaMalloc": 4096, "cudaStreamSynchronize": 0}[name]
+
+    engine = cuda.Engine.__new__(cuda.Engine)
+    strategies = SimpleNamespace(USER_MANAGED="user managed")
+    severity = SimpleNamespace(ERROR=1, INTERNAL_ERROR=0, WARNING=2)
+    engine.trt = types.ModuleType("tensorrt")
+    vars(engine.trt).update(
+        ExecutionContextAllocationStrategy=strategies,
+        ILogger=type("ILogger", (), {"Severity": severity}),
+    )
+    engine.cuda, engine.engine, engine.stream, engine.contexts = Driver(), Strict(), 7, []
+    assert [engine.add_context(1), engine.add_context(0, (512, 9000))] == [0, 1]
+    assert given == [(4096, 5000), (512, 9000)]
+
+
+@pytest.mark.parametrize(
+    ("version", "target", "not_asked"),
+    [
+        ("11.2.0", "tensorrt", ""),
+        ("10.16.1", "tensorrt10", "bj"),
+        ("10.3.0", "jetpack6", "bcdehij"),
+        ("8.6.1", None, "abcdefhij"),
+    ],
+)
+def test_a_tensorrt_is_asked_about_its_own_operators(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    target: str | None,
+    not_asked: str,
+) -> None:
+    def load(target: str) -> Any:
+        if target == "tensorrt-rtx":
+            raise BackendMissingError("target tensorrt-rtx needs the Python package tensorrt_rtx")
+        return SimpleNamespace(__version__=version)
+
+    monkeypatch.setattr(settle, "load_tensorrt", load)
+    monkeypatch.setattr(settle, "ask", lambda letter, setup, seconds: Answer(YES, ""))
+    assert settle.find_target() == target
+    answers = settle.ask_all("".join(settle.QUESTIONS), target, tmp_path, 5)
+    assert "".join(k for k, answer in answers.items() if answer.status == NOT_RUN) == not_asked
+    if target == "tensorrt10":
+        assert answers["b"].text == "TRT_Attention came with TensorRT 11"
+    lengths = [name for name in BUILDS if not questions.lacks(name, target or "") and "len" in name]
+    assert bool(lengths) == (target in ("tensorrt", None))
+
+
+@needs_opset_24
+def test_a_gather_is_enough_for_a_tensorrt_without_our_caches(tmp_path: Path) -> None:
+    for letter in "af":
+        assert settle.QUESTIONS[letter][1](CpuSetup("jetpack6", tmp_path)).status == YES
+    models = [graphs.compaction_model(12), graphs.gather_model(64)]
+    assert [model.opset_import[0].version for model in models] == [18, 18]
+
+
+@needs_opset_24
+def test_a_fused_attention_that_errs_or_cannot_be_built_is_told_beside_the_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(questions, "_microseconds", lambda call: call() and 0.0 or 0.0)
+    few = {name: questions.ATTENTIONS[name] for name in ("16/2 heads", "tower")}
+    monkeypatch.setattr(questions, "ATTENTIONS", few)
+    engine = CpuSetup.engine
+
+    def broken(self: CpuSetup, name: str, *, apart: bool = False) -> Any:
+        assert apart, "a compiler that crashes must not take the answer with it"
+        if name == "fused tower":
+            raise PatchsieveError("the process that built it died", found="signal SIGSEGV")
+        made = engine(self, name)
+        if name == "fused 16-2 heads":
+            read = made.read
+            monkeypatch.setattr(made, "read", lambda *args: read(*args) * 1.05)
+        return made
+
+    monkeypatch.setattr(CpuSetup, "engine", broken)
+    answer = questions.fused_attention_is_right(CpuSetup("tensorrt", tmp_path))
+    assert answer.status == NO
+    told = dict(part.split(": ", 1) for part in answer.text.split("; "))
+    assert {name: text.split(",")[0] for name, text in told.items()} == {
+        "decomposed 16/2 heads": "right",
+        "fused 16/2 heads": "wrong",
+        "decomposed tower": "right",
+        "fused tower": "wrong",
+    }
+    assert told["decomposed 16/2 heads"] == "right, L=64 0 us, L=1 0 us"
+    assert set(answer.facts["decomposed 16/2 heads"]["errors"]) == {"64", "1", "1 apart"}
+    assert "SIGSEGV" in answer.facts["fused tower"]["failed"]
+
+
+@needs_opset_24
+@pytest.mark.parametrize("wrong", ["long", "long_lengths"])
+def test_a_long_stage_that_errs_is_answered_no(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    found = {"errors": [1e-4], "engine_bytes": 1, "step_us": 1.0}
+    monkeypatch.setattr(
+        questions,
+        "_decode",
+        lambda setup, name, size: found | ({"errors": [1e-4, 0.2]} if name == wrong else {}),
+    )
+    answer = questions.own_attention_serves_a_stage(CpuSetup("tensorrt", tmp_path))
+    assert answer.status == NO
+
+
+@pytest.mark.parametrize(("bad", "status"), [("float32", YES), ("float16", NO)])
+def test_float16_decides_whether_grouped_attention_is_there(
+    monkeypatch: pytest.MonkeyPatch, bad: str, status: str
+) -> None:
+    """In float32 ONNX Runtime's CUDA provider has no kernel for it: that is known."""
+    from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
+
+    def error(runtime: Any, provider: str, dtype: str) -> float:
+        if dtype == bad:
+            raise NoKernel("no kernel")
+        return 1e-4
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [onnxruntime_cuda.CUDA])
+    monkeypatch.setattr(onnxruntime_cuda, "grouped_attention_error", error)
+    monkeypatch.setattr(onnxruntime_cuda, "session_on", lambda *_: None)
+    answer = onnxruntime_cuda.cuda_provider_has_our_operators()
+    assert answer.status == status
+    assert "no kernel" in answer.facts[f"GroupQueryAttention with bias {bad}"]

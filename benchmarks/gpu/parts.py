@@ -16,7 +16,6 @@ from patchsieve.errors import PatchsieveError
 
 PARITY_TESTS = ROOT / "tests" / "test_on_gpu.py"
 NEEDS_S = 60  # neither part says anything in less
-TARGET_OF = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}  # settle's name of a library
 
 
 def settle(target: str, folder: Path, budget: Budget) -> dict[str, Any]:
@@ -35,7 +34,7 @@ def settle(target: str, folder: Path, budget: Budget) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.settle", "--json", str(file)]
     command += ["--longest", f"{budget.left_s:.0f}"]
     if target in ENGINES:
-        command += ["--target", TARGET_OF[ENGINES[target]]]
+        command += ["--target", target]
     code = subprocess.run(command, cwd=ROOT).returncode
     if not file.is_file():
         raise PatchsieveError("the unproven points were not asked", found=f"exit {code}")

@@ -28,13 +28,15 @@ from benchmarks.settle import onnxruntime_cuda, questions
 from benchmarks.settle.cuda import Cuda
 from benchmarks.settle.questions import BUILDS, NO, NOT_RUN, PORTABLE, YES, Answer, Setup
 from patchsieve.errors import BackendMissingError, PatchsieveError
+from patchsieve.runtime.board.abilities import target_of
 from patchsieve.runtime.building.compile import build_engine
 from patchsieve.runtime.gpu.engines import Options
 from patchsieve.runtime.gpu.tensorrt import load_tensorrt
 
 SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+TARGETS = ("tensorrt-rtx", "tensorrt", "tensorrt10", "jetpack6")
 PACKAGES = ("onnx", "onnxruntime", "onnxruntime-gpu", "numpy", "cuda-bindings")
 Question = Callable[[Setup], Answer]
 # letter -> what it asks, and who answers
@@ -69,28 +71,34 @@ QUESTIONS: dict[str, tuple[str, Question]] = {
         questions.single_row_decode_is_right,
     ),
     "i": (
+        "half-precision attention as one operator is right (export --attention fused)",
+        questions.fused_attention_is_right,
+    ),
+    "j": (
         "a stage on TRT_Attention with mask and key length is right",
         questions.own_attention_serves_a_stage,
     ),
 }
 WITHOUT_TENSORRT = {"g"}
+# The engines without which a question means nothing, of those that some TensorRTs lack.
+NEEDS = dict.fromkeys("cdehi", "stage_float16") | {"b": "lengths_float16", "j": "long_lengths"}
 
 
 def find_target() -> str | None:
-    """Name the first target whose library is installed."""
-    for target in TARGETS:
+    """Name the target of the library that is installed: of `tensorrt`, its version decides."""
+    for target in ("tensorrt-rtx", "tensorrt"):
         try:
-            load_tensorrt(target)
+            library = load_tensorrt(target)
         except BackendMissingError:
             continue
-        return target
+        return target if target == "tensorrt-rtx" else target_of(library.__version__)
     return None
 
 
 def installed_versions() -> dict[str, str]:
     """Versions of Python and of the packages that matter; absent ones are named so."""
     versions = {"python": platform.python_version(), "machine": platform.machine()}
-    for target, module in TARGETS.items():  # several packages can bring the module
+    for target, module in MODULES.items():  # several packages can bring the module
         try:
             versions[module] = load_tensorrt(target).__version__
         except BackendMissingError:
@@ -180,12 +188,13 @@ def ask_all(
     answers: dict[str, Answer] = {}
     end = time.monotonic() + longest
     setup = Setup(target or "tensorrt-rtx", folder)
-    refusal = None if target else "neither tensorrt_rtx nor tensorrt is installed"
+    refusal = None if target else "neither tensorrt_rtx nor tensorrt 10.3 or newer is installed"
     if refusal is None and letters != "g" and "a" not in letters:
         letters = "a" + letters  # it finds the form of engine that the others use
     for letter in letters:
-        if refusal is not None and letter not in WITHOUT_TENSORRT:
-            answers[letter] = Answer(NOT_RUN, refusal)
+        lacking = questions.lacks(NEEDS[letter], setup.target) if letter in NEEDS else ""
+        if (refusal or lacking) and letter not in WITHOUT_TENSORRT:
+            answers[letter] = Answer(NOT_RUN, refusal or lacking)
         else:
             wait = min(seconds, max(1, end - time.monotonic()))
             answers[letter] = (ask_forms if letter == "a" else partial(ask, letter))(setup, wait)
@@ -200,7 +209,8 @@ def ask_all(
 
 def build_all(target: str, folder: Path) -> dict[str, Answer]:
     """Build every engine for the library's own choice of GPUs, and one for a portable list."""
-    cases: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in BUILDS]
+    names = [name for name in BUILDS if not questions.lacks(name, target)]
+    cases: list[tuple[str, tuple[str, ...]]] = [(name, ()) for name in names]
     if target == "tensorrt-rtx":
         cases.append(("stage_float16", PORTABLE))
     answers = {}
@@ -246,7 +256,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="also write the last line to this file")
     parser.add_argument("--build-only", action="store_true", help="compile every graph; no GPU")
     parser.add_argument("--only", default="".join(QUESTIONS), help="letters to ask, as in `ace`")
-    parser.add_argument("--target", choices=tuple(TARGETS))
+    parser.add_argument("--target", choices=TARGETS, help="default: what is installed")
     parser.add_argument("--seconds", type=float, default=120, help="longest wait for one answer")
     parser.add_argument("--longest", type=float, default=570, help="seconds of the whole run")
     for hidden in ("--one", "--folder", "--capabilities"):

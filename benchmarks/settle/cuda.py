@@ -146,12 +146,13 @@ class Engine:
 
     def add_context(self, profile: int = 0, shared: tuple[int, int] | None = None) -> int:
         """Create a context on a profile; `shared` is (address, bytes) for its activations."""
+        if shared is None:
+            size = max(int(self.engine.device_memory_size_v2), 256)
+            shared = (int(self.cuda.call("cudaMalloc", size)), size)
         with collect_messages(self.trt) as messages:
-            if shared is None:
-                context = self.engine.create_execution_context()
-            else:
-                strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
-                context = self.engine.create_execution_context(strategy)
+            # An engine that was built with REQUIRE_USER_ALLOCATION takes no other strategy.
+            strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            context = self.engine.create_execution_context(strategy)
             done = context is not None and context.set_optimization_profile_async(
                 profile, int(self.stream)
             )
@@ -159,8 +160,7 @@ class Engine:
             raise PatchsieveError(
                 f"no context on profile {profile}", found=" / ".join(messages.errors)
             )
-        if shared is not None:
-            context.set_device_memory(*shared)
+        context.set_device_memory(*shared)
         self.synchronize()
         self.contexts.append(context)
         return len(self.contexts) - 1

@@ -14,6 +14,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 OPSET = 24
+OLD_OPSET = 18  # which TensorRT 10.3 reads too
 NEVER = -6e4  # added to a score that must not count; -inf makes NaN in a row that sees nothing
 ONNX_TYPE = {
     "float32": TensorProto.FLOAT,
@@ -65,16 +66,19 @@ class Form:
             and which onnx.checker and ONNX Runtime refuse.
         has_lengths: Use TRT_Attention with the mask and a key length, which may skip unused slots,
             and not standard Attention.
+        in_parts: Spell attention in parts with float32 scores, as `export` does by default.
         index_dtype: Type of `keep_indices`, `slot` and `last_key`.
 
     """
 
     decomposable: bool = True
     has_lengths: bool = False
+    in_parts: bool = False
     index_dtype: str = "int64"
 
 
 PLAIN = Form()
+EXPORTED = Form(in_parts=True)
 TINY = StageSize(hidden=64, head_dim=16, mlp=96, slots=40, max_rows=24)
 
 
@@ -141,7 +145,7 @@ class _Graph:
         )
 
 
-def _mask(g: _Graph, slots: int) -> str:
+def _mask(g: _Graph, slots: int, dtype: str) -> str:
     """Mask [1, 1, L, S], additive: the row at slot t sees j iff j <= last_key[row] or j == t."""
     every = g.constant("every_slot", np.arange(slots, dtype=np.int64)[None])  # [1, S]
     count = g.add("Shape", ["last_key"], "row_count")  # [1]
@@ -154,8 +158,8 @@ def _mask(g: _Graph, slots: int) -> str:
     before = g.add("LessOrEqual", [every, last], "is_before")  # [L, S]
     itself = g.add("Equal", [every, own], "is_itself")
     seen = g.add("Or", [before, itself], "is_seen")
-    yes = g.constant("seen", np.array(0, dtype=g.dtype))
-    no = g.constant("unseen", np.array(NEVER, dtype=g.dtype))
+    yes = g.constant("seen", np.array(0, dtype=dtype))
+    no = g.constant("unseen", np.array(NEVER, dtype=dtype))
     flat = g.add("Where", [seen, yes, no], "mask_rows")
     return g.add("Unsqueeze", [flat, g.ints(0, 1)], "mask")  # [1, 1, L, S]
 
@@ -173,6 +177,8 @@ def _attention(g: _Graph, query: str, mask: str, i: int, size: StageSize, form: 
     scale, keys, values = size.head_dim**-0.5, f"new_cache_key.{i}", f"new_cache_value.{i}"
     free = {"TRT_decomposable": 1} if form.decomposable else {}
     out = f"attention.{i}"
+    if form.in_parts:
+        return _in_parts(g, query, keys, values, mask, out, size, scale)
     if not form.has_lengths:
         inputs = [query, keys, values, mask]
         return g.add("Attention", inputs, out, is_causal=0, scale=scale, **free)
@@ -180,6 +186,46 @@ def _attention(g: _Graph, query: str, mask: str, i: int, size: StageSize, form: 
     query = g.add("Mul", [query, factor], f"scaled_query.{i}")
     inputs = [query, keys, values, mask, "", "kv_len"]
     return g.add("TRT_Attention", inputs, out, causal_kind="none", **free)
+
+
+def _in_parts(
+    g: _Graph,
+    query: str,
+    keys: str,
+    values: str,
+    mask: str,
+    out: str,
+    size: StageSize | MaskedSize,
+    scale: float,
+) -> str:
+    """Attention as export/lowering/tensorrt.py spells it by default; no mask is the empty name."""
+
+    def cast(value: str, name: str, dtype: str) -> str:
+        if size.dtype == "float32":
+            return value
+        return g.add("Cast", [value], f"{out}.{name}", to=ONNX_TYPE[dtype])
+
+    def shaped(value: str, name: str, heads: int) -> str:
+        if size.heads == size.kv_heads:
+            return value
+        return g.add("Reshape", [value, g.ints(0, heads, -1, 0)], f"{out}.{name}")
+
+    factor = g.constant("part_scale", np.array(scale, dtype=size.dtype))
+    rows = shaped(g.add("Mul", [query, factor], f"{out}.scaled"), "together", size.kv_heads)
+    turned = g.add("Transpose", [keys], f"{out}.turned", perm=[0, 1, 3, 2])
+    factors = [cast(rows, "wide_rows", "float32"), cast(turned, "wide_keys", "float32")]
+    scores = g.add("MatMul", factors, f"{out}.scores")
+    if mask:
+        scores = shaped(scores, "apart", size.heads)
+        scores = g.add("Add", [scores, mask], f"{out}.masked")
+    weights = g.add("Softmax", [scores], f"{out}.weights", axis=-1)
+    if mask:
+        weights = shaped(weights, "weights_together", size.kv_heads)
+    weights = cast(weights, "narrow_weights", size.dtype)
+    if size.heads == size.kv_heads:
+        return g.add("MatMul", [weights, values], out)
+    mixed = g.add("MatMul", [weights, values], f"{out}.mixed")
+    return g.add("Reshape", [mixed, g.ints(0, size.heads, -1, 0)], out)
 
 
 def _layer(g: _Graph, x: str, mask: str, i: int, size: StageSize, form: Form) -> str:
@@ -227,7 +273,7 @@ def stage_model(size: StageSize, form: Form = PLAIN, seed: int = 0) -> onnx.Mode
     for name, value in stage_weights(size, seed).items():
         g.constant(name, value)
     x = g.add("Gather", [hidden, keep], "gathered", axis=1)  # [1, L, C]
-    mask = _mask(g, size.slots)
+    mask = _mask(g, size.slots, "float32" if form.in_parts else size.dtype)
     if form.has_lengths:
         total = g.add("Add", ["slot", "row_count"], "total")  # [1]; every row's own slot is below
         g.add("Cast", [total], "kv_len", to=TensorProto.INT32)
@@ -325,6 +371,51 @@ def lengths_attention_model(size: AttentionSize, *, has_mask: bool) -> onnx.Mode
     return g.model("lengths_attention")
 
 
+@dataclass(frozen=True)
+class MaskedSize:
+    """One attention over a cache, of which an engine is right or wrong in half precision.
+
+    The defaults are where TensorRT 11.2 erred with float16 (TensorRT-Model-Connect, PR 785).
+    """
+
+    heads: int = 16  # H
+    kv_heads: int = 2  # G
+    head_dim: int = 128  # D
+    slots: int = 1665  # S
+    rows: tuple[int, int, int] = (1, 64, 64)  # smallest, usual and largest L
+    has_mask: bool = True
+    dtype: str = "float16"
+
+    def profiles(self) -> list[Profile]:
+        """Rows up to the bound, and where they change one or two of them, as in a stage."""
+        is_static = self.rows[0] == self.rows[2]
+        return [] if is_static else [self._profile(*self.rows), self._profile(1, 1, 2)]
+
+    def _profile(self, *rows: int) -> Profile:
+        query = tuple((1, self.heads, n, self.head_dim) for n in rows)
+        mask = {"mask": tuple((1, 1, n, self.slots) for n in rows)} if self.has_mask else {}
+        return {"query": query, **mask}
+
+
+def masked_attention_model(size: MaskedSize, *, fused: bool) -> onnx.ModelProto:
+    """Write softmax(Q K^T * scale + mask) V as one Attention, or in parts with float32 scores."""
+    g = _Graph(size.dtype)
+    rows = "L" if size.profiles() else size.rows[0]
+    query = g.take("query", size.dtype, (1, size.heads, rows, size.head_dim))
+    for name in ("key", "value"):
+        g.take(name, size.dtype, (1, size.kv_heads, size.slots, size.head_dim))
+    mask = g.take("mask", "float32", (1, 1, rows, size.slots)) if size.has_mask else ""
+    scale = size.head_dim**-0.5
+    if fused:
+        kind = ONNX_TYPE[size.dtype]
+        own = [g.add("Cast", [mask], "own_mask", to=kind)] if mask else []
+        g.add("Attention", [query, "key", "value", *own], "out", is_causal=0, scale=scale)
+    else:
+        _in_parts(g, query, "key", "value", mask, "out", size, scale)
+    g.give("out", size.dtype, (1, size.heads, rows, size.head_dim))
+    return g.model("masked_attention")
+
+
 def compaction_model(rows: int) -> onnx.ModelProto:
     """Write keep [N] (bool) -> keep_indices [N], ascending and padded with 0, and num_keep [1].
 
@@ -345,7 +436,7 @@ def compaction_model(rows: int) -> onnx.ModelProto:
     g.add("ReduceSum", [ones, g.ints(0)], "num_keep", keepdims=1)  # [1]
     g.give("keep_indices", "int64", (rows,))
     g.give("num_keep", "int64", (1,))
-    return g.model("compaction")
+    return g.model("compaction", opset=OLD_OPSET)
 
 
 def gather_model(hidden: int) -> onnx.ModelProto:
@@ -355,4 +446,4 @@ def gather_model(hidden: int) -> onnx.ModelProto:
     g.take("keep_indices", "int64", ("L",))
     g.add("Gather", ["hidden", "keep_indices"], "rows", axis=1)
     g.give("rows", "float16", (1, "L", hidden))
-    return g.model("gather")
+    return g.model("gather", opset=OLD_OPSET)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ import onnx
 from benchmarks.settle import graphs
 from benchmarks.settle import reference as ref
 from benchmarks.settle.cuda import Cuda, Engine
-from benchmarks.settle.graphs import AttentionSize, Profile, StageSize
+from benchmarks.settle.graphs import AttentionSize, MaskedSize, Profile, StageSize
 from patchsieve.errors import PatchsieveError
+from patchsieve.runtime.building.builder_process import Job, build_in_process
 from patchsieve.runtime.building.compile import build_engine
 from patchsieve.runtime.gpu.engines import Options
 
@@ -52,7 +55,7 @@ class Build:
 
 
 def _stage(
-    size: StageSize, *, profiles: list[Profile] | None = None, form: graphs.Form = graphs.PLAIN
+    size: StageSize, *, profiles: list[Profile] | None = None, form: graphs.Form = graphs.EXPORTED
 ) -> Build:
     def write(folder: Path, name: str) -> Path:
         return graphs.save_stage(size, folder, f"{name}.onnx", form)[0]
@@ -77,9 +80,23 @@ def _lengths(dtype: str, has_mask: bool) -> Build:
     )
 
 
+def _masked(size: MaskedSize, *, fused: bool) -> Build:
+    return _small(lambda: graphs.masked_attention_model(size, fused=fused), *size.profiles())
+
+
 HALF = StageSize()
 LONG = StageSize(heads=16, kv_heads=8, slots=4096)
 WITH_LENGTHS = graphs.Form(has_lengths=True)
+# Rows of the decoder of LLaVA-1.5 7B, of a decoder with grouped heads, and of CLIP's tower.
+ATTENTIONS = {
+    "32/32 heads": MaskedSize(heads=32, kv_heads=32),
+    "16/2 heads": MaskedSize(),
+    "tower": MaskedSize(
+        heads=16, kv_heads=16, head_dim=64, slots=577, rows=(577, 577, 577), has_mask=False
+    ),
+}
+FORMS = {"decomposed": False, "fused": True}
+PREFIX = 1290  # slots in use before the first row
 BUILDS: dict[str, Build] = {
     "stage_float16": _stage(HALF),
     "stage_float32": _stage(dataclasses.replace(HALF, dtype="float32")),
@@ -92,6 +109,11 @@ BUILDS: dict[str, Build] = {
     "lengths_float32": _lengths("float32", False),
     "lengths_mask_float16": _lengths("float16", True),
     "lengths_mask_float32": _lengths("float32", True),
+    **{
+        f"{form} {name}".replace("/", "-"): _masked(size, fused=fused)
+        for name, size in ATTENTIONS.items()
+        for form, fused in FORMS.items()
+    },
     "compaction": _small(lambda: graphs.compaction_model(COMPACTION_ROWS)),
     "gather": _small(
         lambda: graphs.gather_model(GATHER_WIDTH),
@@ -103,6 +125,17 @@ BUILDS: dict[str, Build] = {
 }
 
 
+LACKS_LENGTHS = "TRT_Attention came with TensorRT 11"
+LACKS_STAGES = "TensorScatter came with TensorRT 10.15"
+
+
+def lacks(build: str, target: str) -> str:
+    """Why a target's TensorRT cannot have an engine; "" where it can."""
+    if target == "jetpack6" and build not in ("compaction", "gather"):
+        return LACKS_STAGES
+    return LACKS_LENGTHS if target == "tensorrt10" and "lengths" in build else ""
+
+
 @dataclass
 class Setup:
     """Where engines go and what they are compiled for."""
@@ -111,24 +144,28 @@ class Setup:
     folder: Path
     capabilities: tuple[str, ...] = ()
 
-    def build(self, name: str) -> Path:
-        """Build an engine, or find it built."""
+    def build(self, name: str, *, apart: bool = False) -> Path:
+        """Build an engine, or find it built.
+
+        Args:
+            name: One of BUILDS.
+            apart: In a process of its own, so that a compiler that crashes is an answer.
+        """
         form = "-".join(self.capabilities) or "default"
         path = self.folder / f"{name}.{form}.engine"
         if not path.exists():
-            build = BUILDS[name]
-            build_engine(
-                build.write(self.folder, name),
-                path,
-                build.profiles,
-                target=self.target,
-                options=Options(compute_capabilities=self.capabilities),
-            )
+            build, options = BUILDS[name], Options(compute_capabilities=self.capabilities)
+            graph = build.write(self.folder, name)
+            if apart:
+                profiles = tuple(build.profiles)
+                build_in_process(Job(str(graph), str(path), profiles, self.target, options, None))
+            else:
+                build_engine(graph, path, build.profiles, target=self.target, options=options)
         return path
 
-    def engine(self, name: str) -> Engine:
+    def engine(self, name: str, *, apart: bool = False) -> Engine:
         """Load an engine on the GPU, its caches paired with their results."""
-        engine = Engine(Cuda(), self.build(name), self.target)
+        engine = Engine(Cuda(), self.build(name, apart=apart), self.target)
         engine.pairs = {n: n.removeprefix("new_") for n in engine.tensors if n.startswith("new_")}
         return engine
 
@@ -142,6 +179,14 @@ class Setup:
 
 def engine_runs_here(setup: Setup) -> Answer:
     """Settle (a): does an engine of the setup's form load and run on this GPU."""
+    if lacks("stage_float16", setup.target):
+        engine = setup.engine("gather")
+        engine.add_context(0)
+        hidden = np.ones((1, 4, GATHER_WIDTH), np.float16)
+        keep = np.array([1, 3], np.int64)
+        rows = engine.run({"hidden": hidden, "keep_indices": keep})["rows"]
+        right = np.array_equal(rows, hidden[:, keep])
+        return Answer(YES if right else NO, f"runs, gathers right: {right}")
     engine = setup.engine("stage_float16")
     engine.add_context(PREFILL)
     error = _prefill(engine, HALF)[0]
@@ -378,12 +423,96 @@ def single_row_decode_is_right(setup: Setup) -> Answer:
     return Answer(YES if good else NO, f"1/1/2 at L=1 right: {good}; {_told(facts)}", facts)
 
 
+def fused_attention_is_right(setup: Setup) -> Answer:
+    """Settle (i): is half-precision attention as one operator right, and is it faster.
+
+    A form that cannot be built, or whose compiler crashes, is wrong. What was found before a crash
+    of the engine itself stands on stderr.
+    """
+    facts: dict[str, dict[str, Any]] = {}
+    for name in ATTENTIONS:
+        for form in FORMS:
+            facts[f"{form} {name}"] = found = _attend(setup, form, name)
+            print(f"{form} {name}: {found}", file=sys.stderr, flush=True)
+    right = {
+        name: bool(fact.get("errors"))
+        and all(error < TOLERANCE["float16"] for error in fact["errors"].values())
+        for name, fact in facts.items()
+    }
+    told = [
+        f"{name}: {'right' if right[name] else 'wrong'}"
+        + "".join(f", L={rows} {us:.0f} us" for rows, us in fact.get("us", {}).items())
+        for name, fact in facts.items()
+    ]
+    return Answer(YES if all(right.values()) else NO, "; ".join(told), facts)
+
+
+def _attend(setup: Setup, form: str, name: str) -> dict[str, Any]:
+    """Errors against float64 and microseconds for each L; or why there are none."""
+    size = ATTENTIONS[name]
+    try:
+        engine = setup.engine(f"{form} {name}".replace("/", "-"), apart=True)
+    except PatchsieveError as problem:
+        return {"failed": str(problem)}
+    contexts = [engine.add_context(number) for number in range(len(size.profiles()) or 1)]
+    facts: dict[str, Any] = {"errors": {}, "us": {}}
+    try:
+        for context, rows in zip(contexts, (size.rows[1], 1), strict=False):
+            for is_apart in (False, True) if rows == 1 else (False,):
+                feed, seen = _attention_feed(size, rows, is_apart)
+                found = engine.run(feed, context)["out"]
+                expected = ref.attend(*list(feed.values())[:3], seen, size.head_dim**-0.5)
+                case = f"{rows}{' apart' if is_apart else ''}"
+                facts["errors"][case] = ref.relative_error(found, expected)
+            graph = engine.capture(context)
+            facts["us"][str(rows)] = _microseconds(partial(engine.launch, graph))
+    except PatchsieveError as problem:
+        facts["errors"]["failed"] = np.nan
+        facts["failed"] = str(problem)
+    return facts
+
+
+def _attention_feed(
+    size: MaskedSize, rows: int, is_apart: bool
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Inputs of an attention, and what its rows see, [L, S].
+
+    Args:
+        size: Of the attention.
+        rows: L; they stand behind the prefix, and slots behind them hold zeros.
+        is_apart: The row stands in the last slot, and sees the prefix and itself.
+    """
+    rng = np.random.default_rng(rows)
+    query = 2 * rng.standard_normal((1, size.heads, rows, size.head_dim))
+    key, value = rng.standard_normal((2, 1, size.kv_heads, size.slots, size.head_dim))
+    if not size.has_mask:
+        seen = np.ones((rows, size.slots), bool)
+    else:
+        slots = np.arange(size.slots)
+        own = np.arange(rows)[:, None] + (size.slots - rows if is_apart else PREFIX)
+        seen = (slots < PREFIX) | ((slots <= own) & (slots >= own.min()))
+        unused = ~seen.any(axis=0)
+        key[:, :, unused] = value[:, :, unused] = 0
+    names = ("query", "key", "value")
+    arrays = (array.astype(size.dtype) for array in (query, key, value))
+    feed = dict(zip(names, arrays, strict=True))
+    if size.has_mask:
+        feed["mask"] = np.where(seen, 0, graphs.NEVER).astype(np.float32)[None, None]
+    return feed, seen
+
+
 def own_attention_serves_a_stage(setup: Setup) -> Answer:
-    """Settle (i): is a stage right on TRT_Attention with mask and key length, and does it pay."""
+    """Settle (j): is a stage right on TRT_Attention with mask and key length, and does it pay."""
     facts = {name: _decode(setup, name, LONG) for name in ("long", "long_lengths")}
-    good = all(e < TOLERANCE["float16"] for e in facts["long_lengths"]["errors"])
-    text = f"right: {good}; 20 of {LONG.slots} slots in use: {_told(facts)}"
-    return Answer(YES if good else NO, text, facts)
+    good = {
+        name: all(error < TOLERANCE["float16"] for error in fact["errors"])
+        for name, fact in facts.items()
+    }
+    text = (
+        f"right: {good['long_lengths']}, as exported: {good['long']}; 20 of {LONG.slots} slots in "
+        f"use: {_told(facts)}"
+    )
+    return Answer(YES if all(good.values()) else NO, text, facts)
 
 
 def _decode(setup: Setup, name: str, size: StageSize) -> dict[str, Any]:

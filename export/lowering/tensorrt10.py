@@ -13,7 +13,8 @@ from patchsieve.export.lowering.tensorrt import TensorRT
 class TensorRT10(TensorRT):
     """The graphs of TensorRT 11, which use none of what 11 added.
 
-    `Attention` is four-dimensional with one output and no past in 10.15, as these graphs write it.
+    Where `--attention` asks for it, `Attention` is four-dimensional with one output and no past, as
+    10.15 takes it.
     """
 
     name = "tensorrt10"

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from patchsieve import build_memory
+from patchsieve import build_memory, names
 from patchsieve.cli import ivtp
 from patchsieve.cli.arguments import gigabytes, integers, numbers
 from patchsieve.cli.output import Progress, print_json, require, size
@@ -30,6 +30,7 @@ _OF_A_NEW_BUNDLE = (
     "scorer",
     "targets",
     "precision",
+    "attention",
     "max_text_tokens",
     "max_new_tokens",
     "max_images",
@@ -157,7 +158,8 @@ def _add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--targets",
         help="comma-separated: cpu (default), cuda, jetpack6, tensorrt, tensorrt10, tensorrt-rtx, "
-        "reference; or all",
+        "reference; or all. In jetpack6 the cache is an input that grows, so each new token also "
+        "costs TensorRT the work of new shapes; the three tensorrt targets write into their caches",
     )
     add(
         "--precision",
@@ -165,9 +167,28 @@ def _add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
         help="float32 (default), float16 or bfloat16, or by part: "
         "tower=float16,decoder=bfloat16,head=float32",
     )
-    add("--max-text-tokens", type=int, metavar="N", help="default: 512")
-    add("--max-new-tokens", type=int, metavar="N", help="default: 256")
-    add("--max-images", type=int, metavar="N", help="default: 1")
+    add(
+        "--attention",
+        choices=names.ATTENTION_FORMS,
+        help="how tensorrt, tensorrt10 and tensorrt-rtx get float16 and bfloat16 attention: "
+        "decomposed (default) in parts, its scores in float32; fused as one operator, which may be "
+        "faster and which TensorRT 10.16 to 11.2 refuses or gets wrong in some shapes "
+        "(python -m benchmarks.settle --only i tells on your GPU); fused-tower: the tower alone",
+    )
+    add(
+        "--max-text-tokens",
+        type=int,
+        metavar="N",
+        help="most tokens of text in a conversation (default: 512); TensorRT reads every reserved "
+        "slot at each new token, so fit this limit and the next two to the use",
+    )
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="most new tokens of an answer (default: 256)",
+    )
+    add("--max-images", type=int, metavar="N", help="most images in a conversation (default: 1)")
     add("--quiet", action="store_true", help="no progress")
 
 
@@ -221,6 +242,7 @@ def _export(
         ),
         scorer=args.scorer,
         revision=args.revision,
+        attention=args.attention,
     )
     return export(args.checkpoint, args.output, options, progress, spent)
 
@@ -484,7 +506,7 @@ def _report(
         largest = max(building, key=lambda graph: building[graph])
         print(
             f"  building engines takes at most about {size(building[largest])} of memory, for "
-            f"{largest} (measured for {build_memory.MEASURED}; --build-memory sets it)"
+            f"{largest} ({build_memory.source(facts)}; --build-memory sets it)"
         )
     if not fits:
         engines = [stage.slots for stage in facts.stages]

@@ -80,6 +80,8 @@ def _model(facts: dict[str, Any]) -> str:
         ),
     ]
     lines += [(line,) for line in _generation(facts["generation"])]
+    if facts["attention"]:
+        lines.append((f"half-precision attention for TensorRT: {facts['attention']}",))
     return "\n".join(", ".join(line) for line in lines)
 
 

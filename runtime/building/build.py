@@ -16,7 +16,7 @@ from patchsieve.manifest import Manifest
 from patchsieve.runtime.building.build_config import TIMING_CACHE
 from patchsieve.runtime.building.build_request import Request, graphs_of, options_of, should_stream
 from patchsieve.runtime.building.builder_process import Done, Job, build_in_process
-from patchsieve.runtime.building.ladder import LADDER, ONE_RUNG, climb
+from patchsieve.runtime.building.ladder import LADDER, ONE_RUNG, CompilerError, climb
 from patchsieve.runtime.building.profiles import profiles
 from patchsieve.runtime.gpu import engines as record_module
 from patchsieve.runtime.gpu.cuda_device import find_device
@@ -170,6 +170,17 @@ class _Job:
     def _source(self, graph: str) -> str:
         return self.facts.targets[self.request.target][graph]
 
+    def _other_spelling(self, graph: str) -> str:
+        """What may build where TensorRT's compiler failed."""
+        if self.facts.has_fused_attention(self.request.target, graph):
+            # Only an export can give it: which graph is right is a matter of the whole bundle.
+            return (
+                "export the bundle again with --attention decomposed: this graph holds attention "
+                "as one operator, which some TensorRTs cannot compile"
+            )
+        other = "" if self.request.target == "tensorrt-rtx" else "--optimization-level or another "
+        return f"try another {other}release of {self.library.name}, and report the failure"
+
     def _compile(
         self, graph: str, path: Path, asked: Options, step: Callable[[str], None]
     ) -> Engine:
@@ -188,13 +199,16 @@ class _Job:
             )
             return self.builder(job, lambda phase, *_: step(phase))
 
-        done, options, rung, failed = climb(
-            asked,
-            attempt,
-            ladder=ONE_RUNG if is_rtx else LADDER,
-            may_stream=self.request.streaming != "off",
-            told=lambda text: self.told(f"{graph}: {text}"),
-        )
+        try:
+            done, options, rung, failed = climb(
+                asked,
+                attempt,
+                ladder=ONE_RUNG if is_rtx else LADDER,
+                may_stream=self.request.streaming != "off",
+                told=lambda text: self.told(f"{graph}: {text}"),
+            )
+        except CompilerError as error:
+            raise CompilerError(str(error), do=self._other_spelling(graph)) from error
         file = manifest.hash_file(path)
         return Engine(
             graph_sha256=self.facts.files[self._source(graph)].sha256,

@@ -24,7 +24,7 @@ from typing import IO, Any
 from patchsieve.errors import BackendMissingError, BundleError, PatchsieveError, ShapeError
 from patchsieve.reading import read_as
 from patchsieve.runtime.building.compile import Progress, build_engine, part_of
-from patchsieve.runtime.building.ladder import OutOfMemoryError
+from patchsieve.runtime.building.ladder import CompilerError, OutOfMemoryError
 from patchsieve.runtime.building.profiles import Profile
 from patchsieve.runtime.gpu.engines import Options
 from patchsieve.runtime.gpu.tensorrt import load_tensorrt
@@ -33,7 +33,14 @@ _EVERY = 0.1  # seconds between two messages about the same phase
 # The errors that cross from the child to its parent, by name.
 _KINDS = {
     kind.__name__: kind
-    for kind in (BackendMissingError, BundleError, OutOfMemoryError, PatchsieveError, ShapeError)
+    for kind in (
+        BackendMissingError,
+        BundleError,
+        CompilerError,
+        OutOfMemoryError,
+        PatchsieveError,
+        ShapeError,
+    )
 }
 
 
@@ -72,6 +79,7 @@ def build_in_process(job: Job, progress: Progress = lambda *_: None) -> Done:
 
     Raises:
         OutOfMemoryError: TensorRT said so, or the system killed the process.
+        CompilerError: TensorRT cannot build the graph, or crashed over it.
         PatchsieveError: What `build_engine` raised, or the process died.
     """
     where = os.pathsep.join(os.path.abspath(path) for path in sys.path)
@@ -126,8 +134,9 @@ def _death(job: Job, code: int, said: str) -> PatchsieveError:
         return OutOfMemoryError(what, found=found, do="free memory or add swap")
     if "bad_alloc" in said or "MemoryError" in said:
         return OutOfMemoryError(what, found=last, do="free memory or add swap")
-    found = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return BundleError(what, found=f"{found}: {last}")
+    if code < 0:
+        return CompilerError(what, found=f"signal {signal.Signals(-code).name}: {last}")
+    return BundleError(what, found=f"exit code {code}: {last}")
 
 
 def main() -> None:

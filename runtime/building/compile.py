@@ -13,7 +13,7 @@ from typing import Any
 
 from patchsieve.errors import BundleError, PatchsieveError
 from patchsieve.runtime.building.build_config import add_profile, set_options, take_timing_cache
-from patchsieve.runtime.building.ladder import OutOfMemoryError
+from patchsieve.runtime.building.ladder import CompilerError, OutOfMemoryError
 from patchsieve.runtime.building.mapped_weights import giving_back
 from patchsieve.runtime.building.profiles import Profile
 from patchsieve.runtime.gpu.engines import Options
@@ -23,17 +23,6 @@ from patchsieve.writing import one_line, write_whole
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # phase, step reached, steps of the phase
-
-# How TensorRT says that memory was short. The last two: no kernel fits the workspace.
-_MEMORY = (
-    "out of memory",
-    "outofmemory",
-    "insufficient memory",
-    "memoryallocation",
-    "bad_alloc",
-    "could not find any implementation",
-    "insufficient workspace",
-)
 
 
 @dataclass(frozen=True)
@@ -79,7 +68,8 @@ def build_engine(
 
     Raises:
         BackendMissingError: The library or, where it needs one, the GPU is absent.
-        BundleError: The graph cannot be parsed or built.
+        BundleError: The graph cannot be parsed.
+        CompilerError: It can be parsed and not built.
         OutOfMemoryError: It could be, with more memory.
         PatchsieveError: The disk is full or may not be written.
         ShapeError: A profile does not fit the inputs of the graph.
@@ -203,7 +193,7 @@ def _stream_engine(trt: ModuleType, builder: Any, network: Any, config: Any, fil
 
 def _failure(trt: ModuleType, onnx_path: Path, messages: Messages) -> PatchsieveError:
     what = f"{trt.__name__} {trt.__version__} cannot build {onnx_path.name}"
-    said = [text for text in messages.errors if any(word in text.lower() for word in _MEMORY)]
-    if said:
-        return OutOfMemoryError(what, found=said[0])
-    return BundleError(what, found=messages.reason())
+    short = messages.shortage()
+    if short is not None:
+        return OutOfMemoryError(what, found=short)
+    return CompilerError(what, found=messages.reason())

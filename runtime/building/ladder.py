@@ -26,6 +26,13 @@ class OutOfMemoryError(BundleError):
     """A build needed more memory than there was, or than it was allowed."""
 
 
+class CompilerError(BundleError):
+    """TensorRT cannot build a graph that it could read, or crashed over it; memory was not short.
+
+    No rung of the ladder helps. Another spelling of the graph may.
+    """
+
+
 @dataclass(frozen=True)
 class Rung:
     """Caps on the options of a build; None leaves one as it is.

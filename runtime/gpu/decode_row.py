@@ -69,6 +69,7 @@ class RowDecoder:
         self._graph: Any = None
         self._key: tuple[int, ...] = ()  # addresses of the caches that the last step wrote
         self._outputs: list[DeviceTensor] = []
+        self._is_pending = False  # a step was enqueued and nobody has waited for it
         first = self.contexts[0].engine.ports[names.HIDDEN]
         row = DeviceTensor(0, (1, 1, first.shape[2]), first.dtype)
         places, size = self._lay_out(row.size)
@@ -99,6 +100,11 @@ class RowDecoder:
             caches: Each stage's cache.
             lengths: Rows present in each.
         """
+        if self._is_pending:
+            # The step before failed, or nobody asked for its logits. Its copy may still be on its
+            # way, and reads the very memory that is written next.
+            self.driver.synchronise("a step that was given up")
+        self._is_pending = True
         self._row[...] = hidden
         for (index, name), number in self._numbers.items():
             number[...] = steps[index][name]
@@ -120,6 +126,7 @@ class RowDecoder:
         to refuse what is not finite, and 32,000 numbers cross in about ten microseconds.
         """
         self.driver.synchronise(WAIT)
+        self._is_pending = False
         return self._answer_row.copy()
 
     def forget(self) -> None:

@@ -22,14 +22,16 @@ from patchsieve import manifest, names
 from patchsieve.errors import BackendMissingError, BundleError
 from patchsieve.manifest import Manifest
 from patchsieve.reading import read_as
+from patchsieve.runtime.board.abilities import RTX_CAPABILITIES
 from patchsieve.writing import write_whole
 
 SCHEMA_VERSION = 1
 FILE_NAME = "engines.json"
 _LARGEST_RECORD = 16 << 20
-# What TensorRT-RTX compiles for when no list is given: compute capability 8.0 and later [its
-# documentation, "CPU-Only AOT and TensorRT-RTX Engines"].
-_DEFAULT_SINCE = (8, 0)
+RTX = "tensorrt-rtx"
+# Where an engine of TensorRT-RTX runs that was compiled for no list of GPUs. A card outside of it
+# that the library knows (RTX_CAPABILITIES) takes engines whose list names it.
+_PORTABLE = ("8.6", "8.9", "12.0")
 
 Shape = tuple[int, ...]
 
@@ -257,6 +259,13 @@ def check_loadable(record: Record, gpu: Gpu | None, library: Library) -> None:
             found="no GPU, or no driver",
             do="patchsieve doctor tells what is missing; --target cpu runs without",
         )
+    if record.target == RTX and gpu.compute_capability not in RTX_CAPABILITIES:
+        raise BundleError(
+            "TensorRT-RTX runs no engine on this GPU",
+            found=gpu,
+            expected=f"compute capability {', '.join(RTX_CAPABILITIES)}",
+            do="export with --targets tensorrt (tensorrt10 or jetpack6 on a board), build there",
+        )
     for graph, engine in record.engines.items():
         if engine.library != library:
             raise BundleError(
@@ -357,13 +366,13 @@ def _runs_on(engine: Engine, gpu: Gpu) -> bool:
         return tied == (gpu.name, gpu.compute_capability)
     if engine.options.compute_capabilities:
         return gpu.compute_capability in engine.options.compute_capabilities
-    return tuple(int(n) for n in re.findall(r"\d+", gpu.compute_capability)) >= _DEFAULT_SINCE
+    return gpu.compute_capability in _PORTABLE
 
 
 def _built_for(engine: Engine) -> str:
     if engine.gpu is not None:
         return str(engine.gpu)
-    listed = ", ".join(engine.options.compute_capabilities) or "8.0 and later"
+    listed = ", ".join(engine.options.compute_capabilities or _PORTABLE)
     return f"compute capability {listed:.80}"
 
 

@@ -167,8 +167,8 @@ class Memory:
         content = host_bytes(pinned)
         for name, array in arrays.items():
             part(content, places[name], array.shape, array.dtype)[...] = array
+        self.driver.keep(pinned)  # first: an error may come from elsewhere, the copy under way
         self.driver.upload(device.address, pinned.address, size)
-        self.driver.keep(pinned)
         return {
             name: DeviceTensor(device.address + places[name], array.shape, array.dtype, device)
             for name, array in arrays.items()
@@ -194,10 +194,10 @@ class Memory:
             places.append(size)
             size += aligned(max(tensor.size, 1))
         pinned = self.pinned.take(size)
+        self.driver.keep(pinned)  # first: if something below fails, copies may be under way
         for tensor, place in zip(tensors, places, strict=True):
             if tensor.size:
                 self.driver.download(pinned.address + place, tensor.address, tensor.size)
-        self.driver.keep(pinned)  # even if the wait fails, the copy may still be under way
         self.driver.synchronise(reason)
         content = host_bytes(pinned)
         return [

@@ -34,6 +34,21 @@ _RIGHT_TARGET = (
     "tensorrt for 11, tensorrt-rtx for TensorRT-RTX"
 )
 
+# How TensorRT says that memory was short.
+_SHORTAGE = (
+    "out of memory",
+    "outofmemory",
+    "memoryallocation",
+    "bad_alloc",
+    "could not be allocated",
+    "insufficient memory",
+    "insufficient workspace",
+    "memory is insufficient",
+)
+# A compiler that cannot build a layer says the same words, so that they need one of those above
+# beside them; where tactics were skipped for want of memory, only a warning says it.
+_NO_KERNEL = "could not find any implementation"
+
 # Said of every int64 input, and of every machine without a driver when anything else fails.
 _HARMLESS = ("Int64 binding", "catchCudaError")
 
@@ -91,6 +106,18 @@ class Messages:
         """Pick the first error that says something, in one line."""
         lines = [text for text in self.errors if not any(word in text for word in _HARMLESS)]
         return (lines or self.errors or ["TensorRT gave no reason"])[0]
+
+    def shortage(self) -> str | None:
+        """The first message that says that memory was short; None where nothing says so.
+
+        A warning counts only beside an error that no kernel was found: a build that skips a tactic
+        for want of memory warns of it and goes on.
+        """
+        texts = list(self.errors)
+        if any(_NO_KERNEL in text.lower() for text in self.errors):
+            texts += self.warnings
+        short = (text for text in texts if any(word in text.lower() for word in _SHORTAGE))
+        return next(short, None)
 
 
 @functools.cache

@@ -74,6 +74,13 @@ def _other_type(port: Port, found: np.dtype[Any]) -> ShapeError:
     )
 
 
+def _remedy(messages: Messages) -> str:
+    """What may help an engine that the library does not take, by what the library said of it."""
+    if messages.shortage() is None:
+        return "build the engines again with the TensorRT that is here"
+    return "close other programs that use the GPU, or export with smaller --max-text-tokens"
+
+
 class Engine:
     """A deserialised engine.
 
@@ -98,7 +105,7 @@ class Engine:
                 raise BundleError(
                     f"{trt.__name__} {trt.__version__} cannot load the engine {path.name}",
                     found=messages.reason(),
-                    do="build it again; if the GPU's memory is full, close other programs",
+                    do=_remedy(messages),
                 )
         self.ports = {port.name: port for port in self._ports()}
         self.num_profiles = int(self.engine.num_optimization_profiles)
@@ -183,7 +190,7 @@ class Context:
                 raise BundleError(
                     f"{trt.__name__} {trt.__version__} cannot prepare the engine {engine.graph}",
                     found=messages.reason(),
-                    do="if the GPU's memory is full, close other programs; else build it again",
+                    do=_remedy(messages),
                 )
             if profile:
                 self._choose_profile(messages)
