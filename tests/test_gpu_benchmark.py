@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.checkpoint import LLAVA_7B, TINY, tensor_shapes
+from benchmarks.checkpoint import LLAVA_7B, ROOT, TINY, tensor_shapes
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import parts
 from benchmarks.gpu.bench import PAPER_KV_MB, check_counts, cuda_time, fixed_plan, paper
@@ -22,6 +26,7 @@ from patchsieve.errors import BackendMissingError, PatchsieveError
 from patchsieve.plan import NO_PRUNING
 from patchsieve.pruning.select import num_to_keep
 from patchsieve.runtime.board.doctor import diagnose
+from tests import test_on_gpu
 from tests.test_doctor import CPU_ONLY, CUDA, HOPPER, READY, RTX, probes
 
 
@@ -216,6 +221,40 @@ def test_the_parity_part_tells_what_passed_failed_and_was_left_out(tmp_path: Pat
     assert not gpu.failed("parity", {"passed": 3, "failed": {}})
     with pytest.raises(OutOfTimeError):
         parts.parity("cpu", tmp_path, Budget(0.1), file)
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["make", "--no-print-directory", *arguments, f"PYTHON={sys.executable}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_gpu_asks_for_no_linter() -> None:
+    gpu, lint = (
+        set(re.search(r"'(torch .*?)'", make("-n", target).stdout).group(1).split())  # type: ignore[union-attr]
+        for target in ("gpu", "check-environment")
+    )
+    assert gpu >= {"torch", "onnxscript", "pytest"} and lint >= {"ruff", "mypy"}
+    assert not gpu & {"ruff", "mypy", "xdist", "psutil", "accelerate"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_cases_runs_every_script_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "case_1.py").write_text("import os; assert os.path.isdir(os.environ['PATCHSIEVE'])")
+    assert make("cases", f"CASES={tmp_path}").stdout == "right  case_1.py\n"
+    (tmp_path / "case_0.py").write_text("print('41 for 42'); raise SystemExit(1)")
+    done = make("cases", f"CASES={tmp_path}")
+    assert done.stdout == "WRONG  case_0.py\n    41 for 42\nright  case_1.py\n"
+    assert done.returncode == 2
+    for folder, said in (("", "make cases CASES=folder"), (str(tmp_path / "x"), "no case_*.py in")):
+        done = make("cases", f"CASES={folder}")
+        assert done.returncode == 2 and said in done.stderr
+
+
+def test_parity_asks_a_target_for_no_precision_that_it_does_not_export() -> None:
+    ids = {param.id for param in test_on_gpu.cases()}
+    assert {"on:cuda:float32", "on:cuda:float16", "on:tensorrt:bfloat16"} <= ids
+    assert "on:cuda:bfloat16" not in ids
 
 
 def test_a_cpu_run_leaves_the_questions_for_a_gpu_open(tmp_path: Path) -> None:
