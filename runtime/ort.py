@@ -103,7 +103,7 @@ class OrtBackend:
             )
         is_rows = self.facts.caches(self.bundle.target) == names.NEW_ROWS
         graph = names.stage(stage)
-        with _one_line(f"the graph {graph}"):
+        with graph_errors(f"the graph {graph}"):
             return (NewRows if is_rows else InPlace)(
                 slots,
                 self._session(graph),
@@ -119,7 +119,7 @@ class OrtBackend:
         outputs = [out.name for out in session.get_outputs()]
         wanted = {value.name for value in session.get_inputs()}
         used = {name: value for name, value in inputs.items() if name in wanted}
-        with _one_line(f"the graph {graph}"):
+        with graph_errors(f"the graph {graph}"):
             return self._run(session, session.io_binding(), used, outputs)
 
     def run_stage(self, stage: int, inputs: Mapping[str, Any], cache: StageCache) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class OrtBackend:
         buffers: Buffers = cache.buffers
         graph = names.stage(stage)
         buffers.bind(cache.length, len(inputs[names.KEEP_INDICES]))
-        with _one_line(f"the graph {graph}"):
+        with graph_errors(f"the graph {graph}"):
             return self._run(self._session(graph), buffers.binding, inputs, buffers.outputs)
 
     def decode(
@@ -146,7 +146,7 @@ class OrtBackend:
 
     def fetch(self, reason: str, *tensors: Any) -> list[np.ndarray]:
         """Copy tensors out; there is nothing to wait for."""
-        with _one_line(reason):  # on a GPU an error of earlier work comes out here
+        with graph_errors(reason):  # on a GPU an error of earlier work comes out here
             return [self.to_numpy(tensor) for tensor in tensors]
 
     def to_numpy(self, tensor: Any) -> np.ndarray:
@@ -191,7 +191,7 @@ class OrtBackend:
     def _session(self, graph: str) -> Any:
         if graph not in self._sessions:
             model: str | bytes = self._models.get(graph) or str(self.bundle.graph_path(graph))
-            with _one_line(f"the graph {graph}"):
+            with graph_errors(f"the graph {graph}"):
                 session = ort.InferenceSession(model, self.options, providers=[self.provider])
             _check_provider(session, self.provider)
             if graph not in self._models:
@@ -295,7 +295,7 @@ def _memory() -> int:
 
 
 @contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def graph_errors(what: str) -> Iterator[None]:
     """Turn an error of ONNX Runtime into one of ours; its exceptions have no common base.
 
     The CUDA provider's own is a plain RuntimeError ("Error in execution: ...").

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.gpu.fake_cuda import TOTAL, FakeCudaRuntime, FakeGpu, cudaError_t
 from patchsieve import names
 from patchsieve.errors import (
     BackendMissingError,
@@ -29,7 +30,6 @@ from patchsieve.runtime.gpu.driver import ContextLostError, Driver, load_cudart
 from patchsieve.runtime.gpu.memory import Memory, rounded
 from patchsieve.runtime.gpu.trt_engine import PREFILL
 from patchsieve.runtime.model import Model
-from tests.fake_cuda import TOTAL, FakeCudaRuntime, FakeGpu, cudaError_t
 from tests.gpu import FASTV, QUESTION, ROW, TARGET, Machine
 from tests.tiny_bundles import pictures
 

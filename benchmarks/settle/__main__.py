@@ -139,13 +139,15 @@ def ask(letter: str, setup: Setup, seconds: float) -> Answer:
 
 
 def ask_forms(setup: Setup, seconds: float) -> Answer:
-    """Ask (a) for each form that an engine can be compiled in; name the first that runs."""
+    """Ask (a) for each form that an engine can be compiled in, within `seconds` for all of them."""
     forms = [("current",), (), PORTABLE] if setup.target == "tensorrt-rtx" else [()]
     facts: dict[str, Any] = {"works": None}
     told = []
+    end = time.monotonic() + seconds
     for form in forms:
         name = " ".join(form) or "library's choice"
-        answer = ask("a", replace(setup, capabilities=form), seconds)
+        wait = max(1, end - time.monotonic())
+        answer = ask("a", replace(setup, capabilities=form), wait)
         facts[name] = asdict(answer)
         told.append(f"{name}: {answer.status}, {answer.text}")
         if facts["works"] is None and answer.status == YES:

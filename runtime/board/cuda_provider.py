@@ -17,6 +17,8 @@ IDENTITY = (
 # In a process of its own: what is missing is said on stderr by C++, and a driver may end it.
 _SCRIPT = f"""
 import onnxruntime
+if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+    raise SystemExit(f"onnxruntime {{onnxruntime.__version__}} was built without CUDA")
 if hasattr(onnxruntime, "preload_dlls"):
     onnxruntime.preload_dlls()
 session = onnxruntime.InferenceSession({IDENTITY!r}, providers=["CUDAExecutionProvider"])
