@@ -31,6 +31,7 @@ from patchsieve.errors import BackendMissingError, PatchsieveError
 from patchsieve.runtime.building.compile import build_engine
 from patchsieve.runtime.gpu.engines import Options
 from patchsieve.runtime.gpu.tensorrt import load_tensorrt
+from patchsieve.writing import check_file
 
 SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parents[2]
@@ -267,6 +268,8 @@ def main(argv: list[str] | None = None) -> int:
         capabilities = tuple(filter(None, arguments.capabilities.split(",")))
         answer_one(arguments.one, Setup(arguments.target, Path(arguments.folder), capabilities))
         return 0
+    if arguments.json:
+        check_file(arguments.json)
     target = arguments.target or find_target()
     versions = installed_versions()
     print(", ".join(f"{name} {version}" for name, version in versions.items()), flush=True)

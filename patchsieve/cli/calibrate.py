@@ -16,6 +16,7 @@ from patchsieve.cli.output import Progress, print_json, require, table
 from patchsieve.errors import PatchsieveError
 from patchsieve.heads import CONFIG
 from patchsieve.plan import GRID2D
+from patchsieve.writing import check_folder
 
 if TYPE_CHECKING:
     from patchsieve.calibrate import Encoder
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
         raise PatchsieveError(
             f"{args.out} exists already", do="remove it, or choose another name with -o"
         )
+    check_folder(args.out)
     partial = args.out.with_name(args.out.name + ".partial")
     if args.resume and not partial.is_dir():
         raise PatchsieveError(

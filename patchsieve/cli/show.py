@@ -9,7 +9,7 @@ from typing import Any
 from patchsieve.cli.output import Progress, print_json, size, table
 from patchsieve.cli.run import add_run_options, load
 from patchsieve.errors import PatchsieveError
-from patchsieve.writing import one_line, write_whole
+from patchsieve.writing import check_file, write_result
 
 SUFFIXES = (".html", ".png")
 
@@ -48,8 +48,7 @@ def run(args: argparse.Namespace) -> int:
             found=out.name,
             expected=" or ".join(SUFFIXES),
         )
-    if not out.parent.is_dir():  # told before the model is asked
-        raise PatchsieveError(f"cannot write {out}", found=f"no folder {out.parent}")
+    check_file(out)
     from patchsieve.page.collect import collect
 
     model = load(args)
@@ -67,8 +66,7 @@ def run(args: argparse.Namespace) -> int:
     progress.done()
     model.close()
     content = _draw(shown, out.suffix.lower())
-    with one_line(out):
-        write_whole(out, content)
+    write_result(out, content)
     summary = shown.summary()
     if args.json:
         print_json({"output": str(out), "bytes": len(content)} | summary)
