@@ -188,6 +188,9 @@ def test_a_report_is_named_after_day_and_device_and_keeps_earlier_parts(tmp_path
     assert write_report(tmp_path, said | {"bench": {"b": 2}}) == path
     both = json.loads(path.read_text())
     assert (both["settle"], both["bench"]) == ({"a": 1}, {"b": 2})
+    write_report(tmp_path, said | {"target": None, "smoke": {"c": 3}})  # the smoke run needs none
+    kept = json.loads(path.read_text())
+    assert (kept["target"], kept["settle"], kept["smoke"]) == ("tensorrt", {"a": 1}, {"c": 3})
     write_report(tmp_path, said | {"target": "cuda"})
     assert "settle" not in json.loads(path.read_text())
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
@@ -253,14 +256,45 @@ def test_the_smoke_run_needs_no_target_and_asks_nothing_of_onnxruntime_that_it_h
     machine = probes(tmp_path, CPU_ONLY | {"cuda-python": "13.0"}, smi=HOPPER)
     monkeypatch.setattr(gpu, "diagnose", lambda: diagnose(machine))
     monkeypatch.setattr(smoke.cuda_provider, "obstacle", lambda: "built without CUDA")
-    monkeypatch.setattr(smoke, "_piece", lambda smoke, piece: dry_driver())
+    monkeypatch.setattr(smoke, "_piece", lambda *of: dry_driver())
     common = ["--results", str(tmp_path / "r")]
     assert gpu.main(["--only", "smoke", *common]) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (said["kind"], said["target"], said["unfinished"]) == ("gpu", None, [])
     pieces = said["smoke"]["pieces"]
     assert pieces.pop("driver")["wrong"] == []
     assert len(pieces) == 4 and all("built without CUDA" in p["not_run"] for p in pieces.values())
-    assert gpu.main(["--only", "bench", *common]) == 2  # of everything else there must be one
+    monkeypatch.setattr(gpu, "diagnose", lambda: diagnose(probes(tmp_path, CPU_ONLY, smi=HOPPER)))
+    assert gpu.main(["--only", "bench", *common]) == 2  # all else needs a target
+
+
+@pytest.mark.parametrize(
+    ("end", "wrong"),
+    [
+        (
+            subprocess.CompletedProcess([], -11, None, "one\ntwo\n"),
+            "ended with code -11: one / two",
+        ),
+        (subprocess.TimeoutExpired([], 120), "no end within 120 s"),
+        (None, "3 of 48"),
+    ],
+)
+def test_a_piece_that_takes_its_process_along_is_one_answer_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: Any, wrong: str
+) -> None:
+    def ran(command: list[str], **options: Any) -> Any:
+        assert command[2:4] == ["benchmarks.gpu.smoke", "driver"] and options["timeout"] == 120
+        if isinstance(end, Exception):
+            raise end
+        if end is None:  # it left its answer
+            (Path(command[-1]) / "found.json").write_text('{"wrong": ["3 of 48"]}')
+        return end
+
+    monkeypatch.setattr(smoke.subprocess, "run", ran)
+    (tmp_path / "found.json").write_text('{"wrong": ["of an earlier piece"]}')
+    found = smoke._piece(smoke.Smoke(tmp_path, is_dry=False), "driver", Budget(5))
+    assert found["wrong"] == [wrong]
+    assert wrong in smoke.line_of("driver", found)
 
 
 def dry_driver(gpu: FakeGpu | None = None) -> dict[str, Any]:

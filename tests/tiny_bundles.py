@@ -83,7 +83,7 @@ def make_bundle(folder: Path, row: str, **overrides: Any) -> TinyBundle:
     checkpoint = save_checkpoint(folder / "checkpoint", row, **overrides)
     options = ExportOptions(
         cuts=(1, 2, 3) if is_pruned else (),
-        targets=("cpu", "reference", "jetpack6", "tensorrt-rtx")
+        targets=("cpu", "reference", "jetpack6", "tensorrt-rtx", "tensorrt")
         if row in REFERENCE_ROWS
         else ("cpu",),
         limits=LIMITS,

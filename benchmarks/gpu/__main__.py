@@ -114,14 +114,10 @@ def target_of(args: argparse.Namespace, report: dict[str, Any]) -> str | None:
     Raises:
         BackendMissingError: No GPU target runs here, or no GPU is there.
     """
-    if args.dry:
+    is_smoke_alone = args.only == ["smoke"] and args.target is None
+    if args.dry or (is_smoke_alone and report["machine"]["gpus"]):
         return None
-    try:
-        return choose(report, args.target)
-    except BackendMissingError:
-        if args.only != ["smoke"] or not report["machine"]["gpus"]:
-            raise
-        return None
+    return choose(report, args.target)
 
 
 def head(args: argparse.Namespace, target: str | None, report: dict[str, Any]) -> dict[str, Any]:

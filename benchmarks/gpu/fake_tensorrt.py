@@ -365,18 +365,32 @@ class FakeTensorRT(ModuleType):
         logger.log(ILogger.Severity.ERROR, message)
 
 
-def build_fakes(bundle: Path, target: str, trt: FakeTensorRT) -> None:
-    """Write the engines of a bundle, and their record, as `patchsieve build` would."""
+def build_fakes(
+    bundle: Path, target: str, trt: FakeTensorRT, gpu: engines.Gpu | None = None
+) -> None:
+    """Write the engines of a bundle, and their record, as `patchsieve build` would.
+
+    Args:
+        bundle: The bundle.
+        target: For which target.
+        trt: The library.
+        gpu: The GPU that they are tied to, if any.
+    """
     facts = manifest.read(bundle)
     folder = engines.folder_of(bundle, target)
     folder.mkdir(parents=True, exist_ok=True)
     graphs = [graph for graph in facts.targets[target] if not engines.misfit(facts, graph)]
-    record = {graph: _engine(bundle, facts, target, graph, trt) for graph in graphs}
+    record = {graph: _engine(bundle, facts, target, graph, trt, gpu) for graph in graphs}
     engines.write_record(engines.Record(bundle, target, record))
 
 
 def _engine(
-    bundle: Path, facts: Manifest, target: str, graph: str, trt: FakeTensorRT
+    bundle: Path,
+    facts: Manifest,
+    target: str,
+    graph: str,
+    trt: FakeTensorRT,
+    gpu: engines.Gpu | None,
 ) -> engines.Engine:
     file, ranges = facts.targets[target][graph], profiles(facts, graph, target)
     path = engines.engine_path(bundle, target, graph)
@@ -387,7 +401,7 @@ def _engine(
         graph_sha256=facts.files[file].sha256,
         weights_sha256=engines.weights_hash(facts),
         library=engines.Library.of(trt),
-        gpu=None,
+        gpu=gpu,
         asked=options,
         options=options,
         rung="as asked",

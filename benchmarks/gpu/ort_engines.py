@@ -48,15 +48,17 @@ class RealGpu:
 
 
 class OrtTensorRT(FakeTensorRT):
-    """The module `tensorrt_rtx` or `tensorrt`, whose engines are sessions bound to addresses.
+    """The module `tensorrt`, whose engines are sessions bound to addresses.
+
+    Not `tensorrt_rtx`, which lists the GPUs that its engines run on, and Hopper is not among them.
 
     Args:
         gpu: A `FakeGpu` that has host addresses, or a `RealGpu`.
-        is_rtx: As `tensorrt_rtx`, or as `tensorrt` 10.3.
     """
 
-    def __init__(self, gpu: FakeGpu | RealGpu, *, is_rtx: bool) -> None:
-        super().__init__(gpu, is_rtx=is_rtx)
+    def __init__(self, gpu: FakeGpu | RealGpu) -> None:
+        super().__init__(gpu, is_rtx=False)
+        self.__version__ = f"played by onnxruntime {ort.__version__}"
         self._place = "cuda" if isinstance(gpu, RealGpu) else "cpu"
         # They go with their engine, before the stream that they were made with.
         self._sessions: WeakKeyDictionary[ICudaEngine, dict[int, Any]] = WeakKeyDictionary()

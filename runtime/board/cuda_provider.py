@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
@@ -24,12 +25,13 @@ if hasattr(onnxruntime, "preload_dlls"):
 session = onnxruntime.InferenceSession({IDENTITY!r}, providers=["CUDAExecutionProvider"])
 raise SystemExit(session.get_providers()[0] != "CUDAExecutionProvider")
 """
-_LONGEST_S = 60
+_LONGEST_S = 120  # a first load of CUDA's libraries from a slow disk
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")
 
 
+@functools.cache
 def obstacle() -> str:
-    """Why the CUDA provider does not start here; empty where it does."""
+    """Why the CUDA provider does not start here; empty where it does. Tried once in a process."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", _SCRIPT], capture_output=True, text=True, timeout=_LONGEST_S
