@@ -15,13 +15,14 @@ endif
 FOLDERS := pruning export runtime calibration
 PATCHSIEVE := $(PY) -m patchsieve
 NEEDS := torch transformers accelerate onnx onnxruntime tokenizers pytest xdist ruff mypy psutil
+INSTALL := -e .[dev]
 DEMO := examples/demo_model
 SCENE := $(DEMO)/scene.png
 QUESTION := What shape is the red thing?
 OTHER := What is the orange thing?
 SOURCES := $(shell find patchsieve pruning export -name '*.py')
 
-.PHONY: help check-environment demo test lint lint-ruff format types bench accuracy gpu clean
+.PHONY: help check-environment demo test lint lint-ruff format types bench accuracy gpu cases clean
 
 help:
 	@echo "make demo    export the demo model pruned, ask it about a picture"
@@ -30,11 +31,12 @@ help:
 	@echo "make bench   run the benchmarks;  make clean: remove what these targets made"
 	@echo "make accuracy  what every method costs the demo model in answers (ACCURACY='--tables main')"
 	@echo "make gpu     on a GPU: settle what is unproven, compare with the CPU, measure (GPU='--only bench')"
+	@echo "make cases   run every case_*.py of a folder on this checkout (CASES=folder)"
 
 check-environment:
 	@$(PY) -c "import importlib.util as u, sys; \
 	    lacks = [n for n in '$(NEEDS)'.split() if not u.find_spec(n)]; \
-	    lacks and sys.exit(f'$(PY) lacks {\", \".join(lacks)}: $(PY) -m pip install -e .[dev]')"
+	    lacks and sys.exit(f'$(PY) lacks {\", \".join(lacks)}: $(PY) -m pip install $(INSTALL)')"
 
 .venv/installed: setup.py
 	@echo "making .venv: torch and the rest, about 2 GB with a CPU build of torch, once" >&2
@@ -84,8 +86,21 @@ bench: $(ENVIRONMENT)
 accuracy: $(ENVIRONMENT)
 	@$(PY) -m benchmarks.accuracy $(ACCURACY)
 
+# A machine that only measures has no linters; what each target needs beside these, doctor says.
+gpu: NEEDS := torch transformers onnx onnxscript onnxruntime safetensors tokenizers jinja2 PIL pytest
+gpu: INSTALL := -e .[gpu,export] pytest
 gpu: $(ENVIRONMENT)
 	@$(PY) -m benchmarks.gpu $(GPU)
+
+# Scripts that each try one situation and exit 0 where the answer is right; all run, then it fails.
+# They call $$PATCHSIEVE/.venv/bin/patchsieve.
+cases: $(ENVIRONMENT)
+	@test -n "$(CASES)" || { echo "name the folder of the scripts: make cases CASES=folder" >&2; exit 2; }
+	@ls "$(CASES)"/case_*.py >/dev/null 2>&1 || { echo "no case_*.py in $(CASES)" >&2; exit 2; }
+	@bad=0; for file in "$(CASES)"/case_*.py; do \
+	    if said=$$(PATCHSIEVE=$(CURDIR) $(PY) "$$file" 2>&1); then echo "right  $$(basename "$$file")"; \
+	    else bad=1; echo "WRONG  $$(basename "$$file")"; printf '%s\n' "$$said" | sed 's/^/    /'; fi; \
+	done; exit $$bad
 
 clean:
 	@rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -30,7 +30,9 @@ EXTRAS = {
     "gpu": ["onnxruntime-gpu>=1.23"],
     "tensorrt": ["tensorrt>=10.3", *CUDA],
     "rtx": [*RTX, *CUDA],
-    "jetson": CUDA,  # TensorRT itself comes with JetPack
+    # On boards, where TensorRT itself comes with JetPack.
+    "jetson": CUDA,  # JetPack 7, whose driver serves CUDA 13
+    "jetson6": ["cuda-python==12.6.*"],  # JetPack 6, whose driver serves CUDA 12.6
     # What makes one.
     "export": EXPORT,
     "clip": ["open_clip_torch>=3.0"],

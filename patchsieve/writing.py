@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,65 @@ def one_line(place: Path) -> Iterator[None]:
             ) from error
         raise PatchsieveError(
             f"cannot write {place}", found=error, do="choose a place that can be written"
+        ) from error
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that cannot be written, before the work whose result it is to hold.
+
+    Nothing changes on the disk.
+
+    Raises:
+        PatchsieveError: Its folder is absent or forbidden, or it is a folder itself.
+    """
+    if path.is_dir():
+        raise PatchsieveError(
+            f"cannot write {path}", found="a folder", do="choose the name of a file"
+        )
+    if not path.parent.is_dir():
+        raise PatchsieveError(
+            f"cannot write {path}",
+            found=f"no folder {path.parent}",
+            do="make the folder, or choose another place",
+        )
+    with one_line(path):
+        if path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "it may not be written")
+        if path.is_file() or not path.exists():  # a device has no neighbours
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder that cannot be made, before the work whose result it is to hold.
+
+    Raises:
+        PatchsieveError: What it would lie in is no folder, or forbidden.
+    """
+    place = out.absolute()
+    with one_line(out):
+        parent = next(parent for parent in place.parents if parent.exists())
+        if not parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{parent} is no folder")
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+
+
+def write_result(path: Path, content: bytes) -> None:
+    """Write what took long to make; where its place fails now, it is kept in the temporary folder.
+
+    Raises:
+        PatchsieveError: Its place fails; the error names the file that holds the result.
+    """
+    is_device = path.exists() and not path.is_file()
+    try:
+        path.write_bytes(content) if is_device else write_whole(path.resolve(), content)
+    except OSError as error:
+        rescued = Path(tempfile.gettempdir()) / f"{path.stem}-{os.getpid()}{path.suffix}"
+        with one_line(rescued):
+            write_whole(rescued, content)
+        raise PatchsieveError(
+            f"cannot write {path}", found=error, do=f"move {rescued}, which holds the result"
         ) from error
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import io
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -22,9 +25,14 @@ except ImportError as error:
 
 from patchsieve.runtime.ort_caches import Buffers, InPlace, NewRows, View
 
+log = logging.getLogger(__name__)
+
 # Whose graphs ONNX Runtime runs on any machine, if only to check them.
 TARGETS = ("cpu", "cuda", "jetpack6", "reference")
 _QUIET = 3  # errors only
+INSTALL_CUDA = 'pip install "onnxruntime-gpu[cuda,cudnn]", of the CUDA that it was built for'
+# What ONNX Runtime's arena and CUDA itself say where memory is full.
+_FULL = ("Failed to allocate memory", "out of memory", "bad_alloc")
 # Both packages own the module `onnxruntime`, so that one overwrites the other.
 INSTALL_GPU = "pip uninstall -y onnxruntime; pip install onnxruntime-gpu"
 # Every session has threads of its own; those that go on spinning behind their run take a core from
@@ -95,7 +103,7 @@ class OrtBackend:
             )
         is_rows = self.facts.caches(self.bundle.target) == names.NEW_ROWS
         graph = names.stage(stage)
-        with _one_line(graph):
+        with graph_errors(f"the graph {graph}"):
             return (NewRows if is_rows else InPlace)(
                 slots,
                 self._session(graph),
@@ -111,7 +119,7 @@ class OrtBackend:
         outputs = [out.name for out in session.get_outputs()]
         wanted = {value.name for value in session.get_inputs()}
         used = {name: value for name, value in inputs.items() if name in wanted}
-        with _one_line(graph):
+        with graph_errors(f"the graph {graph}"):
             return self._run(session, session.io_binding(), used, outputs)
 
     def run_stage(self, stage: int, inputs: Mapping[str, Any], cache: StageCache) -> dict[str, Any]:
@@ -119,7 +127,7 @@ class OrtBackend:
         buffers: Buffers = cache.buffers
         graph = names.stage(stage)
         buffers.bind(cache.length, len(inputs[names.KEEP_INDICES]))
-        with _one_line(graph):
+        with graph_errors(f"the graph {graph}"):
             return self._run(self._session(graph), buffers.binding, inputs, buffers.outputs)
 
     def decode(
@@ -138,7 +146,8 @@ class OrtBackend:
 
     def fetch(self, reason: str, *tensors: Any) -> list[np.ndarray]:
         """Copy tensors out; there is nothing to wait for."""
-        return [self.to_numpy(tensor) for tensor in tensors]
+        with graph_errors(reason):  # on a GPU an error of earlier work comes out here
+            return [self.to_numpy(tensor) for tensor in tensors]
 
     def to_numpy(self, tensor: Any) -> np.ndarray:
         """Copy a tensor out."""
@@ -182,7 +191,7 @@ class OrtBackend:
     def _session(self, graph: str) -> Any:
         if graph not in self._sessions:
             model: str | bytes = self._models.get(graph) or str(self.bundle.graph_path(graph))
-            with _one_line(graph):
+            with graph_errors(f"the graph {graph}"):
                 session = ort.InferenceSession(model, self.options, providers=[self.provider])
             _check_provider(session, self.provider)
             if graph not in self._models:
@@ -220,7 +229,30 @@ def _provider(device: str) -> str:
             expected=provider,
             do=INSTALL_GPU,
         )
+    if device == "cuda":
+        preload()
     return provider
+
+
+@functools.cache
+def preload() -> str:
+    """Load CUDA's libraries from pip's packages, where the loader would not look for them.
+
+    Without this a session on a GPU starts only beside a CUDA toolkit or torch. Once in a process.
+
+    Returns:
+        What ONNX Runtime says about those that it does not find; it would print that on stdout.
+    """
+    load = getattr(ort, "preload_dlls", None)  # 1.21 and later
+    if load is None:
+        return ""
+    said = io.StringIO()
+    with redirect_stdout(said):
+        load()
+    text = " ".join(said.getvalue().split())
+    if text:
+        log.info("onnxruntime: %s", text)
+    return text
 
 
 def _check_provider(session: Any, provider: str) -> None:
@@ -233,10 +265,9 @@ def _check_provider(session: Any, provider: str) -> None:
     if found[0] != provider:
         raise BackendMissingError(
             "ONNX Runtime could not start on the GPU",
-            found=", ".join(found),
+            found=preload() or f"{', '.join(found)}; ONNX Runtime logged why",
             expected=provider,
-            do="install the CUDA and cuDNN that this onnxruntime-gpu was built for: pip install "
-            '"onnxruntime-gpu[cuda,cudnn]"; ONNX Runtime logged what is missing',
+            do=INSTALL_CUDA,
         )
 
 
@@ -264,15 +295,33 @@ def _memory() -> int:
 
 
 @contextmanager
-def _one_line(graph: str) -> Iterator[None]:
-    """Turn an error of ONNX Runtime into one of ours."""
+def graph_errors(what: str) -> Iterator[None]:
+    """Turn an error of ONNX Runtime into one of ours; its exceptions have no common base.
+
+    The CUDA provider's own is a plain RuntimeError ("Error in execution: ...").
+    """
     try:
         yield
-    except Exception as error:  # its exceptions have no common base but this
-        if not type(error).__module__.startswith("onnxruntime"):
+    except Exception as error:
+        if not (isinstance(error, RuntimeError) or _is_of_onnxruntime(error)):
             raise
+        text = " ".join(str(error).split())
+        if any(words in text for words in _FULL):
+            raise CapacityError(
+                f"memory is full at {what}",
+                found=text[:300],
+                do="close other programs, ask for less, or export with smaller --max-text-tokens, "
+                "--max-images or --budget",
+            ) from error
+        is_cuda = "CUDA" in text or "CUBLAS" in text or "CUDNN" in text
         raise BundleError(
-            f"ONNX Runtime {ort.__version__} fails at the graph {graph}",
-            found=" ".join(str(error).split())[:300],
-            do="upgrade onnxruntime, or export the bundle again",
+            f"ONNX Runtime {ort.__version__} fails at {what}",
+            found=text[:300],
+            do="start the program again; if the error returns, upgrade onnxruntime-gpu"
+            if is_cuda
+            else "upgrade onnxruntime, or export the bundle again",
         ) from error
+
+
+def _is_of_onnxruntime(error: Exception) -> bool:
+    return type(error).__module__.startswith("onnxruntime")

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.gpu.fake_cuda import FakeGpu
+from benchmarks.gpu.fake_tensorrt import FakeTensorRT, build_fakes
 from patchsieve.runtime.gpu.trt_backend import TensorRTBackend
 from patchsieve.runtime.model import Model
-from tests.fake_cuda import FakeGpu
-from tests.fake_tensorrt import FakeTensorRT, build_fakes
 from tests.tiny_bundles import TinyBundle
 
 TARGET, ROW = "tensorrt-rtx", "qwen2"

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnxruntime
 import pytest
 
 from patchsieve.export.lowering import LOWERINGS
+from patchsieve.runtime.board import cuda_provider
 from patchsieve.runtime.board.abilities import EXPORT, INSTALL, TENSORRT, install_line, target_of
 from patchsieve.runtime.board.doctor import diagnose
-from patchsieve.runtime.board.machine import Probes
+from patchsieve.runtime.board.machine import Probes, module_version
 from patchsieve.runtime.board.pitfalls import bundle_pitfalls
 from tests.bundles import PHOTO, command, command_json
 
@@ -51,6 +54,8 @@ def probes(
         "root": root,
         "version": installed.get,
         "importable": lambda module: False,
+        "module_version": lambda module: None,
+        "cuda_obstacle": lambda: "",
         "run": lambda command: programs(command, smi),
         "providers": lambda: ["CPUExecutionProvider"] if has_runtime else [],
         "python": "3.11.9",
@@ -375,6 +380,110 @@ def test_both_onnxruntimes_are_a_warning_with_the_line_that_mends_it(tmp_path: P
     assert gpu.endswith("install --no-cache-dir onnxruntime-gpu")
 
 
+def test_a_cuda_provider_that_does_not_start_says_what_is_missing(tmp_path: Path) -> None:
+    installed = CORE | {"onnxruntime-gpu": "1.31.1"}
+    missing = "libcublasLt.so.13: cannot open shared object file"
+    given = probes(tmp_path, installed, smi=RTX, cuda_obstacle=lambda: missing, **CUDA)
+    run = diagnose(given)["targets"]["cuda"]["run"]
+    assert run["can"] is False
+    assert missing in run["why"] and run["do"] == INSTALL["CUDA libraries"]
+    asked: list[str] = []
+    for smi, providers in (("", CUDA), (RTX, {})):  # nothing to start: it is not tried
+        tried = {"cuda_obstacle": lambda: asked.append("tried") or ""} | providers
+        assert diagnose(probes(tmp_path, installed, smi=smi, **tried))["targets"]["cuda"]
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (
+            "\x1b[1;31m[E:onnxruntime] Failed to load x.so with error: libcudnn.so.9: cannot "
+            "open\n\x1b[m\n[W] Failed to create CUDAExecutionProvider\n",
+            "libcudnn.so.9: cannot open",
+        ),
+        ("Traceback ...\nRuntimeError: CUDA failure 35\n", "RuntimeError: CUDA failure 35"),
+        ("", "the process that tried it ended with code -11"),
+    ],
+)
+def test_the_reason_is_the_missing_library_or_the_last_line(said: str, reason: str) -> None:
+    assert cuda_provider.reason_of(said, -11) == reason
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(),
+    reason="this onnxruntime was built with CUDA",
+)
+def test_an_onnxruntime_for_the_cpu_alone_starts_no_cuda_provider() -> None:
+    assert "was built without CUDA" in cuda_provider.obstacle()
+    model = onnx.load_from_string(cuda_provider.IDENTITY)
+    onnx.checker.check_model(model)
+    assert [node.op_type for node in model.graph.node] == ["Identity"]
+
+
+@pytest.mark.parametrize(
+    ("distributions", "module", "version", "warns"),
+    [
+        ({"onnxruntime": "1.30.0"}, "1.31.1", "1.31.1", True),
+        ({"onnxruntime": "1.30.0", "onnxruntime-gpu": "1.31.1"}, "1.31.1", "1.31.1", False),
+        ({"onnxruntime": "1.30.0"}, "1.30.0", "1.30.0", False),
+        ({"onnxruntime": "1.30.0"}, None, "1.30.0", False),
+        ({"tensorrt": "10.3.0.30"}, "10.3.0", "10.3.0.30", False),
+        ({"torch": "2.13.0+cpu"}, "2.13.0", "2.13.0+cpu", False),
+        ({}, "1.31.1", None, False),
+    ],
+)
+def test_the_version_is_that_of_the_module_that_is_imported(
+    tmp_path: Path, distributions: dict[str, str], module: str | None, version: str, warns: bool
+) -> None:
+    report = diagnose(probes(tmp_path, distributions, module_version=lambda name: module))
+    name = next(iter(distributions), "onnxruntime")
+    assert report["libraries"][name] == version
+    said = [text for text in report["warnings"] if "is imported, but" in text]
+    assert bool(said) == warns and all("remove one" in text for text in said)
+
+
+def test_a_module_s_version_is_read_from_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, file, text in (
+        ("plain_one", "__init__.py", '"""Text."""\n__version__ = "1.31.1"\nraise SystemExit\n'),
+        ("apart_one", "version.py", "debug = False\n__version__ = '2.13.0+cpu'\n"),
+        ("silent_one", "__init__.py", "from .native import __version__\n"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+        (tmp_path / name / file).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = [module_version(name) for name in ("plain_one", "apart_one", "silent_one", "no_one")]
+    assert found == ["1.31.1", "2.13.0+cpu", None, None]
+
+
+def test_cuda_python_of_a_newer_cuda_than_the_driver_cannot_run(tmp_path: Path) -> None:
+    installed = CPU_ONLY | {"tensorrt": "10.3.0.30", "cuda-python": "13.0.1"}
+    orin = board(tmp_path, "6", ORIN_MODEL, "tegra234", installed)["targets"]["jetpack6"]["run"]
+    assert (orin["can"], orin["do"]) == (False, INSTALL["cuda-python on JetPack 6"])
+    assert "13.0.1" in orin["why"] and "12.6" in orin["why"]
+    absent = {name: v for name, v in installed.items() if name != "cuda-python"}
+    orin = board(tmp_path, "6", ORIN_MODEL, "tegra234", absent)["targets"]["jetpack6"]["run"]
+    assert orin["do"] == 'pip install "cuda-python==12.6.*"'
+    table = recorded("jetpack7.0.smi.txt").replace("13.0", "12.8")
+    smi = lambda command: programs(command, RTX, table=table)  # noqa: E731
+    desktop = probes(tmp_path / "desktop", READY, run=smi)
+    run = diagnose(desktop)["targets"]["tensorrt-rtx"]["run"]
+    assert (run["can"], run["do"]) == (False, INSTALL["cuda-python for CUDA 12"])
+
+
+def test_commands_with_a_library_of_their_own_say_what_is_absent(tmp_path: Path) -> None:
+    report = diagnose(probes(tmp_path, EXPORTER | {"optimum": "2.3.0"}))
+    tools = {name: (one["can"], one["why"], one["do"]) for name, one in report["tools"].items()}
+    assert tools["calibrate"] == (False, "no accelerate", INSTALL["calibration"])
+    assert tools["optimum"][0] is True
+    assert tools["open_clip"] == (False, "no open_clip", INSTALL["open_clip"])
+    assert tools["lmms_eval"] == (False, "no lmms_eval", INSTALL["lmms_eval"])
+    assert report["libraries"]["optimum"] == "2.3.0" and report["libraries"]["lmms_eval"] is None
+
+
 def test_an_onnxruntime_that_does_not_load_is_a_warning(tmp_path: Path) -> None:
     (warning,) = diagnose(probes(tmp_path, CPU_ONLY, providers=lambda: []))["warnings"]
     assert "does not load" in warning
@@ -489,6 +598,8 @@ def test_the_command_prints_a_table_and_json(tiny_bundle: Path) -> None:
     code, out, _ = command("doctor", tiny_bundle)
     assert code == 0
     assert "cpu" in out and "plan half" in out
+    assert "Azure" not in out and "for cpu" in out  # providers that no target runs on
+    assert "optimum-cli export patchsieve" in out
     code, said = command_json("doctor")
     assert (code, said["schema_version"]) == (0, 1)
     assert said["targets"]["cpu"]["run"]["can"] is True

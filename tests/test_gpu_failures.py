@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.gpu.fake_cuda import TOTAL, FakeCudaRuntime, FakeGpu, cudaError_t
 from patchsieve import names
 from patchsieve.errors import (
     BackendMissingError,
@@ -21,12 +22,14 @@ from patchsieve.errors import (
     RequestError,
 )
 from patchsieve.runtime import backend as backend_module
+from patchsieve.runtime import ort as ort_backend
+from patchsieve.runtime.gpu import driver as driver_module
 from patchsieve.runtime.gpu import engines
+from patchsieve.runtime.gpu.device_times import DeviceTimes
 from patchsieve.runtime.gpu.driver import ContextLostError, Driver, load_cudart
 from patchsieve.runtime.gpu.memory import Memory, rounded
 from patchsieve.runtime.gpu.trt_engine import PREFILL
 from patchsieve.runtime.model import Model
-from tests.fake_cuda import TOTAL, FakeGpu, cudaError_t
 from tests.gpu import FASTV, QUESTION, ROW, TARGET, Machine
 from tests.tiny_bundles import pictures
 
@@ -363,22 +366,144 @@ def test_damaged_engines_are_refused(tiny, machine) -> None:
     )
 
 
+# ONNX Runtime on the GPU.
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "words"),
+    [
+        ("Error in execution: CUDA failure 700", BundleError, "fails at the graph stage_2.*again"),
+        (
+            "Error in execution: Failed to allocate memory",
+            CapacityError,
+            "memory is full.*--budget",
+        ),
+    ],
+)
+def test_a_plain_runtime_error_of_onnxruntime_is_one_line(
+    tiny, monkeypatch, said: str, kind: type[PatchsieveError], words: str
+) -> None:
+    model = tiny(ROW).model(FASTV)
+    right = ask(model)
+    run = model.backend._run
+
+    def fail(session: Any, *rest: Any) -> Any:
+        if session is model.backend._session(names.stage(2)):
+            raise RuntimeError(said)
+        return run(session, *rest)
+
+    monkeypatch.setattr(model.backend, "_run", fail)
+    refused(lambda: ask(model), kind, words)
+    monkeypatch.undo()
+    assert ask(model) == right
+
+
+class OnnxRuntime:
+    """The module of onnxruntime-gpu, whose provider finds its libraries only when preloaded."""
+
+    __version__ = "1.31.1"
+
+    def __init__(self, *, finds: bool) -> None:
+        self.finds, self.is_loaded = finds, False
+
+    def get_available_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def preload_dlls(self) -> None:
+        self.is_loaded = self.finds
+        if not self.finds:
+            print("Failed to load libcublasLt.so.13: no such file")
+
+    def disable_fallback(self) -> None:
+        pass
+
+    def get_providers(self) -> list[str]:
+        return self.get_available_providers()[0 if self.is_loaded else 1 :]
+
+
+@pytest.mark.parametrize("finds", (True, False))
+def test_cuda_s_libraries_are_loaded_before_the_first_session(
+    monkeypatch, capsys: pytest.CaptureFixture[str], finds: bool
+) -> None:
+    module = OnnxRuntime(finds=finds)
+    monkeypatch.setattr(ort_backend, "ort", module)
+    ort_backend.preload.cache_clear()
+    try:
+        provider = ort_backend._provider("cuda")
+        if finds:
+            ort_backend._check_provider(module, provider)
+        else:
+            words = r"could not start.*libcublasLt.so.13.*onnxruntime-gpu\[cuda,cudnn\]"
+            refused(
+                lambda: ort_backend._check_provider(module, provider), BackendMissingError, words
+            )
+    finally:
+        ort_backend.preload.cache_clear()
+    assert capsys.readouterr().out == ""  # stdout is the command's own
+
+
+def test_a_graph_that_fails_leaves_no_event_without_a_time() -> None:
+    gpu = FakeGpu()
+    driver = Driver(gpu.module())
+    times = DeviceTimes(driver)
+    with pytest.raises(BundleError), times.of("stage_0"):
+        raise BundleError("it fails")
+    gpu.fail("cudaEventCreate", cudaError_t.cudaErrorInvalidValue, after=1)
+    times._idle.clear()
+    gpu.live["event"] -= 2
+    with pytest.raises(PatchsieveError, match="cudaEventCreate"), times.of("stage_0"):
+        pass
+    with times.of("stage_1"):
+        driver.synchronise("work")
+    driver.synchronise("the end")
+    assert list(times.take()) == ["stage_1"]
+    times.close()
+    assert gpu.live["event"] == 0
+
+
 # What is absent.
 
 
 @pytest.mark.parametrize(
-    ("target", "install"),
+    ("jetpack", "install"),
     [
-        ("tensorrt-rtx", r'pip install "patchsieve\[rtx\]"'),
-        ("tensorrt", r'pip install "patchsieve\[tensorrt\]"'),
-        ("tensorrt10", r'pip install "patchsieve\[tensorrt\]"'),
-        ("jetpack6", "--system-site-packages"),
+        (None, r'pip install "cuda-python>=12\.6"'),
+        ("6.2+b77", r'pip install "cuda-python==12\.6\.\*"'),
+        ("7.2", r'pip install "cuda-python>=12\.6"'),
     ],
 )
-def test_absent_cuda_python_names_the_install_line(monkeypatch, target: str, install: str) -> None:
+def test_absent_cuda_python_names_the_line_of_this_board(
+    monkeypatch, jetpack: str | None, install: str
+) -> None:
     for name in ("cuda", "cuda.bindings", "cuda.bindings.runtime", "cuda.cudart"):
         monkeypatch.setitem(sys.modules, name, None)
-    refused(lambda: load_cudart(target), BackendMissingError, f"cuda-python.*{install}")
+    on_board = None if jetpack is None else {"jetpack": jetpack}
+    monkeypatch.setattr(driver_module.machine, "jetson", lambda probes: on_board)
+    refused(lambda: load_cudart("jetpack6"), BackendMissingError, f"cuda-python.*{install}")
+    newer = FakeGpu()
+    newer.fail("cudaGetDeviceCount", cudaError_t.cudaErrorInsufficientDriver)
+    older = r"cuda-python==12\.6" if (jetpack or "").startswith("6") else "cuda-python<13"
+    refused(lambda: Driver(newer.module()), BackendMissingError, f"update the driver.*{older}")
+
+
+def test_an_older_cuda_python_without_a_driver_is_one_line() -> None:
+    """Up to 12.8 it raises where later ones return an error."""
+
+    class Older(FakeCudaRuntime):
+        def cudaGetDeviceCount(self) -> Any:
+            raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    words = "driver is absent.*Failed to dlopen libcuda.so.1.*install or update the driver"
+    refused(lambda: Driver(Older(FakeGpu())), BackendMissingError, words)
+
+
+def test_a_function_that_an_older_driver_lacks_is_one_line() -> None:
+    class Older(FakeCudaRuntime):
+        def cudaEventCreate(self) -> Any:
+            raise RuntimeError('Function "cuEventCreate_v2" not found')
+
+    driver = Driver(Older(FakeGpu()))
+    refused(driver.event, PatchsieveError, "refuses cudaEventCreate.*cuEventCreate_v2")
 
 
 def test_older_cuda_python_is_found_under_its_own_name(monkeypatch) -> None:

@@ -1,18 +1,26 @@
 """A bundle answers through the GPU backend as it does on the CPU: same tokens, same survivors.
 
-The engines compute for real (tests/fake_tensorrt.py) on a GPU whose memory, streams and graphs are
-byte arrays and queues (tests/fake_cuda.py). So what is proven is all that lies around the kernels:
-which address holds what, when it is read, and when the host may look.
+The engines compute for real (benchmarks/gpu/fake_tensorrt.py) on a GPU whose memory, streams and
+graphs are byte arrays and queues (benchmarks/gpu/fake_cuda.py). So what is proven is all that lies
+around the kernels: which address holds what, when it is read, and when the host may look.
 """
 
 from __future__ import annotations
 
+import json
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from benchmarks.gpu import __main__ as benchmark
+from benchmarks.gpu import smoke
+from benchmarks.gpu.fake_cuda import FakeCudaRuntime, cudaError_t
 from tests.gpu import FASTV, QUESTION, ROW
 from tests.tiny_bundles import pictures
+from tests.tolerances import LOGITS_FLOAT32
 
 pytest_plugins = ["tests.gpu"]
 
@@ -131,3 +139,38 @@ def test_a_plan_named_by_the_request_runs_beside_the_default(tiny, machine) -> N
         result = model.generate(image, QUESTION, max_new_tokens=16, plan=plan)
         assert result.token_ids == expected.token_ids
     model.close()
+
+
+def test_the_dry_smoke_run_gives_every_token_and_captures_one_graph(
+    tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`python -m benchmarks.gpu --dry`, as on a Hopper, which TensorRT-RTX does not list."""
+    hopper = SimpleNamespace(name=b"NVIDIA H200", major=9, minor=0)
+    properties = lambda cuda, device: (cudaError_t.cudaSuccess, hopper)  # noqa: E731
+    monkeypatch.setattr(FakeCudaRuntime, "cudaGetDeviceProperties", properties)
+    bundle = tiny(ROW)
+    plan = bundle.model(FASTV).facts.default_plan
+    of_tests = partial(smoke.Smoke, bundles={"float32": bundle.path}, plan=plan)
+    monkeypatch.setattr(smoke, "Smoke", of_tests)
+    pieces = [piece for piece in smoke.PIECES if not piece.startswith("float16")]
+    monkeypatch.setattr(smoke, "PIECES", pieces)
+    arguments = ["--dry", "--results", str(tmp_path / "results"), "--workdir", str(tmp_path)]
+    assert benchmark.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = json.loads(lines[-1])
+    assert (said["kind"], said["target"], said["unfinished"]) == ("dry-run", None, [])
+    assert said["smoke"]["wrong"] == []
+    found = said["smoke"]["pieces"]
+    assert list(found) == ["driver", "float32:tensorrt", "float32:jetpack6"]
+    assert len(found["driver"]["found"]) == 9
+    for target in smoke.TARGETS:
+        one = found[f"float32:{target}"]
+        assert [turn["same_tokens"] for turn in one["turns"]] == [48, 48, 48]
+        assert all(turn["has_same_survivors"] for turn in one["turns"])
+        assert max(turn["logits_error"] for turn in one["turns"]) < LOGITS_FLOAT32
+        assert one["grown_bytes"] == 0 and len(set(one["token_ids"])) > 8
+        is_captured = one["backend"]["decode"] == "one CUDA graph"
+        assert is_captured == (target == "tensorrt")
+    assert sum("48 of 48 tokens and all survivors" in line for line in lines) == 2
+    (file,) = (tmp_path / "results").iterdir()
+    assert "dry-run" in file.name

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from patchsieve import names
-from patchsieve.runtime.gpu import engines
-from patchsieve.runtime.gpu.kernel_cache import FILE_NAME
-from patchsieve.runtime.model import Model
-from tests.fake_tensorrt import (
+from benchmarks.gpu.fake_tensorrt import (
     CudaGraphStrategy,
     DynamicShapesKernelSpecializationStrategy,
     ExecutionContextAllocationStrategy,
 )
+from patchsieve import names
+from patchsieve.runtime.gpu import engines
+from patchsieve.runtime.gpu.kernel_cache import FILE_NAME
+from patchsieve.runtime.model import Model
 from tests.gpu import QUESTION, ROW, TARGET, Machine
 from tests.tiny_bundles import TinyBundle
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.gpu import fake_cuda, fake_tensorrt
 from patchsieve.errors import BackendMissingError
 from patchsieve.runtime.gpu import (
     decode_row,
@@ -21,7 +22,6 @@ from patchsieve.runtime.gpu import (
     trt_engine,
     weight_streaming,
 )
-from tests import fake_cuda, fake_tensorrt
 
 MODULES = (
     decode_row,

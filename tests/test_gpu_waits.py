@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.gpu.fake_cuda import cudaError_t
 from patchsieve import names
 from patchsieve.runtime.gpu.decode_row import WAIT, why_not_captured
 from patchsieve.runtime.gpu.weight_streaming import budgets
-from tests.fake_cuda import cudaError_t
 from tests.gpu import FASTV, QUESTION, ROW, TARGET
 from tests.tiny_bundles import pictures
 

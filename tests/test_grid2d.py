@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.gpu.fake_tensorrt import build_fakes
 from patchsieve import manifest
 from patchsieve.calibration.rotary import GridRotary
 from patchsieve.errors import BundleError, PatchsieveError
@@ -28,7 +29,6 @@ from patchsieve.runtime.model import Model
 from patchsieve.runtime.rows import Rows, number_grid, number_rows
 from patchsieve.trained import Trained, sections
 from tests.bundles import PHOTO, command, command_json
-from tests.fake_tensorrt import build_fakes
 from tests.models import save_checkpoint
 from tests.references import grid2d
 from tests.references.masked_llava import MaskedLlava, answer_message, user_message

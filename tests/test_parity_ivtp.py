@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.gpu.fake_tensorrt import build_fakes
 from patchsieve import names
 from patchsieve.errors import PatchsieveError
 from patchsieve.export.exporter import ExportOptions, export
@@ -21,7 +22,6 @@ from patchsieve.runtime.model import Model
 from patchsieve.runtime.ort import OrtBackend
 from patchsieve.runtime.rows import Rows
 from patchsieve.verify import Verification
-from tests.fake_tensorrt import build_fakes
 from tests.models import make_checkpoint, tiny_llava
 from tests.references.masked_ivtp import MaskedIvtp
 from tests.references.masked_llava import answer_message, user_message

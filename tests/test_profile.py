@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import patchsieve
+from patchsieve.cli import profile as cli_profile
 from patchsieve.errors import RequestError
 from patchsieve.runtime.profile import profile, statistics
+from patchsieve.writing import check_file, write_result
 from tests.bundles import PHOTO, PLAN, PROMPT, command, command_json
 
 pytest_plugins = ["tests.bundles"]
+
+
+CALIBRATE = ("calibrate", "no-model", "--data", "no-data", "--sites", "2", "--target-tokens", "9")
 
 
 def test_every_part_is_measured_in_every_run(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -107,6 +113,59 @@ def test_the_table_shows_each_stage_and_the_ratio(tiny_bundle: Path) -> None:
     places = [lines.index(name) for name in order]
     assert places == sorted(places)
     assert "none p50 ratio" in " ".join(out.split())  # columns are as wide as their numbers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("profile", "no-bundle", "--output", "{tmp}/no/p.json"), "no folder {tmp}/no"),
+        (("profile", "no-bundle", "--output", "{tmp}"), "found: a folder"),
+        (("profile", "no-bundle", "--output", "{tmp}/file/p.json"), "no folder {tmp}/file"),
+        (("show", "no-bundle", "--image", PHOTO, "--prompt", "x", "-o", "{tmp}/no/p.html"), "no "),
+        (("eval", "no-bundle", "--data", "no-data", "-o", "{tmp}/no/a.jsonl"), "no folder"),
+        ((*CALIBRATE, "-o", "{tmp}/file/heads"), "is no folder"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    (tmp_path / "file").touch()
+    code, out, said = command(*(word.replace("{tmp}", str(tmp_path)) for word in arguments))
+    assert (code, out) == (2, "")
+    assert "cannot write" in said and words.replace("{tmp}", str(tmp_path)) in said
+    assert said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # trying leaves nothing
+
+
+@pytest.mark.parametrize("as_json", (True, False))
+def test_a_measurement_whose_file_fails_is_printed_and_kept(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    """As where a disk becomes full, or a stick is drawn, while it is measured."""
+    monkeypatch.setattr(cli_profile, "check_file", lambda path: None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gone = tmp_path / "gone" / "profile.json"
+    counts = ("--warmup", 0, "--runs", 1, "--max-new-tokens", 2, "--quiet", "--output", gone)
+    code, out, said = command("profile", tiny_bundle, *counts, *(["--json"] if as_json else []))
+    assert code == 2 and "cannot write" in said
+    (kept,) = tmp_path.iterdir()
+    assert f"move {kept}" in said
+    report = json.loads(kept.read_text())
+    assert report["plans"][PLAN]["times_ms"]["ttft"]["p50"] > 0
+    if as_json:
+        printed = json.loads(out)
+        assert "cannot write" in printed.pop("error") and printed == report
+    else:
+        assert "time to first token" in out
+
+
+def test_a_result_may_go_to_a_device_or_over_a_link(tmp_path: Path) -> None:
+    check_file(Path("/dev/null"))
+    write_result(Path("/dev/null"), b"gone")
+    assert Path("/dev/null").is_char_device()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_result(tmp_path / "link", b"kept")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes() == b"kept"
 
 
 def test_statistics_are_percentiles_of_the_values() -> None:

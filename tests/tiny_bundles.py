@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks.gpu.recording import recorded_logits as recorded_logits
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.reuse import reuse
 from patchsieve.manifest import Limits
@@ -82,33 +83,13 @@ def make_bundle(folder: Path, row: str, **overrides: Any) -> TinyBundle:
     checkpoint = save_checkpoint(folder / "checkpoint", row, **overrides)
     options = ExportOptions(
         cuts=(1, 2, 3) if is_pruned else (),
-        targets=("cpu", "reference", "jetpack6", "tensorrt-rtx")
+        targets=("cpu", "reference", "jetpack6", "tensorrt-rtx", "tensorrt")
         if row in REFERENCE_ROWS
         else ("cpu",),
         limits=LIMITS,
     )
     export(str(checkpoint), folder / "bundle", options)
     return TinyBundle(checkpoint, folder / "bundle")
-
-
-def recorded_logits(model: Model) -> list[np.ndarray]:
-    """A list to which a model adds the logits [V] of each later token, prefill and decode."""
-    seen: list[np.ndarray] = []
-    pipeline = model.pipeline
-    prefill, decode = type(pipeline).prefill, type(pipeline).decode
-
-    def recorded_prefill(*args: Any) -> Any:
-        done = prefill(pipeline, *args)
-        seen.append(done.logits.copy())
-        return done
-
-    def recorded_decode(*args: Any) -> Any:
-        seen.append(decode(pipeline, *args).copy())
-        return seen[-1]
-
-    pipeline.prefill = recorded_prefill  # type: ignore[method-assign]
-    pipeline.decode = recorded_decode  # type: ignore[method-assign]
-    return seen
 
 
 def largest_error(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:

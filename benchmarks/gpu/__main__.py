@@ -2,9 +2,12 @@
 
     make gpu                                          # all of it, with the best target that runs
     python -m benchmarks.gpu --only bench --workdir D # one part; D keeps what is made
+    python -m benchmarks.gpu --only smoke             # the first run on a new machine: no TensorRT
+    python -m benchmarks.gpu --dry                    # the same rehearsed on a CPU
     python -m benchmarks.gpu --target cpu --shape tiny  # the whole command, without a GPU
 
-Exit code: 0 when all was done, 1 when a part failed or had no time, 2 where no GPU target runs.
+The report is on disk after every part. Exit code: 0 when all was done, 1 when a part failed or had
+no time, 2 where no GPU target runs or the report cannot be written.
 """
 
 from __future__ import annotations
@@ -13,22 +16,24 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.checkpoint import ROOT
-from benchmarks.gpu import hugging_face, parts
+from benchmarks.gpu import hugging_face, parts, smoke
 from benchmarks.gpu.bench import PROMPT, RUNS, SECONDS, SHAPES, Bench, run
 from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.choice import CPU_TARGETS, TARGETS, absent, choose
-from benchmarks.gpu.report import write_report
+from benchmarks.gpu.parts import Keep
+from benchmarks.gpu.report import Report
 from patchsieve.errors import BackendMissingError, PatchsieveError
 from patchsieve.runtime.board.doctor import diagnose
 
-PARTS = ("settle", "parity", "bench")
+PARTS = ("smoke", "settle", "parity", "bench")
+SETTLE_SHARE = 1 / 3  # of the time that is left, where other parts come after it
 SCHEMA_VERSION = 1
 
 
@@ -38,6 +43,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("--only", choices=PARTS, action="append", help="this part; may be given again")
+    add("--dry", action="store_true", help="rehearse the smoke part on a CPU, and nothing else")
     add("--target", choices=TARGETS, help="the best that runs here by default")
     add("--shape", choices=tuple(SHAPES), default="7b", help="of the benchmark's model (7b)")
     add("--layers", type=int, metavar="N", help="only so many decoder layers, for a first look")
@@ -45,10 +51,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--minutes", type=float, default=9.5, help="end within this time (9.5)")
     add("--workdir", type=Path, help="keep checkpoint, bundle and engines here, and find them")
     add("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where reports go")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.only = list(dict.fromkeys(args.only or (["smoke"] if args.dry else PARTS)))
+    if args.dry and args.only != ["smoke"]:
+        parser.error("--dry rehearses the smoke part alone")
+    return args
 
 
-def bench(args: argparse.Namespace, target: str, folder: Path, budget: Budget) -> dict[str, Any]:
+def bench(
+    args: argparse.Namespace, target: str, folder: Path, budget: Budget, keep: Keep
+) -> dict[str, Any]:
     """The benchmark, and transformers beside it; what was measured stays when the time ends."""
     shape = SHAPES[args.shape]
     if args.layers:
@@ -56,6 +68,7 @@ def bench(args: argparse.Namespace, target: str, folder: Path, budget: Budget) -
         shape = replace(shape, layers=args.layers, plans=plans)
     work = Bench(shape, target, args.precision, folder, budget, args.device)
     facts: dict[str, Any] = {"shape": shape.name, "layers": shape.layers, "facts": work.facts}
+    work.keep = lambda: keep(facts)
     try:
         for text in run(work):
             print(text + "\n", flush=True)
@@ -91,25 +104,26 @@ def _transformers(work: Bench, target: str) -> dict[str, Any]:
 def failed(part: str, told: dict[str, Any]) -> bool:
     """Whether a part did not do what it is for; an answer "no" to a question is an answer."""
     if part == "parity":
-        return bool(told.get("failed")) or not told.get("passed")
-    return "error" in told
+        return "error" in told or bool(told.get("failed")) or not told.get("passed")
+    return "error" in told or bool(told.get("wrong"))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the parts that are asked for; return the exit code."""
-    args = parse_arguments(argv)
-    report = diagnose()
-    try:
-        target = choose(report, args.target)
-    except BackendMissingError as error:
-        print(f"gpu: {error}", file=sys.stderr)
-        for line in absent(report):
-            print(f"gpu: {line}", file=sys.stderr)
-        return 2
-    args.device = report["machine"]["label"]
-    kind = "cpu-run" if target in CPU_TARGETS else "gpu"
-    print(f"{kind}: {args.device}, target {target}", flush=True)
-    results: dict[str, Any] = {
+def target_of(args: argparse.Namespace, report: dict[str, Any]) -> str | None:
+    """The target to measure; the smoke part needs none, for it brings its own library.
+
+    Raises:
+        BackendMissingError: No GPU target runs here, or no GPU is there.
+    """
+    is_smoke_alone = args.only == ["smoke"] and args.target is None
+    if args.dry or (is_smoke_alone and report["machine"]["gpus"]):
+        return None
+    return choose(report, args.target)
+
+
+def head(args: argparse.Namespace, target: str | None, report: dict[str, Any]) -> dict[str, Any]:
+    """What every report begins with."""
+    kind = "dry-run" if args.dry else "cpu-run" if target in CPU_TARGETS else "gpu"
+    return {
         "schema_version": SCHEMA_VERSION,
         "kind": kind,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -119,26 +133,72 @@ def main(argv: list[str] | None = None) -> int:
         "versions": {"patchsieve": report["patchsieve"]} | report["libraries"],
         "absent": absent(report),
     }
+
+
+def run_part(
+    part: str,
+    args: argparse.Namespace,
+    target: str | None,
+    folder: Path,
+    budget: Budget,
+    keep: Keep,
+) -> dict[str, Any]:
+    """What a part found; "error" where it could not be done."""
+    try:
+        if part == "smoke":
+            return smoke_part(args, target, folder, budget, keep)
+        assert target is not None  # only the smoke part does without
+        if part == "settle":
+            is_last = part == args.only[-1]
+            longest = budget.left_s * (1 if is_last else SETTLE_SHARE)
+            return parts.settle(target, folder, budget, longest)
+        if part == "parity":
+            return parts.parity(target, folder, budget, keep=keep)
+        return bench(args, target, folder, budget, keep)
+    except PatchsieveError as error:
+        return {"error": str(error)}
+
+
+def smoke_part(
+    args: argparse.Namespace, target: str | None, folder: Path, budget: Budget, keep: Keep
+) -> dict[str, Any]:
+    """The first run, where there is a GPU or where it is rehearsed."""
+    if target in CPU_TARGETS:
+        print("not run: it needs a GPU; --dry rehearses it without", flush=True)
+        return {"not_run": "it needs a GPU"}
+    return smoke.run(folder, budget, is_dry=args.dry, keep=keep)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the parts that are asked for; return the exit code."""
+    args = parse_arguments(argv)
     budget = Budget(args.minutes)
+    machine = diagnose()
+    args.device = machine["machine"]["label"]
+    try:
+        target = target_of(args, machine)
+        report = Report(args.results, head(args, target, machine), args.only)
+    except BackendMissingError as error:
+        print(f"gpu: {error}", file=sys.stderr)
+        for line in absent(machine):
+            print(f"gpu: {line}", file=sys.stderr)
+        return 2
+    except PatchsieveError as error:  # the reports' folder
+        print(f"gpu: {error}", file=sys.stderr)
+        return 2
+    print(f"{report.results['kind']}: {args.device}, target {target or 'none'}", flush=True)
     with tempfile.TemporaryDirectory(prefix="gpu-") as temporary:
         folder = args.workdir or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        work: dict[str, Callable[[], dict[str, Any]]] = {
-            "settle": lambda: parts.settle(target, folder, budget),
-            "parity": lambda: parts.parity(target, folder, budget),
-            "bench": lambda: bench(args, target, folder, budget),
-        }
-        for part in args.only or PARTS:
+        for part in args.only:
             print(f"\n== {part}", flush=True)
-            try:
-                results[part] = work[part]()
-            except PatchsieveError as error:
-                results[part] = {"error": str(error)}
-            if "error" in results[part]:
-                print(f"{part}: {results[part]['error']}", file=sys.stderr)
-    print(f"\nwritten to {write_report(args.results, results)}")
-    print(json.dumps(results))
-    return 1 if any(failed(part, results[part]) for part in args.only or PARTS) else 0
+            found = run_part(part, args, target, folder, budget, partial(report.keep, part))
+            report.finish(part, found)
+            if "error" in found:
+                print(f"{part}: {found['error']}", file=sys.stderr)
+    print(f"\nwritten to {report.path}")
+    print(json.dumps(report.results))
+    return 1 if any(failed(part, report.results[part]) for part in args.only) else 0
 
 
 if __name__ == "__main__":

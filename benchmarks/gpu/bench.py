@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class Bench:
     Attributes:
         folder: Where checkpoint, bundle and engines lie, and are found again.
         facts: What was made and how long each step took; goes into the report.
+        keep: Called when there is something new in `facts`.
     """
 
     shape: Shape
@@ -58,6 +59,7 @@ class Bench:
     budget: Budget
     device: str
     facts: dict[str, Any] = field(default_factory=dict)
+    keep: Callable[[], None] = lambda: None
 
     @property
     def checkpoint(self) -> Path:
@@ -125,32 +127,31 @@ class Bench:
             raise PatchsieveError("the engines were not built", found=f"exit {done.returncode}")
         self.facts["build"] = json.loads(done.stdout)
 
-    def measure(self, facts: Manifest) -> dict[str, Any]:
-        """Profile each plan beside the unpruned one, run by run in turn."""
+    def measure(self, facts: Manifest) -> None:
+        """Profile each plan beside the unpruned one, run by run in turn; each is kept at once."""
         self._needs("measure")
         threads = {"threads": 1} if self.target in CPU_TARGETS else {}
         with self._timed("load_s"):
             model = patchsieve.load(self.bundle, target=self.target, check="size", **threads)
         counts: dict[str, Any] = {"warmup": WARMUP, "runs": RUNS}
         counts["max_new_tokens"] = self.new_tokens
+        plans: dict[str, Any] = {}
+        self.facts["plans"] = plans
         try:
-            reports = {
-                name: profile(model, picture(), PROMPT, plan=name, against=NO_PRUNING, **counts)
-                for name in self.shape.plans or (NO_PRUNING,)
-            }
+            for name in self.shape.plans or (NO_PRUNING,):
+                report = profile(model, picture(), PROMPT, plan=name, against=NO_PRUNING, **counts)
+                if not plans:
+                    self.facts["conditions"] = report["conditions"]
+                    plans[NO_PRUNING] = report["plans"][NO_PRUNING] | {"ratios": {}}
+                plans[name] = report["plans"][name] | {"ratios": report.get("ratios", {})}
+                self.keep()
             self.facts["backend"] = model.backend.describe()
         finally:
             model.close()
-        plans = {name: report["plans"][name] for name, report in reports.items()}
-        first = next(iter(reports.values()))
-        plans = {NO_PRUNING: first["plans"][NO_PRUNING]} | plans
         for name, made in plans.items():
             check_counts(self.shape, name, made["survivors"])
             made["kv_bytes"]["reserved_alone"] = reserved_alone(facts, name)
-            made["ratios"] = reports[name].get("ratios", {}) if name in reports else {}
             made["cuda_ms"] = cuda_time(made)
-        self.facts["conditions"] = first["conditions"]
-        return plans
 
     def _needs(self, step: str) -> None:
         is_small = self.shape.name != LLAVA_7B.name
@@ -237,11 +238,13 @@ def run(bench: Bench) -> Iterator[str]:
     peak = peak_of(bench.device)
     bench.facts["text_tokens"] = text_tokens
     bench.facts["floors"] = {name: floor.to_dict(peak) for name, floor in least.items()}
+    bench.keep()
     yield floor_table(bench.facts["floors"])
     bench.build()
-    bench.facts["plans"] = bench.measure(facts)
+    bench.measure(facts)
     yield times_table(bench.facts["plans"])
     bench.facts["paper"] = paper(bench.shape, bench.facts["plans"], least)
+    bench.keep()
     yield paper_table(bench.facts["paper"])
 
 

@@ -49,7 +49,7 @@ def measure(
 
     Returns:
         By form ("sdpa", on a GPU also "sdpa, static cache, compiled"): ttft_ms, per_token_ms,
-        total_ms; and rows of the prompt.
+        total_ms, or the error; and rows of the prompt.
     """
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -73,7 +73,10 @@ def measure(
     told: dict[str, Any] = {"prompt_rows": int(inputs["input_ids"].shape[1])}
     for name, options in forms.items():
         generate = partial(model.generate, **inputs, **options, do_sample=False)
-        told[name] = _times(generate, wait, new_tokens, runs)
+        try:
+            told[name] = _times(generate, wait, new_tokens, runs)
+        except RuntimeError as error:  # of torch: no memory, or what cannot be compiled here
+            told[name] = {"error": " ".join(str(error).split())[:300]}
     if device == "cuda":
         told["peak_device_bytes"] = torch.cuda.max_memory_allocated()
     return told

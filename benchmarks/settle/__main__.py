@@ -32,6 +32,7 @@ from patchsieve.runtime.board.abilities import target_of
 from patchsieve.runtime.building.compile import build_engine
 from patchsieve.runtime.gpu.engines import Options
 from patchsieve.runtime.gpu.tensorrt import load_tensorrt
+from patchsieve.writing import check_file
 
 SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,13 +148,15 @@ def ask(letter: str, setup: Setup, seconds: float) -> Answer:
 
 
 def ask_forms(setup: Setup, seconds: float) -> Answer:
-    """Ask (a) for each form that an engine can be compiled in; name the first that runs."""
+    """Ask (a) for each form that an engine can be compiled in, within `seconds` for all of them."""
     forms = [("current",), (), PORTABLE] if setup.target == "tensorrt-rtx" else [()]
     facts: dict[str, Any] = {"works": None}
     told = []
+    end = time.monotonic() + seconds
     for form in forms:
         name = " ".join(form) or "library's choice"
-        answer = ask("a", replace(setup, capabilities=form), seconds)
+        wait = max(1, end - time.monotonic())
+        answer = ask("a", replace(setup, capabilities=form), wait)
         facts[name] = asdict(answer)
         told.append(f"{name}: {answer.status}, {answer.text}")
         if facts["works"] is None and answer.status == YES:
@@ -275,6 +278,8 @@ def main(argv: list[str] | None = None) -> int:
         capabilities = tuple(filter(None, arguments.capabilities.split(",")))
         answer_one(arguments.one, Setup(arguments.target, Path(arguments.folder), capabilities))
         return 0
+    if arguments.json:
+        check_file(arguments.json)
     target = arguments.target or find_target()
     versions = installed_versions()
     print(", ".join(f"{name} {version}" for name, version in versions.items()), flush=True)

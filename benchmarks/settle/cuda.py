@@ -64,7 +64,10 @@ class Cuda:
         if name in _ENUMS:
             place, kind = _ENUMS[name]
             values[place] = getattr(self._python, kind)(values[place])
-        status, *results = getattr(self._python, name)(*values)
+        try:
+            status, *results = getattr(self._python, name)(*values)
+        except RuntimeError as error:  # cuda-python up to 12.8, where libcuda is absent
+            raise CudaError(f"{name} failed", found=str(error)) from error
         if int(status):
             found = f"CUDA error {int(status)}: {self._text(status)}"
             raise CudaError(f"{name} failed", found=found)

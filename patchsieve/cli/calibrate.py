@@ -16,7 +16,7 @@ from patchsieve.cli.output import Progress, print_json, require, table
 from patchsieve.errors import PatchsieveError
 from patchsieve.heads import CONFIG
 from patchsieve.plan import GRID2D
-from patchsieve.writing import check_new
+from patchsieve.writing import check_folder, check_new
 
 if TYPE_CHECKING:
     from patchsieve.calibrate import Encoder
@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     require(libraries, "cpu,export,calibration", "calibrate")
     check(args)
     check_new(args.out)
+    check_folder(args.out)
     partial = args.out.with_name(args.out.name + ".partial")
     if args.resume and not partial.is_dir():
         raise PatchsieveError(

@@ -8,6 +8,9 @@ from typing import Any
 
 from patchsieve.cli.output import print_json, size, table
 
+# Execution providers of ONNX Runtime that a target runs on.
+_DEVICES = {"CUDAExecutionProvider": "cuda", "CPUExecutionProvider": "cpu"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -22,7 +25,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(report)
         return 0
-    blocks = [_machine(report), _libraries(report), _targets(report), _installs(report)]
+    blocks = [_machine(report), _libraries(report), _targets(report), _tools(report)]
+    blocks.append(_installs(report))
     if "bundle" in report:
         blocks.append(_bundle(report["bundle"]))
     blocks += [f"warning: {text}" for text in report["warnings"]]
@@ -73,7 +77,8 @@ def _libraries(report: dict[str, Any]) -> str:
     rows = []
     for name, version in report["libraries"].items():
         providers = report["onnxruntime_providers"] if name == "onnxruntime" else []
-        rows.append((name, version or "-", ", ".join(providers)))
+        devices = [device for provider, device in _DEVICES.items() if provider in providers]
+        rows.append((name, version or "-", f"for {', '.join(devices)}" if devices else ""))
     return table(("library", "version", ""), rows)
 
 
@@ -83,6 +88,14 @@ def _targets(report: dict[str, Any]) -> str:
         for target, abilities in report["targets"].items()
     ]
     return table(("target", "export", "build", "run"), rows)
+
+
+def _tools(report: dict[str, Any]) -> str:
+    """Commands that need a library of their own, and whether it is there."""
+    from patchsieve.runtime.board.abilities import TOOLS
+
+    rows = [(TOOLS[name][0], _word(ability)) for name, ability in report["tools"].items()]
+    return table(("also", "here"), rows)
 
 
 def _word(ability: dict[str, Any]) -> str:
@@ -98,6 +111,9 @@ def _installs(report: dict[str, Any]) -> str:
         for step, ability in abilities.items():
             if ability["can"] is False and ability["do"]:
                 lines.setdefault(ability["do"], []).append(f"{step} {target}")
+    for name, ability in report["tools"].items():
+        if not ability["can"]:
+            lines.setdefault(ability["do"], []).append(f"use {name}")
     return "\n".join(f"to {', '.join(what)}: {do}" for do, what in lines.items())
 
 

@@ -46,7 +46,10 @@ def run(args: argparse.Namespace) -> int:
     from patchsieve.evaluation.report import report
     from patchsieve.manifest import hash_file
     from patchsieve.plan import NO_PRUNING
+    from patchsieve.writing import check_file
 
+    if args.answers is not None:
+        check_file(args.answers)
     records = Records(args.data, args.image_folder)
     model = load(args)
     plans = list(dict.fromkeys([NO_PRUNING, *(args.plan or [model.facts.default_plan])]))

@@ -74,8 +74,9 @@ def peak_memory() -> int | None:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
         return None
-    kilobytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(kilobytes) * 1024
+    lines = (line.split() for line in status.splitlines())
+    kilobytes = next((words[1] for words in lines if words[:1] == ["VmHWM:"]), None)
+    return None if kilobytes is None else int(kilobytes) * 1024  # gVisor has no such line
 
 
 class Progress:

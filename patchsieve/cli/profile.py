@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+from patchsieve.cli import USER_ERROR
 from patchsieve.cli.inputs import take_inputs
 from patchsieve.cli.output import Progress, print_json, size, table
 from patchsieve.cli.picture import picture
 from patchsieve.cli.run import add_run_options, add_system, load
 from patchsieve.errors import PatchsieveError
 from patchsieve.plan import NO_PRUNING
+from patchsieve.writing import check_file, write_result
 
 PROMPT = "Describe the image."
 
@@ -44,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     from patchsieve.runtime.profile import profile
 
+    if args.output is not None:
+        check_file(args.output)
     take_inputs(args)
     model = load(args)
     progress = Progress(args.quiet or args.json)
@@ -67,20 +72,25 @@ def run(args: argparse.Namespace) -> int:
     report = {"bundle": str(args.bundle)} | report
     report["stages"] = [[stage.first, stage.last - 1] for stage in model.facts.stages]
     model.close()
-    if args.output is not None:
-        _write(args.output, report)
+    failure = None if args.output is None else _write(args.output, report)
     if args.json:
-        print_json(report)
+        print_json(report | ({"error": failure} if failure else {}))
     else:
         print("\n\n".join([_head(report), _times(report), _caches(report), _foot(report)]))
+    if failure:
+        print(f"patchsieve: {failure}", file=sys.stderr)
+        return USER_ERROR
     return 0
 
 
-def _write(path: Path, report: dict[str, Any]) -> None:
+def _write(path: Path, report: dict[str, Any]) -> str:
+    """Write the report; the error where that fails, which does not take the measurement along."""
+    content = json.dumps({"schema_version": 1} | report, indent=1) + "\n"
     try:
-        path.write_text(json.dumps({"schema_version": 1} | report, indent=1) + "\n", "utf-8")
-    except OSError as error:
-        raise PatchsieveError(f"cannot write {path}", found=error) from error
+        write_result(path, content.encode())
+    except PatchsieveError as error:
+        return str(error)
+    return ""
 
 
 def _head(report: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from patchsieve.cli.inputs import take_inputs
 from patchsieve.cli.output import Progress, print_json, size, table
 from patchsieve.cli.run import add_run_options, add_system, load
 from patchsieve.errors import PatchsieveError
-from patchsieve.writing import one_line, write_whole
+from patchsieve.writing import check_file, write_result
 
 SUFFIXES = (".html", ".png")
 TIMED_RUNS = 3
@@ -68,8 +68,7 @@ def run(args: argparse.Namespace) -> int:
             found=out.name,
             expected=" or ".join(SUFFIXES),
         )
-    if not out.parent.is_dir():  # told before the model is asked
-        raise PatchsieveError(f"cannot write {out}", found=f"no folder {out.parent}")
+    check_file(out)
     from patchsieve.page.collect import collect
 
     take_inputs(args)
@@ -90,8 +89,7 @@ def run(args: argparse.Namespace) -> int:
     progress.done()
     model.close()
     content = _draw(shown, out.suffix.lower())
-    with one_line(out):
-        write_whole(out, content)
+    write_result(out, content)
     summary = shown.summary()
     if args.json:
         print_json({"output": str(out), "bytes": len(content)} | summary)

@@ -13,17 +13,24 @@ Libraries = dict[str, str | None]
 
 EXPORT = ("torch", "transformers", "onnx", "onnxscript", "safetensors")
 CORE = ("numpy", "pillow", "tokenizers", "jinja2")
+CALIBRATION = ("torch", "transformers", "accelerate", "safetensors")
 _NVIDIA = "--extra-index-url https://pypi.nvidia.com"
 _JETSON_INDEX = "https://pypi.jetson-ai-lab.io/jp6/cu126"
 INSTALL = {
     "core": 'pip install "numpy>=1.24" "pillow>=10.0" "tokenizers>=0.21" "jinja2>=3.1"',
     "export": 'pip install "torch>=2.8" "transformers>=5.0" "onnx>=1.20" "onnxscript>=0.7" '
     '"safetensors>=0.5"',
+    "calibration": 'pip install "torch>=2.8" "transformers>=5.0" "accelerate>=1.1" '
+    '"safetensors>=0.5"',
+    "open_clip": 'pip install "open_clip_torch>=3.0"',
+    "optimum": 'pip install "optimum>=2.0"',
+    "lmms_eval": 'pip install "lmms-eval>=0.7.1"',
     "onnxruntime": 'pip install "onnxruntime>=1.23"',
     "onnxruntime 1.24": 'pip install "onnxruntime>=1.24"',
     "onnxruntime-gpu": 'pip uninstall -y onnxruntime && pip install "onnxruntime-gpu>=1.23"',
     "onnxruntime-gpu on JetPack 6": "pip uninstall -y onnxruntime && pip install onnxruntime-gpu "
     f"--index-url {_JETSON_INDEX}",
+    "CUDA libraries": 'pip install "onnxruntime-gpu[cuda,cudnn]"',
     "tensorrt_rtx": 'pip install "tensorrt-rtx>=1.7"',
     "tensorrt": f'pip install "tensorrt>=11" {_NVIDIA}',
     "tensorrt10": f'pip install "tensorrt>=10.15,<11" {_NVIDIA}',
@@ -31,7 +38,16 @@ INSTALL = {
     "tensorrt on a board": "sudo apt-get install -y python3-libnvinfer && "
     "python3 -m venv --system-site-packages .venv",
     "cuda-python": 'pip install "cuda-python>=12.6"',
+    "cuda-python for CUDA 12": 'pip install "cuda-python<13"',
+    "cuda-python on JetPack 6": 'pip install "cuda-python==12.6.*"',
     "driver": "install NVIDIA's driver, or use --target cpu",
+}
+# Commands that need a library beside those of export and run: what for, which, and its line.
+TOOLS = {
+    "calibrate": ("learn thresholds: patchsieve calibrate", CALIBRATION, "calibration"),
+    "open_clip": ("export --method ivtp --scorer open_clip", ("open_clip",), "open_clip"),
+    "optimum": ("optimum-cli export patchsieve", ("optimum",), "optimum"),
+    "lmms_eval": ("lmms-eval --model patchsieve", ("lmms_eval",), "lmms_eval"),
 }
 OPSET_24 = (1, 24)  # ONNX Runtime that loads the reference graphs
 CUDA_PROVIDER = "CUDAExecutionProvider"
@@ -81,6 +97,28 @@ def target_of(version: str | None) -> str | None:
     return next((t for t, (low, high) in TENSORRT.items() if low <= numbers < high), None)
 
 
+def is_jetpack_6(board: dict[str, Any] | None) -> bool:
+    """Whether a board's driver serves CUDA 12.6 and nothing newer."""
+    return board is not None and (board["jetpack"] or "").startswith("6")
+
+
+def cuda_python_line(board: dict[str, Any] | None, *, is_too_new: bool = False) -> str:
+    """The line that installs cuda-python.
+
+    Args:
+        board: Facts of a Jetson; None elsewhere.
+        is_too_new: The one that is here is of a newer CUDA than the driver.
+    """
+    if is_jetpack_6(board):
+        return INSTALL["cuda-python on JetPack 6"]
+    return INSTALL["cuda-python for CUDA 12" if is_too_new else "cuda-python"]
+
+
+def tools_of(libraries: Libraries) -> dict[str, Ability]:
+    """Commands that need a library of their own."""
+    return {name: _needs(libraries, needed, line) for name, (_, needed, line) in TOOLS.items()}
+
+
 def abilities_of(
     probes: Probes, facts: dict[str, Any], libraries: Libraries, providers: Sequence[str]
 ) -> dict[str, dict[str, Ability]]:
@@ -89,10 +127,12 @@ def abilities_of(
     core = _needs(libraries, CORE, "core")
     none = Ability(None, "no engines")
     gpu = _gpu(facts)
+    starts = _starts(probes, facts, libraries, providers)
+    cuda = _cuda_python(facts, libraries)
     run_cpu = _first(core, _needs(libraries, ("onnxruntime",), "onnxruntime"))
     steps = {
         "cpu": (none, run_cpu),
-        "cuda": (none, _first(core, _provider(facts, libraries, providers), gpu)),
+        "cuda": (none, _first(core, _provider(facts, libraries, providers), gpu, starts)),
         "tensorrt-rtx": (
             _needs(libraries, ("tensorrt_rtx",), "tensorrt_rtx"),
             _first(core, *_rtx(facts, libraries), gpu),
@@ -100,7 +140,6 @@ def abilities_of(
     }
     for target in TENSORRT:
         library = _tensorrt(target, facts, libraries)
-        cuda = _needs(libraries, ("cuda-python",), "cuda-python")
         steps[target] = (_first(gpu, library), _first(core, library, cuda, gpu, library))
     steps["reference"] = (none, _first(run_cpu, _opset_24(probes, libraries), run_cpu))
     return {
@@ -138,7 +177,7 @@ def _provider(facts: dict[str, Any], libraries: Libraries, providers: Sequence[s
     board = facts["jetson"]
     if board is None:
         return Ability(False, why, INSTALL["onnxruntime-gpu"])
-    if (board["jetpack"] or "").startswith("6"):
+    if is_jetpack_6(board):
         return Ability(False, why, INSTALL["onnxruntime-gpu on JetPack 6"])
     target = target_of(libraries["tensorrt"]) or "cpu"
     return Ability(
@@ -146,10 +185,35 @@ def _provider(facts: dict[str, Any], libraries: Libraries, providers: Sequence[s
     )
 
 
+def _starts(
+    probes: Probes, facts: dict[str, Any], libraries: Libraries, providers: Sequence[str]
+) -> Ability:
+    """Whether the CUDA provider starts; tried only where it is built in and a GPU is there."""
+    ready = Ability(True, f"onnxruntime {libraries['onnxruntime']} with {CUDA_PROVIDER}")
+    if CUDA_PROVIDER not in providers or not facts["gpus"]:
+        return ready
+    obstacle = probes.cuda_obstacle()
+    if not obstacle:
+        return ready
+    return Ability(False, f"{CUDA_PROVIDER} does not start: {obstacle}", INSTALL["CUDA libraries"])
+
+
+def _cuda_python(facts: dict[str, Any], libraries: Libraries) -> Ability:
+    """cuda-python of no newer CUDA than the driver's."""
+    there, board = libraries["cuda-python"], facts["jetson"]
+    if there is None:
+        return Ability(False, "no cuda-python", cuda_python_line(board))
+    driver = "12.6" if is_jetpack_6(board) else facts["cuda"]["driver"]
+    if driver is None or there == "yes" or numbers_of(there)[0] <= numbers_of(driver)[0]:
+        return Ability(True, f"cuda-python {there}")
+    why = f"cuda-python {there} is here, this driver serves CUDA {driver}"
+    return Ability(False, why, cuda_python_line(board, is_too_new=True))
+
+
 def _rtx(facts: dict[str, Any], libraries: Libraries) -> tuple[Ability, ...]:
     capabilities = [gpu["compute_capability"] for gpu in facts["gpus"]]
     there = _needs(libraries, ("tensorrt_rtx",), "tensorrt_rtx")
-    cuda = _needs(libraries, ("cuda-python",), "cuda-python")
+    cuda = _cuda_python(facts, libraries)
     if not any(capabilities) or set(capabilities) & set(RTX_CAPABILITIES):
         return there, cuda
     other = target_of(libraries["tensorrt"]) or "tensorrt"

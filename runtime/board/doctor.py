@@ -9,7 +9,13 @@ from typing import Any
 from patchsieve import __version__, build_memory, manifest
 from patchsieve.manifest import Manifest
 from patchsieve.runtime.board import machine
-from patchsieve.runtime.board.abilities import MODULES, TENSORRT, Libraries, abilities_of
+from patchsieve.runtime.board.abilities import (
+    MODULES,
+    TENSORRT,
+    Libraries,
+    abilities_of,
+    tools_of,
+)
 from patchsieve.runtime.board.machine import Probes
 from patchsieve.runtime.board.pitfalls import bundle_pitfalls, pitfalls
 
@@ -28,6 +34,10 @@ LIBRARIES = {
     "onnx": ("onnx",),
     "onnxscript": ("onnxscript",),
     "safetensors": ("safetensors",),
+    "accelerate": ("accelerate",),
+    "open_clip": ("open_clip_torch",),
+    "optimum": ("optimum",),
+    "lmms_eval": ("lmms-eval", "lmms_eval"),
 }
 _SPARE = 300e6  # bytes of Python, ONNX Runtime and the activations of one request
 
@@ -60,7 +70,8 @@ def diagnose(probes: Probes | None = None, bundle: Path | None = None) -> dict[s
             target: {name: asdict(ability) for name, ability in steps.items()}
             for target, steps in abilities.items()
         },
-        "warnings": pitfalls(probes, facts, libraries, providers),
+        "tools": {name: asdict(ability) for name, ability in tools_of(libraries).items()},
+        "warnings": pitfalls(probes, facts, libraries, providers) + other_copies(probes),
     }
     if bundle is not None:
         report["bundle"] = check_bundle(manifest.read(bundle), bundle, facts)
@@ -71,18 +82,46 @@ def diagnose(probes: Probes | None = None, bundle: Path | None = None) -> dict[s
 def find_libraries(probes: Probes, facts: dict[str, Any]) -> Libraries:
     """Version of each library, None where it is absent; "yes" where only the module is found.
 
-    JetPack's own TensorRT has no metadata in every environment; its Debian package tells the
-    version.
+    The version is that of the copy that an import would take, which another installation may have
+    overwritten or put before the installed one. JetPack's own TensorRT has no metadata in every
+    environment; its Debian package says the version.
     """
     found: Libraries = {}
     for name, distributions in LIBRARIES.items():
-        versions = (probes.version(distribution) for distribution in distributions)
-        found[name] = next((version for version in versions if version), None)
+        versions = _installed(probes, distributions)
+        module = probes.module_version(MODULES.get(name, name)) if versions else None
+        same = [version for version in versions if module and _same(module, version)]
+        found[name] = next(iter(same), module or next(iter(versions), None))
         if found[name] is None and probes.importable(MODULES.get(name, name)):
             found[name] = "yes"
     if found["tensorrt"] == "yes" and facts["jetson"] and facts["jetson"]["tensorrt"]:
         found["tensorrt"] = facts["jetson"]["tensorrt"].partition("-")[0]
     return found
+
+
+def other_copies(probes: Probes) -> list[str]:
+    """A sentence for each library whose module is of another version than every distribution."""
+    found = []
+    for name, distributions in LIBRARIES.items():
+        versions = _installed(probes, distributions)
+        module = probes.module_version(MODULES.get(name, name)) if versions else None
+        if module and not any(_same(module, version) for version in versions):
+            found.append(
+                f"{name} {module} is imported, but the installed distribution is {versions[0]} | "
+                "what to do: remove one of the two copies; PYTHONPATH comes before site-packages"
+            )
+    return found
+
+
+def _installed(probes: Probes, distributions: tuple[str, ...]) -> list[str]:
+    return [version for name in distributions if (version := probes.version(name))]
+
+
+def _same(module: str, distribution: str) -> bool:
+    """A distribution may add a number or a local part: tensorrt 10.3.0.30 brings 10.3.0."""
+    one, other = (text.partition("+")[0].split(".") for text in (module, distribution))
+    count = min(len(one), len(other))
+    return one[:count] == other[:count]
 
 
 def check_bundle(facts: Manifest, bundle: Path, found: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from patchsieve.runtime.board import cuda_provider
 from patchsieve.runtime.board import jetson as board
 from patchsieve.runtime.board.power import throttling
 
@@ -29,6 +30,25 @@ def installed_version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def module_version(module: str) -> str | None:
+    """Version that a module's own files say, of the copy that an import would take.
+
+    Nothing is imported. None where the module is absent or its version is not a plain text there.
+    """
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    if found is None or found.origin is None:
+        return None
+    folder = Path(found.origin).parent
+    for name in ("version.py", "_version.py", "__init__.py"):
+        said = re.search(r"^__version__ = ['\"]([\w.+-]+)['\"]", _read(folder / name), re.MULTILINE)
+        if said:
+            return said.group(1)
+    return None
 
 
 def is_importable(module: str) -> bool:
@@ -67,9 +87,11 @@ class Probes:
     Attributes:
         root: The file system under which /proc and /etc lie.
         version: Version of a distribution, None where it is not installed.
+        module_version: Version of the module that an import would take, None where it says none.
         importable: Whether a module can be found.
         run: What a program prints, "" where there is none: nvidia-smi, nvpmodel, jetson_clocks.
-        providers: Execution providers of ONNX Runtime.
+        providers: Execution providers that ONNX Runtime was built for.
+        cuda_obstacle: Why its CUDA provider does not start, "" where it does.
         python: Version of the interpreter.
         architecture: As `uname -m` says.
         disk: Free bytes where bundles would be written.
@@ -78,9 +100,11 @@ class Probes:
 
     root: Path = Path("/")
     version: Callable[[str], str | None] = installed_version
+    module_version: Callable[[str], str | None] = module_version
     importable: Callable[[str], bool] = is_importable
     run: Callable[[Sequence[str]], str] = run_program
     providers: Callable[[], list[str]] = onnxruntime_providers
+    cuda_obstacle: Callable[[], str] = cuda_provider.obstacle
     python: str = field(default_factory=platform.python_version)
     architecture: str = field(default_factory=platform.machine)
     disk: Callable[[], int] = lambda: shutil.disk_usage(Path.cwd()).free

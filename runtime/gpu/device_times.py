@@ -23,12 +23,18 @@ class DeviceTimes:
 
     @contextmanager
     def of(self, graph: str) -> Iterator[None]:
-        """Time what is enqueued inside."""
-        start, end = self._event(), self._event()
-        self._taken.append((graph, start, end))
-        self.driver.record(start)
-        yield
-        self.driver.record(end)
+        """Time what is enqueued inside; what fails has no time."""
+        events: list[Any] = []
+        try:
+            for _ in range(2):
+                events.append(self._event())
+            self.driver.record(events[0])
+            yield
+            self.driver.record(events[1])
+        except BaseException:
+            self._idle += events  # an event that was never recorded has no time to ask for
+            raise
+        self._taken.append((graph, events[0], events[1]))
 
     def take(self) -> dict[str, float]:
         """Milliseconds of each graph, added up; the host must have waited for all of them."""

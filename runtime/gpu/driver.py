@@ -15,16 +15,12 @@ from importlib import import_module
 from typing import Any
 
 from patchsieve.errors import BackendMissingError, CapacityError, PatchsieveError
+from patchsieve.runtime.board import machine
+from patchsieve.runtime.board.abilities import cuda_python_line
 from patchsieve.runtime.gpu.engines import Gpu
 
 log = logging.getLogger(__name__)
 
-INSTALL = {
-    "tensorrt-rtx": 'pip install "patchsieve[rtx]" cuda-python',
-    "tensorrt": 'pip install "patchsieve[tensorrt]" cuda-python',
-    "tensorrt10": 'pip install "patchsieve[tensorrt]" "cuda-python<13"',
-    "jetpack6": 'pip install "cuda-python<13" into a venv made with --system-site-packages',
-}
 # After these the process's context answers every call with the same error.
 _STICKY = {
     "cudaErrorAssert",
@@ -78,8 +74,17 @@ def load_cudart(target: str) -> Any:
     raise BackendMissingError(
         f"target {target} needs the Python package cuda-python",
         found=failures[0],
-        do=INSTALL[target],
+        do=cuda_python_line(machine.jetson(machine.Probes())),
     ) from failures[0]
+
+
+def _no_driver(found: object) -> BackendMissingError:
+    line = cuda_python_line(machine.jetson(machine.Probes()), is_too_new=True)
+    return BackendMissingError(
+        "the NVIDIA driver is absent or older than cuda-python",
+        found=found,
+        do=f"install or update the driver, or {line}",
+    )
 
 
 class Driver:
@@ -119,7 +124,10 @@ class Driver:
         """
         if self.lost:
             raise self._lost_error()
-        error, *values = getattr(self.cuda, name)(*arguments)
+        try:
+            error, *values = getattr(self.cuda, name)(*arguments)
+        except RuntimeError as problem:  # a function that an older driver does not have
+            raise CudaError(name, "RuntimeError", str(problem)) from problem
         if int(error) != 0:
             raise self._error(name, error)
         return values[0] if values else None
@@ -280,14 +288,13 @@ class Driver:
 
     def _first_contact(self) -> None:
         """Find the GPU and make its context current."""
-        error, *counted = self.cuda.cudaGetDeviceCount()
+        try:
+            error, *counted = self.cuda.cudaGetDeviceCount()
+        except RuntimeError as problem:  # how cuda-python up to 12.8 says that there is no libcuda
+            raise _no_driver(problem) from problem
         name = error.name
         if name in _OLD_DRIVER:
-            raise BackendMissingError(
-                "the NVIDIA driver is absent or older than cuda-python",
-                found=self._meaning(error),
-                do='install or update the driver, or pip install "cuda-python<13" for CUDA 12',
-            )
+            raise _no_driver(self._meaning(error))
         if int(error) != 0 or int(counted[0]) == 0:
             raise BackendMissingError(
                 "this machine has no NVIDIA GPU that can be used",

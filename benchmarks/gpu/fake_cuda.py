@@ -63,6 +63,8 @@ class FakeGpu:
 
     Args:
         runs_late: Work waits until the host does; otherwise it is done when it is enqueued.
+        has_host_addresses: An address is where the bytes lie, so that a library of the CPU can use
+            it; otherwise addresses have gaps between them that nothing may touch.
 
     Attributes:
         calls: How often each function was called.
@@ -70,8 +72,8 @@ class FakeGpu:
         wrong: What a program must never do, found on the way.
     """
 
-    def __init__(self, runs_late: bool = True) -> None:
-        self.runs_late = runs_late
+    def __init__(self, runs_late: bool = True, *, has_host_addresses: bool = False) -> None:
+        self.runs_late, self.has_host_addresses = runs_late, has_host_addresses
         self.device: dict[int, np.ndarray] = {}
         self.pinned: dict[int, np.ndarray] = {}
         self.total, self.used = TOTAL, 0
@@ -96,6 +98,10 @@ class FakeGpu:
             if base <= address and address + size <= base + len(memory):
                 return memory[address - base : address - base + size]
         raise IllegalAddress(f"{size} bytes at {address:#x}")
+
+    def holds(self, address: int) -> bool:
+        """Whether an address lies in device memory that was not given back."""
+        return any(base <= address < base + len(m) for base, m in self.device.items())
 
     def host_bytes(self, address: int, size: int) -> np.ndarray:
         for base, memory in self.pinned.items():
@@ -129,7 +135,7 @@ class FakeGpu:
 
 
 def _poisoned(size: int) -> np.ndarray:
-    memory = np.resize(np.frombuffer(POISON, np.uint8), size + 256)
+    memory = np.frombuffer(bytearray(POISON * (size // len(POISON) + 65)), np.uint8)
     start = -memory.ctypes.data % 256  # as CUDA aligns
     return memory[start : start + size]
 
@@ -220,9 +226,10 @@ class FakeCudaRuntime:
         gpu = self._gpu
         if gpu.used + size > gpu.total:
             return cudaError_t.cudaErrorMemoryAllocation, None
-        address = gpu.next_address
+        memory = _poisoned(size)
+        address = memory.ctypes.data if gpu.has_host_addresses else gpu.next_address
         gpu.next_address += -(-size // 512) * 512 + 512  # a gap, in which nothing may be touched
-        gpu.device[address] = _poisoned(size)
+        gpu.device[address] = memory
         gpu.used += size
         gpu.live["device memory"] += 1
         return _OK, address

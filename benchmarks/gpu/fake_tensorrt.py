@@ -24,9 +24,9 @@ from patchsieve import manifest, names
 from patchsieve.manifest import Manifest
 from patchsieve.runtime.building.profiles import profiles
 from patchsieve.runtime.gpu import engines
-from tests.fake_cuda import FakeGpu
 
 SCRATCH = 4096
+Port = tuple[np.dtype[Any], tuple[int, ...], int]  # type, shape, address
 
 
 class DataType(enum.Enum):
@@ -255,17 +255,25 @@ class IExecutionContext:
                 gpu.is_capture_broken = True
                 return False
             gpu.wait()
-        reads = {name: self._read_at_run(name) for name in engine._inputs}
-        writes = {name: self._addresses[name] for name in engine._outputs}
-        for name, address in writes.items():
-            if name.endswith(names.OUT) and address != self._addresses[name[: -len(names.OUT)]]:
+        for name in engine._outputs:
+            on_input = self._addresses.get(name.removesuffix(names.OUT))
+            if name.endswith(names.OUT) and self._addresses[name] != on_input:
                 self._trt.complain(engine._logger, f"{name} does not lie on its input")
                 return False
-        scratch = self._scratch
+        if self._scratch[1] < engine.device_memory_size_v2 or self._scratch[0] % 256:
+            gpu.wrong.append(f"{graph} has too little scratch memory, or it is not aligned")
+        self._trt.execute(self, stream)
+        if self._cache is not None:
+            self._cache._kernels.add(graph)
+        return True
+
+    def _compute(self) -> None:
+        """Enqueue the graph, on a copy of its inputs as they lie in memory when it runs."""
+        engine, gpu, scratch = self._engine, self._gpu, self._scratch
+        reads = {name: self._read_at_run(name) for name in engine._inputs}
+        writes = {name: self._addresses[name] for name in engine._outputs}
 
         def work() -> None:
-            if scratch[1] < engine.device_memory_size_v2:
-                gpu.wrong.append(f"{graph} has too little scratch memory")
             gpu.bytes_at(*scratch)[:] = 0xFF
             outputs = engine._session.run(
                 list(writes), {name: read() for name, read in reads.items()}
@@ -273,11 +281,20 @@ class IExecutionContext:
             for address, array in zip(writes.values(), outputs, strict=True):
                 data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
                 gpu.bytes_at(address, data.size)[:] = data
-            if self._cache is not None:
-                self._cache._kernels.add(graph)
 
         gpu.enqueue(work)
-        return True
+
+    def _ports(self, sides: Iterable[str]) -> dict[str, Port]:
+        """Type, shape and address of inputs or outputs as they are bound now."""
+        types = self._engine.get_tensor_dtype
+        return {
+            name: (
+                np.dtype(_NUMPY[types(name).name]),
+                tuple(self.get_tensor_shape(name)),
+                self._addresses[name],
+            )
+            for name in sides
+        }
 
     def _read_at_run(self, name: str) -> Any:
         """The input as it lies in memory when the work runs, not when it is enqueued."""
@@ -291,9 +308,7 @@ class IExecutionContext:
 
     def __del__(self) -> None:
         address, size = self._scratch
-        if size and not any(
-            base <= address < base + len(m) for base, m in self._gpu.device.items()
-        ):
+        if size and not self._gpu.holds(address):
             self._gpu.wrong.append("scratch memory went before a context that uses it")
 
 
@@ -308,7 +323,7 @@ class FakeTensorRT(ModuleType):
     """The module.
 
     Args:
-        gpu: On which engines run.
+        gpu: On which engines run: a `FakeGpu`, or what answers in its place.
         is_rtx: As `tensorrt_rtx`, or as `tensorrt` 10.3, which cannot be asked for some things.
 
     Attributes:
@@ -318,7 +333,7 @@ class FakeTensorRT(ModuleType):
         streamable: Weight bytes by graph that can be streamed.
     """
 
-    def __init__(self, gpu: FakeGpu, *, is_rtx: bool = True) -> None:
+    def __init__(self, gpu: Any, *, is_rtx: bool = True) -> None:
         super().__init__("tensorrt_rtx" if is_rtx else "tensorrt")
         self.__version__ = "1.7.1" if is_rtx else "10.3.0"
         self.gpu, self.is_rtx = gpu, is_rtx
@@ -337,6 +352,10 @@ class FakeTensorRT(ModuleType):
             self.CudaGraphStrategy = CudaGraphStrategy
         self.Runtime = lambda logger: Runtime(self, logger)
 
+    def execute(self, context: IExecutionContext, stream: int) -> None:
+        """Enqueue a context whose tensors are bound; another stand-in may compute elsewhere."""
+        context._compute()
+
     def count(self, thing: Any, kind: str) -> None:
         """Note that a thing lives, until it does not."""
         self.gpu.live[kind] += 1
@@ -346,18 +365,32 @@ class FakeTensorRT(ModuleType):
         logger.log(ILogger.Severity.ERROR, message)
 
 
-def build_fakes(bundle: Path, target: str, trt: FakeTensorRT) -> None:
-    """Write the engines of a bundle, and their record, as `patchsieve build` would."""
+def build_fakes(
+    bundle: Path, target: str, trt: FakeTensorRT, gpu: engines.Gpu | None = None
+) -> None:
+    """Write the engines of a bundle, and their record, as `patchsieve build` would.
+
+    Args:
+        bundle: The bundle.
+        target: For which target.
+        trt: The library.
+        gpu: The GPU that they are tied to, if any.
+    """
     facts = manifest.read(bundle)
     folder = engines.folder_of(bundle, target)
     folder.mkdir(parents=True, exist_ok=True)
     graphs = [graph for graph in facts.targets[target] if not engines.misfit(facts, graph)]
-    record = {graph: _engine(bundle, facts, target, graph, trt) for graph in graphs}
+    record = {graph: _engine(bundle, facts, target, graph, trt, gpu) for graph in graphs}
     engines.write_record(engines.Record(bundle, target, record))
 
 
 def _engine(
-    bundle: Path, facts: Manifest, target: str, graph: str, trt: FakeTensorRT
+    bundle: Path,
+    facts: Manifest,
+    target: str,
+    graph: str,
+    trt: FakeTensorRT,
+    gpu: engines.Gpu | None,
 ) -> engines.Engine:
     file, ranges = facts.targets[target][graph], profiles(facts, graph, target)
     path = engines.engine_path(bundle, target, graph)
@@ -368,7 +401,7 @@ def _engine(
         graph_sha256=facts.files[file].sha256,
         weights_sha256=engines.weights_hash(facts),
         library=engines.Library.of(trt),
-        gpu=None,
+        gpu=gpu,
         asked=options,
         options=options,
         rung="as asked",

@@ -1,0 +1,1 @@
+"""Scripts, and what benchmarks and tests take from them."""
