@@ -10,11 +10,12 @@ import numpy as np
 
 from patchsieve import manifest
 from patchsieve.errors import BundleError, RequestError
+from patchsieve.links import locate
 from patchsieve.precision import stored_as
 from patchsieve.runtime.preprocess import Preprocessor
 from patchsieve.runtime.prompt import PromptBuilder
 
-_CHECKS = ("hash", "size")
+_CHECKS = ("hash", "full", "size")
 
 
 class Bundle:
@@ -23,12 +24,17 @@ class Bundle:
     Args:
         path: The directory.
         target: What it is to run as; other targets' files are not looked at.
-        check: "hash" compares every file with its sha256, "size" only sizes.
+        check: "hash" compares every file with its sha256, but does not read again what was found
+            whole and has not changed since; "full" reads all; "size" compares only sizes.
         progress: Told each file before it is read.
+
+    Attributes:
+        place: Where it lies; a snapshot of the hub's cache is made of links.
+        has_links: Its graphs or weights are links, which a backend may refuse to follow.
 
     Raises:
         BundleError: The bundle is damaged, newer, or lacks the target.
-        RequestError: `check` is neither of the two.
+        RequestError: `check` is none of the three.
     """
 
     def __init__(
@@ -44,6 +50,7 @@ class Bundle:
                 "bad check", found=repr(check), expected=" or ".join(map(repr, _CHECKS))
             )
         self.path, self.target, self.check = path, target, check
+        self.place = locate(path)
         self.manifest = manifest.read(path)
         if target not in self.manifest.targets:
             raise BundleError(
@@ -53,9 +60,16 @@ class Bundle:
                 do=f"export it again with --targets {target}",
             )
         self.graphs = self.manifest.targets[target]
+        own = self._own_files()
         manifest.check_files(
-            path, self.manifest, paths=self._own_files(), hashes=check == "hash", progress=progress
+            path,
+            self.manifest,
+            paths=own,
+            hashes=check != "size",
+            again=check == "full",
+            progress=progress,
         )
+        self.has_links = self.place.has_links(own)
         self.prompts = self._prompts()
         self.preprocessor = self._preprocessor()
         self._table = self._embeddings()
@@ -89,7 +103,7 @@ class Bundle:
         tokens = self.manifest.tokens
         try:
             return PromptBuilder(
-                self.path / tokens.tokenizer,
+                self.place.file(tokens.tokenizer),
                 tokens.chat_template,
                 image_token=tokens.image_token,
                 image_token_id=tokens.image_token_id,
@@ -107,7 +121,7 @@ class Bundle:
     def _preprocessor(self) -> Preprocessor:
         name, vision = self.manifest.preprocessor, self.manifest.vision
         try:
-            settings = json.loads((self.path / name).read_text(encoding="utf-8"))
+            settings = json.loads(self.place.file(name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
             raise BundleError(
                 f"the bundle's {name} cannot be read",
@@ -133,5 +147,9 @@ class Bundle:
         if end > self.manifest.files[table.file].size:
             raise BundleError("the embedding table reaches past its file", found=table)
         return np.memmap(
-            self.path / table.file, dtype, mode="r", offset=table.offset, shape=table.shape
+            self.place.file(table.file),
+            dtype,
+            mode="r",
+            offset=table.offset,
+            shape=table.shape,
         )

@@ -25,7 +25,8 @@ class Model:
         path: The bundle's directory.
         target: What to run it as.
         threads: Threads of the backend.
-        check: "hash" compares every file with its sha256 first; "size" only sizes.
+        check: "hash" compares every file with its sha256 first, but does not read again what was
+            found whole and has not changed since; "full" reads all; "size" compares only sizes.
         progress: Told each file before it is checked.
         backend: Makes the backend of the opened bundle; the target's own by default.
         spare_caches: How many plans' caches are kept between requests.
