@@ -111,7 +111,9 @@ def _read(root: str) -> dict[str, tuple[Mark, str]]:
         handle = os.open(note, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(handle, "rb") as file:
             seen = os.fstat(handle)
-            is_own = seen.st_uid == os.geteuid() and not seen.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            is_own = seen.st_uid == os.geteuid() and not seen.st_mode & (
+                stat.S_IWGRP | stat.S_IWOTH
+            )
             if not (is_own and stat.S_ISREG(seen.st_mode) and seen.st_size <= _LARGEST):
                 log.info("%s is not taken: it may be written by others, or is no file", note)
                 return {}
@@ -124,11 +126,7 @@ def _read(root: str) -> dict[str, tuple[Mark, str]]:
     is_ours = isinstance(data, dict) and data.get("schema_version") == _SCHEMA
     if not is_ours or data.get("root") != root or not isinstance(data.get("files"), dict):
         return {}
-    return {
-        path: (entry[0], entry[1])
-        for path, entry in data["files"].items()
-        if _is_entry(entry)
-    }
+    return {path: (entry[0], entry[1]) for path, entry in data["files"].items() if _is_entry(entry)}
 
 
 def _is_entry(entry: object) -> bool:

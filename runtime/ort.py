@@ -11,10 +11,10 @@ import numpy as np
 
 from patchsieve import names
 from patchsieve.errors import BackendMissingError, BundleError, CapacityError, RequestError
+from patchsieve.external_data import read_relocated, relocated
 from patchsieve.runtime.backend import decode_by_stages, missing
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.cache import StageCache
-from patchsieve.runtime.external_data import read_relocated, relocated
 
 try:
     import onnxruntime as ort

@@ -20,8 +20,10 @@ from types import ModuleType
 
 from patchsieve import manifest, names
 from patchsieve.errors import BackendMissingError, BundleError
+from patchsieve.links import locate
 from patchsieve.manifest import Manifest
 from patchsieve.reading import read_as
+from patchsieve.verified import Verified
 from patchsieve.writing import write_whole
 
 SCHEMA_VERSION = 1
@@ -275,7 +277,12 @@ def check_loadable(record: Record, gpu: Gpu | None, library: Library) -> None:
 
 
 def check_whole(
-    record: Record, facts: Manifest, graphs: Iterable[str] | None = None, *, hashes: bool = True
+    record: Record,
+    facts: Manifest,
+    graphs: Iterable[str] | None = None,
+    *,
+    hashes: bool = True,
+    again: bool = False,
 ) -> dict[str, Path]:
     """Refuse engines that are missing, damaged, or built from another export of the bundle.
 
@@ -283,7 +290,9 @@ def check_whole(
         record: The engines.
         facts: The bundle's manifest.
         graphs: Which are wanted; by default all that can be built.
-        hashes: Compare contents too, not only sizes.
+        hashes: Compare contents too, not only sizes; of files that were found whole and have not
+            changed since, not again.
+        again: Of those too.
 
     Returns:
         The engine file of each graph.
@@ -295,6 +304,7 @@ def check_whole(
     if graphs is None:
         graphs = [graph for graph in onnx if not misfit(facts, graph)]
     weights, paths = weights_hash(facts), {}
+    verified = Verified(locate(record.bundle).root)
     for graph in graphs:
         path, engine = engine_path(record.bundle, record.target, graph), record.engines.get(graph)
         if engine is None or not manifest.is_there(path):
@@ -306,7 +316,8 @@ def check_whole(
             raise BundleError(
                 f"the engine {graph} was built from another export", do=record.command
             )
-        if not is_whole(path, engine, hashes=hashes):
+        known = hashes and not again and verified.knows(path.resolve(), engine.sha256)
+        if not is_whole(path, engine, hashes=hashes and not known, verified=verified):
             raise BundleError(
                 f"the engine {path} is damaged",
                 found=f"{path.stat().st_size} bytes",
@@ -314,14 +325,23 @@ def check_whole(
                 do=record.command,
             )
         paths[graph] = path
+    verified.save()
     return paths
 
 
-def is_whole(path: Path, engine: Engine, *, hashes: bool = True) -> bool:
-    """Whether an engine file is the one that was recorded."""
+def is_whole(
+    path: Path, engine: Engine, *, hashes: bool = True, verified: Verified | None = None
+) -> bool:
+    """Whether an engine file is the one that was recorded; `verified` learns that it is."""
     if not manifest.is_there(path) or path.stat().st_size != engine.size:
         return False
-    return not hashes or manifest.hash_file(path).sha256 == engine.sha256
+    if not hashes:
+        return True
+    before = None if verified is None else verified.look(path.resolve())
+    is_same = manifest.hash_file(path).sha256 == engine.sha256
+    if verified is not None and is_same:
+        verified.learn(path.resolve(), before, engine.sha256)
+    return is_same
 
 
 def open_engines(
@@ -333,6 +353,7 @@ def open_engines(
     library: Library,
     graphs: Iterable[str] | None = None,
     hashes: bool = True,
+    again: bool = False,
 ) -> dict[str, Path]:
     """Find the engines of a bundle that this library can load on this GPU.
 
@@ -347,7 +368,7 @@ def open_engines(
     wanted = None if graphs is None else list(graphs)
     engines = {g: e for g, e in record.engines.items() if wanted is None or g in wanted}
     check_loadable(Record(bundle, target, engines), gpu, library)
-    return check_whole(record, facts, wanted, hashes=hashes)
+    return check_whole(record, facts, wanted, hashes=hashes, again=again)
 
 
 def _runs_on(engine: Engine, gpu: Gpu) -> bool:
