@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from patchsieve import names
+from patchsieve import manifest, names
 from patchsieve.comparison import (
     PIXEL_TOLERANCE,
     TOLERANCE,
@@ -38,6 +38,7 @@ from patchsieve.runtime.pseudo_cls import cosines, pool
 from patchsieve.runtime.record import Recorder
 from patchsieve.runtime.result import Result
 from patchsieve.runtime.rows import number_rows
+from patchsieve.runtime.target import AUTO, choose
 
 
 class Verification:
@@ -46,13 +47,15 @@ class Verification:
     Args:
         bundle: The bundle's directory.
         checkpoint: A directory or a hub id.
-        target: Which of the bundle's graphs; they run in ONNX Runtime on the CPU.
+        target: Which of the bundle's graphs, or "auto"; they run in ONNX Runtime on the CPU.
         threads: Of the bundle's backend.
     """
 
     def __init__(
-        self, bundle: Path, checkpoint: str, *, target: str = "cpu", threads: int | None = None
+        self, bundle: Path, checkpoint: str, *, target: str = AUTO, threads: int | None = None
     ) -> None:
+        if target == AUTO:
+            target = choose(bundle, manifest.read(bundle), among=TARGETS).target
         if target not in TARGETS:
             raise PatchsieveError(
                 "verify runs graphs in ONNX Runtime", found=target, expected=", ".join(TARGETS)

@@ -14,6 +14,7 @@ from patchsieve.links import locate
 from patchsieve.precision import stored_as
 from patchsieve.runtime.preprocess import Preprocessor
 from patchsieve.runtime.prompt import PromptBuilder
+from patchsieve.runtime.target import AUTO, Choice, choose
 
 _CHECKS = ("hash", "full", "size")
 
@@ -23,12 +24,14 @@ class Bundle:
 
     Args:
         path: The directory.
-        target: What it is to run as; other targets' files are not looked at.
+        target: What it is to run as, or "auto" (`patchsieve.runtime.target`); other targets' files
+            are not looked at.
         check: "hash" compares every file with its sha256, but does not read again what was found
             whole and has not changed since; "full" reads all; "size" compares only sizes.
         progress: Told each file before it is read.
 
     Attributes:
+        choice: Its target, and why "auto" took that one.
         place: Where it lies; a snapshot of the hub's cache is made of links.
         has_links: Its graphs or weights are links, which a backend may refuse to follow.
 
@@ -49,15 +52,18 @@ class Bundle:
             raise RequestError(
                 "bad check", found=repr(check), expected=" or ".join(map(repr, _CHECKS))
             )
-        self.path, self.target, self.check = path, target, check
+        self.path, self.check = path, check
         self.place = locate(path)
         self.manifest = manifest.read(path)
+        self.choice = choose(path, self.manifest) if target == AUTO else Choice(target)
+        self.target = target = self.choice.target
         if target not in self.manifest.targets:
             raise BundleError(
                 f"the bundle holds no graphs for {target}",
                 found=", ".join(sorted(self.manifest.targets)),
                 expected=target,
-                do=f"export it again with --targets {target}",
+                do=f"choose one that it holds, or --target {AUTO}; or export it again with "
+                f"--targets {target}",
             )
         self.graphs = self.manifest.targets[target]
         own = self._own_files()

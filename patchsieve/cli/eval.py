@@ -8,7 +8,7 @@ from typing import Any
 
 from patchsieve.cli.arguments import count
 from patchsieve.cli.output import Progress, print_json, size, table
-from patchsieve.cli.run import add_run_options, load
+from patchsieve.cli.run import add_run_options, load, say_target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     about = {
         "bundle": hash_file(args.bundle / FILE_NAME).sha256,
         "data": hash_file(args.data).sha256,
-        "target": args.target,
+        "target": model.bundle.target,
         "max_new_tokens": args.max_new_tokens,
     }
     progress = Progress(args.quiet or args.json)
@@ -71,9 +71,17 @@ def run(args: argparse.Namespace) -> int:
     model.close()
     found = report(questions, answers)
     if args.json:
-        print_json({"bundle": str(args.bundle), "data": str(args.data), "plans": found})
+        print_json(
+            {
+                "bundle": str(args.bundle),
+                "data": str(args.data),
+                "target": model.bundle.target,
+                "plans": found,
+            }
+        )
         return 0
     print(_table(found))
+    say_target(args, model)
     kinds = next(iter(found.values())).get("categories")
     if kinds:
         print(f"\n{_categories(found, list(kinds))}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from patchsieve.cli.output import Progress, print_json, size, table
 from patchsieve.cli.picture import picture
-from patchsieve.cli.run import add_run_options, load
+from patchsieve.cli.run import add_run_options, load, say_target
 from patchsieve.errors import PatchsieveError
 from patchsieve.plan import NO_PRUNING
 
@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         print_json(report)
     else:
         print("\n\n".join([_head(report), _times(report), _caches(report), _foot(report)]))
+        say_target(args, model)
     return 0
 
 

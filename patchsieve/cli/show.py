@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve.cli.output import Progress, print_json, size, table
-from patchsieve.cli.run import add_run_options, load
+from patchsieve.cli.run import add_run_options, load, say_target
 from patchsieve.errors import PatchsieveError
 from patchsieve.writing import one_line, write_whole
 
@@ -71,11 +71,14 @@ def run(args: argparse.Namespace) -> int:
         write_whole(out, content)
     summary = shown.summary()
     if args.json:
-        print_json({"output": str(out), "bytes": len(content)} | summary)
+        print_json(
+            {"output": str(out), "bytes": len(content), "target": model.bundle.target} | summary
+        )
     else:
         print(f"wrote {out} ({size(len(content))})")
         if not args.quiet:
             print(_table(summary))
+            say_target(args, model)
     return 0
 
 

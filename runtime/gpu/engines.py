@@ -267,7 +267,7 @@ def check_loadable(record: Record, gpu: Gpu | None, library: Library) -> None:
                 expected=library,
                 do=record.command,
             )
-        if not _runs_on(engine, gpu):
+        if not runs_on(engine, gpu):
             raise BundleError(
                 f"the engine {graph} was built for another GPU",
                 found=_built_for(engine),
@@ -371,7 +371,8 @@ def open_engines(
     return check_whole(record, facts, wanted, hashes=hashes, again=again)
 
 
-def _runs_on(engine: Engine, gpu: Gpu) -> bool:
+def runs_on(engine: Engine, gpu: Gpu) -> bool:
+    """Whether an engine was built for a GPU."""
     if engine.gpu is not None:
         # Tactics were timed on that card: another one of the same SM is another engine.
         tied = (engine.gpu.name, engine.gpu.compute_capability)
