@@ -19,7 +19,7 @@ from patchsieve.runtime.cache import StageCache
 try:
     import onnxruntime as ort
 except ImportError as error:
-    raise missing("onnxruntime", "cpu") from error
+    raise missing("onnxruntime") from error
 
 from patchsieve.runtime.ort_caches import Buffers, InPlace, NewRows, View
 

@@ -331,9 +331,9 @@ def test_damaged_engines_are_refused(tiny, machine) -> None:
 @pytest.mark.parametrize(
     ("target", "install"),
     [
-        ("tensorrt-rtx", r'pip install "patchsieve\[rtx\]"'),
-        ("tensorrt", r'pip install "patchsieve\[tensorrt\]"'),
-        ("tensorrt10", r'pip install "patchsieve\[tensorrt\]"'),
+        ("tensorrt-rtx", "pip install tensorrt-rtx cuda-python"),
+        ("tensorrt", "pip install tensorrt cuda-python"),
+        ("tensorrt10", r'pip install "tensorrt>=10.15,<11" "cuda-python<13"'),
         ("jetpack6", "--system-site-packages"),
     ],
 )

@@ -20,9 +20,10 @@ from patchsieve.runtime.gpu.engines import Gpu
 log = logging.getLogger(__name__)
 
 INSTALL = {
-    "tensorrt-rtx": 'pip install "patchsieve[rtx]" cuda-python',
-    "tensorrt": 'pip install "patchsieve[tensorrt]" cuda-python',
-    "tensorrt10": 'pip install "patchsieve[tensorrt]" "cuda-python<13"',
+    "tensorrt-rtx": "pip install tensorrt-rtx cuda-python",
+    "tensorrt": "pip install tensorrt cuda-python --extra-index-url https://pypi.nvidia.com",
+    "tensorrt10": 'pip install "tensorrt>=10.15,<11" "cuda-python<13" '
+    "--extra-index-url https://pypi.nvidia.com",
     "jetpack6": 'pip install "cuda-python<13" into a venv made with --system-site-packages',
 }
 # After these the process's context answers every call with the same error.
