@@ -438,6 +438,8 @@ def has_hash(path: Path, expected: File, verified: Verified) -> bool:
     is_same = hash_file(path) == expected
     if is_same:
         verified.learn(path, before, expected.sha256)
+    else:
+        verified.forget(path)
     return is_same
 
 

@@ -47,7 +47,7 @@ class Verified:
     def __init__(self, root: Path) -> None:
         self._root = str(root)
         self._known: dict[str, tuple[Mark, str]] | None = None  # read when first asked
-        self._learned: dict[str, tuple[Mark, str]] = {}
+        self._learned: dict[str, tuple[Mark, str] | None] = {}  # None: forgotten
 
     def knows(self, path: Path, sha256: str) -> bool:
         """Whether a file was found to have this hash, and looks as it did then."""
@@ -65,6 +65,10 @@ class Verified:
         if before is not None and before == _mark(path):
             self._learned[str(path)] = (before, sha256)
 
+    def forget(self, path: Path) -> None:
+        """A file is not what it was: whatever was noted of it goes."""
+        self._learned[str(path)] = None
+
     def save(self) -> None:
         """Write down what was learned. A place that cannot be written is no failure."""
         if not self._learned:
@@ -72,7 +76,7 @@ class Verified:
         files = {  # read again: another process may have written meanwhile
             path: entry
             for path, entry in (_read(self._root) | self._learned).items()
-            if os.path.lexists(path)
+            if entry is not None and os.path.lexists(path)
         }
         data = {"schema_version": _SCHEMA, "root": self._root, "files": files}
         note = _note(self._root)

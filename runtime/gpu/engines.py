@@ -305,43 +305,62 @@ def check_whole(
         graphs = [graph for graph in onnx if not misfit(facts, graph)]
     weights, paths = weights_hash(facts), {}
     verified = Verified(locate(record.bundle).root)
-    for graph in graphs:
-        path, engine = engine_path(record.bundle, record.target, graph), record.engines.get(graph)
-        if engine is None or not manifest.is_there(path):
-            raise BundleError(f"the engine {graph} is not built", do=record.command)
-        if (engine.graph_sha256, engine.weights_sha256) != (
-            facts.files[onnx[graph]].sha256,
-            weights,
-        ):
-            raise BundleError(
-                f"the engine {graph} was built from another export", do=record.command
-            )
-        known = hashes and not again and verified.knows(path.resolve(), engine.sha256)
-        if not is_whole(path, engine, hashes=hashes and not known, verified=verified):
-            raise BundleError(
-                f"the engine {path} is damaged",
-                found=f"{path.stat().st_size} bytes",
-                expected=f"{engine.size} bytes, sha256 {engine.sha256}",
-                do=record.command,
-            )
-        paths[graph] = path
-    verified.save()
+    try:
+        for graph in graphs:
+            path = engine_path(record.bundle, record.target, graph)
+            engine = record.engines.get(graph)
+            if engine is None or not manifest.is_there(path):
+                raise BundleError(f"the engine {graph} is not built", do=record.command)
+            if (engine.graph_sha256, engine.weights_sha256) != (
+                facts.files[onnx[graph]].sha256,
+                weights,
+            ):
+                raise BundleError(
+                    f"the engine {graph} was built from another export", do=record.command
+                )
+            is_known = hashes and not again and verified.knows(path.resolve(), engine.sha256)
+            if not is_whole(path, engine, hashes=hashes and not is_known, verified=verified):
+                raise _damaged(record, path, engine)
+            paths[graph] = path
+    finally:
+        verified.save()
     return paths
 
 
 def is_whole(
     path: Path, engine: Engine, *, hashes: bool = True, verified: Verified | None = None
 ) -> bool:
-    """Whether an engine file is the one that was recorded; `verified` learns that it is."""
+    """Whether an engine file is the one that was recorded; `verified` learns whether it is."""
     if not manifest.is_there(path) or path.stat().st_size != engine.size:
         return False
-    if not hashes:
-        return True
-    before = None if verified is None else verified.look(path.resolve())
-    is_same = manifest.hash_file(path).sha256 == engine.sha256
-    if verified is not None and is_same:
-        verified.learn(path.resolve(), before, engine.sha256)
-    return is_same
+    real, expected = path.resolve(), manifest.File(engine.size, engine.sha256)
+    return not hashes or manifest.has_hash(real, expected, verified or Verified(path.parent))
+
+
+def check_contents(record: Record) -> int:
+    """Read every engine that is recorded, whatever was read before, and return how many there are.
+
+    Raises:
+        BundleError: One is missing or damaged.
+    """
+    verified = Verified(locate(record.bundle).root)
+    try:
+        for graph, engine in record.engines.items():
+            path = engine_path(record.bundle, record.target, graph)
+            if not is_whole(path, engine, verified=verified):
+                raise _damaged(record, path, engine)
+    finally:
+        verified.save()
+    return len(record.engines)
+
+
+def _damaged(record: Record, path: Path, engine: Engine) -> BundleError:
+    return BundleError(
+        f"the engine {path} is damaged",
+        found=f"{path.stat().st_size} bytes" if manifest.is_there(path) else "no such file",
+        expected=f"{engine.size} bytes, sha256 {engine.sha256}",
+        do=record.command,
+    )
 
 
 def open_engines(
