@@ -154,7 +154,7 @@ def _from_open_clip(source: str, name: str, pretrained: str) -> ClipSource:
         raise BackendMissingError(
             "open_clip is not installed",
             found=str(error).splitlines()[0],
-            do='pip install "patchsieve[clip]" (or pip install open_clip_torch)',
+            do="pip install open_clip_torch",
         ) from error
 
     if name.endswith(".json"):

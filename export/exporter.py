@@ -13,7 +13,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from patchsieve import __version__, build_memory, manifest, names
+from patchsieve import __version__, build_memory, card, manifest, names
 from patchsieve.errors import PatchsieveError, UnsupportedModelError
 from patchsieve.export import weights as weights_module
 from patchsieve.export.checkpoint import Checkpoint, locate, read_config
@@ -341,6 +341,8 @@ class _Job:
             attention=options.attention_form,
         )
         manifest.write(partial, facts)
+        text = card.card(facts, card.licence_of(self.directory))
+        (partial / card.FILE_NAME).write_text(text, encoding="utf-8")
         return facts
 
     def _check_image_size(self) -> None:

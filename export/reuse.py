@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from patchsieve import manifest, names
+from patchsieve import card, manifest, names
 from patchsieve.errors import PatchsieveError
 from patchsieve.export.decision import decide_graph
 from patchsieve.export.families.specs import HeadShape
@@ -101,7 +102,10 @@ def reuse(
             plan = store_heads(bundle, plan, writer.written)
             progress("writing the manifest", 0.95)
             new = _with_plan(old, bundle, plan, plan_name, written, writer)
+            readme = _stage_card(bundle, new, writer)
             manifest.write(bundle, new)
+            if readme is not None:
+                readme.replace(bundle / card.FILE_NAME)
             if seconds is not None:
                 seconds.update(writer.seconds)
     finally:
@@ -112,6 +116,20 @@ def reuse(
             if file.relative_to(bundle).as_posix() not in stands:
                 file.unlink(missing_ok=True)
     return new
+
+
+def _stage_card(bundle: Path, new: manifest.Manifest, writer: GraphWriter) -> Path | None:
+    """Write the bundle's README.md beside it, so that a full disk is met before the manifest.
+
+    Returns:
+        The file that is to take its name; None where people have written their own.
+    """
+    if not card.may_write(bundle):
+        return None
+    path = bundle / f".{card.FILE_NAME}.{os.getpid()}"
+    writer.written.append(path)  # taken back with the others
+    path.write_text(card.card(new, card.licence_of(bundle)), encoding="utf-8")
+    return path
 
 
 def check_queries(old: manifest.Manifest, plan: Plan) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _MOST = 1 << 31  # no size reaches it
 _MOST_LAYERS = 4096
 _Shape = list[int | None]
+_SIDES = ("inputs", "outputs")
 
 
 def check(facts: Manifest) -> None:
@@ -187,7 +188,10 @@ def _check_graphs(facts: Manifest) -> None:
                 raise BundleError(f"the target {target[:60]} lacks a graph", found=f"no {graph}")
         listed = facts.tensors_of(target)
         for graph in every:
-            _check_tensors(graph, listed.get(graph, {}), expected.get(graph, {}))
+            # The runtime reads some from the common list, whatever a target has of its own.
+            for tensors in (facts.tensors, listed):
+                _check_sides(graph, tensors.get(graph))
+            _check_tensors(graph, listed[graph], expected.get(graph, {}))
     for graph in decisions:
         _check_layers_read(facts, graph)
 
@@ -202,12 +206,25 @@ def _check_generation(facts: Manifest) -> None:
         )
 
 
+def _check_sides(graph: str, listed: dict[str, Any] | None) -> None:
+    """Refuse a graph whose inputs or outputs are not listed."""
+    missing = [side for side in _SIDES if side not in (listed or {})]
+    if missing:
+        raise BundleError(
+            f"the manifest does not list the tensors of {graph}",
+            found="no entry" if listed is None else f"no {' and no '.join(missing)}",
+            expected=" and ".join(_SIDES),
+            do="export the bundle again",
+        )
+
+
 def _check_tensors(graph: str, listed: dict[str, Any], expected: dict[str, _Shape]) -> None:
     """Refuse tensors of a graph that are not well formed or do not fit the model's measures."""
     found: dict[str, Any] = {}
-    for side in ("inputs", "outputs"):
-        for tensor in listed.get(side, []):
-            if not isinstance(tensor.get("name"), str) or not is_shape(tensor.get("shape")):
+    for side in _SIDES:
+        for tensor in listed[side]:
+            is_named = all(isinstance(tensor.get(key), str) for key in ("name", "dtype"))
+            if not is_named or not is_shape(tensor.get("shape")):
                 raise BundleError(
                     f"the manifest's tensors of {graph} are not well formed",
                     found=repr(tensor)[:120],

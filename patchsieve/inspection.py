@@ -15,6 +15,8 @@ from patchsieve import cost, manifest
 from patchsieve.errors import RequestError
 from patchsieve.manifest import Manifest
 from patchsieve.plan import NO_PRUNING, PLACES, Plan
+from patchsieve.runtime.gpu.engines import FILE_NAME as RECORD
+from patchsieve.runtime.gpu.engines import check_contents, folder_of, read_record
 
 ENGINES = "engines"  # folder of a bundle with one folder per target
 _GROUPS = {"vision": "vision tower", "embed_tokens": "embeddings", "head": "output head"}
@@ -202,7 +204,7 @@ def tensors(bundle: Path) -> dict[str, Any]:
 
 
 def check(bundle: Path, progress: Callable[[str, float], None]) -> int:
-    """Compare every file with its hash and return how many there were.
+    """Read every file again, engines too, compare it with its hash, and return how many there are.
 
     Raises:
         BundleError: A file is missing, truncated or altered.
@@ -216,8 +218,13 @@ def check(bundle: Path, progress: Callable[[str, float], None]) -> int:
         progress(f"checking {path}", done / total)
         done += facts.files[path].size
 
-    manifest.check_files(bundle, facts, progress=step)
-    return len(facts.files)
+    manifest.check_files(bundle, facts, again=True, progress=step)
+    count = len(facts.files)
+    for target in facts.targets:
+        if manifest.is_there(folder_of(bundle, target) / RECORD):
+            progress(f"checking the engines for {target}", 1.0)
+            count += check_contents(read_record(bundle, target))
+    return count
 
 
 def _read(path: Path) -> Any:

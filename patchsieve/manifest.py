@@ -13,9 +13,11 @@ from typing import Any
 from patchsieve import names
 from patchsieve.consistency import check
 from patchsieve.errors import BundleError, PatchsieveError
+from patchsieve.links import locate
 from patchsieve.plan import GRID2D, TRAINED_RULES, Plan
 from patchsieve.precision import BYTES, Precision
 from patchsieve.reading import read_as
+from patchsieve.verified import Verified
 
 # 2 added `needs` and `target_tensors`, 3 `text.rotary_sections`; the older ones are still read.
 SCHEMA_VERSION = 3
@@ -403,7 +405,7 @@ def hash_file(path: Path) -> File:
 
 def read(bundle: Path) -> Manifest:
     """Read a bundle's manifest without touching its other files."""
-    path = bundle / FILE_NAME
+    path = locate(bundle).file(FILE_NAME)
     if not is_there(path):
         raise BundleError(
             "this is not a bundle",
@@ -413,7 +415,6 @@ def read(bundle: Path) -> Manifest:
         )
     if path.stat().st_size > _LARGEST_MANIFEST:
         raise BundleError("the manifest is too large to be one", found=path.stat().st_size)
-    _check_link(bundle, FILE_NAME)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -427,6 +428,7 @@ def check_files(
     *,
     paths: list[str] | None = None,
     hashes: bool = True,
+    again: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> None:
     """Refuse a bundle with a missing, truncated or altered file.
@@ -435,35 +437,54 @@ def check_files(
         bundle: The directory.
         manifest: Its manifest.
         paths: Which files; all by default.
-        hashes: Compare contents too, not only sizes.
+        hashes: Compare contents too, not only sizes. A file that was found whole before, and that
+            nobody has written to since, is not read again (`patchsieve.verified`).
+        again: Read those too.
         progress: Told each file's path before it is read.
     """
     _check_unlisted(bundle, manifest)
-    for name in manifest.files if paths is None else paths:
-        expected = manifest.files[name]
-        path = bundle / name
-        _check_link(bundle, name)
-        size = path.stat().st_size if is_there(path) else None
-        if size != expected.size:
-            raise BundleError(
-                f"the bundle's file {name} is damaged",
-                found="no such file" if size is None else f"{size} bytes",
-                expected=f"{expected.size} bytes",
-                do="copy or export the bundle again",
-            )
-        if progress is not None:
-            progress(name)
-        try:
-            is_same = not hashes or hash_file(path) == expected
-        except OSError as error:
-            raise BundleError(f"cannot read the bundle's file {name}", found=error) from error
-        if not is_same:
-            raise BundleError(
-                f"the bundle's file {name} is damaged",
-                found="another sha256",
-                expected=expected.sha256,
-                do="copy or export the bundle again",
-            )
+    place = locate(bundle)
+    verified = Verified(place.root)
+    try:
+        for name in manifest.files if paths is None else paths:
+            expected = manifest.files[name]
+            path = place.file(name)
+            size = path.stat().st_size if is_there(path) else None
+            if size != expected.size:
+                raise BundleError(
+                    f"the bundle's file {name} is damaged",
+                    found="no such file" if size is None else f"{size} bytes",
+                    expected=f"{expected.size} bytes",
+                    do="copy or export the bundle again",
+                )
+            try:
+                if not hashes or (not again and verified.knows(path, expected.sha256)):
+                    continue
+                if progress is not None:
+                    progress(name)
+                is_same = has_hash(path, expected, verified)
+            except OSError as error:
+                raise BundleError(f"cannot read the bundle's file {name}", found=error) from error
+            if not is_same:
+                raise BundleError(
+                    f"the bundle's file {name} is damaged",
+                    found="another sha256",
+                    expected=expected.sha256,
+                    do="copy or export the bundle again",
+                )
+    finally:
+        verified.save()  # what was read before an interrupt, too
+
+
+def has_hash(path: Path, expected: File, verified: Verified) -> bool:
+    """Read a file and compare it; `verified` learns that it is whole."""
+    before = verified.look(path)
+    is_same = hash_file(path) == expected
+    if is_same:
+        verified.learn(path, before, expected.sha256)
+    else:
+        verified.forget(path)
+    return is_same
 
 
 def _check_unlisted(bundle: Path, manifest: Manifest) -> None:
@@ -497,12 +518,3 @@ def is_there(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # a name too long, a directory that may not be entered
         return False
-
-
-def _check_link(bundle: Path, name: str) -> None:
-    try:
-        is_inside = (bundle / name).resolve().is_relative_to(bundle.resolve())
-    except (OSError, RuntimeError):  # links in a circle
-        is_inside = False
-    if not is_inside:
-        raise BundleError("a file of the bundle is a link that leaves it", found=name)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from patchsieve import names
+from patchsieve import manifest, names
 from patchsieve.comparison import (
     PIXEL_TOLERANCE,
     TOLERANCE,
@@ -39,6 +39,7 @@ from patchsieve.runtime.record import Recorder
 from patchsieve.runtime.result import Result
 from patchsieve.runtime.rows import number_rows
 from patchsieve.runtime.sampling import PLAIN
+from patchsieve.runtime.target import AUTO, choose
 
 
 class Verification:
@@ -47,7 +48,7 @@ class Verification:
     Args:
         bundle: The bundle's directory.
         checkpoint: A directory or a hub id.
-        target: Which of the bundle's graphs; they run in ONNX Runtime on the CPU.
+        target: Which of the bundle's graphs, or "auto"; they run in ONNX Runtime on the CPU.
         threads: Of the bundle's backend.
         revision: Branch, tag or commit of a hub id; None for its main branch.
     """
@@ -57,10 +58,12 @@ class Verification:
         bundle: Path,
         checkpoint: str,
         *,
-        target: str = "cpu",
+        target: str = AUTO,
         threads: int | None = None,
         revision: str | None = None,
     ) -> None:
+        if target == AUTO:
+            target = choose(bundle, manifest.read(bundle), among=TARGETS).target
         if target not in TARGETS:
             raise PatchsieveError(
                 "verify runs graphs in ONNX Runtime", found=target, expected=", ".join(TARGETS)

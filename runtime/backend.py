@@ -118,9 +118,6 @@ def decode_by_stages(
     return backend.fetch("logits of a new token", out[names.LOGITS])[0]
 
 
-def missing(library: str, extra: str) -> BackendMissingError:
+def missing(library: str) -> BackendMissingError:
     """The error for a library that is not installed."""
-    return BackendMissingError(
-        f"{library} is not installed",
-        do=f'pip install "patchsieve[{extra}]" (or pip install {library})',
-    )
+    return BackendMissingError(f"{library} is not installed", do=f"pip install {library}")

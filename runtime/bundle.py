@@ -10,11 +10,13 @@ import numpy as np
 
 from patchsieve import manifest
 from patchsieve.errors import BundleError, RequestError
+from patchsieve.links import locate
 from patchsieve.precision import stored_as
 from patchsieve.runtime.preprocess import Preprocessor
 from patchsieve.runtime.prompt import PromptBuilder
+from patchsieve.runtime.target import AUTO, Choice, choose
 
-_CHECKS = ("hash", "size")
+_CHECKS = ("hash", "full", "size")
 
 
 class Bundle:
@@ -22,13 +24,20 @@ class Bundle:
 
     Args:
         path: The directory.
-        target: What it is to run as; other targets' files are not looked at.
-        check: "hash" compares every file with its sha256, "size" only sizes.
+        target: What it is to run as, or "auto" (`patchsieve.runtime.target`); other targets' files
+            are not looked at.
+        check: "hash" compares every file with its sha256, but does not read again what was found
+            whole and has not changed since; "full" reads all; "size" compares only sizes.
         progress: Told each file before it is read.
+
+    Attributes:
+        choice: Its target, and why "auto" took that one.
+        place: Where it lies; a snapshot of the hub's cache is made of links.
+        has_links: Its graphs or weights are links, which a backend may refuse to follow.
 
     Raises:
         BundleError: The bundle is damaged, newer, or lacks the target.
-        RequestError: `check` is neither of the two.
+        RequestError: `check` is none of the three.
     """
 
     def __init__(
@@ -43,19 +52,30 @@ class Bundle:
             raise RequestError(
                 "bad check", found=repr(check), expected=" or ".join(map(repr, _CHECKS))
             )
-        self.path, self.target, self.check = path, target, check
+        self.path, self.check = path, check
+        self.place = locate(path)
         self.manifest = manifest.read(path)
+        self.choice = choose(path, self.manifest) if target == AUTO else Choice(target)
+        self.target = target = self.choice.target
         if target not in self.manifest.targets:
             raise BundleError(
                 f"the bundle holds no graphs for {target}",
                 found=", ".join(sorted(self.manifest.targets)),
                 expected=target,
-                do=f"export it again with --targets {target}",
+                do=f"choose one that it holds, or --target {AUTO}; or export it again with "
+                f"--targets {target}",
             )
         self.graphs = self.manifest.targets[target]
+        own = self._own_files()
         manifest.check_files(
-            path, self.manifest, paths=self._own_files(), hashes=check == "hash", progress=progress
+            path,
+            self.manifest,
+            paths=own,
+            hashes=check != "size",
+            again=check == "full",
+            progress=progress,
         )
+        self.has_links = self.place.has_links(own)
         self.prompts = self._prompts()
         self.preprocessor = self._preprocessor()
         self._table = self._embeddings()
@@ -89,7 +109,7 @@ class Bundle:
         tokens = self.manifest.tokens
         try:
             return PromptBuilder(
-                self.path / tokens.tokenizer,
+                self.place.file(tokens.tokenizer),
                 tokens.chat_template,
                 image_token=tokens.image_token,
                 image_token_id=tokens.image_token_id,
@@ -107,7 +127,7 @@ class Bundle:
     def _preprocessor(self) -> Preprocessor:
         name, vision = self.manifest.preprocessor, self.manifest.vision
         try:
-            settings = json.loads((self.path / name).read_text(encoding="utf-8"))
+            settings = json.loads(self.place.file(name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
             raise BundleError(
                 f"the bundle's {name} cannot be read",
@@ -133,5 +153,9 @@ class Bundle:
         if end > self.manifest.files[table.file].size:
             raise BundleError("the embedding table reaches past its file", found=table)
         return np.memmap(
-            self.path / table.file, dtype, mode="r", offset=table.offset, shape=table.shape
+            self.place.file(table.file),
+            dtype,
+            mode="r",
+            offset=table.offset,
+            shape=table.shape,
         )

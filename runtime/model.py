@@ -24,9 +24,11 @@ class Model:
 
     Args:
         path: The bundle's directory.
-        target: What to run it as.
+        target: What to run it as; "auto" takes the only target, else the one with engines for this
+            GPU, else the only one that runs here.
         threads: Threads of the backend.
-        check: "hash" compares every file with its sha256 first; "size" only sizes.
+        check: "hash" compares every file with its sha256 first, but does not read again what was
+            found whole and has not changed since; "full" reads all; "size" compares only sizes.
         progress: Told each file before it is checked.
         backend: Makes the backend of the opened bundle; the target's own by default.
         spare_caches: How many plans' caches are kept between requests.
@@ -36,7 +38,7 @@ class Model:
         self,
         path: str | Path,
         *,
-        target: str = "cpu",
+        target: str = "auto",
         threads: int | None = None,
         check: str = "hash",
         progress: Callable[[str], None] | None = None,

@@ -14,6 +14,7 @@ import numpy as np
 
 from patchsieve import names
 from patchsieve.errors import BackendMissingError, BundleError, CapacityError, RequestError
+from patchsieve.external_data import read_relocated, relocated
 from patchsieve.runtime.backend import decode_by_stages, missing
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.cache import StageCache
@@ -21,7 +22,7 @@ from patchsieve.runtime.cache import StageCache
 try:
     import onnxruntime as ort
 except ImportError as error:
-    raise missing("onnxruntime", "cpu") from error
+    raise missing("onnxruntime") from error
 
 from patchsieve.runtime.ort_caches import Buffers, InPlace, NewRows, View
 
@@ -79,8 +80,10 @@ class OrtBackend:
         self.options.intra_op_num_threads = _num_threads(threads)
         self.options.enable_mem_pattern = False  # lengths differ from call to call
         self.options.add_session_config_entry(_STOP_SPINNING, "1")
+        folder = bundle.place.root if bundle.has_links else None
         for graph in list(self._models)[:1]:  # all graphs lie in one folder
-            folder = bundle.graph_path(graph).parent
+            folder = folder or bundle.graph_path(graph).parent
+        if folder is not None:
             self.options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
         self._sessions: dict[str, Any] = {}
         for graph in (
@@ -190,7 +193,7 @@ class OrtBackend:
 
     def _session(self, graph: str) -> Any:
         if graph not in self._sessions:
-            model: str | bytes = self._models.get(graph) or str(self.bundle.graph_path(graph))
+            model = self._model(graph)
             with graph_errors(f"the graph {graph}"):
                 session = ort.InferenceSession(model, self.options, providers=[self.provider])
             _check_provider(session, self.provider)
@@ -198,6 +201,15 @@ class OrtBackend:
                 self._check_tensors(graph, session)
             self._sessions[graph] = session
         return self._sessions[graph]
+
+    def _model(self, graph: str) -> str | bytes:
+        """A graph's file, or its content with the weights named by where they lie."""
+        bundle, given = self.bundle, self._models.get(graph)
+        if not bundle.has_links:
+            return given or str(bundle.graph_path(graph))
+        if given is None:
+            return read_relocated(bundle.place, bundle.graphs[graph])
+        return relocated(given, bundle.graphs[graph], bundle.place)
 
     def _check_tensors(self, graph: str, session: Any) -> None:
         """Refuse a graph that is not the one that the manifest describes."""

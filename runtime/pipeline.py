@@ -122,7 +122,7 @@ class Pipeline:
         if self._scorer is None:
             facts = self.facts.scorer
             assert facts is not None  # the manifest was checked: the plan that asks has one
-            path = self.bundle.path / facts.tokenizer
+            path = self.bundle.place.file(facts.tokenizer)
             self._scorer = TextScorer(facts, path, self._text_features)
         return self._scorer(text)
 

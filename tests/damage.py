@@ -6,6 +6,7 @@ import atexit
 import functools
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 import patchsieve
+from patchsieve import card
 from patchsieve.errors import PatchsieveError
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.manifest import Limits
@@ -60,6 +62,25 @@ def copy(source: Path, to: Path) -> Path:
     """A copy that may be broken."""
     shutil.copytree(source, to)
     return to
+
+
+def as_snapshot(source: Path, repository: Path, *, absolute: bool = False) -> Path:
+    """A bundle as `snapshot_download` lays it down: links from a snapshot to the blobs beside it.
+
+    Args:
+        source: The bundle as files.
+        repository: models--OWNER--NAME, to be made.
+        absolute: As the hub's cache does where it cannot make relative links.
+    """
+    snapshot, blobs = repository / "snapshots" / "0123abc", repository / "blobs"
+    blobs.mkdir(parents=True)
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        link = snapshot / file.relative_to(source)
+        blob = blobs / hashlib.sha256(str(link).encode()).hexdigest()
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blob)
+        link.symlink_to(blob if absolute else os.path.relpath(blob, link.parent))
+    return snapshot
 
 
 def answer(path: Path, **load: Any) -> list[int]:
@@ -120,9 +141,9 @@ def put(data: Any, way: tuple[Any, ...], value: Any) -> None:
 
 
 def contents(path: Path) -> dict[str, str]:
-    """sha256 of every file below a folder."""
+    """sha256 of every file below a folder; README.md apart, which anybody may change."""
     return {
         file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(path.rglob("*"))
-        if file.is_file()
+        if file.is_file() and file.name != card.FILE_NAME
     }

@@ -132,12 +132,25 @@ class _Parser:
         self.network = network
 
     def parse_from_file(self, path: str) -> bool:
-        graph = onnx.load(path, load_external_data=False).graph
+        return self._read(onnx.load(path, load_external_data=False), Path(path))
+
+    def parse(self, model: bytes, path: str) -> bool:
+        return self._read(onnx.load_model_from_string(model), Path(path))
+
+    def _read(self, model: onnx.ModelProto, path: Path) -> bool:
+        graph, folder = model.graph, path.parent
+        for tensor in graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    file = folder / entry.value
+                    # As its strictest versions: a plain file, in the folder or below it.
+                    if file.resolve() != folder.resolve() / entry.value:
+                        return False
         for value in graph.input:
             sizes = [axis.dim_value or -1 for axis in value.type.tensor_type.shape.dim]
             self.network.inputs.append(_Tensor(value.name, tuple(sizes)))
         self.network.num_outputs = len(graph.output)
-        self.network.file = Path(path).name
+        self.network.file = path.name
         return True
 
 

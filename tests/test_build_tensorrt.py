@@ -28,7 +28,7 @@ from patchsieve.runtime.building.profiles import profiles
 from patchsieve.runtime.gpu.cuda_device import Device, find_device
 from patchsieve.runtime.gpu.engines import Gpu, Options, engine_path, folder_of, read_record
 from tests.bundles import command, command_json
-from tests.damage import edit_manifest
+from tests.damage import as_snapshot, contents, edit_manifest
 from tests.tensorrt_double import Kind, install, module
 
 pytest_plugins = ["tests.bundles"]
@@ -80,6 +80,7 @@ def in_this_process(job: Job, progress: Any) -> Any:
         target=job.target,
         options=job.options,
         timing_cache=None if job.timing_cache is None else Path(job.timing_cache),
+        bundle=None if job.bundle is None else Path(job.bundle),
         progress=progress,
     )
     return Done(report.seconds, None, None, report.warnings, report.has_timing_cache)
@@ -125,6 +126,27 @@ def test_every_version_builds_typed_engines(
     assert made["profiles"] == json.loads(json.dumps(shapes))
     assert done["stage_1"].engine.library.version == version
     assert done["stage_1"].engine.gpu == ORIN.gpu
+
+
+def test_a_snapshot_of_links_is_built_into_itself_and_says_so(
+    bundle: Path, tensorrt: Any, tmp_path: Path
+) -> None:
+    """The stand-in takes no weights that are links, or lie outside the folder it is given."""
+    snapshot = as_snapshot(bundle, tmp_path / "models--me--bundle")
+    blobs = contents(snapshot.parents[1] / "blobs")
+    said: list[str] = []
+    done = built(snapshot, told=said.append)
+    assert set(done) == set(built(bundle))
+    assert "snapshot of the hub's cache" in said[0]
+    assert engine(snapshot, "stage_1") == engine(bundle, "stage_1")
+    assert all(one.was_there for one in built(snapshot).values())
+    assert contents(snapshot.parents[1] / "blobs") == blobs
+    # And by a process of its own, as a user's build is.
+    for one in build(snapshot, Request(TARGET, force=True)):
+        assert one.engine is not None
+        break
+    code, out, err = command("build", snapshot, "--target", TARGET, "--dry-run")
+    assert code == 0 and out.startswith("trtexec") and "cp -L -r" in err
 
 
 def test_a_tensorrt_that_knows_no_typed_networks_is_refused(bundle: Path, tensorrt: Any) -> None:

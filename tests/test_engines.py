@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from patchsieve import manifest
+from patchsieve import manifest, verified
 from patchsieve.errors import BackendMissingError, BundleError
 from patchsieve.manifest import Manifest
 from patchsieve.runtime.gpu.engines import (
@@ -27,6 +28,7 @@ from patchsieve.runtime.gpu.engines import (
     weights_hash,
     write_record,
 )
+from tests.bundles import command
 
 pytest_plugins = ["tests.bundles"]
 
@@ -216,3 +218,26 @@ def test_a_garbled_record_is_refused_in_one_line(bundle: Path) -> None:
 def test_a_graph_cannot_name_a_file_elsewhere(graph: str, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="cannot be a file"):
         engine_path(tmp_path, TARGET, graph)
+
+
+def test_engines_are_hashed_once_and_again_on_demand(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, hash_file = time.time_ns, manifest.hash_file
+    read: list[str] = []
+    monkeypatch.setattr(verified.time, "time_ns", lambda: now() + 60_000_000_000)
+
+    def counted(path: Path) -> manifest.File:
+        read.append(path.name)
+        return hash_file(path)
+
+    monkeypatch.setattr(manifest, "hash_file", counted)
+    count = len(opened(bundle))
+    assert len(read) == count
+    assert len(opened(bundle)) == count == len(read)
+    code, _, _ = command("inspect", bundle, "--check", "--quiet")
+    engine = engine_path(bundle, TARGET, "stage_0")
+    assert code == 0 and read.count(engine.name) == 2
+    engine.write_bytes(engine.read_bytes()[::-1])
+    code, _, line = command("inspect", bundle, "--check", "--quiet")
+    assert code == 2 and "stage_0.engine is damaged" in line

@@ -7,6 +7,20 @@ import math
 import re
 
 
+def add_target(
+    parser: argparse.ArgumentParser,
+    default: str = "the only one, else the one with engines for this GPU, else the only one that "
+    "runs here",
+) -> None:
+    """Declare --target, whose default the bundle and the machine decide."""
+    parser.add_argument(
+        "--target",
+        default="auto",
+        metavar="T",
+        help=f"which of the bundle's targets (default: auto, {default})",
+    )
+
+
 def integers(text: str) -> list[int]:
     """Read whole numbers with commas between them: 4,14,24."""
     return [int(part) for part in parts(text, r"\d{1,9}", "whole numbers such as 4,14,24")]

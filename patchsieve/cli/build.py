@@ -10,23 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchsieve import build_memory, manifest
-from patchsieve.cli.arguments import gigabytes
+from patchsieve.cli.arguments import add_target, gigabytes
 from patchsieve.cli.output import Progress, print_json, size, table
+from patchsieve.links import locate
 
 if TYPE_CHECKING:
     from patchsieve.runtime.building.build import Built
     from patchsieve.runtime.building.build_request import Request
+    from patchsieve.runtime.target import Choice
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add("bundle", type=Path)
-    add(
-        "--target",
-        default="tensorrt-rtx",
-        help="what to compile for: tensorrt-rtx (default), tensorrt, tensorrt10 or jetpack6",
-    )
+    add_target(parser, "the only one with engines, else the only one that can be built here")
     add(
         "--memory-limit",
         type=gigabytes,
@@ -68,7 +66,12 @@ def run(args: argparse.Namespace) -> int:
     from patchsieve.runtime.building.build import build
     from patchsieve.runtime.building.build_request import Request
     from patchsieve.runtime.gpu.engines import Options
+    from patchsieve.runtime.target import AUTO, Choice, choose_to_build
 
+    choice = Choice(args.target)
+    if args.target == AUTO:
+        choice = choose_to_build(manifest.read(args.bundle))
+        args.target = choice.target
     request = Request(
         target=args.target,
         options=Options(
@@ -81,7 +84,9 @@ def run(args: argparse.Namespace) -> int:
         force=args.force,
     )
     if args.dry_run:
-        return _dry_run(args, request)
+        code = _dry_run(args, request)
+        _say(args, choice)
+        return code
     progress = Progress(args.quiet)
 
     def told(text: str) -> None:
@@ -94,7 +99,14 @@ def run(args: argparse.Namespace) -> int:
     finally:
         progress.done()
     _report(args, built, time.perf_counter() - start)
+    _say(args, choice)
     return 0
+
+
+def _say(args: argparse.Namespace, choice: Choice) -> None:
+    """Say which target was chosen, where there was a choice."""
+    if choice.why and not (args.quiet or args.json):
+        print(choice, file=sys.stderr)
 
 
 def _dry_run(args: argparse.Namespace, request: Request) -> int:
@@ -111,6 +123,12 @@ def _dry_run(args: argparse.Namespace, request: Request) -> int:
         if not misfit(facts, graph)
     }
     expected = _expected(facts, target)
+    if locate(args.bundle).repository is not None:
+        print(
+            "patchsieve: the bundle is a snapshot of links, which some versions of NVIDIA's tool "
+            "refuse: copy it first with cp -L -r",
+            file=sys.stderr,
+        )
     if args.json:
         about = {"bundle": str(args.bundle), "target": target, "commands": lines}
         print_json(about | {"expected_memory_bytes": expected})

@@ -8,7 +8,7 @@ from typing import Any
 
 from patchsieve.cli.arguments import count
 from patchsieve.cli.output import Progress, print_json, size, table
-from patchsieve.cli.run import add_run_options, load
+from patchsieve.cli.run import add_run_options, load, say_target
 
 USUAL = 32  # new tokens of an answer
 
@@ -92,11 +92,12 @@ def run(args: argparse.Namespace) -> int:
     found = report(questions, answers)
     if args.json:
         told = {"bundle": str(args.bundle), "data": str(args.data), "max_new_tokens": asked}
-        print_json(told | {"plans": found})
+        print_json(told | {"target": model.bundle.target, "plans": found})
         return 0
     print(_table(found))
     why = " (what the bundle reserves)" if args.max_new_tokens is None and asked < USUAL else ""
     print(f"answers of at most {asked} new tokens{why}")
+    say_target(args, model)
     kinds = next(iter(found.values())).get("categories")
     if kinds:
         print(f"\n{_categories(found, list(kinds))}")

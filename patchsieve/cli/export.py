@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve import build_memory, names
+from patchsieve.card import next_commands
 from patchsieve.cli import ivtp
 from patchsieve.cli.arguments import gigabytes, integers, numbers
 from patchsieve.cli.output import Progress, print_json, require, size
@@ -463,6 +464,8 @@ def _report(
     reserved = sum(a * b for a, b in zip(slots, bytes_of, strict=True))
     unpruned = sum(a * b for a, b in zip(full, bytes_of, strict=True))
     building = build_memory.expectations(facts)
+    photo = Path(__file__).resolve().parents[2] / "examples" / "photo.jpg"  # of a clone
+    following = next_commands(bundle, facts, photo if photo.is_file() else "photo.jpg")
     fits = not is_fixed or all(
         needed <= stage.slots for needed, stage in zip(slots, facts.stages, strict=True)
     )
@@ -485,6 +488,7 @@ def _report(
                 "seconds": round(seconds, 3),
                 "target_seconds": {target: round(spent[target], 3) for target in per_target},
                 "needs": {target: asdict(needs) for target, needs in facts.needs.items()},
+                "next": following,
             }
         )
         return
@@ -515,3 +519,4 @@ def _report(
         )
     if reserved == unpruned and facts.plans[plan].prunes:
         print("  the plan reserves as much as no pruning: lower it with --budget")
+    print("\n".join(["next:", *(f"  {command}" for command in following)]))

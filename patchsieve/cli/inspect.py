@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--images", type=int, help=f"images {limit}")
     add("--tensors", action="store_true", help="names, dtypes and shapes of each graph's tensors")
     add("--files", action="store_true", help="every file with its size")
-    add("--check", action="store_true", help="compare every file with its hash")
+    add("--check", action="store_true", help="read every file again and compare it with its hash")
     add("--quiet", action="store_true", help="no progress")
 
 

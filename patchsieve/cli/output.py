@@ -64,7 +64,7 @@ def require(libraries: Sequence[str], extra: str, what: str) -> None:
         raise BackendMissingError(
             f"{what} needs libraries that are not installed",
             found=f"no {', '.join(absent)}",
-            do=f'pip install "patchsieve[{extra}]"',
+            do=f'pip install {" ".join(absent)} (or in a clone: pip install ".[{extra}]")',
         )
 
 

@@ -12,7 +12,7 @@ from patchsieve.cli import USER_ERROR
 from patchsieve.cli.inputs import take_inputs
 from patchsieve.cli.output import Progress, print_json, size, table
 from patchsieve.cli.picture import picture
-from patchsieve.cli.run import add_run_options, add_system, load
+from patchsieve.cli.run import add_run_options, add_system, load, say_target
 from patchsieve.errors import PatchsieveError
 from patchsieve.plan import NO_PRUNING
 from patchsieve.writing import check_file, write_result
@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         print_json(report | ({"error": failure} if failure else {}))
     else:
         print("\n\n".join([_head(report), _times(report), _caches(report), _foot(report)]))
+        say_target(args, model)
     if failure:
         print(f"patchsieve: {failure}", file=sys.stderr)
         return USER_ERROR

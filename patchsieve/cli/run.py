@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from patchsieve.cli.arguments import add_target
 from patchsieve.cli.inputs import images_of_turns, take_inputs
 from patchsieve.cli.output import Progress, print_json, size, table
 from patchsieve.errors import RequestError
@@ -72,9 +73,13 @@ def add_system(parser: argparse.ArgumentParser) -> None:
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Options of every command that runs a bundle."""
     add = parser.add_argument
-    add("--target", default="cpu", help="what to run it as (default: cpu)")
+    add_target(parser)
     add("--threads", type=int, help="threads of the CPU backend")
-    add("--no-hash", action="store_true", help="check files by size, not by content")
+    add(
+        "--no-hash",
+        action="store_true",
+        help="check files by size, not by content",
+    )
     add("--quiet", action="store_true", help="only the answer")
 
 
@@ -99,6 +104,12 @@ def load(args: argparse.Namespace) -> Any:
     )
     progress.done()
     return model
+
+
+def say_target(args: argparse.Namespace, model: Any) -> None:
+    """Say on stderr which target was chosen, and why, where there was a choice."""
+    if model.bundle.choice.why and not (args.quiet or args.json):
+        print(model.bundle.choice, file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -141,9 +152,10 @@ def run(args: argparse.Namespace) -> int:
             print()
         results.append(result)
     if args.json:
-        told = [result.to_dict() for result in results]
+        told = [{"target": model.bundle.target} | result.to_dict() for result in results]
         print_json(told[-1] if len(told) == 1 else told[-1] | {"turns": told})
     elif not args.quiet:
+        say_target(args, model)
         _summary(model.facts, results[-1])
     model.close()
     return 0

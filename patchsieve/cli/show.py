@@ -9,7 +9,7 @@ from typing import Any
 from patchsieve.cli.arguments import whole
 from patchsieve.cli.inputs import take_inputs
 from patchsieve.cli.output import Progress, print_json, size, table
-from patchsieve.cli.run import add_run_options, add_system, load
+from patchsieve.cli.run import add_run_options, add_system, load, say_target
 from patchsieve.errors import PatchsieveError
 from patchsieve.writing import check_file, write_result
 
@@ -92,11 +92,14 @@ def run(args: argparse.Namespace) -> int:
     write_result(out, content)
     summary = shown.summary()
     if args.json:
-        print_json({"output": str(out), "bytes": len(content)} | summary)
+        print_json(
+            {"output": str(out), "bytes": len(content), "target": model.bundle.target} | summary
+        )
     else:
         print(f"wrote {out} ({size(len(content))})")
         if not args.quiet:
             print(_table(summary))
+            say_target(args, model)
     return 0
 
 

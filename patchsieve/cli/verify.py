@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from patchsieve.cli.arguments import add_target
 from patchsieve.cli.output import Progress, print_json, require, table
 from patchsieve.cli.picture import picture
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--raw", action="store_true", help="the prompt is the whole text, without chat template")
     add("--plan", metavar="NAME", help='the pruned plan beside "none"; the default one otherwise')
     add("--max-new-tokens", type=int, default=32, metavar="N", help="greedy tokens to compare (32)")
-    add("--target", default="cpu", help="graphs to check: cpu (default), cuda, jetpack6, reference")
+    add_target(parser, "the only one of cpu, cuda, jetpack6 and reference, else as for run")
     add("--threads", type=int, help="threads of the bundle's side")
     add("--quiet", action="store_true", help="only the table and the verdict")
 
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
             {
                 "bundle": str(args.bundle),
                 "against": args.against,
+                "target": both.model.bundle.target,
                 "precision": str(both.facts.precision),
                 "plans": list(plans),
                 "passed": first is None,

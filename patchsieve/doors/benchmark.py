@@ -182,7 +182,7 @@ def load(
     bundle: str | Path,
     *,
     plan: str | None = None,
-    target: str = "cpu",
+    target: str = "auto",
     threads: int | None = None,
     **options: Any,
 ) -> Benchmark:

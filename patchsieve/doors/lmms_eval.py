@@ -41,7 +41,7 @@ class PatchsieveModel(lmms):
         self,
         bundle: str | None = None,
         plan: str | None = None,
-        target: str = "cpu",
+        target: str = "auto",
         threads: int | None = None,
         max_new_tokens: int | None = None,
         oversized: str = "refuse",
@@ -60,7 +60,7 @@ class PatchsieveModel(lmms):
             )
         if str(batch_size) not in ("1", "auto"):
             raise RequestError("bad --batch_size", found=batch_size, expected="1")
-        if target == "cpu" and str(device or "cpu") != "cpu":
+        if target in ("auto", "cpu") and str(device or "cpu") != "cpu":
             raise RequestError(
                 "--device does not choose where a bundle runs",
                 found=device,

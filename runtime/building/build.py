@@ -12,6 +12,7 @@ from pathlib import Path
 
 from patchsieve import manifest
 from patchsieve.errors import BackendMissingError, BundleError, PatchsieveError
+from patchsieve.links import locate
 from patchsieve.manifest import Manifest
 from patchsieve.runtime.building.build_config import TIMING_CACHE
 from patchsieve.runtime.building.build_request import Request, graphs_of, options_of, should_stream
@@ -92,12 +93,20 @@ def build(
         )
     others = {path for g in facts.targets.values() for path in g.values()} - set(graphs.values())
     progress("checking the bundle", 0.0)
-    manifest.check_files(bundle, facts, paths=[path for path in facts.files if path not in others])
+    paths = [path for path in facts.files if path not in others]
+    # All of it, whatever was read before: what an engine is recorded to hold, it holds.
+    manifest.check_files(bundle, facts, paths=paths, again=True)
     streams, note = should_stream(facts, request, device)
     if note:
         told(note)
     gpu = None if request.is_ahead_of_time or device is None else device.gpu
-    job = _Job(bundle, facts, request, library, gpu, streams, told, builder)
+    place = locate(bundle)
+    if place.repository is not None:
+        told(
+            "the bundle is a snapshot of the hub's cache: its engines are kept in it and go with "
+            "it; another revision needs engines of its own"
+        )
+    job = _Job(bundle, facts, request, library, gpu, streams, told, builder, place.has_links(paths))
     folder = record_module.folder_of(bundle, request.target)
     with one_line(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,6 +123,7 @@ class _Job:
     Attributes:
         gpu: The GPU that the engines are tied to, if to one.
         streams: Engines are to stream their weights.
+        has_links: The bundle's files are links.
     """
 
     bundle: Path
@@ -124,6 +134,7 @@ class _Job:
     streams: bool
     told: Told
     builder: Builder
+    has_links: bool
 
     def __post_init__(self) -> None:
         self.weights = record_module.weights_hash(self.facts)
@@ -196,6 +207,7 @@ class _Job:
                 options=options,
                 # TensorRT-RTX has no timings to keep: its cache belongs to the runtime.
                 timing_cache=None if is_rtx else str(path.with_name(TIMING_CACHE)),
+                bundle=str(self.bundle) if self.has_links else None,
             )
             return self.builder(job, lambda phase, *_: step(phase))
 

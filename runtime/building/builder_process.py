@@ -46,7 +46,11 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Job:
-    """What a process is to build: the arguments of `build_engine`."""
+    """What a process is to build: the arguments of `build_engine`.
+
+    Attributes:
+        bundle: The bundle, if its files are links.
+    """
 
     onnx_path: str
     out_path: str
@@ -54,6 +58,7 @@ class Job:
     target: str
     options: Options
     timing_cache: str | None
+    bundle: str | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,7 @@ def main() -> None:
             target=job.target,
             options=job.options,
             timing_cache=None if job.timing_cache is None else Path(job.timing_cache),
+            bundle=None if job.bundle is None else Path(job.bundle),
             progress=_sparingly(lambda *step: say({"progress": step})),
         )
     except PatchsieveError as error:

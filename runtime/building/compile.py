@@ -12,6 +12,8 @@ from types import ModuleType
 from typing import Any
 
 from patchsieve.errors import BundleError, PatchsieveError
+from patchsieve.external_data import read_relocated
+from patchsieve.links import locate
 from patchsieve.runtime.building.build_config import add_profile, set_options, take_timing_cache
 from patchsieve.runtime.building.ladder import CompilerError, OutOfMemoryError
 from patchsieve.runtime.building.mapped_weights import giving_back
@@ -50,6 +52,7 @@ def build_engine(
     target: str,
     options: Options | None = None,
     timing_cache: Path | None = None,
+    bundle: Path | None = None,
     progress: Progress | None = None,
 ) -> BuildReport:
     """Compile an ONNX file, types as written in it, and put the engine in place when it is whole.
@@ -63,6 +66,8 @@ def build_engine(
         target: `tensorrt-rtx`, `tensorrt` or a JetPack.
         options: What the engine is to be.
         timing_cache: File of kernel timings, read where it is there and written after the build.
+        bundle: The graph's bundle, if its files are links: the graph is read into memory, and its
+            weights are looked for where they really lie.
         progress: Called with phase, step and number of steps, from several threads; must not
             raise.
 
@@ -79,7 +84,12 @@ def build_engine(
     trt = load_tensorrt(target)
     with collect_messages(trt) as messages:
         start = time.perf_counter()
-        builder, network, parser = parse(trt, onnx_path, messages)
+        folder, content = onnx_path.parent, None
+        if bundle is not None:
+            place = locate(bundle)
+            folder = place.root
+            content = read_relocated(place, onnx_path.relative_to(bundle).as_posix())
+        builder, network, parser = parse(trt, folder / onnx_path.name, messages, content)
         config = builder.create_builder_config()
         set_options(trt, config, options, target)
         cache = None if timing_cache is None else take_timing_cache(config, timing_cache)
@@ -87,7 +97,7 @@ def build_engine(
             add_profile(builder, network, config, profile, number, onnx_path, messages)
         if progress is not None:
             config.progress_monitor = _progress_monitor(trt, progress)
-        with giving_back(onnx_path.parent):
+        with giving_back(folder):
             engine_bytes = _write_engine(
                 trt, builder, network, config, out_path, onnx_path, messages
             )

@@ -20,9 +20,11 @@ from types import ModuleType
 
 from patchsieve import manifest, names
 from patchsieve.errors import BackendMissingError, BundleError
+from patchsieve.links import locate
 from patchsieve.manifest import Manifest
 from patchsieve.reading import read_as
 from patchsieve.runtime.board.abilities import RTX_CAPABILITIES
+from patchsieve.verified import Verified
 from patchsieve.writing import write_whole
 
 SCHEMA_VERSION = 1
@@ -274,7 +276,7 @@ def check_loadable(record: Record, gpu: Gpu | None, library: Library) -> None:
                 expected=library,
                 do=record.command,
             )
-        if not _runs_on(engine, gpu):
+        if not runs_on(engine, gpu):
             raise BundleError(
                 f"the engine {graph} was built for another GPU",
                 found=_built_for(engine),
@@ -284,7 +286,12 @@ def check_loadable(record: Record, gpu: Gpu | None, library: Library) -> None:
 
 
 def check_whole(
-    record: Record, facts: Manifest, graphs: Iterable[str] | None = None, *, hashes: bool = True
+    record: Record,
+    facts: Manifest,
+    graphs: Iterable[str] | None = None,
+    *,
+    hashes: bool = True,
+    again: bool = False,
 ) -> dict[str, Path]:
     """Refuse engines that are missing, damaged, or built from another export of the bundle.
 
@@ -292,7 +299,9 @@ def check_whole(
         record: The engines.
         facts: The bundle's manifest.
         graphs: Which are wanted; by default all that can be built.
-        hashes: Compare contents too, not only sizes.
+        hashes: Compare contents too, not only sizes; of files that were found whole and have not
+            changed since, not again.
+        again: Of those too.
 
     Returns:
         The engine file of each graph.
@@ -304,33 +313,63 @@ def check_whole(
     if graphs is None:
         graphs = [graph for graph in onnx if not misfit(facts, graph)]
     weights, paths = weights_hash(facts), {}
-    for graph in graphs:
-        path, engine = engine_path(record.bundle, record.target, graph), record.engines.get(graph)
-        if engine is None or not manifest.is_there(path):
-            raise BundleError(f"the engine {graph} is not built", do=record.command)
-        if (engine.graph_sha256, engine.weights_sha256) != (
-            facts.files[onnx[graph]].sha256,
-            weights,
-        ):
-            raise BundleError(
-                f"the engine {graph} was built from another export", do=record.command
-            )
-        if not is_whole(path, engine, hashes=hashes):
-            raise BundleError(
-                f"the engine {path} is damaged",
-                found=f"{path.stat().st_size} bytes",
-                expected=f"{engine.size} bytes, sha256 {engine.sha256}",
-                do=record.command,
-            )
-        paths[graph] = path
+    verified = Verified(locate(record.bundle).root)
+    try:
+        for graph in graphs:
+            path = engine_path(record.bundle, record.target, graph)
+            engine = record.engines.get(graph)
+            if engine is None or not manifest.is_there(path):
+                raise BundleError(f"the engine {graph} is not built", do=record.command)
+            if (engine.graph_sha256, engine.weights_sha256) != (
+                facts.files[onnx[graph]].sha256,
+                weights,
+            ):
+                raise BundleError(
+                    f"the engine {graph} was built from another export", do=record.command
+                )
+            is_known = hashes and not again and verified.knows(path.resolve(), engine.sha256)
+            if not is_whole(path, engine, hashes=hashes and not is_known, verified=verified):
+                raise _damaged(record, path, engine)
+            paths[graph] = path
+    finally:
+        verified.save()
     return paths
 
 
-def is_whole(path: Path, engine: Engine, *, hashes: bool = True) -> bool:
-    """Whether an engine file is the one that was recorded."""
+def is_whole(
+    path: Path, engine: Engine, *, hashes: bool = True, verified: Verified | None = None
+) -> bool:
+    """Whether an engine file is the one that was recorded; `verified` learns whether it is."""
     if not manifest.is_there(path) or path.stat().st_size != engine.size:
         return False
-    return not hashes or manifest.hash_file(path).sha256 == engine.sha256
+    real, expected = path.resolve(), manifest.File(engine.size, engine.sha256)
+    return not hashes or manifest.has_hash(real, expected, verified or Verified(path.parent))
+
+
+def check_contents(record: Record) -> int:
+    """Read every engine that is recorded, whatever was read before, and return how many there are.
+
+    Raises:
+        BundleError: One is missing or damaged.
+    """
+    verified = Verified(locate(record.bundle).root)
+    try:
+        for graph, engine in record.engines.items():
+            path = engine_path(record.bundle, record.target, graph)
+            if not is_whole(path, engine, verified=verified):
+                raise _damaged(record, path, engine)
+    finally:
+        verified.save()
+    return len(record.engines)
+
+
+def _damaged(record: Record, path: Path, engine: Engine) -> BundleError:
+    return BundleError(
+        f"the engine {path} is damaged",
+        found=f"{path.stat().st_size} bytes" if manifest.is_there(path) else "no such file",
+        expected=f"{engine.size} bytes, sha256 {engine.sha256}",
+        do=record.command,
+    )
 
 
 def open_engines(
@@ -342,6 +381,7 @@ def open_engines(
     library: Library,
     graphs: Iterable[str] | None = None,
     hashes: bool = True,
+    again: bool = False,
 ) -> dict[str, Path]:
     """Find the engines of a bundle that this library can load on this GPU.
 
@@ -356,10 +396,11 @@ def open_engines(
     wanted = None if graphs is None else list(graphs)
     engines = {g: e for g, e in record.engines.items() if wanted is None or g in wanted}
     check_loadable(Record(bundle, target, engines), gpu, library)
-    return check_whole(record, facts, wanted, hashes=hashes)
+    return check_whole(record, facts, wanted, hashes=hashes, again=again)
 
 
-def _runs_on(engine: Engine, gpu: Gpu) -> bool:
+def runs_on(engine: Engine, gpu: Gpu) -> bool:
+    """Whether an engine was built for a GPU."""
     if engine.gpu is not None:
         # Tactics were timed on that card: another one of the same SM is another engine.
         tied = (engine.gpu.name, engine.gpu.compute_capability)

@@ -151,14 +151,22 @@ def collect_messages(trt: ModuleType) -> Iterator[Messages]:
         logger.messages = outer
 
 
-def parse(trt: ModuleType, path: Path, messages: Messages) -> tuple[Any, Any, Any]:
+def parse(
+    trt: ModuleType, path: Path, messages: Messages, content: bytes | None = None
+) -> tuple[Any, Any, Any]:
     """Make builder, network and parser; the parser must outlive the network's weights.
+
+    Args:
+        trt: The library.
+        path: The graph's file; its weights lie in its folder.
+        messages: Takes what the library says.
+        content: The graph itself, where no file in that folder holds it.
 
     Raises:
         BackendMissingError: The library builds on a GPU only, and there is none.
         BundleError: The graph cannot be parsed.
     """
-    if not path.is_file():
+    if content is None and not path.is_file():
         raise BundleError(f"graph {path} is not there", do="export the bundle again")
     try:
         builder = trt.Builder(shared_logger(trt))
@@ -179,7 +187,10 @@ def parse(trt: ModuleType, path: Path, messages: Messages) -> tuple[Any, Any, An
         )
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, shared_logger(trt))
-    if not parser.parse_from_file(str(path)):
+    is_read = (
+        parser.parse_from_file(str(path)) if content is None else parser.parse(content, str(path))
+    )
+    if not is_read:
         raise _parser_error(trt, parser, path, messages)
     if network.num_outputs == 0:  # a file that is not ONNX parses as an empty network
         raise BundleError(f"{path} holds no graph", do="export the bundle again")

@@ -177,7 +177,8 @@ class TensorRTBackend:
             self.bundle.target,
             gpu=self.driver.gpu,
             library=Library.of(self.trt),
-            hashes=self.bundle.check == "hash",
+            hashes=self.bundle.check != "size",
+            again=self.bundle.check == "full",
         )
         self._runtime = self.trt.Runtime(shared_logger(self.trt))
         for graph, path in paths.items():

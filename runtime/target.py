@@ -1,0 +1,156 @@
+"""What a bundle runs as, or is built for, if nobody says: `--target auto`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from patchsieve.build_memory import TARGETS as ENGINE_TARGETS
+from patchsieve.errors import BackendMissingError, BundleError
+from patchsieve.manifest import Manifest
+from patchsieve.runtime.board.abilities import CUDA_PROVIDER, RTX_CAPABILITIES, target_of
+from patchsieve.runtime.board.machine import is_importable, onnxruntime_providers
+from patchsieve.runtime.gpu.cuda_device import Device, find_device
+from patchsieve.runtime.gpu.engines import read_record, runs_on
+from patchsieve.runtime.gpu.tensorrt import load_tensorrt
+
+AUTO = "auto"
+_REFERENCE = "reference"  # there to compare with: it is taken only if nothing else runs
+Why = dict[str, str]  # target -> why it does not run here, or cannot be built
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A target, and why it was taken; no reason is needed for the only one."""
+
+    target: str
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"target {self.target}: {self.why}" if self.why else f"target {self.target}"
+
+
+def choose(
+    bundle: Path,
+    facts: Manifest,
+    *,
+    among: Iterable[str] | None = None,
+    device: Callable[[], Device | None] = find_device,
+) -> Choice:
+    """Choose what to run a bundle as.
+
+    The only target; else the one that has engines for this GPU; else the only one that this machine
+    can run.
+
+    Args:
+        bundle: The directory.
+        facts: Its manifest.
+        among: The targets in question; all of the bundle's by default.
+        device: Finds the GPU.
+
+    Raises:
+        BundleError: None or several remain; the line names the choices.
+    """
+    targets = [t for t in facts.targets if among is None or t in among]
+    if len(targets) == 1:
+        return Choice(targets[0])
+    gpu = device() if targets else None
+    built = [t for t in targets if t in ENGINE_TARGETS and _has_engines(bundle, t, gpu)]
+    if len(built) == 1:
+        return Choice(built[0], "the one with engines for this GPU")
+    lacks = {t: _lacks(t, gpu) for t in targets}
+    able = built or [t for t in targets if not lacks[t] and t != _REFERENCE]
+    able = able or [t for t in targets if not lacks[t]]
+    if _REFERENCE in targets and _REFERENCE not in able:
+        lacks[_REFERENCE] = lacks[_REFERENCE] or "only to compare with"
+    return _only(facts, targets, able, lacks, "runs here")
+
+
+def choose_to_build(
+    facts: Manifest, *, device: Callable[[], Device | None] = find_device
+) -> Choice:
+    """Choose which of a bundle's targets to build engines for.
+
+    The only one that has engines; else the only one that this machine can build.
+
+    Raises:
+        BundleError: None or several remain; the line names the choices.
+    """
+    targets = [t for t in facts.targets if t in ENGINE_TARGETS]
+    if len(targets) == 1:
+        return Choice(targets[0])
+    gpu = device() if targets else None
+    lacks = {t: _lacks_to_build(t, gpu) for t in targets}
+    return _only(facts, targets, [t for t in targets if not lacks[t]], lacks, "can be built here")
+
+
+def _only(facts: Manifest, targets: list[str], able: list[str], lacks: Why, verb: str) -> Choice:
+    others = "; ".join(f"{t}: {why}" for t, why in lacks.items() if why)
+    if len(able) == 1:
+        return Choice(able[0], f"the only one that {verb}" + (f" ({others})" if others else ""))
+    if not targets:
+        is_build = "built" in verb
+        raise BundleError(
+            f"the bundle has no target that {verb}",
+            found=", ".join(sorted(facts.targets)),
+            do="run it without engines: patchsieve run; or export it again with one of "
+            f"--targets {', '.join(ENGINE_TARGETS)}"
+            if is_build
+            else "export it again with --targets cpu",
+        )
+    choices = " or ".join(f"--target {target}" for target in able or targets)
+    python = "" if "built" in verb else " (in Python: target=...)"
+    if able:
+        raise BundleError(
+            f"more than one of the bundle's targets {verb}",
+            found=", ".join(able),
+            do=f"choose {choices}{python}",
+        )
+    raise BundleError(
+        f"none of the bundle's targets {verb}",
+        found=others,
+        do=f"choose {choices}{python}, which says what to install or build; or see "
+        "patchsieve doctor",
+    )
+
+
+def _has_engines(bundle: Path, target: str, gpu: Device | None) -> bool:
+    """Whether a record lists engines that were all built for this GPU."""
+    if gpu is None:
+        return False
+    try:
+        engines = read_record(bundle, target).engines
+    except BundleError:  # none were built, or the record is damaged: then they cannot be loaded
+        return False
+    return bool(engines) and all(runs_on(engine, gpu.gpu) for engine in engines.values())
+
+
+def _lacks(target: str, gpu: Device | None) -> str:
+    """Why a target does not run here; engines were looked for already."""
+    if target in ("cpu", "cuda", _REFERENCE):
+        if not is_importable("onnxruntime"):
+            return "onnxruntime is not installed"
+        if target != "cuda":
+            return ""
+        if gpu is None:
+            return "no NVIDIA GPU"
+        return "" if CUDA_PROVIDER in onnxruntime_providers() else f"no {CUDA_PROVIDER}"
+    if target in ENGINE_TARGETS:
+        return "no NVIDIA GPU" if gpu is None else "no engines for this GPU"
+    return "unknown to this version"
+
+
+def _lacks_to_build(target: str, gpu: Device | None) -> str:
+    if target != "tensorrt-rtx" and gpu is None:
+        return "no NVIDIA GPU, on which it is built"
+    try:
+        library = load_tensorrt(target)
+    except BackendMissingError:
+        return f"no {'tensorrt_rtx' if target == 'tensorrt-rtx' else 'tensorrt'}"
+    if target == "tensorrt-rtx":
+        found = None if gpu is None else gpu.gpu.compute_capability
+        is_known = found is None or found in RTX_CAPABILITIES
+        return "" if is_known else f"TensorRT-RTX does not list compute capability {found}"
+    is_right = target_of(library.__version__) == target
+    return "" if is_right else f"{library.__name__} {library.__version__} is another version"
