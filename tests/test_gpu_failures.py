@@ -433,7 +433,9 @@ def test_cuda_s_libraries_are_loaded_before_the_first_session(
         if finds:
             ort_backend._check_provider(module, provider)
         else:
-            words = r"could not start.*libcublasLt.so.13.*onnxruntime-gpu\[cuda,cudnn\]"
+            words = (
+                r"could not start.*found: no libcublasLt\.so\.13 \| .*onnxruntime-gpu\[cuda,cudnn\]"
+            )
             refused(
                 lambda: ort_backend._check_provider(module, provider), BackendMissingError, words
             )
