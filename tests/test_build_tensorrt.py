@@ -316,6 +316,13 @@ def test_a_compiler_that_fails_over_fused_attention_asks_for_its_parts(
     assert ("export the bundle again with --attention decomposed" in line) == is_fused
 
 
+def test_a_gpu_without_float32_products_is_named(bundle: Path, tensorrt: Any) -> None:
+    said = "Cannot compile operation 'scores' for Turing (SM75): FP32 GEMM is not supported."
+    tensorrt(fails="stage_0", errors=(said,))
+    with pytest.raises(CompilerError, match="leave --compute-capability 7.5 out"):
+        built(bundle)
+
+
 def test_a_compiler_that_crashes_is_no_lack_of_memory(bundle: Path, tensorrt: Any) -> None:
     with_half_precision(bundle, "fused")
     tensorrt(version="11.2.0", has_typed_flag=False, has_fp16=False, fails=".stage_0.")

@@ -181,8 +181,13 @@ class _Job:
     def _source(self, graph: str) -> str:
         return self.facts.targets[self.request.target][graph]
 
-    def _other_spelling(self, graph: str) -> str:
-        """What may build where TensorRT's compiler failed."""
+    def _remedy(self, graph: str, said: str) -> str:
+        """What may help where TensorRT's compiler failed."""
+        if "FP32 GEMM is not supported" in said:  # TensorRT-RTX 1.7.1 of SM 7.5
+            return (
+                "leave --compute-capability 7.5 out: TensorRT-RTX has no float32 products on "
+                "Turing, which decisions and the scores of attention are made of"
+            )
         if self.facts.has_fused_attention(self.request.target, graph):
             # Only an export can give it: which graph is right is a matter of the whole bundle.
             return (
@@ -220,7 +225,7 @@ class _Job:
                 told=lambda text: self.told(f"{graph}: {text}"),
             )
         except CompilerError as error:
-            raise CompilerError(str(error), do=self._other_spelling(graph)) from error
+            raise CompilerError(str(error), do=self._remedy(graph, str(error))) from error
         file = manifest.hash_file(path)
         return Engine(
             graph_sha256=self.facts.files[self._source(graph)].sha256,
