@@ -48,7 +48,7 @@ class Place:
         """The plain file that a name of the bundle means; it may be absent, but is no link.
 
         Raises:
-            BundleError: The name is, or lies behind, a link that is not followed.
+            BundleError: The name is, or leads through, a link that is not followed.
         """
         path = self.folder
         *parents, last = PurePosixPath(name).parts
@@ -56,7 +56,7 @@ class Place:
             path = path / part
             if os.path.islink(path):
                 is_inside = Path(os.path.realpath(path)).is_relative_to(self.folder)
-                raise _refused(name, "lies behind a linked folder" if is_inside else _LEAVES)
+                raise _refused(name, "is reached through a linked folder" if is_inside else _LEAVES)
         path = path / last
         if not os.path.islink(path):
             return path
@@ -74,7 +74,7 @@ class Place:
         if stat.S_ISLNK(kind):
             raise _refused(name, "is a link to another link")
         if not stat.S_ISREG(kind):
-            raise _refused(name, "is a link to what is no file")
+            raise _refused(name, "is a link to something that is no file")
         return real
 
     def has_links(self, names: Iterable[str]) -> bool:

@@ -199,6 +199,32 @@ def test_a_manifest_with_any_value_replaced_is_refused_or_works(value, tmp_path:
             answer(path, check="size")
 
 
+def test_a_manifest_that_lacks_any_part_of_its_tensors_is_refused_or_works(bundle: Path) -> None:
+    """Each graph's entry, each side of it, each tensor, each key of a tensor is taken away."""
+    original = json.loads((bundle / manifest.FILE_NAME).read_text(encoding="utf-8"))
+    works = []
+    for way in damage.leaves(original["tensors"]):
+        data = copy.deepcopy(original)
+        place = data["tensors"]
+        for step in way[:-1]:
+            place = place[step]
+        del place[way[-1]]
+        try:
+            Manifest.from_json(json.dumps(data))
+        except BundleError as error:
+            assert "\n" not in str(error), way
+        else:
+            works.append((way, data))
+    # Entries and sides are needed always; so are names, types and shapes.
+    assert not [way for way, _ in works if len(way) < 3 or way[-1] in ("name", "dtype", "shape")]
+    odd = [(way, data) for way, data in works if way[0].startswith("decide.")]
+    assert len(odd) > 3
+    for way, data in odd:  # what is left is found when the graph is loaded
+        (bundle / manifest.FILE_NAME).write_text(json.dumps(data), encoding="utf-8")
+        line = refused(lambda: answer(bundle, check="size"), BundleError)
+        assert way[0] in line
+
+
 @pytest.mark.parametrize(
     "name",
     [
