@@ -417,7 +417,7 @@ def test_training_again_and_training_interrupted_give_the_same_model(
     [
         (("--positions", "grid2d"), "keeps the positions"),
         (("--sections", "2d"), "keeps the positions"),
-        (("--train-lm", "--method", "quantile"), "moves the scores"),
+        (("--train-lm", "--method", "quantile"), "changes the scores"),
         (("--method", "fixed", "--modality", "self"), "both scores"),
         (("--train-lm", "--positions", "original", "--sections", "2d"), "--sections is of"),
     ],

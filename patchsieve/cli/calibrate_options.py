@@ -1,4 +1,4 @@
-"""What `patchsieve calibrate` can be told, and which of it does not go together."""
+"""The options of `patchsieve calibrate`, and which of them exclude each other."""
 
 from __future__ import annotations
 
@@ -47,9 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", help="Hugging Face directory or hub id")
     add("--revision", help="branch, tag or commit of a hub id (default: its main branch)")
-    add("--data", type=Path, required=True, help="LLaVA's JSON or JSONL, or chat messages")
-    add("--image-folder", type=Path, help="what image paths are relative to (the data's folder)")
-    add("--skip-missing", action="store_true", help="leave out records whose image is not there")
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        help="conversations: LLaVA's JSON or JSONL, or chat messages",
+    )
+    add("--image-folder", type=Path, help="folder of relative image paths (default: the data's)")
+    add("--skip-missing", action="store_true", help="skip records whose image does not exist")
     add(
         "--method",
         default="atp",
@@ -63,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="OUT",
-        help="directory to make: heads, or with --train-lm a whole checkpoint",
+        help="directory to write: heads, or with --train-lm a whole checkpoint",
     )
     add(
         "--sites",
@@ -86,13 +91,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="quantile, fixed: tokens that each site leaves, instead of --target-tokens: means of "
         "all images (quantile), or whole numbers (fixed)",
     )
-    add("--held-out", type=Path, metavar="DATA", help="data to count survivors on (--data)")
     add(
-        "--percentile", type=float, default=99.0, help="of survivors, to reserve behind a site (99)"
+        "--held-out", type=Path, metavar="DATA", help="data to count survivors on (default: --data)"
+    )
+    add(
+        "--percentile",
+        type=float,
+        default=99.0,
+        help="share of images, in per cent, whose survivors fit the reserved tokens (default: 99)",
     )
     scores = parser.add_argument_group("scores (recorded in OUT)")
-    scores.add_argument("--normalisation", default="minmax", help="minmax, rank, softmax or none")
-    scores.add_argument("--modality", default="both", help="of S_red: both, self or cross")
+    scores.add_argument(
+        "--normalisation",
+        default="minmax",
+        help="how ATP scales its scores: minmax (default), rank, softmax, none",
+    )
+    scores.add_argument(
+        "--modality", default="both", help="scores in S_red: both (default), self or cross"
+    )
     scores.add_argument(
         "--parts",
         choices=("both", "redundant", "spatial"),
@@ -100,56 +116,79 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="atp: which rule keeps a token: redundant (S_red above theta_r), spatial (S_spatial "
         "above theta_s), or both (default: either is enough)",
     )
-    scores.add_argument("--causal", action="store_true", help="eq. 3 over causal pairs only")
-    scores.add_argument("--hidden", type=int, default=64, help="width of a threshold module (64)")
+    scores.add_argument(
+        "--causal", action="store_true", help="eq. 3 over causal pairs only (default: all pairs)"
+    )
+    scores.add_argument(
+        "--hidden", type=int, default=64, help="width of a threshold module (default: 64)"
+    )
     train = parser.add_argument_group("training (atp)")
     add = train.add_argument
-    add("--steps", type=int, help="optimiser steps, instead of --epochs")
-    add("--epochs", type=float, default=1.0, help="passes over the data (1)")
-    add("--batch-size", type=int, default=4, help="samples of one device at a time (4)")
-    add("--accumulate", type=int, default=1, help="batches that one step sums (1)")
-    add("--learning-rate", type=float, default=1e-4, help="of the heads (1e-4)")
+    add("--steps", type=int, help="optimiser steps (default: what --epochs gives)")
+    add("--epochs", type=float, default=1.0, help="passes over the data (default: 1)")
+    add("--batch-size", type=int, default=4, help="samples in a batch on each device (default: 4)")
+    add("--accumulate", type=int, default=1, help="batches in an optimiser step (default: 1)")
+    add(
+        "--learning-rate",
+        type=float,
+        default=1e-4,
+        help="learning rate of the heads (default: 1e-4)",
+    )
     add(
         "--train-lm",
         action="store_true",
-        help="train the language model and the projector too; OUT is then a whole checkpoint",
+        help="also train the language model and the projector; OUT is then a whole checkpoint",
     )
     add(
         "--hard",
         action="store_true",
-        help="--train-lm: finish a checkpoint that was trained so: tokens fall as in a bundle, "
-        "without soft masks, and its thresholds only keep the target",
+        help="with --train-lm: continue a checkpoint that --train-lm made, dropping tokens as a "
+        "bundle does, without soft masks; its thresholds only keep the target",
     )
-    add("--lm-learning-rate", type=float, default=2e-5, help="of the language model (2e-5)")
+    add(
+        "--lm-learning-rate",
+        type=float,
+        default=2e-5,
+        help="learning rate of the language model (default: 2e-5)",
+    )
     add(
         "--positions",
         choices=TRAINED_RULES,
-        help="--train-lm: of image tokens: grid2d (default), by row and column; or original, in "
-        "a row",
+        help="positions of image tokens with --train-lm: grid2d (default), by row and column; or "
+        "original, in sequence",
     )
     add(
         "--sections",
         choices=LAYOUTS,
-        help="grid2d: rotary frequencies by time, row and column as Qwen2-VL's (mrope, default), "
-        "or by row and column alone (2d)",
+        help="rotary frequencies with grid2d: by time, row and column as Qwen2-VL (default: "
+        "mrope), or by row and column (2d)",
     )
-    add("--lambda-atp", type=float, default=0.05, help="weight of eq. 12 (0.05)")
-    add("--lambda-target", type=float, default=0.2, help="weight of eq. 13 (0.2)")
-    add("--heads", type=Path, metavar="DIR", help="go on from these heads, not from new ones")
-    add("--initial-theta-r", type=float, default=0.12, help="theta_r before training (0.12)")
+    add("--lambda-atp", type=float, default=0.05, help="weight of eq. 12 (default: 0.05)")
+    add("--lambda-target", type=float, default=0.2, help="weight of eq. 13 (default: 0.2)")
+    add("--heads", type=Path, metavar="DIR", help="continue from these heads (default: new ones)")
+    add(
+        "--initial-theta-r",
+        type=float,
+        default=0.12,
+        help="theta_r before training (default: 0.12)",
+    )
     add(
         "--initial-theta-s",
         type=float,
-        help="theta_s before training (0.88; 0.2 with --parts spatial); a low one lets the finest "
-        "grid through, and training may stay there",
+        help="theta_s before training (default: 0.88, with --parts spatial 0.2); a low one lets "
+        "the finest grid through, and training may stay there",
     )
-    add("--temperature", type=float, default=50.0, help="T of eqs. 9 and 10 (50)")
-    add("--bf16", action="store_true")
-    add("--gradient-checkpointing", action="store_true")
-    add("--workers", type=int, default=0, help="processes that load data (0)")
-    add("--save-steps", type=int, default=500, help="steps between checkpoints (500)")
-    add("--resume", action="store_true", help="go on from OUT.partial")
-    add("--seed", type=int, default=0, help="seed of new heads and of the order of records (0)")
+    add("--temperature", type=float, default=50.0, help="T of eqs. 9 and 10 (default: 50)")
+    add("--bf16", action="store_true", help="compute in bfloat16 (default: float32)")
+    add(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute activations again in the backward pass, for less memory",
+    )
+    add("--workers", type=int, default=0, help="processes that load data (default: 0)")
+    add("--save-steps", type=int, default=500, help="steps between checkpoints (default: 500)")
+    add("--resume", action="store_true", help="continue the interrupted training in OUT.partial")
+    add("--seed", type=int, default=0, help="seed of data order and new heads (default: 0)")
 
 
 def trains(args: argparse.Namespace) -> bool:
@@ -161,7 +200,7 @@ def check(args: argparse.Namespace) -> None:
     """Refuse options that would have no effect."""
     if args.train_lm and args.method == "quantile":
         raise PatchsieveError(
-            "--train-lm moves the scores that constants are fixed to",
+            "--train-lm changes the scores, so constants that were fixed to them would be wrong",
             found="--method quantile",
             expected="atp or fixed",
             do="train first, then fix constants of what was trained",
@@ -208,13 +247,13 @@ def check(args: argparse.Namespace) -> None:
         raise PatchsieveError(
             "the positions are those of the checkpoint that --hard goes on from",
             found=f"--{given[0]}",
-            do="leave it away",
+            do=f"remove --{given[0]}",
         )
     if given and not args.train_lm:
         raise PatchsieveError(
             "a frozen language model keeps the positions that it was trained with",
             found=f"--{given[0]}",
-            do="add --train-lm, or leave it away",
+            do=f"add --train-lm, or remove --{given[0]}",
         )
     if args.sections is not None and args.positions == TRAINED_RULES[0]:
         raise PatchsieveError("--sections is of --positions grid2d", found=args.positions)
@@ -273,7 +312,7 @@ def check_partial(args: argparse.Namespace, partial: Path, last: Path | None) ->
             raise PatchsieveError(
                 f"{partial} holds a training that was interrupted",
                 found=last.name,
-                do="add --resume to go on with it, or remove it",
+                do="add --resume to continue it, or remove it",
             )
         partial.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asked) + "\n", encoding="utf-8")
