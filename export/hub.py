@@ -16,12 +16,14 @@ Result = TypeVar("Result")
 ADAPTER = "adapter_config.json"
 # What a checkpoint may hold besides weights that export, calibrate and verify read.
 _SMALL = (
+    "README.md",  # its card names the licence
     "config.json",
     "generation_config.json",
     "processor_config.json",
     "preprocessor_config.json",
     "chat_template.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

@@ -28,9 +28,10 @@ SMALL = {
     "tokenizer_config.json": "{}",
     "preprocessor_config.json": "{}",
     "chat_template.json": "{}",
+    "additional_chat_templates/tool.jinja": "",
+    "README.md": "",
 }
 NEVER = {
-    "README.md": "",
     "training_args.bin": "",
     "trainer_state.json": "{}",
     "consolidated.safetensors": "",
@@ -148,7 +149,7 @@ def test_what_is_not_supported_is_refused_before_its_weights_are_downloaded(
 
 def test_an_adapter_is_refused_without_its_weights(hub, tmp_path: Path, capsys) -> None:
     entry = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "a/base"})
-    remote = hub({"adapter_config.json": entry, "adapter_model.safetensors": "", "README.md": ""})
+    remote = hub({"adapter_config.json": entry, "adapter_model.safetensors": ""})
     assert main(["export", NAME, "-o", str(tmp_path / "bundle")]) == 2
     assert "a LORA adapter of a/base" in capsys.readouterr().err
     assert remote.downloaded == {"adapter_config.json"}
