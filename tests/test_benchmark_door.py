@@ -64,6 +64,10 @@ def request(prompt: str = PROMPT, doc: int = 7, **arguments: Any) -> Request:
         ({"until": ["\n\n", ""]}, {"stop": ("\n\n",)}),
         ({"until": None}, {"stop": ()}),
         ({"top_k": 5, "repetition_penalty": 1.1}, {"top_k": 5, "repetition_penalty": 1.1}),
+        (
+            {"no_repeat_ngram_size": 3, "min_new_tokens": 2},
+            {"no_repeat_ngram_size": 3, "min_new_tokens": 2},
+        ),
     ],
 )
 def test_the_words_of_a_task_become_options(
