@@ -16,7 +16,7 @@ from patchsieve.runtime.preprocess import Preprocessor
 from patchsieve.runtime.prompt import PromptBuilder
 from patchsieve.runtime.target import AUTO, Choice, choose
 
-_CHECKS = ("hash", "full", "size")
+_CHECKS = ("full", "hash", "size")
 
 
 class Bundle:

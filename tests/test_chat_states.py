@@ -58,9 +58,9 @@ def test_an_unknown_option_is_answered_with_the_known_ones(model) -> None:
 
 def test_a_bundle_is_checked_by_hash_or_by_size_and_a_typo_is_refused(model) -> None:
     for check in ("hashes", "Hash", "", None, True, ["size"]):
-        with refused("bad check.*'hash' or 'size'"):
+        with refused("bad check.*'full' or 'hash' or 'size'"):
             Bundle(model.bundle.path, "cpu", check=check)
-    for check in ("hash", "size"):
+    for check in ("full", "hash", "size"):
         Bundle(model.bundle.path, "cpu", check=check)
 
 
