@@ -298,6 +298,7 @@ def test_rows_that_are_not_asked_again_keep_numbers_and_date() -> None:
     text = to_text(found)
     assert "Asked on 2026-02-02: random in the tower; EViT." in text and "2026-01-01: " in text
     assert "not run" not in text.split("**89 %")[0]
+    assert "Asked on" not in to_text(before)
 
 
 def test_results_of_another_model_or_of_fewer_questions_are_not_kept(tmp_path: Path) -> None:

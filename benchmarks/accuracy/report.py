@@ -122,6 +122,7 @@ def to_text(found: Mapping[str, Any]) -> str:
         f"text scorer up to the first token, with {found['text_tokens']} text tokens, are a share "
         "of the unpruned model's.",
     ]
+    days = {row["date"][:10] for part in found["parts"] for row in part["rows"] if "date" in row}
     for part in found["parts"]:
         blocks.append(f"**{part['title']}**")
         blocks.append(_grid(_COLUMNS, [_line(row) for row in part["rows"]]))
@@ -129,20 +130,20 @@ def to_text(found: Mapping[str, Any]) -> str:
         if told:
             blocks.append("\n".join(f"- {line}" for line in told))
         run = [row for row in part["rows"] if "not_run" not in row]
-        if dates := _dates(run):
-            blocks.append(dates)
+        if len(days) > 1 and run:
+            blocks.append(_dates(run))
         if found["has_kinds"] and run:
             blocks.append(_kinds(run))
     return "\n\n".join(blocks) + "\n"
 
 
 def _dates(rows: Sequence[Mapping[str, Any]]) -> str:
-    """When which rows were asked, if not all on one day."""
+    """When which rows were asked."""
     days: dict[str, list[str]] = {}
     for row in rows:
         days.setdefault(row["date"][:10], []).append(row["label"])
-    if len(days) < 2:
-        return ""
+    if len(days) == 1:
+        return f"Asked on {next(iter(days))}."
     return "\n".join(f"Asked on {day}: {'; '.join(labels)}." for day, labels in days.items())
 
 
