@@ -216,7 +216,8 @@ def save_checkpoint(
     llava.generation_config = GenerationConfig.from_model_config(llava.config)
     llava.save_pretrained(folder, max_shard_size="5GB")
     config = read_config(encoder.directory)  # training changed the model's own
-    config.transformers_weights = None  # the name of a file that was not copied
+    if hasattr(config, "transformers_weights"):
+        config.transformers_weights = None  # it names a file that is not copied
     setattr(config, KEY, replace(encoder.trained, heads=HEADS).to_dict())
     config.architectures = [type(llava).__name__]
     for part in (config, config.text_config, config.vision_config):
