@@ -18,8 +18,8 @@ NEEDS := torch transformers accelerate onnx onnxruntime tokenizers pytest xdist 
 INSTALL := -e .[dev]
 DEMO := examples/demo_model
 SCENE := $(DEMO)/scene.png
-QUESTION := What shape is the red thing?
-OTHER := What is the orange thing?
+QUESTION := Which texture has the cross?
+OTHER := Which texture has the purple star?
 SOURCES := $(shell find patchsieve pruning export -name '*.py')
 
 .PHONY: help check-environment demo test lint lint-ruff format types bench accuracy gpu cases clean
@@ -47,9 +47,9 @@ check-environment:
 
 # A bundle holds the plan "none" too, so one bundle answers pruned and unpruned.
 
-demo/bundle/manifest.json: $(DEMO)/checkpoint/model.safetensors $(SOURCES) | $(ENVIRONMENT)
+demo/bundle/manifest.json: $(DEMO)/atp/model.safetensors $(SOURCES) | $(ENVIRONMENT)
 	@rm -rf demo/bundle
-	@$(PATCHSIEVE) export $(DEMO)/checkpoint -o demo/bundle --method fastv --sites 6 --keep-ratio 0.1 --max-text-tokens 64 --max-new-tokens 32
+	@$(PATCHSIEVE) export $(DEMO)/atp -o demo/bundle --method atp --max-text-tokens 64 --max-new-tokens 32 > /dev/null
 
 demo: demo/bundle/manifest.json
 	@$(PATCHSIEVE) run demo/bundle --image $(SCENE) --prompt "$(QUESTION)" \

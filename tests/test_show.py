@@ -438,7 +438,9 @@ def test_survivors_that_questions_have_in_common_are_counted() -> None:
     (told,) = sentences(of_kept(first, other), grid)
     assert told == "3 of 14 patches kept before layer 2 are the same for both questions"
     (told,) = sentences(of_kept(first, alike, range(42, 58)), grid)
-    assert told.startswith("8 patches kept before layer 2 are the same for all 3 questions (14, 14")
+    assert told.startswith("All 3 questions keep 8 patches in common before layer 2 (of 14, 14 and")
+    (told,) = sentences(of_kept(range(6), [5, *range(40, 80)]), grid)
+    assert told == "Both questions keep 1 patch in common before layer 2 (of 6 and 41)"
     # By chance 120 of 144 patches have 100 in common: that alone says nothing of the scores.
     (told,) = sentences(of_kept(range(120), range(24, 144)), grid)
     assert told.startswith("96 of 120") and "hardly" not in told

@@ -1,16 +1,21 @@
 """Save the trained demo model as Hugging Face does, in float16: the LLaVA, and its CLIP as scorer.
 
-python -m examples.demo_model.save demo/training examples/demo_model
+    python -m examples.demo_model.save demo/training examples/demo_model
+    python -m examples.demo_model.save demo/trained examples/demo_model/atp
+
+The second form takes a checkpoint that `patchsieve calibrate --train-lm` wrote, its heads included.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from examples.make_checkpoint import save_llava
 from patchsieve.writing import whole_or_nothing
@@ -35,12 +40,34 @@ def save_like(checkpoint: Path, model: Any, path: Path) -> None:
                 (folder / file.name).write_bytes(file.read_bytes())
 
 
+def halve(checkpoint: Path, path: Path) -> None:
+    """Write a checkpoint again with its weights in float16; heads keep their type."""
+    check_free(path)
+    with whole_or_nothing(path) as folder:
+        shutil.copytree(
+            checkpoint, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("log.jsonl")
+        )
+        weights = folder / "model.safetensors"
+        tensors = {name: tensor.half() for name, tensor in load_file(weights).items()}
+        save_file(tensors, weights, metadata={"format": "pt"})
+        config = folder / "config.json"
+        text = config.read_text(encoding="utf-8").replace('"float32"', '"float16"')
+        config.write_text(text, encoding="utf-8")
+        for file in folder.rglob("*.*"):
+            file.chmod(0o644)
+
+
 def main() -> None:
-    """Write DIR/checkpoint and DIR/clip."""
+    """Write DIR/checkpoint and DIR/clip, or a trained checkpoint to DIR."""
     parser = argparse.ArgumentParser(description="Save the trained demo model.")
-    parser.add_argument("training", type=Path, help="directory with tower.pt and language.pt")
-    parser.add_argument("path", metavar="DIR", type=Path, help="directory to write into")
+    parser.add_argument(
+        "training", type=Path, help="directory with tower.pt and language.pt, or a checkpoint"
+    )
+    parser.add_argument("path", metavar="DIR", type=Path, help="directory to write (into)")
     options = parser.parse_args()
+    if (options.training / "config.json").is_file():
+        halve(options.training, options.path)
+        return
     clip, clip_tokenizer = make_clip()
     clip.load_state_dict(torch.load(options.training / "tower.pt")["clip"])
     model, processor = make_llava(clip)

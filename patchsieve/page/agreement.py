@@ -57,10 +57,14 @@ def _of_place(places: Sequence[Place], before: Sequence[int]) -> list[str]:
     chance = alive * prod(size / alive for size in sizes)
     if least == alive or least <= chance:
         return []
-    questions = "both questions" if len(places) == 2 else f"all {len(places)} questions"
-    counts = f"{common} of {least}" if len(set(sizes)) == 1 else str(common)
-    kept = "" if len(set(sizes)) == 1 else f" ({', '.join(map(str, sizes))} are kept)"
-    text = f"{counts} patches kept {first.name} are the same for {questions}{kept}"
+    number = "both" if len(places) == 2 else f"all {len(places)}"
+    if len(set(sizes)) == 1:
+        text = f"{common} of {least} patches kept {first.name} are the same for {number} questions"
+    else:
+        patches = "1 patch" if common == 1 else f"{common} patches"
+        every = f"{', '.join(map(str, sizes[:-1]))} and {sizes[-1]}"
+        shared = f"{patches} in common {first.name} (of {every})"
+        text = f"{number.capitalize()} questions keep {shared}"
     if common - chance < ALIKE * (least - chance):
         return [text]
     return [f"{text}: which of them is asked hardly changes this plan's choice"]
