@@ -43,7 +43,7 @@ from patchsieve.export.weights import DTYPES, Weight, default_dtype, weights_of
 from patchsieve.plan import NO_PRUNING, Plan, check_plan_name
 from patchsieve.precision import BYTES, Precision
 from patchsieve.trained import Trained
-from patchsieve.writing import check_new, whole_or_nothing
+from patchsieve.writing import check_new_bundle, whole_or_nothing
 
 Progress = Callable[[str, float], None]
 EMBEDDINGS = "embed_tokens"
@@ -161,7 +161,7 @@ def export(
         UnsupportedModelError: The checkpoint has a structure that is not known.
         PatchsieveError: The plan does not fit, the disk is full, the target exists.
     """
-    check_new(out)
+    check_new_bundle(out)
     progress("reading the checkpoint", 0.0)
     directory = locate(checkpoint, options.revision, check=read_config)
     config = read_config(directory)

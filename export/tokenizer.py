@@ -56,7 +56,8 @@ def write_tokenizer(checkpoint: Path, out: Path, vocab_size: int | None = None) 
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    backend.save(str(out / "tokenizer.json"), pretty=False)
+    # Not backend.save, whose error on a full disk is no OSError.
+    (out / "tokenizer.json").write_text(backend.to_str(pretty=False), encoding="utf-8")
     special = tokenizer.special_tokens_map
     chat_template = _chat_template(checkpoint, tokenizer)
     if chat_template is not None:

@@ -29,6 +29,11 @@ def check_new(out: Path, do: str = "remove it, or choose another name with -o") 
         raise PatchsieveError(f"{out} exists already", expected="a name for a new one", do=do)
 
 
+def check_new_bundle(out: Path) -> None:
+    """The same for a bundle, which may also be given another plan."""
+    check_new(out, "remove it, choose another -o, or change its plan with --reuse")
+
+
 @contextmanager
 def one_line(place: Path) -> Iterator[None]:
     """Turn an error of the file system into one of ours.

@@ -181,7 +181,7 @@ def test_an_output_that_exists_is_refused_before_torch_is_loaded(
         ("export", "--revision", "main"),
         ("run", "--top-k", "0: all"),
         ("run", "--seed", "default: "),
-        ("calibrate", "--seed", "(0)"),
+        ("calibrate", "--seed", "(default: 0)"),
     ],
 )
 def test_the_help_of_an_option_says_its_default(

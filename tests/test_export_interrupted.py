@@ -236,10 +236,14 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(
 def test_the_disk_may_fill_at_the_tokenizer_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write = Path.write_text
 
-    monkeypatch.setattr(shutil, "copyfile", full)
+    def full(path: Path, *args: Any, **kwargs: Any) -> int:
+        if path.name == "tokenizer.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", full)
     refused(lambda: make(tmp_path / "bundle"), match="is full")
     assert list(tmp_path.iterdir()) == []
 

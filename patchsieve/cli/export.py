@@ -19,7 +19,7 @@ from patchsieve.heads import load_config
 from patchsieve.manifest import Limits, Manifest, read
 from patchsieve.plan import NO_PRUNING, POSITION_RULES, MethodPlan, Plan, SitePlan
 from patchsieve.trained import Trained
-from patchsieve.writing import check_new
+from patchsieve.writing import check_new_bundle
 
 _LIMITS = (512, 256, 1)  # text tokens, new tokens, images
 _OF_A_NEW_BUNDLE = (
@@ -197,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
     """Export or reuse."""
     require(("torch", "transformers", "onnx", "onnxscript", "safetensors"), "export", "export")
     if args.output is not None and args.reuse is None:  # before torch is loaded, for seconds
-        check_new(args.output, "remove it, choose another -o, or change its plan with --reuse")
+        check_new_bundle(args.output)
     plan = plan_of(args)
     name = args.plan_name or _free_name(plan, args.reuse)
     progress = Progress(args.quiet)

@@ -42,6 +42,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "causal": False,
         "spatial_lambda": 3.0,
         "modality": "both",
+        "parts": "both",
     },
 }
 
