@@ -244,8 +244,8 @@ class Manifest:
         target_tensors: The same for each target and graph that departs from `tensors`.
         needs: For each target what builds or runs it; bundles of schema 1 do not say.
         scorer: The text tower of plans that compare the question with an image; None without.
-        generation: What the checkpoint asks of every answer. Written only if it asks something, so
-            that an older patchsieve reads all other bundles.
+        generation: What the checkpoint asks of every answer. It and `attention` are written only
+            if they say something, so that an older patchsieve reads all other bundles.
         attention: How TensorRT's graphs spell half-precision attention, one of
             `names.ATTENTION_FORMS`; None where no graph has a choice, and in bundles from before
             there was one, which are fused.
@@ -349,8 +349,9 @@ class Manifest:
         data["plans"] = {name: plan.to_dict() for name, plan in self.plans.items()}
         data["precision"] = str(self.precision)
         data["cuts"] = self.cuts
-        if self.generation == Generation():
-            del data["generation"]
+        for name, plain in (("generation", Generation()), ("attention", None)):
+            if getattr(self, name) == plain:
+                del data[name]
         data["schema_version"] = SCHEMA_VERSION  # of what is written, whatever was read
         return json.dumps(data, indent=1) + "\n"
 

@@ -188,7 +188,7 @@ def test_export_takes_the_settings_and_names_those_that_it_does_not_follow(
 
 def test_a_bundle_that_asks_nothing_says_nothing_and_older_ones_are_read(tiny: Any) -> None:
     path = tiny(ROW).path
-    assert "generation" not in json.loads((path / "manifest.json").read_text())
+    assert not {"generation", "attention"} & set(json.loads((path / "manifest.json").read_text()))
     facts = read(path)
     assert facts.generation == Generation()
     asking = replace(facts, generation=Generation(bad_words_ids=((1, 2), (3,)), stop=("END",)))
