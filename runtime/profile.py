@@ -165,7 +165,7 @@ def profile(
         against: Another plan, whose runs alternate with this one's; None measures one alone.
         warmup: Runs of each plan that do not count.
         runs: Runs of each plan that do.
-        max_new_tokens: Tokens of every answer; end tokens do not end it.
+        max_new_tokens: Tokens of every answer; end tokens and stop strings do not end it.
         raw: The prompt is the whole text, without chat template.
         system: The system prompt.
         progress: Told what is being run.
@@ -185,7 +185,7 @@ def profile(
     plans = list(dict.fromkeys([plan, *([against] if against else [])]))
     model.spare_caches = max(model.spare_caches, len(plans))  # no run pays for a new cache
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "ignore_eos": True, "raw": raw}
-    options["system"] = system
+    options |= {"stop": (), "system": system}  # a checkpoint's stop strings would end runs early
     taken = {name: Runs() for name in plans}
     with Conditions(root) as conditions:
         for number in range(warmup + runs):

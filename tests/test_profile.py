@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import patchsieve
 from patchsieve.cli import profile as cli_profile
 from patchsieve.errors import RequestError
+from patchsieve.manifest import Generation
 from patchsieve.runtime.profile import profile, statistics
 from patchsieve.writing import check_file, write_result
 from tests.bundles import PHOTO, PLAN, PROMPT, command, command_json
@@ -73,6 +75,16 @@ def test_an_end_token_does_not_shorten_a_run(tiny_bundle: Path) -> None:
         model.generate(PHOTO, PROMPT, max_new_tokens=6, ignore_eos=True).token_ids == said.token_ids
     )
     model.close()
+
+
+def test_a_stop_string_of_the_checkpoint_does_not_shorten_a_run(tiny_bundle: Path) -> None:
+    model = patchsieve.load(tiny_bundle, threads=1)
+    said = model.generate(PHOTO, PROMPT, max_new_tokens=6, ignore_eos=True).text
+    model.facts = replace(model.facts, generation=Generation(stop=(said.strip()[0],)))
+    assert model.generate(PHOTO, PROMPT, max_new_tokens=6).finish_reason == "stop"
+    report = profile(model, PHOTO, PROMPT, warmup=0, runs=1, max_new_tokens=6)
+    model.close()
+    assert report["plans"][PLAN]["new_tokens"] == 6
 
 
 def test_decode_steps_stay_out_of_a_result_s_json(tiny_bundle: Path) -> None:
