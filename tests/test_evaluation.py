@@ -25,7 +25,7 @@ from patchsieve.evaluation.metrics import (
 from patchsieve.evaluation.questions import Question, questions_of
 from patchsieve.evaluation.report import report
 from patchsieve.export.reuse import reuse
-from patchsieve.manifest import File, read
+from patchsieve.manifest import File, Generation, read
 from patchsieve.plan import Plan, SitePlan
 from patchsieve.runtime.prompt import PromptBuilder
 from tests import damage
@@ -329,6 +329,8 @@ def test_answers_stay_when_a_plan_comes_to_the_bundle_and_go_when_their_plan_cha
     shared, own = depends_on(manifest, "cpu")
     weights = next(path for path in manifest.files if path.startswith("graphs/weights/layer"))
     other = replace(manifest, files=manifest.files | {weights: File(1, "0" * 64)})
+    assert depends_on(other, "cpu")[0] != shared and depends_on(other, "cpu")[1] == own
+    other = replace(manifest, generation=Generation(no_repeat_ngram_size=2))
     assert depends_on(other, "cpu")[0] != shared and depends_on(other, "cpu")[1] == own
 
 

@@ -152,8 +152,9 @@ def depends_on(facts: Manifest, target: str) -> tuple[str, dict[str, str]]:
         target: What it runs as.
 
     Returns:
-        Hash of what all plans share (weights, tokenizer, stages of the target, precision), and for
-        each plan the hash of its content, of its graphs and of its budgets.
+        Hash of what all plans share (weights, tokenizer, stages of the target, precision, what
+        the checkpoint asks of answers), and for each plan the hash of its content, of its graphs
+        and of its budgets.
     """
     graphs = facts.targets[target]
     own: dict[str, list[str]] = {plan: [] for plan in facts.plans}
@@ -164,7 +165,7 @@ def depends_on(facts: Manifest, target: str) -> tuple[str, dict[str, str]]:
             own[plan].append(graph)
     apart = {graph for of_plan in own.values() for graph in of_plan}
     in_graphs = {path for of_target in facts.targets.values() for path in of_target.values()}
-    model = {
+    model: dict[str, Any] = {
         "files": {
             path: file.sha256
             for path, file in facts.files.items()
@@ -173,6 +174,8 @@ def depends_on(facts: Manifest, target: str) -> tuple[str, dict[str, str]]:
         "graphs": {g: facts.files[path].sha256 for g, path in graphs.items() if g not in apart},
         "facts": [asdict(part) for part in (facts.precision, facts.text, facts.tokens)],
     }
+    if asked := facts.generation.options():
+        model["generation"] = asked
     plans = {
         plan: {
             "content": facts.plans[plan].to_dict(),
