@@ -44,7 +44,7 @@ def request(prompt: str = PROMPT, doc: int = 7, **arguments: Any) -> Request:
 @pytest.mark.parametrize(
     ("told", "options"),
     [
-        ({}, {"max_new_tokens": 32, "temperature": 0.0, "stop": ()}),
+        ({}, {"max_new_tokens": 32, "temperature": 0.0}),
         (  # GQA's, with what LLaVA's own loader would read
             {
                 "max_new_tokens": 16,
@@ -54,7 +54,7 @@ def request(prompt: str = PROMPT, doc: int = 7, **arguments: Any) -> Request:
                 "do_sample": False,
                 "image_aspect_ratio": "original",
             },
-            {"max_new_tokens": 16, "temperature": 0, "top_p": 1.0, "stop": ()},
+            {"max_new_tokens": 16, "temperature": 0, "top_p": 1.0},
         ),
         # MM-Vet's: a temperature, and no sampling
         ({"temperature": 0.2, "do_sample": False, "top_p": None}, {"temperature": 0.0}),
@@ -62,7 +62,8 @@ def request(prompt: str = PROMPT, doc: int = 7, **arguments: Any) -> Request:
         ({"do_sample": True}, {"temperature": 1.0}),
         ({"until": "ASSISTANT:"}, {"stop": ("ASSISTANT:",)}),
         ({"until": ["\n\n", ""]}, {"stop": ("\n\n",)}),
-        ({"until": None}, {"stop": ()}),
+        ({"until": None}, {}),  # the checkpoint's own stop strings, if any
+        ({"until": ""}, {}),
         ({"top_k": 5, "repetition_penalty": 1.1}, {"top_k": 5, "repetition_penalty": 1.1}),
         (
             {"no_repeat_ngram_size": 3, "min_new_tokens": 2},
@@ -73,7 +74,7 @@ def request(prompt: str = PROMPT, doc: int = 7, **arguments: Any) -> Request:
 def test_the_words_of_a_task_become_options(
     benchmark: Benchmark, told: dict[str, Any], options: dict[str, Any]
 ) -> None:
-    plain = {"max_new_tokens": 32, "temperature": 0.0, "stop": ()}
+    plain = {"max_new_tokens": 32, "temperature": 0.0}
     assert benchmark.options(told) == plain | options
     assert benchmark.not_followed == set(told) & {"image_aspect_ratio"}
 

@@ -149,11 +149,12 @@ class Benchmark:
                 "in --model_args",
             )
         temperature = told.get("temperature", 1.0 if told.get("do_sample") else 0.0)
-        options = {
+        options: dict[str, Any] = {
             "max_new_tokens": most,
             "temperature": temperature if told.get("do_sample", True) else 0.0,
-            "stop": _stop(told.get("until", ())),
         }
+        if stop := _stop(told.get("until", ())):
+            options["stop"] = stop  # without, an answer ends at the checkpoint's own stop strings
         return options | {key: told[key] for key in _AS_THEY_ARE if key in told}
 
     def _check_text(self, text: str) -> None:
