@@ -207,7 +207,7 @@ def test_build_refuses_in_one_line(bundle, monkeypatch, capsys) -> None:
         list(build(bundle, REQUEST))
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(BackendMissingError, match="pip install tensorrt-rtx"):
+    with pytest.raises(BackendMissingError, match=r'pip install "tensorrt-rtx>=1\.7"'):
         list(build(bundle, REQUEST))
     assert main(["build", str(bundle), "--target", TARGET, "--json"]) == 2
     out = capsys.readouterr()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
+from typing import Any
 
 import pytest
+import setuptools
 
 from patchsieve.cli.output import require
 from patchsieve.errors import BackendMissingError
+from patchsieve.runtime.board.abilities import INSTALL
 from tests.installs import FOLDERS, ROOT
 
 
@@ -22,6 +26,21 @@ def test_no_message_names_an_extra_of_a_package_that_is_not_published() -> None:
         if re.search(r"patchsieve\[|pip install \W?patchsieve", line)
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_lines_that_install_ask_for_the_versions_of_setup(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", asked.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    extras = asked["extras_require"]
+    same = {"core": asked["install_requires"], "onnxruntime": extras["cpu"]}
+    same |= {"export": extras["export"], "calibration": extras["calibration"]}
+    same |= {"open_clip": extras["clip"], "lmms_eval": extras["eval"]}
+    same |= {"onnxruntime-gpu": extras["gpu"]}
+    for name, requirements in same.items():
+        assert set(re.findall('"(.+?)"', INSTALL[name])) == set(requirements), name
 
 
 def test_a_command_names_the_libraries_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,11 +216,13 @@ def test_a_compaction_without_nonzero_builds(tmp_path: Path) -> None:
 
 def test_an_absent_library_is_named_with_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tensorrt_rtx", None)
-    with pytest.raises(BackendMissingError, match="pip install tensorrt-rtx"):
+    with pytest.raises(BackendMissingError, match=r'pip install "tensorrt-rtx>=1\.7"'):
         ours.load_tensorrt(RTX)
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
     with pytest.raises(BackendMissingError, match=r"extra-index-url https://pypi\.nvidia\.com"):
         ours.load_tensorrt("tensorrt")
+    with pytest.raises(BackendMissingError, match=r'pip install "tensorrt>=10\.15,<11"'):
+        ours.load_tensorrt("tensorrt10")
     with pytest.raises(BackendMissingError, match="system-site-packages"):
         ours.load_tensorrt("jetpack6")
 

@@ -17,10 +17,10 @@ CALIBRATION = ("torch", "transformers", "accelerate", "safetensors")
 _NVIDIA = "--extra-index-url https://pypi.nvidia.com"
 _JETSON_INDEX = "https://pypi.jetson-ai-lab.io/jp6/cu126"
 INSTALL = {
-    "core": 'pip install "numpy>=1.24" "pillow>=10.0" "tokenizers>=0.21" "jinja2>=3.1"',
-    "export": 'pip install "torch>=2.8" "transformers>=5.0" "onnx>=1.20" "onnxscript>=0.7" '
-    '"safetensors>=0.5"',
-    "calibration": 'pip install "torch>=2.8" "transformers>=5.0" "accelerate>=1.1" '
+    "core": 'pip install "numpy>=1.24" "pillow>=10.1" "tokenizers>=0.21" "jinja2>=3.1.6"',
+    "export": 'pip install "torch>=2.8" "transformers>=5.0,<6" "onnx>=1.20" "onnxscript>=0.7" '
+    '"safetensors>=0.5" "sentencepiece>=0.2"',
+    "calibration": 'pip install "torch>=2.8" "transformers>=5.0,<6" "accelerate>=1.1" '
     '"safetensors>=0.5"',
     "open_clip": 'pip install "open_clip_torch>=3.0"',
     "optimum": 'pip install "optimum>=2.0"',

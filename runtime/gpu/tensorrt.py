@@ -18,14 +18,11 @@ from types import ModuleType
 from typing import Any
 
 from patchsieve.errors import BackendMissingError, BundleError
+from patchsieve.runtime.board.abilities import INSTALL
 from patchsieve.runtime.building.tensorrt_network import NetworkSummary, summarize
 
 log = logging.getLogger(__name__)
 
-PIP = {
-    "tensorrt_rtx": "pip install tensorrt-rtx",
-    "tensorrt": "pip install tensorrt --extra-index-url https://pypi.nvidia.com",
-}
 # JetPack brings its own tensorrt; the copy on pip does not run on these boards.
 JETPACK = "apt install python3-libnvinfer, then python3 -m venv --system-site-packages"
 
@@ -69,13 +66,14 @@ def load_tensorrt(target: str) -> ModuleType:
 
     """
     name = library_of(target)
+    line = target if name == "tensorrt" else name  # each version of tensorrt has a line of its own
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:  # OSError: a wheel whose shared library is absent
         raise BackendMissingError(
             f"target {target} needs the Python package {name}",
             found=str(error),
-            do=JETPACK if target.startswith("jetpack") else PIP[name],
+            do=JETPACK if target.startswith("jetpack") else INSTALL[line],
         ) from error
 
 
