@@ -47,6 +47,7 @@ _CARRIED = (
     "vocab.txt",
     "merges.txt",
     "spiece.model",
+    "sentencepiece.bpe.model",
     "tekken.json",
     "processor_config.json",
     "preprocessor_config.json",

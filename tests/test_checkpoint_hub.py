@@ -15,8 +15,10 @@ import pytest
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 
+from patchsieve import calibrate
 from patchsieve.cli import main
 from patchsieve.errors import PatchsieveError
+from patchsieve.export import hub as downloads
 from patchsieve.export.checkpoint import locate, read_config
 
 NAME = "some-one/llava"
@@ -217,3 +219,8 @@ def test_without_a_connection_the_cached_snapshot_serves(hub) -> None:
     locate(NAME)
     remote.error = errors.OfflineModeIsEnabled("offline")
     assert locate(NAME) == remote.folder
+
+
+def test_a_trained_checkpoint_gets_every_small_file_that_is_downloaded() -> None:
+    others = {"README.md", "config.json", downloads.ADAPTER, "additional_chat_templates/*.jinja"}
+    assert set(downloads._SMALL) - others <= set(calibrate._CARRIED)

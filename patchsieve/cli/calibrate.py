@@ -16,6 +16,7 @@ from patchsieve.cli.output import Progress, print_json, require, table
 from patchsieve.errors import PatchsieveError
 from patchsieve.heads import CONFIG
 from patchsieve.plan import GRID2D
+from patchsieve.runtime.board.abilities import CALIBRATION
 from patchsieve.writing import check_folder, check_new
 
 if TYPE_CHECKING:
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate, save the heads or the checkpoint, print what survives."""
-    libraries = ("torch", "transformers", "accelerate", "safetensors")
-    require(libraries, "cpu,export,calibration", "calibrate")
+    require(CALIBRATION, "cpu,export,calibration", "calibrate")
     check(args)
     check_new(args.out)
     check_folder(args.out)

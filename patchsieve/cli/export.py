@@ -18,6 +18,7 @@ from patchsieve.export.recipes import Size
 from patchsieve.heads import load_config
 from patchsieve.manifest import Limits, Manifest, read
 from patchsieve.plan import NO_PRUNING, POSITION_RULES, MethodPlan, Plan, SitePlan
+from patchsieve.runtime.board.abilities import EXPORT
 from patchsieve.trained import Trained
 from patchsieve.writing import check_new_bundle
 
@@ -195,7 +196,7 @@ def _add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export or reuse."""
-    require(("torch", "transformers", "onnx", "onnxscript", "safetensors"), "export", "export")
+    require(EXPORT, "export", "export")
     if args.output is not None and args.reuse is None:  # before torch is loaded, for seconds
         check_new_bundle(args.output)
     plan = plan_of(args)
