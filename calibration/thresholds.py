@@ -106,7 +106,7 @@ def go_on_from(folder: Path, model: PrunedLlava) -> None:
             f"the heads in {folder} were learned with other options",
             found=", ".join(f"{name} {getattr(found, name)}" for name in other),
             expected=", ".join(f"{name} {own[name]}" for name in other),
-            do="give the options that they were learned with, or leave --heads away",
+            do="give the options that they were learned with, or remove --heads",
         )
     load_heads_into(model, tensors)
 

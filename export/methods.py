@@ -231,7 +231,7 @@ def resolve_budgets(plan: Plan, methods: list[Method], num_visual: int) -> Plan:
                 f"the budget of the site at layer {site.layer} is larger than what enters it",
                 found=site.budget,
                 expected=f"at most {most} visual tokens per image",
-                do="lower --budget, or leave it away",
+                do="lower --budget, or remove it",
             )
         left = min(most, budget or most)
         if isinstance(method, DecoderToMe) and left < method.fewest_left(most):
@@ -302,7 +302,7 @@ def _build_atp(site: SitePlan, folder: Path) -> ATP:
                 f"the heads for layer {site.layer} were trained with other options",
                 found=other,
                 expected={k: trained[k] for k in other},
-                do="leave these options away: heads bring their own",
+                do="remove these options: heads bring their own",
             )
         return ATP(thresholds=thresholds, **config.scores)
     except TypeError as error:
@@ -317,7 +317,7 @@ def _learned(directory: Path, layer: int) -> tuple[HeadsConfig, Thresholds]:
         raise PatchsieveError(
             f"the heads in {directory} were not learned for layer {layer}",
             expected=f"one of {list(config.sites)}",
-            do="leave --sites away to take the heads' own",
+            do="remove --sites: the heads' own are taken",
         )
     module = Thresholds(config.hidden, config.grid, config.activation)
     prefix = f"layer.{layer}."

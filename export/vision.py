@@ -289,7 +289,7 @@ def tokens_left(
         raise PatchsieveError(
             "pooling needs every patch of the grid",
             found=f"{methods[0].name} in the tower before it",
-            do="leave one of them away",
+            do="remove one of them",
         )
     for method in methods:
         places = method.places(facts.num_patches, facts.num_layers_run)

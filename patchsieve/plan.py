@@ -188,7 +188,7 @@ class Plan:
                 "the language model was not trained with these positions",
                 found=rule,
                 expected=trained,
-                do="leave --positions and position_rule away"
+                do="remove --positions and position_rule"
                 if trained == GRID2D
                 else "train it with them: patchsieve calibrate --train-lm --positions grid2d",
             )

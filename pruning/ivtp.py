@@ -66,7 +66,7 @@ class IVTP:
                     f"ivtp does not know this {name}",
                     found=getattr(self, name),
                     expected=", ".join(known),
-                    do=f"leave it away for {known[0]!r}, the paper's own",
+                    do=f"remove it: then it is {known[0]!r}, the paper's own",
                 )
         if self.group < 1:
             raise PatchsieveError(

@@ -119,7 +119,7 @@ class TowerSchedule:
                 raise PatchsieveError(
                     "two options of a tower method say the same thing",
                     found=f"{first} and {second}",
-                    do="leave one away",
+                    do="remove one",
                 )
 
     def places(self, method: str, num_patches: int, num_layers: int) -> dict[int, int]:

@@ -417,7 +417,7 @@ class PromptBuilder:
                 raise RequestError(
                     "the prompt has no token after its last image",
                     found=repr(text[-40:]),
-                    do="add a question behind the image",
+                    do="add a question after the image",
                 )
         return Prompt(text, ids, images, np.flatnonzero(chosen), offsets, has_question)
 

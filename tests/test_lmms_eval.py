@@ -151,7 +151,7 @@ def test_what_the_public_tasks_say_of_generation_is_followed(name: str, tiny_bun
         ({}, "bad --model_args | found: no bundle"),
         ({"pretrained": "x"}, "bad --model_args | found: pretrained"),
         ({"batch_size": "8"}, "bad --batch_size | found: 8 | expected: 1"),
-        ({"device": "cuda:0"}, "what to do: leave it away"),
+        ({"device": "cuda:0"}, "what to do: remove it"),
         ({"plan": 50}, "no such plan | found: 50"),
     ],
 )

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M.N",
         help="GPUs to compile for, such as 8.9 (tensorrt-rtx); the library's own list by default",
     )
-    add("--force", action="store_true", help="build again what stands there")
+    add("--force", action="store_true", help="build engines again that exist already")
     add("--dry-run", action="store_true", help="print the equivalent trtexec lines, build nothing")
     add("--quiet", action="store_true", help="no progress")
 

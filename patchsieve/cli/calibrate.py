@@ -179,7 +179,7 @@ def _heads_of(args: argparse.Namespace, encoder: Encoder) -> Path | None:
         return found
     if encoder.heads is None:
         raise PatchsieveError(
-            "--hard goes on from thresholds that were learned",
+            "--hard continues a training of thresholds",
             found=f"none in {args.checkpoint}",
             do="train with --train-lm alone before, or give --heads",
         )

@@ -245,7 +245,7 @@ def check(args: argparse.Namespace) -> None:
     given = [name for name in ("positions", "sections") if getattr(args, name) is not None]
     if args.hard and given:
         raise PatchsieveError(
-            "the positions are those of the checkpoint that --hard goes on from",
+            "the positions are those of the checkpoint that --hard continues",
             found=f"--{given[0]}",
             do=f"remove --{given[0]}",
         )

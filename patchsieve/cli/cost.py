@@ -122,7 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--precision",
         choices=tuple(BYTES),
-        help="of keys and values (default: a bundle's own; else float16)",
+        help="type of keys and values (default: a bundle's own; else float16)",
     )
     add(
         "--convention",
@@ -229,9 +229,7 @@ def _chosen(
     """The name of what is counted, its plan (or counts that no plan has), whether it exports."""
     shortcuts = export.given_shortcuts(args)
     if args.plan is not None and shortcuts:
-        raise PatchsieveError(
-            "--plan says it all", found=", ".join(shortcuts), do="leave them away"
-        )
+        raise PatchsieveError("--plan says it all", found=", ".join(shortcuts), do="remove them")
     if not shortcuts:
         _refuse(args, allowed={"survivors", "placement"}, why="without --method")
         return *_named(args.plan, manifest), True
@@ -374,7 +372,7 @@ def _only(args: argparse.Namespace, allowed: set[str], instead: str) -> None:
         raise PatchsieveError(
             f"--method {args.method} does not take these options here",
             found=", ".join(others),
-            do=f"name the method by {instead}, as export does, or leave them away",
+            do=f"name the method by {instead}, as export does, or remove them",
         )
 
 

@@ -79,7 +79,11 @@ def add_plan_arguments(group: Any) -> None:
     )
     add("--theta-r", type=float, help="atp without heads: constant redundancy threshold")
     add("--theta-s", type=float, help="atp without heads: constant spatial threshold")
-    add("--normalisation", choices=("minmax", "rank", "softmax", "none"), help="atp: of its scores")
+    add(
+        "--normalisation",
+        choices=("minmax", "rank", "softmax", "none"),
+        help="atp without heads: how its scores are scaled (default: minmax)",
+    )
     add("--modality", choices=("both", "self", "cross"), help="atp: scores that count (both)")
     add("--causal", action="store_true", default=None, help="atp: eq 3 over causal pairs only")
     add(
@@ -105,7 +109,7 @@ def add_plan_arguments(group: Any) -> None:
         metavar="N",
         help="tokens left by each pruning: 473,389,320,263,216,178,146,120",
     )
-    add("--encoder-group", type=int, metavar="L", help="prune behind every L-th layer (gtp: 3)")
+    add("--encoder-group", type=int, metavar="L", help="prune after every L-th layer (gtp: 3)")
     add(
         "--encoder-layers",
         type=integers,
@@ -118,14 +122,22 @@ def add_plan_arguments(group: Any) -> None:
         choices=("rollout", "single", "mean", "max", "multiply"),
         help="gtp: how a group's layers become one score (default: rollout)",
     )
-    add("--encoder-score", choices=("attention", "cosine"), help="topk: what of the class token")
+    add(
+        "--encoder-score",
+        choices=("attention", "cosine"),
+        help="topk: rank patches by the class token's attention (default), or by cosine with it",
+    )
     add(
         "--projector",
         metavar="METHOD",
         help="prune between tower and decoder: pooling, topk or random",
     )
     add("--projector-keep", type=int, metavar="N", help="tokens left there; pooling: a square")
-    add("--projector-score", choices=("attention", "cosine"), help="topk: what of the class token")
+    add(
+        "--projector-score",
+        choices=("attention", "cosine"),
+        help="topk: rank patches by the class token's attention (default), or by cosine with it",
+    )
     add(
         "--projector-place",
         choices=("before", "after"),
@@ -134,8 +146,8 @@ def add_plan_arguments(group: Any) -> None:
     add(
         "--positions",
         choices=POSITION_RULES,
-        help="of survivors that enter the decoder: what the checkpoint was trained with (default), "
-        "original with gaps as every plain one, grid2d by row and column; or contiguous",
+        help="numbers of the image tokens that enter the decoder: original, with gaps; grid2d, by "
+        "row and column; or contiguous (default: as the checkpoint was trained)",
     )
     ivtp.add_arguments(group)
 
@@ -212,7 +224,7 @@ def run(args: argparse.Namespace) -> int:
             raise PatchsieveError(
                 "--reuse changes the plan of a bundle and nothing else",
                 found=", ".join(given),
-                do="leave them away, or export a new bundle",
+                do="remove them, or export a new bundle",
             )
         bundle, facts = args.reuse, reuse(args.reuse, plan, name, progress, spent)
     else:
@@ -299,7 +311,7 @@ def plan_of(args: argparse.Namespace, size: Size | None = None) -> Plan:
     used = given_shortcuts(args)
     if args.plan is not None:
         if used:
-            raise PatchsieveError("--plan says it all", found=", ".join(used), do="leave them away")
+            raise PatchsieveError("--plan says it all", found=", ".join(used), do="remove them")
         return Plan.from_file(args.plan)
     if args.method == "ivtp":
         return ivtp.plan(args, used, size)

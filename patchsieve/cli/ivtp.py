@@ -29,7 +29,11 @@ def add_arguments(group: Any) -> None:
     add("--block", choices=("visual", "prefix"), help="ivtp: rows of its maps in the decoder")
     add("--text", choices=TEXTS, help="ivtp: which words of the question judge (clip)")
     add("--tau", type=float, help="ivtp: least cosine of a word that judges (0.2)")
-    add("--visual-cls", choices=CLS_SOURCES, help="ivtp: the layer that words are compared behind")
+    add(
+        "--visual-cls",
+        choices=CLS_SOURCES,
+        help="ivtp, topk: the tower layer whose class token judges (last)",
+    )
 
 
 def plan(args: argparse.Namespace, used: list[str], size: Size | None = None) -> Plan:
@@ -49,7 +53,7 @@ def plan(args: argparse.Namespace, used: list[str], size: Size | None = None) ->
             "ivtp chooses its sites and counts by the model",
             found=", ".join(others),
             expected=", ".join(own),
-            do="leave them away, or write the plan into a file for --plan",
+            do="remove them, or write the plan into a file for --plan",
         )
     size = _size_of(args) if size is None else size
     judge = PseudoCls(**_given(args, _PSEUDO_CLS))
@@ -84,7 +88,7 @@ def check_other_method(args: argparse.Namespace) -> None:
         raise PatchsieveError(
             f"{args.method} has no such options",
             found=", ".join("--" + name.replace("_", "-") for name in given),
-            do="leave them away, or take --method ivtp",
+            do="remove them, or take --method ivtp",
         )
 
 

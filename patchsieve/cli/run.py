@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_system(parser)
     add("--plan", help="which of the bundle's plans; its default otherwise")
     add("--raw", action="store_true", help="the prompt is the whole text, without chat template")
-    add("--repick", action="store_true", help="each turn chooses the visual tokens anew")
+    add("--repick", action="store_true", help="each turn chooses the visual tokens again")
     add_run_options(parser)
     sampling = parser.add_argument_group("sampling")
     add = sampling.add_argument

@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
             "what to draw is chosen by the output's suffix",
             found=out.name,
             expected=" or ".join(SUFFIXES),
+            do="give -o FILE.html, or -o FILE.png",
         )
     check_file(out)
     from patchsieve.page.collect import collect

@@ -303,7 +303,7 @@ def before_decoder(shape: ModelShape, plan: Plan, placement: str | None = None) 
             raise PatchsieveError(
                 "pooling needs every patch of the grid",
                 found=f"{plan.encoder.method} in the tower before it",
-                do="leave one of them away",
+                do="remove one of them",
             )
         side = math.isqrt(patches)
         count = pooled_side(keep, (side, side)) ** 2

@@ -64,7 +64,7 @@ class PatchsieveModel(lmms):
             raise RequestError(
                 "--device does not choose where a bundle runs",
                 found=device,
-                do="leave it away, and name the target: --model_args ...,target=tensorrt",
+                do="remove it, and name the target: --model_args ...,target=tensorrt",
             )
         self.benchmark = load(
             str(bundle),
@@ -156,5 +156,5 @@ def _refuse(kind: str, requests: Sequence[Instance], expected: str) -> NoReturn:
         f"patchsieve cannot answer requests of the kind {kind}",
         found=", ".join(tasks),
         expected=expected,
-        do="leave these tasks away",
+        do="remove these tasks",
     )

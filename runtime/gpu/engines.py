@@ -259,7 +259,7 @@ def check_loadable(record: Record, gpu: Gpu | None, library: Library) -> None:
         raise BackendMissingError(
             f"engines for {record.target} run on an NVIDIA GPU",
             found="no GPU, or no driver",
-            do="patchsieve doctor tells what is missing; --target cpu runs without",
+            do="patchsieve doctor says what is missing; --target cpu runs without",
         )
     if record.target == RTX and gpu.compute_capability not in RTX_CAPABILITIES:
         raise BundleError(

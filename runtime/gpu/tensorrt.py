@@ -172,7 +172,7 @@ def parse(
         raise BackendMissingError(
             f"{trt.__name__} {trt.__version__} builds on the GPU that is to run the engine",
             found=messages.errors[0] if messages.errors else str(error),
-            do="build on that machine; patchsieve doctor tells what is missing",
+            do="build on that machine; patchsieve doctor says what is missing",
         ) from error
     # 10.x reads types from the graph only when asked to; 11.x and RTX always do, and have no FP16.
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
