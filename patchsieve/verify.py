@@ -39,7 +39,7 @@ from patchsieve.runtime.record import Recorder
 from patchsieve.runtime.result import Result
 from patchsieve.runtime.rows import number_rows
 from patchsieve.runtime.sampling import PLAIN
-from patchsieve.runtime.target import AUTO, choose
+from patchsieve.runtime.target import AUTO, Choice, choose
 
 
 class Verification:
@@ -51,6 +51,9 @@ class Verification:
         target: Which of the bundle's graphs, or "auto"; they run in ONNX Runtime on the CPU.
         threads: Of the bundle's backend.
         revision: Branch, tag or commit of a hub id; None for its main branch.
+
+    Attributes:
+        choice: The target, and why "auto" took it.
     """
 
     def __init__(
@@ -62,8 +65,10 @@ class Verification:
         threads: int | None = None,
         revision: str | None = None,
     ) -> None:
+        self.choice = Choice(target)
         if target == AUTO:
-            target = choose(bundle, manifest.read(bundle), among=TARGETS).target
+            self.choice = choose(bundle, manifest.read(bundle), among=TARGETS)
+            target = self.choice.target
         if target not in TARGETS:
             raise PatchsieveError(
                 "verify runs graphs in ONNX Runtime", found=target, expected=", ".join(TARGETS)

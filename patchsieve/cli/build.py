@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from patchsieve import build_memory, manifest
 from patchsieve.cli.arguments import add_target, gigabytes
 from patchsieve.cli.output import Progress, print_json, size, table
+from patchsieve.cli.run import say_target
 from patchsieve.links import locate
 
 if TYPE_CHECKING:
     from patchsieve.runtime.building.build import Built
     from patchsieve.runtime.building.build_request import Request
-    from patchsieve.runtime.target import Choice
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.dry_run:
         code = _dry_run(args, request)
-        _say(args, choice)
+        say_target(args, choice)
         return code
     progress = Progress(args.quiet)
 
@@ -99,14 +99,8 @@ def run(args: argparse.Namespace) -> int:
     finally:
         progress.done()
     _report(args, built, time.perf_counter() - start)
-    _say(args, choice)
+    say_target(args, choice)
     return 0
-
-
-def _say(args: argparse.Namespace, choice: Choice) -> None:
-    """Say which target was chosen, where there was a choice."""
-    if choice.why and not (args.quiet or args.json):
-        print(choice, file=sys.stderr)
 
 
 def _dry_run(args: argparse.Namespace, request: Request) -> int:

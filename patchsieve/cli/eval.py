@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     print(_table(found))
     why = " (what the bundle reserves)" if args.max_new_tokens is None and asked < USUAL else ""
     print(f"answers of at most {asked} new tokens{why}")
-    say_target(args, model)
+    say_target(args, model.bundle.choice)
     kinds = next(iter(found.values())).get("categories")
     if kinds:
         print(f"\n{_categories(found, list(kinds))}")

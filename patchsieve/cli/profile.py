@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         print_json(report | ({"error": failure} if failure else {}))
     else:
         print("\n\n".join([_head(report), _times(report), _caches(report), _foot(report)]))
-        say_target(args, model)
+        say_target(args, model.bundle.choice)
     if failure:
         print(f"patchsieve: {failure}", file=sys.stderr)
         return USER_ERROR

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from patchsieve.cli.arguments import add_target
 from patchsieve.cli.inputs import images_of_turns, take_inputs
 from patchsieve.cli.output import Progress, print_json, size, table
 from patchsieve.errors import RequestError
 from patchsieve.manifest import Manifest
+
+if TYPE_CHECKING:
+    from patchsieve.runtime.target import Choice
 
 # Options whose default is the bundle's.
 _GIVEN = ("max_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "stop")
@@ -106,10 +109,10 @@ def load(args: argparse.Namespace) -> Any:
     return model
 
 
-def say_target(args: argparse.Namespace, model: Any) -> None:
-    """Say on stderr which target was chosen, and why, where there was a choice."""
-    if model.bundle.choice.why and not (args.quiet or args.json):
-        print(model.bundle.choice, file=sys.stderr)
+def say_target(args: argparse.Namespace, choice: Choice) -> None:
+    """Say on stderr which target was chosen, and why, if there was a choice."""
+    if choice.why and not (args.quiet or args.json):
+        print(choice, file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -155,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
         told = [{"target": model.bundle.target} | result.to_dict() for result in results]
         print_json(told[-1] if len(told) == 1 else told[-1] | {"turns": told})
     elif not args.quiet:
-        say_target(args, model)
+        say_target(args, model.bundle.choice)
         _summary(model.facts, results[-1])
     model.close()
     return 0

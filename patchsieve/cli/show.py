@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"wrote {out} ({size(len(content))})")
         if not args.quiet:
             print(_table(summary))
-            say_target(args, model)
+            say_target(args, model.bundle.choice)
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from patchsieve.cli.arguments import add_target
 from patchsieve.cli.output import Progress, print_json, require, table
 from patchsieve.cli.picture import picture
+from patchsieve.cli.run import say_target
 
 DEPARTS = 1  # exit code
 PROMPT = "Describe the image."
@@ -98,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{len(parts)} parts compared with {args.against}: the bundle agrees")
         else:
             print(f"first to depart: {first.name}, plan {first.plan}")
+        say_target(args, both.choice)
     return 0 if first is None else DEPARTS
 
 
