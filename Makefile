@@ -12,7 +12,7 @@ PY := $(CURDIR)/.venv/bin/python
 ENVIRONMENT := .venv/installed
 endif
 
-FOLDERS := pruning export runtime calibration
+FOLDERS := contract pruning export runtime calibration
 PATCHSIEVE := $(PY) -m patchsieve
 NEEDS := torch transformers accelerate onnx onnxruntime tokenizers pytest xdist ruff mypy psutil
 INSTALL := -e .[dev]
@@ -20,7 +20,7 @@ DEMO := examples/demo_model
 SCENE := $(DEMO)/scene.png
 QUESTION := Which texture has the cross?
 OTHER := Which texture has the purple star?
-SOURCES := $(shell find patchsieve pruning export -name '*.py')
+SOURCES := $(shell find patchsieve contract pruning export -name '*.py')
 
 .PHONY: help check-environment demo test lint lint-ruff format types bench accuracy gpu cases clean
 

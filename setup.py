@@ -4,7 +4,13 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-FOLDERS = ("pruning", "export", "runtime", "calibration")  # at the top here, patchsieve.* installed
+FOLDERS = (
+    "contract",
+    "pruning",
+    "export",
+    "runtime",
+    "calibration",
+)  # installed as patchsieve.*
 # A folder that several distributions share (PEP 420); optimum-cli loads what lies in it.
 OPTIMUM_DOOR = {"optimum.commands.register": "patchsieve/doors/optimum"}
 
@@ -75,7 +81,7 @@ setup(
         **OPTIMUM_DOOR,
     },
     package_data={
-        "patchsieve": ["py.typed", "page/page.*"],
+        "patchsieve": ["py.typed", "show/page.*"],
         "patchsieve.export.operators": ["*.json"],
     },
     install_requires=["numpy>=1.24", "pillow>=10.1", "tokenizers>=0.21", "jinja2>=3.1.6"],

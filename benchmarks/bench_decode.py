@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import make_checkpoint  # noqa: E402  (beside this folder)
 
-from patchsieve import manifest  # noqa: E402
+from patchsieve.contract import manifest  # noqa: E402
 from patchsieve.export.exporter import ExportOptions, export  # noqa: E402
 from patchsieve.runtime.board import machine  # noqa: E402
 from patchsieve.runtime.model import Model  # noqa: E402

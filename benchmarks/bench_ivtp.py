@@ -29,10 +29,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import make_checkpoint  # noqa: E402  (beside this folder)
 from transformers import CLIPConfig, CLIPModel, LlavaForConditionalGeneration  # noqa: E402
 
+from patchsieve.contract.manifest import Limits  # noqa: E402
+from patchsieve.contract.plan import PseudoCls  # noqa: E402
 from patchsieve.export.exporter import ExportOptions, export  # noqa: E402
-from patchsieve.export.recipes import Size, ivtp  # noqa: E402
-from patchsieve.manifest import Limits  # noqa: E402
-from patchsieve.plan import PseudoCls  # noqa: E402
+from patchsieve.pruning.recipes import Size, ivtp  # noqa: E402
 from patchsieve.runtime.board import machine  # noqa: E402
 from patchsieve.runtime.model import Model  # noqa: E402
 

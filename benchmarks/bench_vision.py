@@ -30,9 +30,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import make_checkpoint  # noqa: E402  (beside this folder)
 
 from patchsieve import cost  # noqa: E402
+from patchsieve.contract.plan import NO_PRUNING, MethodPlan, Plan  # noqa: E402
 from patchsieve.export.exporter import ExportOptions, export  # noqa: E402
 from patchsieve.export.reuse import reuse  # noqa: E402
-from patchsieve.plan import NO_PRUNING, MethodPlan, Plan  # noqa: E402
 from patchsieve.runtime.model import Model  # noqa: E402
 
 SHAPES: dict[str, dict[str, int]] = {

@@ -30,10 +30,10 @@ import onnx
 from onnx.external_data_helper import uses_external_data
 
 from benchmarks.checkpoint import LLAVA_7B, ROOT, Shape, write_checkpoint
-from patchsieve import manifest
+from patchsieve.contract import manifest
 from patchsieve.runtime.building.builder_process import Job, build_in_process, memory_of
 from patchsieve.runtime.building.profiles import profiles
-from patchsieve.runtime.gpu.engines import Options, misfit
+from patchsieve.runtime.trt.engines import Options, misfit
 
 TARGET = "tensorrt-rtx"
 PROMISE = 1.5e9  # bytes of extra memory for a model of 1 GB

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from patchsieve.errors import UnsupportedModelError
+from patchsieve.contract.errors import UnsupportedModelError
 
 PASS = "pruning_pass"  # the keyword by which a forward pass hands its pruning to the attention
 _PREFIX = "patchsieve_"

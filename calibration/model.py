@@ -13,9 +13,9 @@ from patchsieve.calibration import dropping
 from patchsieve.calibration.attention import PASS, install
 from patchsieve.calibration.passes import ImageRows, PruningPass
 from patchsieve.calibration.rotary import install_sections
-from patchsieve.errors import PatchsieveError
-from patchsieve.pruning.atp import ATP
-from patchsieve.pruning.training import atp_loss, average_tokens, target_loss
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.pruning.decoder.atp import ATP
+from patchsieve.pruning.decoder.training import atp_loss, average_tokens, target_loss
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from patchsieve.pruning.atp import ATP, Scores
+from patchsieve.pruning.decoder.atp import ATP, Scores
+from patchsieve.pruning.decoder.site import Site
 from patchsieve.pruning.select import apply_budget
-from patchsieve.pruning.site import Site
 
 GONE = -1e4  # a logit that softmax makes exactly 0, within the range of float16
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patchsieve.calibration.records import Record, Records
-from patchsieve.errors import PatchsieveError
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.runtime.records import Record, Records
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from patchsieve.calibration.model import PrunedLlava
 from patchsieve.calibration.passes import PruningPass
 from patchsieve.calibration.samples import Samples, collate
 from patchsieve.calibration.thresholds import KEEP_ALL, OFF, set_constant
-from patchsieve.errors import PatchsieveError
-from patchsieve.pruning.training import average_tokens
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.pruning.decoder.training import average_tokens
 
 Progress = Callable[[str, float], None]
 

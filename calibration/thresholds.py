@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from patchsieve.calibration.train import load_heads_into
-from patchsieve.errors import PatchsieveError
-from patchsieve.heads import load_heads
-from patchsieve.pruning.thresholds import Thresholds, logit
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.pruning.decoder.thresholds import Thresholds, logit
+from patchsieve.pruning.heads import load_heads
 
 if TYPE_CHECKING:
     from patchsieve.calibration.model import PrunedLlava

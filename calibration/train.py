@@ -23,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from patchsieve.calibration.model import PrunedLlava
 from patchsieve.calibration.samples import Samples, collate
-from patchsieve.heads import TENSORS
+from patchsieve.pruning.heads import TENSORS
 
 LANGUAGE_MODEL = "language_model.safetensors"  # of a checkpoint from which training resumes
 
@@ -205,7 +205,7 @@ def _trained(model: PrunedLlava) -> dict[str, Tensor]:
 
 
 def head_tensors(model: PrunedLlava) -> dict[str, Tensor]:
-    """The heads by the names that `patchsieve.heads` gives them: layer.{site}.trunk.weight, ..."""
+    """The heads by the names of `patchsieve.pruning.heads`: layer.{site}.trunk.weight, ..."""
     return {
         f"layer.{name}": tensor.detach().float().cpu().contiguous()
         for name, tensor in model.thresholds.state_dict().items()

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 from torch import nn
 
-from patchsieve.build_memory import expected
-from patchsieve.errors import PatchsieveError
+from patchsieve.contract.engine_memory import expected
+from patchsieve.contract.errors import PatchsieveError
 
 
 def num_bytes(*modules: nn.Module) -> int:

@@ -13,17 +13,25 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from patchsieve import __version__, build_memory, card, manifest, names
-from patchsieve.errors import PatchsieveError, UnsupportedModelError
+from patchsieve import __version__
+from patchsieve.contract import engine_memory as build_memory
+from patchsieve.contract import manifest, names
+from patchsieve.contract.errors import PatchsieveError, UnsupportedModelError
+from patchsieve.contract.plan import NO_PRUNING, Plan, check_plan_name
+from patchsieve.contract.precision import BYTES, Precision
+from patchsieve.contract.trained import Trained
+from patchsieve.contract.writing import check_new_bundle, whole_or_nothing
+from patchsieve.export import card
 from patchsieve.export import weights as weights_module
-from patchsieve.export.checkpoint import Checkpoint, locate, read_config
-from patchsieve.export.clip_source import ClipSource, open_source
 from patchsieve.export.cuts import divide, num_bytes
-from patchsieve.export.decision import compact_graph
 from patchsieve.export.families import decoder_spec
-from patchsieve.export.graphs import GraphWriter
-from patchsieve.export.joint import JointCls, JointWeights
-from patchsieve.export.layers import RMSNorm
+from patchsieve.export.graphs.decision import compact_graph
+from patchsieve.export.graphs.joint import JointCls, JointWeights
+from patchsieve.export.graphs.layers import RMSNorm
+from patchsieve.export.graphs.scorer import TextScorer, scorer_graph
+from patchsieve.export.graphs.stage import DecoderLayer, Head, Stage
+from patchsieve.export.graphs.trace import bind, fake_weights, trace
+from patchsieve.export.graphs.vision import Vision, vision_graph, vision_model
 from patchsieve.export.lowering import lowering
 from patchsieve.export.methods import (
     build_method,
@@ -32,18 +40,13 @@ from patchsieve.export.methods import (
     side_layer,
     store_heads,
 )
-from patchsieve.export.processor import preprocessor_from_checkpoint
 from patchsieve.export.reuse import decide_graphs, plan_vision
-from patchsieve.export.scorer import TextScorer, scorer_graph
-from patchsieve.export.stage import DecoderLayer, Head, Stage
-from patchsieve.export.tokenizer import write_tokenizer
-from patchsieve.export.trace import bind, fake_weights, trace
-from patchsieve.export.vision import Vision, vision_graph, vision_model
+from patchsieve.export.source.checkpoint import Checkpoint, locate, read_config
+from patchsieve.export.source.clip import ClipSource, open_source
+from patchsieve.export.source.processor import preprocessor_from_checkpoint
+from patchsieve.export.source.tokenizer import write_tokenizer
 from patchsieve.export.weights import DTYPES, Weight, default_dtype, weights_of
-from patchsieve.plan import NO_PRUNING, Plan, check_plan_name
-from patchsieve.precision import BYTES, Precision
-from patchsieve.trained import Trained
-from patchsieve.writing import check_new_bundle, whole_or_nothing
+from patchsieve.export.writer import GraphWriter
 
 Progress = Callable[[str, float], None]
 EMBEDDINGS = "embed_tokens"

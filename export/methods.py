@@ -7,20 +7,20 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patchsieve.errors import PatchsieveError
-from patchsieve.heads import CONFIG, TENSORS, HeadsConfig, load_heads
-from patchsieve.plan import MethodPlan, Plan, SitePlan
-from patchsieve.pruning.atp import ATP
-from patchsieve.pruning.pooling import Pooling
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.plan import MethodPlan, Plan, SitePlan
+from patchsieve.contract.writing import write_whole
+from patchsieve.pruning.decoder.atp import ATP
+from patchsieve.pruning.decoder.thresholds import ConstantThresholds, Thresholds
+from patchsieve.pruning.decoder.tome import DecoderToMe
+from patchsieve.pruning.heads import CONFIG, TENSORS, HeadsConfig, load_heads
+from patchsieve.pruning.projector.pooling import Pooling
 from patchsieve.pruning.schedules import SCHEDULE_OPTIONS, TowerSchedule, num_to_keep
 from patchsieve.pruning.table import ENCODERS, METHODS, PROJECTORS
-from patchsieve.pruning.thresholds import ConstantThresholds, Thresholds
-from patchsieve.pruning.tome_decoder import DecoderToMe
-from patchsieve.writing import write_whole
 
 if TYPE_CHECKING:
-    from patchsieve.pruning.site import Method
-    from patchsieve.pruning.tower import TowerMethod
+    from patchsieve.pruning.decoder.site import Method
+    from patchsieve.pruning.encoder.walk import TowerMethod
 
 HEADS = "heads"  # folder of a bundle
 
@@ -282,7 +282,7 @@ def _build_atp(site: SitePlan, folder: Path) -> ATP:
             found=", ".join([*(["heads"] if heads else []), *given]) or "none",
             expected="heads (a directory that training made), or both theta_r and theta_s",
             do="train heads for this checkpoint and pass --heads DIR (the format is described in "
-            "patchsieve/heads.py), or fix thresholds by --theta-r 0.5 --theta-s 0.9",
+            "pruning/heads.py), or fix thresholds by --theta-r 0.5 --theta-s 0.9",
         )
     if given and "parts" in params:
         raise PatchsieveError(

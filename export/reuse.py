@@ -10,12 +10,16 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from patchsieve import card, manifest, names
-from patchsieve.errors import PatchsieveError
-from patchsieve.export.decision import decide_graph
+from patchsieve.contract import manifest, names
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.plan import NO_PRUNING, TEXTS, Plan, check_plan_name
+from patchsieve.contract.writing import one_line
+from patchsieve.export import card
 from patchsieve.export.families.specs import HeadShape
-from patchsieve.export.graphs import GraphWriter
-from patchsieve.export.joint import JointCls
+from patchsieve.export.graphs.decision import decide_graph
+from patchsieve.export.graphs.joint import JointCls
+from patchsieve.export.graphs.trace import bind, fake_weights
+from patchsieve.export.graphs.vision import Vision, vision_graph
 from patchsieve.export.lowering import LOWERINGS
 from patchsieve.export.methods import (
     HEADS,
@@ -27,11 +31,8 @@ from patchsieve.export.methods import (
     resolve_budgets,
     store_heads,
 )
-from patchsieve.export.trace import bind, fake_weights
-from patchsieve.export.vision import Vision, vision_graph
 from patchsieve.export.weights import DTYPES, default_dtype, stored_weights
-from patchsieve.plan import NO_PRUNING, TEXTS, Plan, check_plan_name
-from patchsieve.writing import one_line
+from patchsieve.export.writer import GraphWriter
 
 Progress = Callable[[str, float], None]
 

@@ -14,8 +14,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from patchsieve.errors import PatchsieveError
-from patchsieve.export.layers import Linear
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.export.graphs.layers import Linear
 
 DIRECTORY = "weights"  # inside the graphs' folder: external data must lie in or below it
 DTYPES = {

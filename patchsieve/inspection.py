@@ -11,12 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from patchsieve import cost, manifest
-from patchsieve.errors import RequestError
-from patchsieve.manifest import Manifest
-from patchsieve.plan import NO_PRUNING, PLACES, Plan
-from patchsieve.runtime.gpu.engines import FILE_NAME as RECORD
-from patchsieve.runtime.gpu.engines import check_contents, folder_of, read_record
+from patchsieve import cost
+from patchsieve.contract import manifest
+from patchsieve.contract.errors import RequestError
+from patchsieve.contract.manifest import Manifest
+from patchsieve.contract.plan import NO_PRUNING, PLACES, Plan
+from patchsieve.runtime.trt.engines import FILE_NAME as RECORD
+from patchsieve.runtime.trt.engines import check_contents, folder_of, read_record
 
 ENGINES = "engines"  # folder of a bundle with one folder per target
 _GROUPS = {"vision": "vision tower", "embed_tokens": "embeddings", "head": "output head"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patchsieve.pruning.site import Site
+from patchsieve.pruning.decoder.site import Site
 
 HIDDEN_LOGIT = -1e30  # softmax makes it exactly 0; -inf would give NaN in a row that sees nothing
 

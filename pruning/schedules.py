@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
-from patchsieve.errors import PatchsieveError
+from patchsieve.contract.errors import PatchsieveError
 
 
 def geometric(n0: int, n: int, groups: int) -> list[int]:

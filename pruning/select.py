@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patchsieve.errors import PatchsieveError
+from patchsieve.contract.errors import PatchsieveError
 from patchsieve.pruning.schedules import num_to_keep
 
 LOWEST = torch.finfo(torch.float32).min

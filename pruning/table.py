@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from torch import nn
 
-from patchsieve.pruning.atp import ATP
-from patchsieve.pruning.evit import EViT
-from patchsieve.pruning.fastv import FastV
-from patchsieve.pruning.gtp import GTP
-from patchsieve.pruning.ivtp import IVTP
-from patchsieve.pruning.pooling import Pooling
-from patchsieve.pruning.random import Random, RandomPatches
-from patchsieve.pruning.site import Method
-from patchsieve.pruning.tome import ToMe
-from patchsieve.pruning.tome_decoder import DecoderToMe
-from patchsieve.pruning.topk import TopK
-from patchsieve.pruning.topk_decoder import DecoderTopK
+from patchsieve.pruning.decoder.atp import ATP
+from patchsieve.pruning.decoder.fastv import FastV
+from patchsieve.pruning.decoder.ivtp import IVTP
+from patchsieve.pruning.decoder.site import Method
+from patchsieve.pruning.decoder.tome import DecoderToMe
+from patchsieve.pruning.decoder.topk import DecoderTopK
+from patchsieve.pruning.encoder.evit import EViT
+from patchsieve.pruning.encoder.gtp import GTP
+from patchsieve.pruning.encoder.random import Random, RandomPatches
+from patchsieve.pruning.encoder.tome import ToMe
+from patchsieve.pruning.encoder.topk import TopK
+from patchsieve.pruning.projector.pooling import Pooling
 
 # Of a decoder site; inside the vision tower; between tower and decoder.
 METHODS: dict[str, type] = {

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patchsieve.plan import PseudoCls
-from patchsieve.runtime.chat_template import Message
+from patchsieve.contract.plan import PseudoCls
 from patchsieve.runtime.detokenize import TextStream
-from patchsieve.runtime.prompt import Prompt, expand
+from patchsieve.runtime.inputs.chat_template import Message
+from patchsieve.runtime.inputs.prompt import Prompt, expand
 from patchsieve.runtime.pseudo_cls import VisualCls, Words, cosines, pool, to_other_tokens
 from patchsieve.runtime.result import ImageResult, Result, SiteResult, since
 from patchsieve.runtime.rows import TEXT, Rows, number_rows

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from patchsieve import names
-from patchsieve.errors import BackendMissingError, PatchsieveError, RequestError
+from patchsieve.contract import names
+from patchsieve.contract.errors import BackendMissingError, PatchsieveError, RequestError
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.cache import StageCache
 
@@ -83,11 +83,11 @@ def open_backend(bundle: Bundle, *, threads: int | None = None) -> Backend:
         PatchsieveError: No backend runs this target yet.
     """
     if bundle.target in ("cpu", "cuda", "reference"):
-        from patchsieve.runtime.ort import OrtBackend
+        from patchsieve.runtime.ort.backend import OrtBackend
 
         return OrtBackend(bundle, threads=threads)
     if bundle.target in GPU_TARGETS:
-        from patchsieve.runtime.gpu.trt_backend import TensorRTBackend
+        from patchsieve.runtime.gpu.backend import TensorRTBackend
 
         if threads is not None:
             raise RequestError(

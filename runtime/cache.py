@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from patchsieve.manifest import Manifest, Stage
+from patchsieve.contract.manifest import Manifest, Stage
 
 
 @dataclass

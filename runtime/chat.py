@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from patchsieve.errors import CapacityError, RequestError
-from patchsieve.manifest import Manifest
+from patchsieve.contract.errors import CapacityError, RequestError
+from patchsieve.contract.manifest import Manifest
 from patchsieve.runtime.answer import Answer, Images, State
 from patchsieve.runtime.cache import Cache
-from patchsieve.runtime.chat_template import Message
-from patchsieve.runtime.prompt import Content, Prompt
+from patchsieve.runtime.inputs.chat_template import Message
+from patchsieve.runtime.inputs.prompt import Content, Prompt
 from patchsieve.runtime.result import ImageResult, Result, since
 from patchsieve.runtime.sampling import SamplingOptions
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from patchsieve.errors import CapacityError, RequestError
+from patchsieve.contract.errors import CapacityError, RequestError
 from patchsieve.runtime.backend import Backend, open_backend
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.cache import Cache
 from patchsieve.runtime.chat import Chat
-from patchsieve.runtime.images import load_image
+from patchsieve.runtime.inputs.images import load_image
+from patchsieve.runtime.inputs.prompt import Content
 from patchsieve.runtime.pipeline import Pipeline
-from patchsieve.runtime.prompt import Content
 from patchsieve.runtime.result import Result
 
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from patchsieve import names
-from patchsieve.errors import PatchsieveError
-from patchsieve.plan import SitePlan
+from patchsieve.contract import names
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.plan import SitePlan
 from patchsieve.runtime.backend import Backend
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.cache import Cache, StageCache, empty_cache

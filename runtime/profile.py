@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from patchsieve.errors import RequestError
+from patchsieve.contract.errors import RequestError
 from patchsieve.runtime.board import machine, power
+from patchsieve.runtime.inputs.prompt import Content
 from patchsieve.runtime.model import Model
-from patchsieve.runtime.prompt import Content
 from patchsieve.runtime.result import Result
 
 PERCENTILES = (50, 90, 95, 99)

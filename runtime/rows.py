@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from patchsieve.manifest import VisionModel
-from patchsieve.plan import GRID2D
+from patchsieve.contract.manifest import VisionModel
+from patchsieve.contract.plan import GRID2D
 
 TEXT = -1  # image number of a row that belongs to no image
 

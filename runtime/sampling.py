@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from patchsieve.errors import PatchsieveError, RequestError
+from patchsieve.contract.errors import PatchsieveError, RequestError
 from patchsieve.runtime.penalties import Penalties
 
 _SORTED_FIRST = (1024, 16384)  # tokens sorted for top-p before all are: most nuclei are smaller

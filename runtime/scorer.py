@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from patchsieve import names
-from patchsieve.manifest import Scorer
+from patchsieve.contract import names
+from patchsieve.contract.manifest import Scorer
 
 
 class TextScorer:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from patchsieve.build_memory import TARGETS as ENGINE_TARGETS
-from patchsieve.errors import BackendMissingError, BundleError
-from patchsieve.manifest import Manifest
+from patchsieve.contract.engine_memory import TARGETS as ENGINE_TARGETS
+from patchsieve.contract.errors import BackendMissingError, BundleError
+from patchsieve.contract.manifest import Manifest
 from patchsieve.runtime.board.abilities import CUDA_PROVIDER, RTX_CAPABILITIES, target_of
 from patchsieve.runtime.board.machine import is_importable, onnxruntime_providers
-from patchsieve.runtime.gpu.cuda_device import Device, find_device
-from patchsieve.runtime.gpu.engines import read_record, runs_on
-from patchsieve.runtime.gpu.tensorrt import load_tensorrt
+from patchsieve.runtime.trt.device import Device, find_device
+from patchsieve.runtime.trt.engines import read_record, runs_on
+from patchsieve.runtime.trt.library import load_tensorrt
 
 AUTO = "auto"
 _REFERENCE = "reference"  # there to compare with: it is taken only if nothing else runs

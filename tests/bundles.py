@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from patchsieve import cli
+from patchsieve.contract.manifest import Limits
+from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.export.exporter import ExportOptions, export
-from patchsieve.manifest import Limits
-from patchsieve.plan import Plan, SitePlan
 from tests.models import save_checkpoint
 
 PHOTO = str(Path(__file__).resolve().parents[1] / "examples" / "photo.jpg")

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 import patchsieve
-from patchsieve import card
-from patchsieve.errors import PatchsieveError
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.manifest import Limits
+from patchsieve.contract.plan import Plan, SitePlan
+from patchsieve.export import card
 from patchsieve.export.exporter import ExportOptions, export
-from patchsieve.manifest import Limits
-from patchsieve.plan import Plan, SitePlan
 from tests.models import save_checkpoint
 
 LIMITS = Limits(max_text_tokens=64, max_new_tokens=16, max_images=2)

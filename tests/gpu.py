@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.gpu.fake_cuda import FakeGpu
 from benchmarks.gpu.fake_tensorrt import FakeTensorRT, build_fakes
-from patchsieve.runtime.gpu.trt_backend import TensorRTBackend
+from patchsieve.runtime.gpu.backend import TensorRTBackend
 from patchsieve.runtime.model import Model
 from tests.tiny_bundles import TinyBundle
 

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("pruning", "export", "runtime", "calibration")
+FOLDERS = ("contract", "pruning", "export", "runtime", "calibration")
 
 
 def environment() -> dict[str, str]:
@@ -32,7 +32,7 @@ def copy_sources(place: Path) -> Path:
         folders = ("patchsieve", *FOLDERS)
         files = ["setup.py", "pyproject.toml", "README.md", "LICENSE"]
         files += [str(p.relative_to(ROOT)) for f in folders for p in (ROOT / f).rglob("*.py")]
-        files += [f"patchsieve/page/{p.name}" for p in (ROOT / "patchsieve/page").glob("page.*")]
+        files += [f"patchsieve/show/{p.name}" for p in (ROOT / "patchsieve/show").glob("page.*")]
     for name in files:
         target = place / "source" / name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from patchsieve.page import colours
-from patchsieve.page.shown import Answer, Asked, Picture, Place, Shown, View, Word
+from patchsieve.show import colours
+from patchsieve.show.shown import Answer, Asked, Picture, Place, Shown, View, Word
 
 # What must be text on the page, whatever it says.
 HOSTILE = (

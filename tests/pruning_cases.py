@@ -3,13 +3,13 @@
 import numpy as np
 import torch
 
-from patchsieve.pruning.atp import ATP
-from patchsieve.pruning.fastv import FastV
-from patchsieve.pruning.ivtp import IVTP
-from patchsieve.pruning.random import Random
-from patchsieve.pruning.thresholds import ConstantThresholds, Thresholds
-from patchsieve.pruning.tome_decoder import DecoderToMe
-from patchsieve.pruning.topk_decoder import DecoderTopK
+from patchsieve.pruning.decoder.atp import ATP
+from patchsieve.pruning.decoder.fastv import FastV
+from patchsieve.pruning.decoder.ivtp import IVTP
+from patchsieve.pruning.decoder.thresholds import ConstantThresholds, Thresholds
+from patchsieve.pruning.decoder.tome import DecoderToMe
+from patchsieve.pruning.decoder.topk import DecoderTopK
+from patchsieve.pruning.encoder.random import Random
 
 # Scores closer than this may swap between backends and precisions.
 NEAR = 1e-6

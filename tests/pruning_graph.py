@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from patchsieve.pruning.site import Site
+from patchsieve.pruning.decoder.site import Site
 from patchsieve.pruning.table import modules
 
 INPUTS = (

@@ -2,7 +2,7 @@
 
 import torch
 
-from patchsieve.pruning.site import Site
+from patchsieve.pruning.decoder.site import Site
 
 
 def make_site(

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from patchsieve.contract.manifest import Limits
+from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.lowering import LOWERINGS
-from patchsieve.manifest import Limits
-from patchsieve.plan import Plan, SitePlan
 from tests.models import save_checkpoint
 
 ON_A_CPU = ("cpu", "reference", "cuda")

@@ -26,7 +26,7 @@ from benchmarks.accuracy.workshop import Training, Workshop, _resuming
 from patchsieve.calibration.survivors import geometric_counts
 from patchsieve.cost import read_shape
 from patchsieve.evaluation.metrics import Interval
-from patchsieve.export.recipes import Size
+from patchsieve.pruning.recipes import Size
 from patchsieve.runtime.model import Model
 from tests.bundles import tiny_bundle, tiny_checkpoint  # noqa: F401  (fixtures)
 from tests.conversations import make_conversations

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patchsieve import names
-from patchsieve.export import ops
+from patchsieve.contract import names
+from patchsieve.export.graphs import ops
+from patchsieve.export.graphs.trace import Input, trace
 from patchsieve.export.lowering import lower, lowering
-from patchsieve.export.trace import Input, trace
 from patchsieve.runtime.building.compile import build_engine
-from patchsieve.runtime.gpu.tensorrt import parse_network
+from patchsieve.runtime.trt.library import parse_network
 from tests.references.attention import softmax
 
 HEADS, WIDTH, ROWS = 4, 32, 9

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from patchsieve.contract.errors import CapacityError, RequestError
+from patchsieve.contract.manifest import Limits
 from patchsieve.doors.account import Account
 from patchsieve.doors.benchmark import Benchmark, Request, load
-from patchsieve.errors import CapacityError, RequestError
-from patchsieve.manifest import Limits
 from patchsieve.runtime.model import Model
 from tests.bundles import PHOTO, PROMPT, export_tiny
 

@@ -13,17 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from patchsieve import build_memory, manifest, names
 from patchsieve.cli import main
-from patchsieve.errors import BackendMissingError, BundleError, PatchsieveError
+from patchsieve.contract import engine_memory as build_memory
+from patchsieve.contract import manifest, names
+from patchsieve.contract.errors import BackendMissingError, BundleError, PatchsieveError
+from patchsieve.contract.manifest import Limits
+from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.reuse import reuse
-from patchsieve.manifest import Limits
-from patchsieve.plan import Plan, SitePlan
 from patchsieve.runtime.building.build import Built, build
 from patchsieve.runtime.building.build_request import Request
 from patchsieve.runtime.building.profiles import profiles
-from patchsieve.runtime.gpu.engines import FILE_NAME, Gpu, Library, open_engines, read_record
+from patchsieve.runtime.trt.engines import FILE_NAME, Gpu, Library, open_engines, read_record
 from tests.models import save_checkpoint
 
 TARGET = "tensorrt-rtx"
@@ -62,7 +63,7 @@ def engines(bundle: Path) -> list[Built]:
 
 def parsed(bundle: Path, graph: str):
     """The parsed network of a graph."""
-    from patchsieve.runtime.gpu.tensorrt import parse_network
+    from patchsieve.runtime.trt.library import parse_network
 
     return parse_network(bundle / manifest.read(bundle).targets[TARGET][graph])
 

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from patchsieve import build_memory, manifest
-from patchsieve.errors import BackendMissingError, BundleError, PatchsieveError
+from patchsieve.contract import engine_memory as build_memory
+from patchsieve.contract import manifest
+from patchsieve.contract.errors import BackendMissingError, BundleError, PatchsieveError
 from patchsieve.runtime.building import build as build_module
 from patchsieve.runtime.building.build import Built, build
 from patchsieve.runtime.building.build_config import TIMING_CACHE
@@ -25,8 +26,8 @@ from patchsieve.runtime.building.builder_process import Job, build_in_process
 from patchsieve.runtime.building.compile import build_engine
 from patchsieve.runtime.building.ladder import LADDER, CompilerError, OutOfMemoryError, climb
 from patchsieve.runtime.building.profiles import profiles
-from patchsieve.runtime.gpu.cuda_device import Device, find_device
-from patchsieve.runtime.gpu.engines import Gpu, Options, engine_path, folder_of, read_record
+from patchsieve.runtime.trt.device import Device, find_device
+from patchsieve.runtime.trt.engines import Gpu, Options, engine_path, folder_of, read_record
 from tests.bundles import command, command_json
 from tests.damage import as_snapshot, contents, edit_manifest
 from tests.tensorrt_double import Kind, install, module

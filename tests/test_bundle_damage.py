@@ -18,10 +18,10 @@ import onnx
 import pytest
 
 import patchsieve
-from patchsieve import manifest
-from patchsieve.errors import BundleError, CapacityError, PatchsieveError, RequestError
+from patchsieve.contract import manifest
+from patchsieve.contract.errors import BundleError, CapacityError, PatchsieveError, RequestError
+from patchsieve.contract.manifest import Manifest
 from patchsieve.export.reuse import reuse
-from patchsieve.manifest import Manifest
 from tests import damage
 from tests.damage import answer, edit_manifest, put, refused, rewrite
 

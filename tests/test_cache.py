@@ -9,10 +9,10 @@ import numpy as np
 import psutil
 import pytest
 
-from patchsieve import names
-from patchsieve.errors import CapacityError, PatchsieveError
+from patchsieve.contract import names
+from patchsieve.contract.errors import CapacityError, PatchsieveError
+from patchsieve.contract.manifest import Limits
 from patchsieve.export.exporter import ExportOptions, export
-from patchsieve.manifest import Limits
 from patchsieve.runtime.model import Model
 from tests.tiny_bundles import LIMITS, pictures
 from tests.tolerances import GROWTH_MB

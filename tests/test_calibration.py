@@ -16,27 +16,27 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from patchsieve.calibrate import Encoder
 from patchsieve.calibration.attention import biased
+from patchsieve.calibration.checkpoint import Encoder
 from patchsieve.calibration.model import Losses, PrunedLlava
 from patchsieve.calibration.passes import GONE
-from patchsieve.calibration.records import Records
 from patchsieve.calibration.samples import Samples, collate
 from patchsieve.calibration.survivors import budgets, geometric_counts
 from patchsieve.calibration.thresholds import FixedCount, learned_heads, scores_of
 from patchsieve.calibration.train import head_tensors
 from patchsieve.cli import main
-from patchsieve.errors import PatchsieveError
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.manifest import Limits
+from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.methods import build_method
 from patchsieve.export.reuse import reuse
-from patchsieve.heads import HeadsConfig, load_heads, save_heads
-from patchsieve.manifest import Limits
-from patchsieve.plan import Plan, SitePlan
-from patchsieve.pruning.atp import ATP
-from patchsieve.pruning.thresholds import ConstantThresholds, Thresholds
-from patchsieve.pruning.training import average_tokens
+from patchsieve.pruning.decoder.atp import ATP
+from patchsieve.pruning.decoder.thresholds import ConstantThresholds, Thresholds
+from patchsieve.pruning.decoder.training import average_tokens
+from patchsieve.pruning.heads import HeadsConfig, load_heads, save_heads
 from patchsieve.runtime.model import Model
+from patchsieve.runtime.records import Records
 from tests.conversations import last_epoch, make_conversations
 from tests.models import save_checkpoint
 from tests.tiny_bundles import recorded_logits
@@ -428,7 +428,7 @@ TRAIN = (
 
 
 def heads_of(folder: Path) -> dict[str, torch.Tensor]:
-    from patchsieve.heads import load_heads
+    from patchsieve.pruning.heads import load_heads
 
     return load_heads(folder)[1]
 

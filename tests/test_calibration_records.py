@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from patchsieve.calibration.records import Records
-from patchsieve.errors import PatchsieveError
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.runtime.records import Records
 
 TRICKY = 'say "}" or \\ or {[ twice'
 

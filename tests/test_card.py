@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from patchsieve import card, manifest
+from patchsieve.contract import manifest
+from patchsieve.export import card
 from patchsieve.export.reuse import reuse
 from tests import damage
 from tests.bundles import command, command_json

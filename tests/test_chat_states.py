@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from patchsieve.errors import PatchsieveError, RequestError
+from patchsieve.contract.errors import PatchsieveError, RequestError
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.chat import Chat
 from patchsieve.runtime.model import Model
-from patchsieve.runtime.ort import OrtBackend
+from patchsieve.runtime.ort.backend import OrtBackend
 from patchsieve.runtime.sampling import SamplingOptions
 from tests.tiny_bundles import pictures
 

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-from patchsieve.errors import PatchsieveError
+from patchsieve.contract.errors import PatchsieveError
 from patchsieve.export import weights
-from patchsieve.export.checkpoint import Checkpoint, canonical, locate, read_config
 from patchsieve.export.exporter import ExportOptions, _Job
-from patchsieve.export.verify import Reference
-from patchsieve.export.weight_files import ORDER
+from patchsieve.export.source.checkpoint import Checkpoint, canonical, locate, read_config
+from patchsieve.export.source.weight_files import ORDER
+from patchsieve.verify.reference import Reference
 from tests.models import save_checkpoint
 
 ROW = {"structure": "llama", "layers": 2, "vision_layers": 2}

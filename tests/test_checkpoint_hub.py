@@ -15,11 +15,11 @@ import pytest
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 
-from patchsieve import calibrate
+from patchsieve.calibration import checkpoint as calibrate
 from patchsieve.cli import main
-from patchsieve.errors import PatchsieveError
-from patchsieve.export import hub as downloads
-from patchsieve.export.checkpoint import locate, read_config
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.export.source import hub as downloads
+from patchsieve.export.source.checkpoint import locate, read_config
 
 NAME = "some-one/llava"
 LLAVA = json.dumps({"model_type": "llava"})

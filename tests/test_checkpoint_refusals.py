@@ -15,13 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from patchsieve.calibrate import Encoder
-from patchsieve.cost.shapes import read_shape
-from patchsieve.errors import PatchsieveError, UnsupportedModelError
-from patchsieve.export.checkpoint import Checkpoint
+from patchsieve.calibration.checkpoint import Encoder
+from patchsieve.contract.errors import PatchsieveError, UnsupportedModelError
+from patchsieve.contract.manifest import Limits
+from patchsieve.contract.plan import MethodPlan, Plan, SitePlan
+from patchsieve.cost.config import read_shape
 from patchsieve.export.exporter import export
-from patchsieve.manifest import Limits
-from patchsieve.plan import MethodPlan, Plan, SitePlan
+from patchsieve.export.source.checkpoint import Checkpoint
 from tests import damage
 from tests.damage import refused
 from tests.models import save_checkpoint
@@ -610,8 +610,8 @@ def test_options_that_cannot_be_are_refused(changes: dict[str, Any], match: str)
     ],
 )
 def test_heads_that_do_not_fit_are_refused(change: dict[str, Any] | None, tmp_path: Path) -> None:
-    from patchsieve.heads import HeadsConfig, save_heads
-    from patchsieve.pruning.thresholds import Thresholds
+    from patchsieve.pruning.decoder.thresholds import Thresholds
+    from patchsieve.pruning.heads import HeadsConfig, save_heads
 
     heads = tmp_path / "heads"
     module = Thresholds(8, (4, 4))

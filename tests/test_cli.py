@@ -169,7 +169,7 @@ def test_an_output_that_exists_is_refused_before_torch_is_loaded(
 ) -> None:
     for name in ("exporter", "checkpoint", "lowering"):
         monkeypatch.setitem(sys.modules, f"patchsieve.export.{name}", None)  # may not be imported
-    monkeypatch.setitem(sys.modules, "patchsieve.calibrate", None)
+    monkeypatch.setitem(sys.modules, "patchsieve.calibration.checkpoint", None)
     assert main([word.format(there=tmp_path) for word in words]) == 2
     assert "exists already" in capsys.readouterr().err
 

@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 
 from benchmarks import papers
-from patchsieve import manifest
 from patchsieve.cli import cost as command
 from patchsieve.cli import export, main
+from patchsieve.contract import manifest
+from patchsieve.contract.errors import PatchsieveError, ShapeError, UnsupportedModelError
+from patchsieve.contract.plan import Plan, SitePlan
+from patchsieve.contract.precision import Precision
 from patchsieve.cost import (
     PAPERS,
     RUNTIME,
@@ -45,10 +48,7 @@ from patchsieve.cost.methods import (
     layerwise,
     reads_side_row,
 )
-from patchsieve.errors import PatchsieveError, ShapeError, UnsupportedModelError
-from patchsieve.export.recipes import Size
-from patchsieve.plan import Plan, SitePlan
-from patchsieve.precision import Precision
+from patchsieve.pruning.recipes import Size
 from patchsieve.pruning.schedules import num_to_keep
 
 LLAVA = papers.LLAVA_7B

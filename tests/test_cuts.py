@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.build_memory import weights_of
-from patchsieve import build_memory, manifest, names
-from patchsieve.build_memory import expected
 from patchsieve.cli import main
-from patchsieve.errors import PatchsieveError
+from patchsieve.contract import engine_memory as build_memory
+from patchsieve.contract import manifest, names
+from patchsieve.contract.engine_memory import expected
+from patchsieve.contract.errors import PatchsieveError
 from patchsieve.export.cuts import divide
 from patchsieve.export.exporter import ExportOptions, export
 from tests.models import save_checkpoint

@@ -34,8 +34,8 @@ from examples.demo_model.train_tower_plan import weights_in
 from examples.demo_model.training import Optimiser, State
 from patchsieve.calibration.attention import install
 from patchsieve.cli import main
-from patchsieve.errors import PatchsieveError
-from patchsieve.plan import MethodPlan, Plan, PseudoCls, SitePlan
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.plan import MethodPlan, Plan, PseudoCls, SitePlan
 from tests.models import make_checkpoint
 from tests.tiny_bundles import largest_error, recorded_logits
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from patchsieve import manifest, verified
-from patchsieve.errors import BackendMissingError, BundleError
-from patchsieve.manifest import Manifest
-from patchsieve.runtime.gpu.engines import (
+from patchsieve.contract import manifest, verified
+from patchsieve.contract.errors import BackendMissingError, BundleError
+from patchsieve.contract.manifest import Manifest
+from patchsieve.runtime.trt.engines import (
     RTX,
     Attempt,
     Engine,

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from patchsieve.calibration.records import Records
 from patchsieve.cli import main
-from patchsieve.errors import PatchsieveError
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.manifest import File, Generation, read
+from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.evaluation.answers import Answer, AnswerFile, depends_on
 from patchsieve.evaluation.metrics import (
     exact_match,
@@ -25,9 +26,8 @@ from patchsieve.evaluation.metrics import (
 from patchsieve.evaluation.questions import Question, questions_of
 from patchsieve.evaluation.report import report
 from patchsieve.export.reuse import reuse
-from patchsieve.manifest import File, Generation, read
-from patchsieve.plan import Plan, SitePlan
-from patchsieve.runtime.prompt import PromptBuilder
+from patchsieve.runtime.inputs.prompt import PromptBuilder
+from patchsieve.runtime.records import Records
 from tests import damage
 from tests.bundles import PHOTO, command
 from tests.conversations import make_conversations

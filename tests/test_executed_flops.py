@@ -11,7 +11,9 @@ from typing import Any
 import onnx
 import pytest
 
-from patchsieve import names
+from patchsieve.contract import names
+from patchsieve.contract.manifest import Limits
+from patchsieve.contract.plan import NO_PRUNING, MethodPlan, Plan, PseudoCls, SitePlan
 from patchsieve.cost import (
     RUNTIME,
     cost,
@@ -23,15 +25,13 @@ from patchsieve.cost import (
 )
 from patchsieve.cost.methods import before_decoder
 from patchsieve.export.exporter import ExportOptions, export
-from patchsieve.export.recipes import Size, ivtp
 from patchsieve.export.reuse import reuse
-from patchsieve.manifest import Limits
-from patchsieve.plan import NO_PRUNING, MethodPlan, Plan, PseudoCls, SitePlan
+from patchsieve.pruning.recipes import Size, ivtp
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.cache import StageCache
 from patchsieve.runtime.model import Model
-from patchsieve.runtime.ort import OrtBackend
-from patchsieve.runtime.record import Recorder
+from patchsieve.runtime.ort.backend import OrtBackend
+from patchsieve.verify.recorder import Recorder
 from tests.bundles import PROMPT, command_json
 from tests.models import make_checkpoint, tiny_llava
 from tests.tiny_bundles import pictures

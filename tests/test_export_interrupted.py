@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 
 import patchsieve
-from patchsieve import manifest
-from patchsieve.errors import PatchsieveError
+from patchsieve.contract import manifest
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.export import exporter
 from patchsieve.export import reuse as reuse_module
 from patchsieve.export.exporter import export
 from patchsieve.export.reuse import reuse
-from patchsieve.plan import Plan, SitePlan
 from tests import damage
 from tests.damage import FASTV, RANDOM, answer, refused
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from patchsieve.contract.plan import Plan
 from patchsieve.export.exporter import ExportOptions, export
-from patchsieve.plan import Plan
 from patchsieve.runtime.model import Model
 from tests.tiny_bundles import LIMITS, pictures, recorded_logits
 from tests.tolerances import LOGITS_FLOAT16

@@ -16,10 +16,10 @@ from transformers.generation.logits_process import (
     RepetitionPenaltyLogitsProcessor,
 )
 
-from patchsieve.errors import BundleError, UnsupportedModelError
+from patchsieve.contract.errors import BundleError, UnsupportedModelError
+from patchsieve.contract.manifest import Generation, Manifest, read
 from patchsieve.export.exporter import ExportOptions, export
-from patchsieve.export.generation import read_generation
-from patchsieve.manifest import Generation, Manifest, read
+from patchsieve.export.source.generation import read_generation
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.result import Result
 from tests.bundles import PHOTO, command, command_json

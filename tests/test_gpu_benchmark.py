@@ -25,8 +25,8 @@ from benchmarks.gpu.floors import Floor, peak_of
 from benchmarks.gpu.report import file_name, write_report
 from benchmarks.papers import LLAVA_7B as PAPER_SHAPE
 from patchsieve import cost as costs
-from patchsieve.errors import BackendMissingError, PatchsieveError
-from patchsieve.plan import NO_PRUNING
+from patchsieve.contract.errors import BackendMissingError, PatchsieveError
+from patchsieve.contract.plan import NO_PRUNING
 from patchsieve.pruning.select import num_to_keep
 from patchsieve.runtime.board.doctor import diagnose
 from patchsieve.runtime.gpu.driver import Driver

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu.fake_cuda import TOTAL, FakeCudaRuntime, FakeGpu, cudaError_t
-from patchsieve import names
-from patchsieve.errors import (
+from patchsieve.contract import names
+from patchsieve.contract.errors import (
     BackendMissingError,
     BundleError,
     CapacityError,
@@ -22,14 +22,14 @@ from patchsieve.errors import (
     RequestError,
 )
 from patchsieve.runtime import backend as backend_module
-from patchsieve.runtime import ort as ort_backend
 from patchsieve.runtime.gpu import driver as driver_module
-from patchsieve.runtime.gpu import engines
 from patchsieve.runtime.gpu.device_times import DeviceTimes
 from patchsieve.runtime.gpu.driver import ContextLostError, Driver, load_cudart
+from patchsieve.runtime.gpu.engine import PREFILL
 from patchsieve.runtime.gpu.memory import Memory, rounded
-from patchsieve.runtime.gpu.trt_engine import PREFILL
 from patchsieve.runtime.model import Model
+from patchsieve.runtime.ort.backend import backend as ort_backend
+from patchsieve.runtime.trt import engines
 from tests.gpu import FASTV, QUESTION, ROW, TARGET, Machine
 from tests.tiny_bundles import pictures
 

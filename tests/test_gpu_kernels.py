@@ -14,10 +14,10 @@ from benchmarks.gpu.fake_tensorrt import (
     DynamicShapesKernelSpecializationStrategy,
     ExecutionContextAllocationStrategy,
 )
-from patchsieve import names
-from patchsieve.runtime.gpu import engines
+from patchsieve.contract import names
 from patchsieve.runtime.gpu.kernel_cache import FILE_NAME
 from patchsieve.runtime.model import Model
+from patchsieve.runtime.trt import engines
 from tests.gpu import QUESTION, ROW, TARGET, Machine
 from tests.tiny_bundles import TinyBundle
 

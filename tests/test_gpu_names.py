@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import fake_cuda, fake_tensorrt
-from patchsieve.errors import BackendMissingError
+from patchsieve.contract.errors import BackendMissingError
+from patchsieve.runtime.gpu import backend as trt_backend
 from patchsieve.runtime.gpu import (
     decode_row,
     device_cache,
@@ -18,10 +19,9 @@ from patchsieve.runtime.gpu import (
     driver,
     kernel_cache,
     memory,
-    trt_backend,
-    trt_engine,
     weight_streaming,
 )
+from patchsieve.runtime.gpu import engine as trt_engine
 
 MODULES = (
     decode_row,
@@ -88,8 +88,8 @@ def test_every_choice_of_the_double_is_one_of_tensorrt_rtx(name: str) -> None:
 def test_tensorrt_rtx_takes_a_mapped_file_and_says_why_it_is_no_engine(tmp_path: Path) -> None:
     """Of all calls, these need no GPU."""
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
-    from patchsieve.errors import BundleError
-    from patchsieve.runtime.gpu.tensorrt import shared_logger
+    from patchsieve.contract.errors import BundleError
+    from patchsieve.runtime.trt.library import shared_logger
 
     path = tmp_path / "stage_0.engine"
     path.write_bytes(b"no engine " * 500)

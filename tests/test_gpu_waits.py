@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu.fake_cuda import cudaError_t
-from patchsieve import names
+from patchsieve.contract import names
 from patchsieve.runtime.gpu.decode_row import WAIT, why_not_captured
 from patchsieve.runtime.gpu.weight_streaming import budgets
 from tests.gpu import FASTV, QUESTION, ROW, TARGET
@@ -201,8 +201,8 @@ def test_streamed_weights_share_the_room_that_is_left() -> None:
 
 
 def test_host_numbers_of_another_width_are_cast_and_other_types_refused() -> None:
-    from patchsieve.errors import ShapeError
-    from patchsieve.runtime.gpu.trt_engine import Port, as_port
+    from patchsieve.contract.errors import ShapeError
+    from patchsieve.runtime.gpu.engine import Port, as_port
 
     port = Port("slot", np.dtype(np.int32), (1,), True, False, ())
     assert as_port(np.array([7]), port).dtype == np.int32

@@ -15,10 +15,10 @@ import pytest
 from onnx import TensorProto, helper, shape_inference
 
 import patchsieve
-from patchsieve import manifest, names
+from patchsieve.contract import manifest, names
+from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.export.exporter import export
 from patchsieve.export.reuse import reuse
-from patchsieve.plan import Plan, SitePlan
 from tests import damage
 from tests.models import save_checkpoint
 
@@ -128,7 +128,7 @@ def test_every_file_passes_the_checker_at_its_targets_opset(bundle: Path) -> Non
 
 
 def expected_names(facts: manifest.Manifest, graph: str) -> tuple[set[str], set[str]]:
-    """Inputs and outputs of a graph by `patchsieve.names`."""
+    """Inputs and outputs of a graph by `patchsieve.contract.names`."""
     if graph == names.VISION:
         return {names.PIXEL_VALUES}, {names.IMAGE_FEATURES, names.IMAGE_IDS}
     if graph == names.COMPACT:

@@ -16,18 +16,18 @@ import pytest
 import torch
 
 from benchmarks.gpu.fake_tensorrt import build_fakes
-from patchsieve import manifest
 from patchsieve.calibration.rotary import GridRotary
-from patchsieve.errors import BundleError, PatchsieveError
+from patchsieve.contract import manifest
+from patchsieve.contract.errors import BundleError, PatchsieveError
+from patchsieve.contract.manifest import Limits, Manifest
+from patchsieve.contract.plan import Plan, SitePlan
+from patchsieve.contract.trained import Trained, sections
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.reuse import reuse
-from patchsieve.manifest import Limits, Manifest
-from patchsieve.plan import Plan, SitePlan
 from patchsieve.pruning.rotary import angles
 from patchsieve.runtime.backend import GPU_TARGETS
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.rows import Rows, number_grid, number_rows
-from patchsieve.trained import Trained, sections
 from tests.bundles import PHOTO, command, command_json
 from tests.models import save_checkpoint
 from tests.references import grid2d

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from patchsieve.contract.manifest import Limits
+from patchsieve.contract.plan import NO_PRUNING, Plan, SitePlan
 from patchsieve.export.exporter import ExportOptions, export
-from patchsieve.manifest import Limits
-from patchsieve.plan import NO_PRUNING, Plan, SitePlan
 from patchsieve.runtime.model import Model
-from patchsieve.runtime.ort import TARGETS, OrtBackend
+from patchsieve.runtime.ort.backend import TARGETS, OrtBackend
 from tests.models import save_checkpoint
 from tests.tiny_bundles import largest_error, pictures, recorded_logits
 from tests.tolerances import LOWERED_FLOAT32

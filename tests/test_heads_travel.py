@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from patchsieve import manifest
 from patchsieve.cli import main
+from patchsieve.contract import manifest
+from patchsieve.contract.manifest import Limits
+from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.reuse import reuse
-from patchsieve.heads import HeadsConfig, save_heads
-from patchsieve.manifest import Limits
-from patchsieve.plan import Plan, SitePlan
-from patchsieve.pruning.thresholds import Thresholds
+from patchsieve.pruning.decoder.thresholds import Thresholds
+from patchsieve.pruning.heads import HeadsConfig, save_heads
 from tests.models import save_checkpoint
 
 

@@ -11,7 +11,7 @@ import pytest
 import setuptools
 
 from patchsieve.cli.output import require
-from patchsieve.errors import BackendMissingError
+from patchsieve.contract.errors import BackendMissingError
 from patchsieve.runtime.board.abilities import INSTALL
 from tests.installs import FOLDERS, ROOT
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from patchsieve.errors import RequestError
-from patchsieve.runtime import images
-from patchsieve.runtime.images import load_image, to_rgb
+from patchsieve.contract.errors import RequestError
+from patchsieve.runtime.inputs import images
+from patchsieve.runtime.inputs.images import load_image, to_rgb
 
 # Four corners of different colours show every flip and turn.
 CORNERS = np.array([[[250, 10, 20], [30, 240, 40]], [[50, 60, 230], [200, 200, 10]]], np.uint8)

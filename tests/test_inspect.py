@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from patchsieve import inspection, manifest
+from patchsieve import inspection
+from patchsieve.contract import manifest
+from patchsieve.contract.errors import BundleError
 from patchsieve.cost import from_bundle
-from patchsieve.errors import BundleError
 from tests.bundles import PLAN, command, command_json
 
 pytest_plugins = ["tests.bundles"]

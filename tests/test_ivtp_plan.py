@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from patchsieve.errors import BackendMissingError, PatchsieveError
-from patchsieve.export.clip_source import open_source
-from patchsieve.export.recipes import Size, ivtp
+from patchsieve.contract.errors import BackendMissingError, PatchsieveError
+from patchsieve.contract.plan import Plan, PseudoCls, SitePlan
+from patchsieve.export.graphs.scorer import TextScorer
 from patchsieve.export.reuse import reuse
-from patchsieve.export.scorer import TextScorer
+from patchsieve.export.source.clip import open_source
 from patchsieve.export.weights import weights_of
-from patchsieve.plan import Plan, PseudoCls, SitePlan
+from patchsieve.pruning.recipes import Size, ivtp
 from tests.bundles import command
 from tests.models import save_checkpoint, tiny_llava
 from tests.tiny_clip import save_clip, text_features

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from patchsieve.contract.errors import RequestError
 from patchsieve.doors.benchmark import Benchmark
-from patchsieve.errors import RequestError
 from patchsieve.runtime.model import Model
 from tests.bundles import PHOTO, PLAN
 from tests.installs import ROOT, build_wheel, environment, unpack

@@ -11,17 +11,17 @@ import onnx
 import pytest
 from onnx import TensorProto, shape_inference
 
-from patchsieve import manifest, names
-from patchsieve.errors import BundleError, PatchsieveError
+from patchsieve.contract import manifest, names
+from patchsieve.contract.errors import BundleError, PatchsieveError
+from patchsieve.contract.plan import NO_PRUNING, Plan, SitePlan
 from patchsieve.export.exporter import ExportOptions
 from patchsieve.export.lowering import LOWERINGS
 from patchsieve.export.reuse import reuse
-from patchsieve.plan import NO_PRUNING, Plan, SitePlan
 from patchsieve.runtime.building.compile import build_engine
 from patchsieve.runtime.building.profiles import profiles
-from patchsieve.runtime.gpu.tensorrt import parse_network
 from patchsieve.runtime.model import Model
-from patchsieve.runtime.ort import OrtBackend
+from patchsieve.runtime.ort.backend import OrtBackend
+from patchsieve.runtime.trt.library import parse_network
 from tests.bundles import command, command_json
 from tests.target_bundles import BFLOAT16, MIXED
 from tests.tiny_bundles import largest_error, pictures, recorded_logits

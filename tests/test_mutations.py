@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from patchsieve import manifest, names
+from patchsieve.contract import manifest, names
 from patchsieve.export.lowering import cpu
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.rows import Rows

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patchsieve import names
-from patchsieve.export import ops
+from patchsieve.contract import names
+from patchsieve.export.graphs import ops
+from patchsieve.export.graphs.trace import Input, trace
 from patchsieve.export.lowering import lower, lowering
-from patchsieve.export.trace import Input, trace
 from tests.tolerances import LOWERED_FLOAT32
 
 HEADS, DIM, NEW = 4, 8, 5

@@ -15,12 +15,12 @@ import pytest
 
 import patchsieve
 from benchmarks.gpu.choice import ENGINES, GPU_TARGETS
-from patchsieve.errors import CapacityError, PatchsieveError, RequestError
+from patchsieve.contract.errors import CapacityError, PatchsieveError, RequestError
+from patchsieve.contract.manifest import Limits
+from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.lowering import LOWERINGS
 from patchsieve.export.reuse import reuse
-from patchsieve.manifest import Limits
-from patchsieve.plan import Plan, SitePlan
 from patchsieve.runtime.board.doctor import diagnose
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.result import Result

@@ -15,13 +15,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from patchsieve import manifest, names
-from patchsieve.errors import PatchsieveError
-from patchsieve.export.decision import decide_graph
+from patchsieve.contract import manifest, names
+from patchsieve.contract.errors import PatchsieveError
 from patchsieve.export.families.specs import HeadShape
-from patchsieve.export.graphs import GraphWriter
+from patchsieve.export.graphs.decision import decide_graph
 from patchsieve.export.lowering import LOWERINGS, lower
 from patchsieve.export.operators import load, problems
+from patchsieve.export.writer import GraphWriter
 from tests.pruning_cases import CASES
 from tests.target_bundles import BFLOAT16, MIXED
 

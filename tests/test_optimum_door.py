@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from patchsieve.manifest import read
+from patchsieve.contract.manifest import read
 from tests.bundles import command
 from tests.installs import build_editable, build_wheel, environment, unpack
 

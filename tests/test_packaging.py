@@ -16,29 +16,18 @@ from tests.installs import FOLDERS, ROOT, build_wheel, environment, unpack
 
 STDLIB = set(sys.stdlib_module_names)
 
-# Folder -> the parts of patchsieve that it may import, besides itself.
-INSIDE = {
-    "pruning": {"errors"},
-    "runtime": {
-        "build_memory",
-        "errors",
-        "external_data",
-        "links",
-        "manifest",
-        "names",
-        "plan",
-        "precision",
-        "reading",
-        "verified",
-        "writing",
-    },
-    "calibration": {"errors", "heads", "pruning"},
+# Folder -> the folders that it may import, besides itself. The face, patchsieve/, may import all.
+INSIDE: dict[str, set[str]] = {
+    "contract": set(),
+    "pruning": {"contract"},
+    "runtime": {"contract"},
+    "export": {"contract", "pruning"},
+    "calibration": {"contract", "pruning", "export", "runtime"},
 }
-# Folder -> the parts that it may not import.
-NEVER_INSIDE = {"export": {"runtime", "calibration", "cli"}}
 # Folder -> the foreign packages that it may import.
-OUTSIDE = {
-    "pruning": {"torch"},
+OUTSIDE: dict[str, set[str]] = {
+    "contract": set(),
+    "pruning": {"torch", "safetensors"},
     "runtime": {
         "numpy",
         "PIL",
@@ -49,7 +38,7 @@ OUTSIDE = {
         "tensorrt_rtx",
         "cuda",
     },
-    "calibration": {"torch", "transformers", "safetensors"},
+    "calibration": {"numpy", "torch", "transformers", "safetensors"},
     "export": {
         "torch",
         "transformers",
@@ -116,8 +105,7 @@ def test_folder_imports_only_the_parts_below_it(folder: str) -> None:
             wrong.append(f"{said}: import it as patchsieve.{parts[0]}")
         if parts[0] != "patchsieve" or len(parts) < 2 or parts[1] in (folder, "__version__"):
             continue
-        is_allowed = folder not in INSIDE or parts[1] in INSIDE[folder]
-        if not is_allowed or parts[1] in NEVER_INSIDE.get(folder, ()):
+        if parts[1] not in INSIDE[folder]:
             wrong.append(said)
     assert not wrong, "\n".join(wrong)
 
@@ -172,21 +160,25 @@ def test_entry_points_name_functions_that_are_there(wheel: Path) -> None:
 
 def test_wheel_holds_the_files_that_a_page_is_made_of(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        packed = {name for name in archive.namelist() if name.startswith("patchsieve/page/page.")}
-    assert packed == {f"patchsieve/page/page.{kind}" for kind in ("css", "js", "html.jinja")}
+        packed = {name for name in archive.namelist() if name.startswith("patchsieve/show/page.")}
+    assert packed == {f"patchsieve/show/page.{kind}" for kind in ("css", "js", "html.jinja")}
 
 
 def test_wheel_imports_from_elsewhere_without_torch(wheel: Path, tmp_path: Path) -> None:
     installed = unpack(wheel, tmp_path / "installed")
-    # What a board imports: the face, every module under runtime, the command line; it draws
+    # What a board imports: the face, all of contract and runtime, the command line; it draws
     # and counts costs.
     script = """
 import importlib, importlib.util, pkgutil, sys
 sys.path.insert(0, sys.argv[1])
-import patchsieve, patchsieve.runtime
+import patchsieve, patchsieve.contract, patchsieve.runtime
 assert patchsieve.__file__.startswith(sys.argv[1]), patchsieve.__file__
 assert patchsieve.runtime.__file__.startswith(sys.argv[1]), patchsieve.runtime.__file__
-for module in pkgutil.walk_packages(patchsieve.runtime.__path__, "patchsieve.runtime."):
+modules = [
+    *pkgutil.walk_packages(patchsieve.contract.__path__, "patchsieve.contract."),
+    *pkgutil.walk_packages(patchsieve.runtime.__path__, "patchsieve.runtime."),
+]
+for module in modules:
     try:
         importlib.import_module(module.name)
     except ImportError as error:
@@ -195,9 +187,9 @@ for module in pkgutil.walk_packages(patchsieve.runtime.__path__, "patchsieve.run
             raise
 if importlib.util.find_spec("patchsieve.cli"):
     importlib.import_module("patchsieve.cli")
-from patchsieve.page.html import render
-from patchsieve.page.sheet import draw
-from patchsieve.page.shown import Shown
+from patchsieve.show.html import render
+from patchsieve.show.sheet import draw
+from patchsieve.show.shown import Shown
 shown = Shown("bundle", "checkpoint", "cpu", "none", 1, (), ())
 assert "</html>" in render(shown) and draw(shown)
 from patchsieve.cli import main

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu.fake_tensorrt import build_fakes
-from patchsieve import names
-from patchsieve.errors import PatchsieveError
+from patchsieve.contract import names
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.manifest import Limits
+from patchsieve.contract.plan import MethodPlan, Plan, PseudoCls, SitePlan
 from patchsieve.export.exporter import ExportOptions, export
-from patchsieve.export.recipes import Size, ivtp
 from patchsieve.export.reuse import check_queries, reuse
-from patchsieve.manifest import Limits
-from patchsieve.plan import MethodPlan, Plan, PseudoCls, SitePlan
+from patchsieve.pruning.recipes import Size, ivtp
 from patchsieve.runtime.model import Model
-from patchsieve.runtime.ort import OrtBackend
+from patchsieve.runtime.ort.backend import OrtBackend
 from patchsieve.runtime.rows import Rows
-from patchsieve.verify import Verification
+from patchsieve.verify.verification import Verification
 from tests.models import make_checkpoint, tiny_llava
 from tests.references.masked_ivtp import MaskedIvtp
 from tests.references.masked_llava import answer_message, user_message
@@ -285,7 +285,7 @@ def test_the_graphs_of_ivtp_build_in_tensorrt_rtx(bundle: Bundle, tmp_path: Path
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
     from patchsieve.runtime.building.compile import build_engine
     from patchsieve.runtime.building.profiles import profiles
-    from patchsieve.runtime.gpu.tensorrt import parse_network
+    from patchsieve.runtime.trt.library import parse_network
 
     facts = bundle.model().facts
     graphs = {

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from patchsieve.errors import PatchsieveError
-from patchsieve.heads import HeadsConfig, save_heads
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.pruning.heads import HeadsConfig, save_heads
 from tests.references.masked_llava import Choice, Turn, answer_message, user_message
 from tests.tiny_bundles import TinyBundle, largest_error, pictures, recorded_logits
 from tests.tolerances import LOGITS_FLOAT32, NEAR_TIE

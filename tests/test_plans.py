@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from patchsieve import manifest
 from patchsieve.cli import main
-from patchsieve.errors import PatchsieveError
+from patchsieve.contract import manifest
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.plan import SitePlan
 from patchsieve.export.methods import build_method
-from patchsieve.heads import HeadsConfig, save_heads
-from patchsieve.plan import SitePlan
-from patchsieve.pruning.thresholds import Thresholds
+from patchsieve.pruning.decoder.thresholds import Thresholds
+from patchsieve.pruning.heads import HeadsConfig, save_heads
 from tests.models import save_checkpoint
 
 

@@ -13,12 +13,12 @@ import torch
 from onnx import TensorProto, shape_inference
 from safetensors.torch import load_file, save_file
 
-from patchsieve import manifest, names
-from patchsieve.errors import BundleError, PatchsieveError
-from patchsieve.export.checkpoint import Checkpoint
+from patchsieve.contract import manifest, names
+from patchsieve.contract.errors import BundleError, PatchsieveError
+from patchsieve.contract.precision import Precision, stored_as
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.lowering import LOWERINGS
-from patchsieve.precision import Precision, stored_as
+from patchsieve.export.source.checkpoint import Checkpoint
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.model import Model
 from tests.bundles import command_json
@@ -226,7 +226,7 @@ def test_tensorrt_rtx_parses_and_builds_bfloat16(bundle_of, tmp_path: Path) -> N
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
     from patchsieve.runtime.building.compile import build_engine
     from patchsieve.runtime.building.profiles import profiles
-    from patchsieve.runtime.gpu.tensorrt import parse_network
+    from patchsieve.runtime.trt.library import parse_network
 
     bundle = bundle_of(BFLOAT16)
     facts = manifest.read(bundle)

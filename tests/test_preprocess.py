@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from patchsieve.errors import BundleError, RequestError, UnsupportedModelError
-from patchsieve.export.processor import (
+from patchsieve.contract.errors import BundleError, RequestError, UnsupportedModelError
+from patchsieve.export.source.processor import (
     PromptFields,
     preprocessor_from_checkpoint,
     prompt_fields_from_checkpoint,
 )
-from patchsieve.runtime.preprocess import Preprocessor
-from patchsieve.runtime.resize import pad_and_resize, resize_and_crop, shortest_edge_size
+from patchsieve.runtime.inputs.preprocess import Preprocessor
+from patchsieve.runtime.inputs.resize import pad_and_resize, resize_and_crop, shortest_edge_size
 
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 

@@ -12,10 +12,10 @@ import pytest
 
 import patchsieve
 from patchsieve.cli import profile as cli_profile
-from patchsieve.errors import RequestError
-from patchsieve.manifest import Generation
+from patchsieve.contract.errors import RequestError
+from patchsieve.contract.manifest import Generation
+from patchsieve.contract.writing import check_file, write_result
 from patchsieve.runtime.profile import profile, statistics
-from patchsieve.writing import check_file, write_result
 from tests.bundles import PHOTO, PLAN, PROMPT, command, command_json
 
 pytest_plugins = ["tests.bundles"]

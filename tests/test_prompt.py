@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-from patchsieve.errors import BundleError, RequestError
-from patchsieve.runtime.chat_template import ChatTemplate
-from patchsieve.runtime.prompt import Prompt, PromptBuilder, expand
+from patchsieve.contract.errors import BundleError, RequestError
+from patchsieve.runtime.inputs.chat_template import ChatTemplate
+from patchsieve.runtime.inputs.prompt import Prompt, PromptBuilder, expand
 from tests.tiny_tokenizers import IMAGE, KINDS, special_tokens, tokenizer, tokenizer_json
 
 # LLaVA-1.5's own: images of a message first, then its texts

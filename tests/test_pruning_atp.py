@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from patchsieve.errors import PatchsieveError, ShapeError
-from patchsieve.pruning.atp import ATP, Scores, hard_keep, self_score
-from patchsieve.pruning.rows import attention_rows
-from patchsieve.pruning.spatial import gather_patches, spatial_scores
-from patchsieve.pruning.thresholds import Thresholds, score_maps
-from patchsieve.pruning.training import (
+from patchsieve.contract.errors import PatchsieveError, ShapeError
+from patchsieve.pruning.decoder.atp import ATP, Scores, hard_keep, self_score
+from patchsieve.pruning.decoder.spatial import gather_patches, spatial_scores
+from patchsieve.pruning.decoder.thresholds import Thresholds, score_maps
+from patchsieve.pruning.decoder.training import (
     atp_loss,
     average_tokens,
     joint_mask,
     soft_mask,
     target_loss,
 )
+from patchsieve.pruning.rows import attention_rows
 from tests.pruning_sites import make_site
 from tests.references.attention import attention_map
 

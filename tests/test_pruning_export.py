@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from patchsieve.pruning.atp import ATP
-from patchsieve.pruning.thresholds import Thresholds
+from patchsieve.pruning.decoder.atp import ATP
+from patchsieve.pruning.decoder.thresholds import Thresholds
 from tests.pruning_cases import CASES, assert_same_choice
 from tests.pruning_graph import DecisionGraph, export_onnx, export_program, feeds
 from tests.pruning_sites import make_site

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from patchsieve.errors import PatchsieveError, ShapeError
-from patchsieve.pruning.atp import ATP
-from patchsieve.pruning.fastv import FastV
-from patchsieve.pruning.ivtp import IVTP
-from patchsieve.pruning.random import Random
-from patchsieve.pruning.site import Site
+from patchsieve.contract.errors import PatchsieveError, ShapeError
+from patchsieve.pruning.decoder.atp import ATP
+from patchsieve.pruning.decoder.fastv import FastV
+from patchsieve.pruning.decoder.ivtp import IVTP
+from patchsieve.pruning.decoder.site import Site
+from patchsieve.pruning.decoder.tome import DecoderToMe
+from patchsieve.pruning.decoder.topk import DecoderTopK
+from patchsieve.pruning.encoder.random import Random
 from patchsieve.pruning.table import METHODS, modules, settings
-from patchsieve.pruning.tome_decoder import DecoderToMe
-from patchsieve.pruning.topk_decoder import DecoderTopK
 from tests.pruning_cases import CASES, KEEP_ALL, assert_same_choice
 from tests.pruning_sites import SITES, make_site
 

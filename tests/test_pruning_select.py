@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from patchsieve.pruning.normalise import rank
+from patchsieve.pruning.decoder.normalise import rank
 from patchsieve.pruning.select import apply_budget, first_best, keep_top, num_to_keep
 from tests.references.atp import normalised
 from tests.references.selection import top, within_budget

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from patchsieve.errors import PatchsieveError, ShapeError
-from patchsieve.pruning.evit import EViT
-from patchsieve.pruning.gtp import GTP
-from patchsieve.pruning.pooling import Pooling
-from patchsieve.pruning.random import RandomPatches
+from patchsieve.contract.errors import PatchsieveError, ShapeError
+from patchsieve.pruning.encoder.evit import EViT
+from patchsieve.pruning.encoder.gtp import GTP
+from patchsieve.pruning.encoder.random import RandomPatches
+from patchsieve.pruning.encoder.tome import ToMe
+from patchsieve.pruning.encoder.topk import TopK
+from patchsieve.pruning.encoder.walk import Tower, Walk
+from patchsieve.pruning.projector.pooling import Pooling
 from patchsieve.pruning.rollout import Layer
 from patchsieve.pruning.schedules import TowerSchedule
 from patchsieve.pruning.table import ENCODERS
-from patchsieve.pruning.tome import ToMe
-from patchsieve.pruning.topk import TopK
-from patchsieve.pruning.tower import Tower, Walk
 from tests.references import tower as reference
 
 GRID, LAYERS, HEADS, WIDTH, SIZE, BATCH = (5, 5), 6, 2, 4, 12, 2

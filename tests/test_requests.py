@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import patchsieve
-from patchsieve.errors import BundleError, CapacityError, PatchsieveError, RequestError
+from patchsieve.contract.errors import BundleError, CapacityError, PatchsieveError, RequestError
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.result import Result
 from tests import damage

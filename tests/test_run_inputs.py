@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from patchsieve.cli.inputs import images_of_turns
-from patchsieve.errors import RequestError
+from patchsieve.contract.errors import RequestError
 from tests import damage
 from tests.bundles import PHOTO, PROMPT, command, command_json
 from tests.references.masked_llava import user_message

@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from patchsieve.errors import PatchsieveError, RequestError
+from patchsieve.contract.errors import PatchsieveError, RequestError
 from patchsieve.runtime.sampling import Sampler, SamplingOptions
 
 CASES = [

@@ -19,7 +19,7 @@ from benchmarks.settle import __main__ as settle
 from benchmarks.settle import cuda, graphs, onnxruntime_cuda, questions
 from benchmarks.settle import reference as ref
 from benchmarks.settle.questions import BUILDS, NO, NOT_RUN, YES, Answer, Setup
-from patchsieve.errors import BackendMissingError, PatchsieveError
+from patchsieve.contract.errors import BackendMissingError, PatchsieveError
 
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 needs_opset_24 = pytest.mark.skipif(

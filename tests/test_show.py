@@ -18,13 +18,13 @@ import pytest
 from PIL import Image
 
 import patchsieve
-from patchsieve.errors import ShapeError
-from patchsieve.page import colours, panels, shapes
-from patchsieve.page.agreement import sentences
-from patchsieve.page.collect import collect, timed
-from patchsieve.page.html import render
-from patchsieve.page.sheet import draw
-from patchsieve.page.shown import Asked, Picture, Place, Shown, View
+from patchsieve.contract.errors import ShapeError
+from patchsieve.show import colours, panels, shapes
+from patchsieve.show.agreement import sentences
+from patchsieve.show.collect import collect, timed
+from patchsieve.show.html import render
+from patchsieve.show.sheet import draw
+from patchsieve.show.shown import Asked, Picture, Place, Shown, View
 from tests import pages
 from tests.bundles import PHOTO, PLAN, PROMPT, command, command_json
 

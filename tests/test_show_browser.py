@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from patchsieve.page.html import render
+from patchsieve.show.html import render
 from tests import pages
 from tests.chromium import Chromium, find
 

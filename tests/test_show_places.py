@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from patchsieve.contract.plan import Plan
 from patchsieve.export.reuse import reuse
-from patchsieve.page.collect import collect, view
-from patchsieve.page.html import render
-from patchsieve.page.shown import Shown, View, Word
-from patchsieve.plan import Plan
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.pseudo_cls import Words
 from patchsieve.runtime.result import ImageResult, Result, SiteResult
+from patchsieve.show.collect import collect, view
+from patchsieve.show.html import render
+from patchsieve.show.shown import Shown, View, Word
 from tests.tiny_bundles import PHOTO
 
 ROW = "qwen2"

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 import patchsieve
-from patchsieve.errors import BundleError
+from patchsieve.contract.errors import BundleError
+from patchsieve.contract.external_data import read_relocated, relocated
+from patchsieve.contract.links import locate
+from patchsieve.contract.plan import MethodPlan, Plan, SitePlan
 from patchsieve.export.reuse import reuse
-from patchsieve.external_data import read_relocated, relocated
-from patchsieve.links import locate
-from patchsieve.plan import MethodPlan, Plan, SitePlan
-from patchsieve.runtime.gpu.tensorrt import collect_messages, parse
+from patchsieve.runtime.trt.library import collect_messages, parse
 from tests import damage
 from tests.bundles import command, command_json
 from tests.damage import answer, as_snapshot, refused

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from patchsieve.errors import RequestError
+from patchsieve.contract.errors import RequestError
 from patchsieve.runtime.detokenize import TextStream
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.result import Result

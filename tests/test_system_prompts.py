@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from patchsieve.errors import RequestError
+from patchsieve.contract.errors import RequestError
 from tests.bundles import PHOTO, PROMPT, command, command_json
 from tests.references.masked_llava import answer_message, user_message
 from tests.tiny_bundles import pictures

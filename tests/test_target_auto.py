@@ -12,12 +12,13 @@ from types import SimpleNamespace
 import pytest
 
 import patchsieve
-from patchsieve import manifest
-from patchsieve.errors import BundleError
-from patchsieve.manifest import Manifest
+from patchsieve.contract import manifest
+from patchsieve.contract.errors import BundleError
+from patchsieve.contract.manifest import Manifest
 from patchsieve.runtime import target as target_module
-from patchsieve.runtime.gpu.cuda_device import Device
-from patchsieve.runtime.gpu.engines import (
+from patchsieve.runtime.target import choose, choose_to_build
+from patchsieve.runtime.trt.device import Device
+from patchsieve.runtime.trt.engines import (
     Engine,
     Gpu,
     Library,
@@ -26,7 +27,6 @@ from patchsieve.runtime.gpu.engines import (
     folder_of,
     write_record,
 )
-from patchsieve.runtime.target import choose, choose_to_build
 from tests.bundles import command, command_json
 from tests.damage import refused
 
@@ -161,7 +161,7 @@ def test_a_bundle_for_a_board_is_never_to_be_exported_again_for_another_machine(
     for arguments in (("run", own_bundle, "--prompt", "x"), ("build", own_bundle)):
         code, _, line = command(*arguments)
         assert code == 2 and "export" not in line, line
-    with pytest.raises(patchsieve.errors.PatchsieveError) as caught:
+    with pytest.raises(patchsieve.contract.errors.PatchsieveError) as caught:
         patchsieve.load(own_bundle)
     assert "export" not in str(caught.value)
 

@@ -13,16 +13,16 @@ import onnxruntime as ort
 import pytest
 
 import patchsieve
-from patchsieve import manifest, names
-from patchsieve.errors import BackendMissingError, PatchsieveError
+from patchsieve.contract import manifest, names
+from patchsieve.contract.errors import BackendMissingError, PatchsieveError
+from patchsieve.contract.manifest import Limits, Manifest
+from patchsieve.contract.plan import NO_PRUNING, Plan, SitePlan
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.lowering import LOWERINGS
 from patchsieve.export.reuse import reuse
-from patchsieve.manifest import Limits, Manifest
-from patchsieve.plan import NO_PRUNING, Plan, SitePlan
 from patchsieve.runtime.model import Model
-from patchsieve.runtime.ort import OrtBackend
-from patchsieve.runtime.record import Recorder
+from patchsieve.runtime.ort.backend import OrtBackend
+from patchsieve.verify.recorder import Recorder
 from tests.bundles import command, command_json
 from tests.models import save_checkpoint
 from tests.tiny_bundles import largest_error, pictures, recorded_logits

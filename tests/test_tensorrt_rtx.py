@@ -41,10 +41,10 @@ from benchmarks.settle.graphs import (
     stage_profiles,
     stage_weights,
 )
-from patchsieve.errors import BackendMissingError, BundleError, ShapeError
+from patchsieve.contract.errors import BackendMissingError, BundleError, ShapeError
 from patchsieve.runtime.building.compile import build_engine
-from patchsieve.runtime.gpu import tensorrt as ours
-from patchsieve.runtime.gpu.engines import Options
+from patchsieve.runtime.trt import library as ours
+from patchsieve.runtime.trt.engines import Options
 
 RTX = "tensorrt-rtx"
 # Relative to the largest value: float32 sums in another order; fp16 rounds after every operator.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from patchsieve.errors import UnsupportedModelError
+from patchsieve.contract.errors import UnsupportedModelError
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.runtime.model import Model
 from tests.damage import refused

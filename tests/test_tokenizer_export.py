@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from patchsieve.errors import BackendMissingError, UnsupportedModelError
-from patchsieve.export.tokenizer import write_tokenizer
-from patchsieve.manifest import Generation
-from patchsieve.runtime.prompt import PromptBuilder, expand
+from patchsieve.contract.errors import BackendMissingError, UnsupportedModelError
+from patchsieve.contract.manifest import Generation
+from patchsieve.export.source.tokenizer import write_tokenizer
+from patchsieve.runtime.inputs.prompt import PromptBuilder, expand
 from tests.models import tiny_llava
 from tests.tiny_tokenizers import IMAGE, SENTENCES, special_tokens, tokenizer, tokenizer_json
 

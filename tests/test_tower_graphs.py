@@ -13,15 +13,15 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from patchsieve import names
-from patchsieve.export.checkpoint import Checkpoint, read_config
+from patchsieve.contract import names
+from patchsieve.contract.plan import Plan
+from patchsieve.export.graphs.vision import vision_graph, vision_model
 from patchsieve.export.lowering import lower, lowering
 from patchsieve.export.reuse import plan_vision
-from patchsieve.export.vision import vision_graph, vision_model
+from patchsieve.export.source.checkpoint import Checkpoint, read_config
 from patchsieve.export.weights import weights_of
-from patchsieve.plan import Plan
-from patchsieve.runtime.prompt import expand
-from patchsieve.verify import Verification
+from patchsieve.runtime.inputs.prompt import expand
+from patchsieve.verify.verification import Verification
 from tests.bundles import PHOTO, PROMPT, command, command_json
 from tests.models import save_checkpoint
 from tests.references.masked_llava import MaskedLlava
@@ -269,7 +269,7 @@ def test_every_vision_graph_builds_in_tensorrt_rtx(towers: Towers, tmp_path: Pat
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
     from patchsieve.runtime.building.compile import build_engine
     from patchsieve.runtime.building.profiles import profiles
-    from patchsieve.runtime.gpu.tensorrt import parse_network
+    from patchsieve.runtime.trt.library import parse_network
 
     facts = towers.model.facts
     for plan in PLANS:

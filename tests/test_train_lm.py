@@ -16,18 +16,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from patchsieve import calibrate as calibrate_module
-from patchsieve.calibrate import Encoder
 from patchsieve.calibration import attention, train
+from patchsieve.calibration import checkpoint as calibrate_module
+from patchsieve.calibration.checkpoint import Encoder
 from patchsieve.calibration.model import Losses, PrunedLlava
-from patchsieve.calibration.records import Records
 from patchsieve.calibration.samples import Sample, Samples, collate
 from patchsieve.cli import calibrate as command
 from patchsieve.cli import main
-from patchsieve.heads import load_heads
-from patchsieve.pruning.atp import ATP
-from patchsieve.pruning.thresholds import Thresholds
+from patchsieve.pruning.decoder.atp import ATP
+from patchsieve.pruning.decoder.thresholds import Thresholds
+from patchsieve.pruning.heads import load_heads
 from patchsieve.runtime.model import Model
+from patchsieve.runtime.records import Records
 from tests.conversations import last_epoch, make_conversations
 from tests.models import save_checkpoint
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from patchsieve.contract.manifest import Limits
+from patchsieve.contract.plan import Plan
 from patchsieve.export.exporter import ExportOptions, export
-from patchsieve.manifest import Limits
-from patchsieve.plan import Plan
 from patchsieve.runtime.model import Model
 from tests.models import save_checkpoint
 from tests.references.masked_llava import MaskedLlava, user_message

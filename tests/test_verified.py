@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import patchsieve
-from patchsieve import manifest, verified
-from patchsieve.errors import BundleError
-from patchsieve.verified import Verified
+from patchsieve.contract import manifest, verified
+from patchsieve.contract.errors import BundleError
+from patchsieve.contract.verified import Verified
 from tests import damage
 from tests.bundles import command
 from tests.damage import refused

@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from patchsieve import manifest
-from patchsieve.comparison import TOLERANCE
-from patchsieve.export.verify import cache_name
-from patchsieve.names import decide
-from patchsieve.precision import BYTES
-from patchsieve.verify import compare_tokens
+from patchsieve.contract import manifest
+from patchsieve.contract.names import decide
+from patchsieve.contract.precision import BYTES
+from patchsieve.verify.parts import TOLERANCE
+from patchsieve.verify.reference import cache_name
+from patchsieve.verify.verification import compare_tokens
 from tests.bundles import PHOTO, PLAN, PROMPT, command, command_json, export_tiny
 from tests.models import save_checkpoint
 

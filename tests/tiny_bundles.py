@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.gpu.recording import recorded_logits as recorded_logits
+from patchsieve.contract.manifest import Limits
+from patchsieve.contract.plan import NO_PRUNING, Plan
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.reuse import reuse
-from patchsieve.manifest import Limits
-from patchsieve.plan import NO_PRUNING, Plan
 from patchsieve.runtime.model import Model
 from tests.models import save_checkpoint
 from tests.references.masked_llava import MaskedLlava

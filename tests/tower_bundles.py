@@ -16,10 +16,10 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from patchsieve.contract.manifest import Limits
+from patchsieve.contract.plan import Plan
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.reuse import reuse
-from patchsieve.manifest import Limits
-from patchsieve.plan import Plan
 from patchsieve.runtime.model import Model
 from tests.models import save_checkpoint
 from tests.references import tower as reference

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from patchsieve.calibration.records import Records
+from patchsieve.contract.manifest import hash_file
 from patchsieve.evaluation.answers import Answer, AnswerFile, ask
 from patchsieve.evaluation.questions import Question, questions_of
-from patchsieve.manifest import hash_file
 from patchsieve.runtime.model import Model
+from patchsieve.runtime.records import Records
 
 MAX_NEW_TOKENS = 16
 

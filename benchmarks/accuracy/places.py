@@ -7,12 +7,12 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from patchsieve.calibrate import Encoder
-from patchsieve.calibration.records import Records
+from patchsieve.calibration.checkpoint import Encoder
+from patchsieve.contract.plan import Plan
 from patchsieve.cost import RUNTIME, ModelShape, Schedule, ScorerShape, cost, no_pruning, of_plan
+from patchsieve.cost.config import read_shape
 from patchsieve.cost.methods import before_decoder
-from patchsieve.cost.shapes import read_shape
-from patchsieve.plan import Plan
+from patchsieve.runtime.records import Records
 
 _SAMPLE = 200  # records whose first questions give the length of a prompt
 

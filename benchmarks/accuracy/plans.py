@@ -10,9 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from patchsieve.export.recipes import Size, ivtp
-from patchsieve.plan import MethodPlan, Plan, PseudoCls, SitePlan
-from patchsieve.pruning.training import average_tokens
+from patchsieve.contract.plan import MethodPlan, Plan, PseudoCls, SitePlan
+from patchsieve.pruning.decoder.training import average_tokens
+from patchsieve.pruning.recipes import Size, ivtp
 
 KEEP_ALL, OFF = -1.0, 2.0  # a threshold that every score passes, and one that none does
 

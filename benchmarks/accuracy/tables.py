@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.accuracy.plans import OFF, Budgets, Heads, Row
-from patchsieve.plan import Plan, PseudoCls, SitePlan
+from patchsieve.contract.plan import Plan, PseudoCls, SitePlan
 
 
 @dataclass(frozen=True)

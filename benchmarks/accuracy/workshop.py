@@ -20,11 +20,11 @@ from PIL import Image
 from benchmarks.accuracy.plans import Budgets, Heads, Row
 from examples.demo_model import make_data
 from patchsieve.cli import main as patchsieve
-from patchsieve.export.checkpoint import read_config
-from patchsieve.export.recipes import Size
-from patchsieve.heads import CONFIG, TENSORS
-from patchsieve.manifest import read
-from patchsieve.plan import NO_PRUNING, Plan
+from patchsieve.contract.manifest import read
+from patchsieve.contract.plan import NO_PRUNING, Plan
+from patchsieve.export.source.checkpoint import read_config
+from patchsieve.pruning.heads import CONFIG, TENSORS
+from patchsieve.pruning.recipes import Size
 
 _GREY = (122, 116, 104)  # CLIP's mean: what normalises to zero
 _FRESH = 1_000_000  # scenes of a tower's training begin here, behind all that others took

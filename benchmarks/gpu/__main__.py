@@ -29,7 +29,7 @@ from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.choice import CPU_TARGETS, TARGETS, absent, choose
 from benchmarks.gpu.parts import Keep
 from benchmarks.gpu.report import Report
-from patchsieve.errors import BackendMissingError, PatchsieveError
+from patchsieve.contract.errors import BackendMissingError, PatchsieveError
 from patchsieve.runtime.board.doctor import diagnose
 
 PARTS = ("smoke", "settle", "parity", "bench")

@@ -21,12 +21,12 @@ from benchmarks.checkpoint import LLAVA_7B, ROOT, TINY, Shape, write_checkpoint
 from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.choice import CPU_TARGETS, ENGINES
 from benchmarks.gpu.floors import Floor, floors, peak_of
-from patchsieve import manifest
 from patchsieve.cli.output import size, table
 from patchsieve.cli.picture import picture
-from patchsieve.errors import PatchsieveError
-from patchsieve.manifest import Limits, Manifest
-from patchsieve.plan import NO_PRUNING, Plan, SitePlan
+from patchsieve.contract import manifest
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.manifest import Limits, Manifest
+from patchsieve.contract.plan import NO_PRUNING, Plan, SitePlan
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.profile import profile
 

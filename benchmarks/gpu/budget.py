@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from patchsieve.errors import PatchsieveError
+from patchsieve.contract.errors import PatchsieveError
 
 
 class OutOfTimeError(PatchsieveError):

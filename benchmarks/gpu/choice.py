@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from patchsieve.errors import BackendMissingError
+from patchsieve.contract.errors import BackendMissingError
 
 # The first that runs here is taken: TensorRT before ONNX Runtime, newer before older.
 GPU_TARGETS = ("tensorrt", "tensorrt10", "jetpack6", "tensorrt-rtx", "cuda")

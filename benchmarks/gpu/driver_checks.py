@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from patchsieve.errors import CapacityError, PatchsieveError
+from patchsieve.contract.errors import CapacityError, PatchsieveError
 from patchsieve.runtime.gpu.device_times import DeviceTimes
 from patchsieve.runtime.gpu.driver import ContextLostError, CudaError, Driver
 from patchsieve.runtime.gpu.memory import ALIGNMENT, DeviceTensor, Memory, host_bytes

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from patchsieve import manifest, names
-from patchsieve.manifest import Manifest
+from patchsieve.contract import manifest, names
+from patchsieve.contract.manifest import Manifest
 from patchsieve.runtime.building.profiles import profiles
-from patchsieve.runtime.gpu import engines
+from patchsieve.runtime.trt import engines
 
 SCRATCH = 4096
 Port = tuple[np.dtype[Any], tuple[int, ...], int]  # type, shape, address

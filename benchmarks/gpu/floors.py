@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from patchsieve import cost as costs
-from patchsieve.manifest import Manifest
+from patchsieve.contract.manifest import Manifest
 
 # Dense float16 TFLOP/s and GB/s of memory, from the vendor's data sheets, by a part of the name.
 PEAKS = {

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from patchsieve.cli.picture import picture
-from patchsieve.errors import BackendMissingError
+from patchsieve.contract.errors import BackendMissingError
 
 
 def device_of(target: str) -> str:

@@ -17,8 +17,8 @@ import onnxruntime as ort
 
 from benchmarks.gpu.fake_cuda import FakeGpu
 from benchmarks.gpu.fake_tensorrt import FakeTensorRT, ICudaEngine, IExecutionContext, Port
-from patchsieve.errors import BackendMissingError
-from patchsieve.runtime.ort import INSTALL_CUDA, graph_errors, preload
+from patchsieve.contract.errors import BackendMissingError
+from patchsieve.runtime.ort.backend import INSTALL_CUDA, graph_errors, preload
 
 _QUIET = 3  # errors only
 CUDA = "CUDAExecutionProvider"

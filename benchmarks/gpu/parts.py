@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.checkpoint import ROOT
 from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.choice import CPU_TARGETS, ENGINES
-from patchsieve.errors import BackendMissingError, PatchsieveError
+from patchsieve.contract.errors import BackendMissingError, PatchsieveError
 
 PARITY_TESTS = ROOT / "tests" / "test_on_gpu.py"
 NEEDS_S = 60  # neither part says anything in less

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from patchsieve.writing import one_line, write_whole
+from patchsieve.contract.writing import one_line, write_whole
 
 
 class Report:

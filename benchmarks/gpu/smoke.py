@@ -26,9 +26,9 @@ from benchmarks.checkpoint import ROOT
 from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.parts import Keep
 from patchsieve.cli.picture import picture
-from patchsieve.errors import PatchsieveError
-from patchsieve.manifest import Limits
-from patchsieve.plan import Plan, SitePlan
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.manifest import Limits
+from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.runtime.board import cuda_provider
 
 QUESTION, SECOND_QUESTION = "What is on the table?", "And here?"
@@ -161,8 +161,8 @@ def answers(smoke: Smoke, precision: str, target: str) -> dict[str, Any]:
     """Whole answers on the device beside those of the CPU in float32."""
     from benchmarks.gpu.fake_tensorrt import build_fakes
     from benchmarks.gpu.ort_engines import OrtTensorRT
+    from patchsieve.runtime.gpu.backend import TensorRTBackend
     from patchsieve.runtime.gpu.driver import Driver
-    from patchsieve.runtime.gpu.trt_backend import TensorRTBackend
     from patchsieve.runtime.model import Model
 
     cpu = Model(smoke.bundle("float32"), target="cpu", threads=1, check="size")

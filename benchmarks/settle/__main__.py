@@ -27,12 +27,12 @@ from typing import Any
 from benchmarks.settle import onnxruntime_cuda, questions
 from benchmarks.settle.cuda import Cuda
 from benchmarks.settle.questions import BUILDS, NO, NOT_RUN, PORTABLE, YES, Answer, Setup
-from patchsieve.errors import BackendMissingError, PatchsieveError
+from patchsieve.contract.errors import BackendMissingError, PatchsieveError
+from patchsieve.contract.writing import check_file
 from patchsieve.runtime.board.abilities import target_of
 from patchsieve.runtime.building.compile import build_engine
-from patchsieve.runtime.gpu.engines import Options
-from patchsieve.runtime.gpu.tensorrt import load_tensorrt
-from patchsieve.writing import check_file
+from patchsieve.runtime.trt.engines import Options
+from patchsieve.runtime.trt.library import load_tensorrt
 
 SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from patchsieve.errors import BackendMissingError, PatchsieveError
-from patchsieve.runtime.gpu.tensorrt import collect_messages, load_tensorrt, shared_logger
+from patchsieve.contract.errors import BackendMissingError, PatchsieveError
+from patchsieve.runtime.trt.library import collect_messages, load_tensorrt, shared_logger
 
 TO_DEVICE, TO_HOST = 1, 2  # cudaMemcpyKind
 CAPTURE_THREAD = 1  # cudaStreamCaptureModeThreadLocal

@@ -23,10 +23,10 @@ from benchmarks.settle import graphs
 from benchmarks.settle import reference as ref
 from benchmarks.settle.cuda import Cuda, Engine
 from benchmarks.settle.graphs import AttentionSize, MaskedSize, Profile, StageSize
-from patchsieve.errors import PatchsieveError
+from patchsieve.contract.errors import PatchsieveError
 from patchsieve.runtime.building.builder_process import Job, build_in_process
 from patchsieve.runtime.building.compile import build_engine
-from patchsieve.runtime.gpu.engines import Options
+from patchsieve.runtime.trt.engines import Options
 
 YES, NO, NOT_RUN = "yes", "no", "not-run"
 PREFILL, DECODE = 0, 1  # profile and, in Setup.stage, context

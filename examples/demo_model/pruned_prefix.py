@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from patchsieve.calibration.passes import GONE
-from patchsieve.errors import PatchsieveError
-from patchsieve.export.checkpoint import canonical
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.plan import Plan
+from patchsieve.export.graphs.vision import Vision, vision_model
 from patchsieve.export.methods import build_encoder, build_method, check_sites
-from patchsieve.export.vision import Vision, vision_model
+from patchsieve.export.source.checkpoint import canonical
 from patchsieve.export.weights import weights_of
-from patchsieve.plan import Plan
+from patchsieve.pruning.decoder.site import Site
 from patchsieve.pruning.select import ascending
-from patchsieve.pruning.site import Site
 
 from .shared_prefix import layer_weights, run_rows
 from .train_language import Words

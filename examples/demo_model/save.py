@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from examples.make_checkpoint import save_llava
-from patchsieve.writing import whole_or_nothing
+from patchsieve.contract.writing import whole_or_nothing
 
 from .models import make_clip, make_llava
 

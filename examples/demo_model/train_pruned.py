@@ -24,13 +24,13 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaForConditionalGeneration
 
-from patchsieve.calibrate import Encoder
 from patchsieve.calibration.attention import PASS, install
+from patchsieve.calibration.checkpoint import Encoder
 from patchsieve.calibration.passes import GONE
-from patchsieve.calibration.records import Records
-from patchsieve.errors import PatchsieveError
+from patchsieve.contract.errors import PatchsieveError
 from patchsieve.evaluation.questions import questions_of
 from patchsieve.runtime.model import Model
+from patchsieve.runtime.records import Records
 
 from .save import check_free, save_like
 from .training import Log, Optimiser, State, start_process

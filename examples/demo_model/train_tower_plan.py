@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from patchsieve.plan import Plan
+from patchsieve.contract.plan import Plan
 
 from .pruned_prefix import PrunedPrefix
 from .questions import KINDS

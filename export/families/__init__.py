@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from patchsieve.errors import UnsupportedModelError
+from patchsieve.contract.errors import UnsupportedModelError
 from patchsieve.export.families import clip, llama, siglip
 from patchsieve.export.families.specs import DecoderSpec, TowerSpec
 

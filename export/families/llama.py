@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from patchsieve.errors import UnsupportedModelError
+from patchsieve.contract.errors import UnsupportedModelError
 from patchsieve.export.families.specs import DecoderSpec
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")

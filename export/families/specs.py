@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from patchsieve.manifest import VisionModel
+from patchsieve.contract.manifest import VisionModel
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class DecoderSpec:
         rotary_scale: Factor on cosines and sines (1 but for YaRN).
         max_rows: Longest sequence for which the structure holds: positions, or a sliding window.
         rotary_sections: Frequencies that turn by each axis of a position (see
-            `patchsieve.trained`); empty where a position is one number.
+            `patchsieve.contract.trained`); empty where a position is one number.
     """
 
     vocab_size: int

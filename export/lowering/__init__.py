@@ -1,11 +1,12 @@
 """From a traced graph to what a target accepts: one file per target.
 
-A lowering says how each operation of `patchsieve.export.ops` is spelt and which opset results.
+A lowering says how each operation of `patchsieve.export.graphs.ops` is spelt, and which opset
+results.
 """
 
 from __future__ import annotations
 
-from patchsieve.errors import PatchsieveError
+from patchsieve.contract.errors import PatchsieveError
 from patchsieve.export.lowering import (
     cpu,
     cuda,

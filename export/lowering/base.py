@@ -11,10 +11,10 @@ import onnx_ir as ir
 from onnx_ir import convenience, tape
 from onnx_ir.passes import common as passes
 
-from patchsieve import names
-from patchsieve.export import ops
+from patchsieve.contract import names
+from patchsieve.contract.manifest import Needs
+from patchsieve.export.graphs import ops
 from patchsieve.export.lowering.constants import fold_constants
-from patchsieve.manifest import Needs
 
 
 class Lowering(ABC):

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from patchsieve import names
+from patchsieve.contract import names
 from patchsieve.export.lowering.base import Lowering, dtype_of, inputs_of, length_of
 from patchsieve.export.lowering.reference import Heads
 

@@ -1,15 +1,15 @@
 """Caches as past rows in and new rows out, where no operator updates a cache in place.
 
-`patchsieve.names` describes the form: the heads of a row lie side by side, the past is a view of
-the first P rows of a buffer, and the rows to stand behind them are an output of their own.
+`patchsieve.contract.names` describes the form: the heads of a row lie side by side, the past is a
+view of the first P rows of a buffer, and the rows to stand behind them are an output of their own.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from patchsieve import names
-from patchsieve.export import ops
+from patchsieve.contract import names
+from patchsieve.export.graphs import ops
 from patchsieve.export.lowering.base import Lowering, length_of, shape_of
 
 

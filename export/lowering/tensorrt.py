@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from patchsieve import names
+from patchsieve.contract import names
 from patchsieve.export.lowering.base import Lowering
 from patchsieve.export.lowering.reference import Heads, Reference
 

@@ -14,7 +14,7 @@ from signal import SIGINT, SIGTERM
 from typing import NoReturn
 
 from patchsieve import __version__
-from patchsieve.errors import PatchsieveError
+from patchsieve.contract.errors import PatchsieveError
 from patchsieve.runtime.board.abilities import install_line
 
 COMMANDS = {

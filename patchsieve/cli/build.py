@@ -9,11 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patchsieve import build_memory, manifest
 from patchsieve.cli.arguments import add_target, gigabytes
 from patchsieve.cli.output import Progress, print_json, size, table
 from patchsieve.cli.run import say_target
-from patchsieve.links import locate
+from patchsieve.contract import engine_memory as build_memory
+from patchsieve.contract import manifest
+from patchsieve.contract.links import locate
 
 if TYPE_CHECKING:
     from patchsieve.runtime.building.build import Built
@@ -65,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     """Compile, and report what each engine cost."""
     from patchsieve.runtime.building.build import build
     from patchsieve.runtime.building.build_request import Request
-    from patchsieve.runtime.gpu.engines import Options
     from patchsieve.runtime.target import AUTO, Choice, choose_to_build
+    from patchsieve.runtime.trt.engines import Options
 
     choice = Choice(args.target)
     if args.target == AUTO:
@@ -106,8 +107,8 @@ def run(args: argparse.Namespace) -> int:
 def _dry_run(args: argparse.Namespace, request: Request) -> int:
     from patchsieve.runtime.building.build_request import graphs_of, options_of, should_stream
     from patchsieve.runtime.building.trtexec import command_line
-    from patchsieve.runtime.gpu.cuda_device import find_device
-    from patchsieve.runtime.gpu.engines import misfit
+    from patchsieve.runtime.trt.device import find_device
+    from patchsieve.runtime.trt.engines import misfit
 
     facts, target = manifest.read(args.bundle), request.target
     streams, _ = should_stream(facts, request, find_device())

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 from patchsieve.cli.calibrate_options import add_arguments as add_arguments
 from patchsieve.cli.calibrate_options import check, check_partial, check_sites, trains
 from patchsieve.cli.output import Progress, print_json, require, table
-from patchsieve.errors import PatchsieveError
-from patchsieve.heads import CONFIG
-from patchsieve.plan import GRID2D
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.plan import GRID2D
+from patchsieve.contract.writing import check_folder, check_new
+from patchsieve.pruning.heads import CONFIG
 from patchsieve.runtime.board.abilities import CALIBRATION
-from patchsieve.writing import check_folder, check_new
 
 if TYPE_CHECKING:
-    from patchsieve.calibrate import Encoder
+    from patchsieve.calibration.checkpoint import Encoder
     from patchsieve.calibration.model import PrunedLlava
     from patchsieve.calibration.samples import Samples
-    from patchsieve.heads import HeadsConfig
+    from patchsieve.pruning.heads import HeadsConfig
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,9 +90,8 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
     import torch
     from transformers import LlavaForConditionalGeneration
 
-    from patchsieve.calibrate import Encoder
+    from patchsieve.calibration.checkpoint import Encoder
     from patchsieve.calibration.model import Losses, PrunedLlava
-    from patchsieve.calibration.records import Records
     from patchsieve.calibration.samples import Samples
     from patchsieve.calibration.survivors import check_counts, check_target, geometric_counts
     from patchsieve.calibration.thresholds import (
@@ -101,9 +100,10 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
         go_on_from,
         learned_heads,
     )
-    from patchsieve.pruning.atp import ATP
-    from patchsieve.pruning.thresholds import INITIAL_THETA_S
-    from patchsieve.pruning.training import average_tokens
+    from patchsieve.pruning.decoder.atp import ATP
+    from patchsieve.pruning.decoder.thresholds import INITIAL_THETA_S
+    from patchsieve.pruning.decoder.training import average_tokens
+    from patchsieve.runtime.records import Records
 
     positions = (args.positions or GRID2D) if args.train_lm and not args.hard else None
     encoder = Encoder(args.checkpoint, positions, args.sections, revision=args.revision)
@@ -222,8 +222,8 @@ def _measure(
     """Count survivors on held-out data: the budgets, and the report."""
     from patchsieve.calibration.survivors import budgets, count_survivors
     from patchsieve.calibration.thresholds import scores_of
-    from patchsieve.heads import HeadsConfig
-    from patchsieve.pruning.training import average_tokens
+    from patchsieve.pruning.decoder.training import average_tokens
+    from patchsieve.pruning.heads import HeadsConfig
 
     counts = count_survivors(model, samples, args.batch_size, progress)
     sites, num_visual = list(counts), len(model.patch_ids)
@@ -261,10 +261,10 @@ def _save(
     """Put what was learned in place, whole; the Trainer's checkpoints have served."""
     import shutil
 
-    from patchsieve.calibrate import save_checkpoint
+    from patchsieve.calibration.checkpoint import save_checkpoint
     from patchsieve.calibration.train import head_tensors
-    from patchsieve.heads import save_heads
-    from patchsieve.writing import whole_or_nothing
+    from patchsieve.contract.writing import whole_or_nothing
+    from patchsieve.pruning.heads import save_heads
 
     with whole_or_nothing(args.out) as folder:
         if args.train_lm:

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 from patchsieve.cli.arguments import integers, numbers
-from patchsieve.errors import PatchsieveError
-from patchsieve.plan import TRAINED_RULES
-from patchsieve.trained import LAYOUTS
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.plan import TRAINED_RULES
+from patchsieve.contract.trained import LAYOUTS
 
 # Options that a training cannot change when it is resumed.
 _OF_A_TRAINING = (

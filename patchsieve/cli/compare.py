@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve.cli.output import print_json, size, table
-from patchsieve.errors import PatchsieveError
+from patchsieve.contract.errors import PatchsieveError
 
 SCHEMA_VERSION = 1
 # What a profile was taken of, and how; all else being equal, a ratio tells of what differs.

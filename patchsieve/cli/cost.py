@@ -14,6 +14,10 @@ from patchsieve import inspection
 from patchsieve.cli import export
 from patchsieve.cli.arguments import integers
 from patchsieve.cli.output import flops, plural, print_json, size, table
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.manifest import Manifest, read
+from patchsieve.contract.plan import NO_PRUNING, MethodPlan, Plan
+from patchsieve.contract.precision import BYTES
 from patchsieve.cost.methods import (
     OUTPUT_METHODS,
     PLACEMENTS,
@@ -21,11 +25,7 @@ from patchsieve.cost.methods import (
     before_decoder,
     ivtp_plan,
 )
-from patchsieve.errors import PatchsieveError
-from patchsieve.export.recipes import Size
-from patchsieve.manifest import Manifest, read
-from patchsieve.plan import NO_PRUNING, MethodPlan, Plan
-from patchsieve.precision import BYTES
+from patchsieve.pruning.recipes import Size
 from patchsieve.pruning.schedules import default_keep, num_to_keep
 
 # Method -> the places where its cost is known, the usual one first.

@@ -39,14 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask, mark, print."""
-    from patchsieve.calibration.records import Records
-    from patchsieve.errors import CapacityError, RequestError
+    from patchsieve.contract.errors import CapacityError, RequestError
+    from patchsieve.contract.manifest import hash_file
+    from patchsieve.contract.plan import NO_PRUNING
+    from patchsieve.contract.writing import check_file
     from patchsieve.evaluation.answers import AnswerFile, ask, depends_on
     from patchsieve.evaluation.questions import questions_of
     from patchsieve.evaluation.report import report
-    from patchsieve.manifest import hash_file
-    from patchsieve.plan import NO_PRUNING
-    from patchsieve.writing import check_file
+    from patchsieve.runtime.records import Records
 
     if args.answers is not None:
         check_file(args.answers)

@@ -8,19 +8,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from patchsieve import build_memory, names
-from patchsieve.card import next_commands
 from patchsieve.cli import ivtp
 from patchsieve.cli.arguments import gigabytes, integers, numbers
 from patchsieve.cli.output import Progress, print_json, require, size
-from patchsieve.errors import PatchsieveError
-from patchsieve.export.recipes import Size
-from patchsieve.heads import load_config
-from patchsieve.manifest import Limits, Manifest, read
-from patchsieve.plan import NO_PRUNING, POSITION_RULES, MethodPlan, Plan, SitePlan
+from patchsieve.contract import engine_memory as build_memory
+from patchsieve.contract import names
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.manifest import Limits, Manifest, read
+from patchsieve.contract.plan import NO_PRUNING, POSITION_RULES, MethodPlan, Plan, SitePlan
+from patchsieve.contract.trained import Trained
+from patchsieve.contract.writing import check_new_bundle
+from patchsieve.export.card import next_commands
+from patchsieve.pruning.heads import load_config
+from patchsieve.pruning.recipes import Size
 from patchsieve.runtime.board.abilities import EXPORT
-from patchsieve.trained import Trained
-from patchsieve.writing import check_new_bundle
 
 _LIMITS = (512, 256, 1)  # text tokens, new tokens, images
 _OF_A_NEW_BUNDLE = (
@@ -395,7 +396,7 @@ def _heads(args: argparse.Namespace) -> Path | None:
     has_constants = args.theta_r is not None or args.theta_s is not None
     if args.heads is not None or args.method != "atp" or has_constants or args.checkpoint is None:
         return args.heads
-    from patchsieve.export.checkpoint import locate, read_config
+    from patchsieve.export.source.checkpoint import locate, read_config
 
     directory = locate(args.checkpoint, args.revision, check=read_config)
     folder = Trained.of(read_config(directory)).heads

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from patchsieve.errors import RequestError
+from patchsieve.contract.errors import RequestError
 
 STDIN = "-"
 

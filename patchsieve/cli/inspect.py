@@ -8,8 +8,8 @@ from typing import Any
 
 from patchsieve import inspection
 from patchsieve.cli.output import Progress, flops, plural, print_json, size, table
-from patchsieve.manifest import Generation, Needs
-from patchsieve.plan import NO_PRUNING
+from patchsieve.contract.manifest import Generation, Needs
+from patchsieve.contract.plan import NO_PRUNING
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from patchsieve.errors import PatchsieveError
-from patchsieve.export import recipes
-from patchsieve.export.recipes import Size
-from patchsieve.manifest import read
-from patchsieve.plan import CLS_SOURCES, TEXTS, Plan, PseudoCls
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.manifest import read
+from patchsieve.contract.plan import CLS_SOURCES, TEXTS, Plan, PseudoCls
+from patchsieve.pruning import recipes
+from patchsieve.pruning.recipes import Size
 
 _RECIPE = {"num_keep": "num_keep", "group": "group_layers", "fusion": "fusion", "block": "block"}
 _PSEUDO_CLS = {"text": "text", "tau": "tau", "cls": "visual_cls"}
@@ -67,7 +67,7 @@ def _size_of(args: argparse.Namespace) -> Size:
         return Size(facts.vision.num_patches, facts.text.num_layers)
     if args.checkpoint is None:
         raise PatchsieveError("export needs a checkpoint and -o BUNDLE, or --reuse BUNDLE")
-    from patchsieve.export.checkpoint import locate, read_config
+    from patchsieve.export.source.checkpoint import locate, read_config
 
     config = read_config(locate(args.checkpoint, args.revision, check=read_config))
     side = config.vision_config.image_size // config.vision_config.patch_size

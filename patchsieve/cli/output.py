@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from patchsieve.errors import BackendMissingError
+from patchsieve.contract.errors import BackendMissingError
 
 _WIDTH = 24  # characters of the bar
 

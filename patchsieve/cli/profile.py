@@ -13,9 +13,9 @@ from patchsieve.cli.inputs import take_inputs
 from patchsieve.cli.output import Progress, print_json, size, table
 from patchsieve.cli.picture import picture
 from patchsieve.cli.run import add_run_options, add_system, load, say_target
-from patchsieve.errors import PatchsieveError
-from patchsieve.plan import NO_PRUNING
-from patchsieve.writing import check_file, write_result
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.plan import NO_PRUNING
+from patchsieve.contract.writing import check_file, write_result
 
 PROMPT = "Describe the image."
 

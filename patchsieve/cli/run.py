@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from patchsieve.cli.arguments import add_target
 from patchsieve.cli.inputs import images_of_turns, take_inputs
 from patchsieve.cli.output import Progress, print_json, size, table
-from patchsieve.errors import RequestError
-from patchsieve.manifest import Manifest
+from patchsieve.contract.errors import RequestError
+from patchsieve.contract.manifest import Manifest
 
 if TYPE_CHECKING:
     from patchsieve.runtime.target import Choice
@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_turns(model: Any, args: argparse.Namespace, turns: list[list[Any]]) -> None:
     """Refuse before the first answer what a later turn could not use."""
-    from patchsieve.runtime.images import load_image
+    from patchsieve.runtime.inputs.images import load_image
 
     for prompt, images in zip(args.prompt, turns, strict=True):
         model.bundle.prompts.user_message(prompt, len(images))

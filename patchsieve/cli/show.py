@@ -10,8 +10,8 @@ from patchsieve.cli.arguments import whole
 from patchsieve.cli.inputs import take_inputs
 from patchsieve.cli.output import Progress, print_json, size, table
 from patchsieve.cli.run import add_run_options, add_system, load, say_target
-from patchsieve.errors import PatchsieveError
-from patchsieve.writing import check_file, write_result
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.writing import check_file, write_result
 
 SUFFIXES = (".html", ".png")
 TIMED_RUNS = 3
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
             do="give -o FILE.html, or -o FILE.png",
         )
     check_file(out)
-    from patchsieve.page.collect import collect
+    from patchsieve.show.collect import collect
 
     take_inputs(args)
     model = load(args)
@@ -106,10 +106,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _draw(shown: Any, suffix: str) -> bytes:
     if suffix == ".png":
-        from patchsieve.page.sheet import draw
+        from patchsieve.show.sheet import draw
 
         return draw(shown)
-    from patchsieve.page.html import render
+    from patchsieve.show.html import render
 
     return render(shown).encode()
 

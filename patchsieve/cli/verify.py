@@ -43,9 +43,9 @@ def run(args: argparse.Namespace) -> int:
     libraries = ("torch", "transformers", "onnx", "onnxruntime")
     require(libraries, "cpu,export", "verify")
     from patchsieve.cli.inputs import take_inputs
-    from patchsieve.errors import RequestError
-    from patchsieve.plan import NO_PRUNING
-    from patchsieve.verify import Verification
+    from patchsieve.contract.errors import RequestError
+    from patchsieve.contract.plan import NO_PRUNING
+    from patchsieve.verify.verification import Verification
 
     take_inputs(args)
     progress = Progress(args.quiet or args.json)

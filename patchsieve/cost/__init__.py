@@ -8,6 +8,16 @@ A multiply-accumulate counts as 2 FLOPs. Elementwise work, norms, softmax and th
 the stages are not counted; attention is counted over all pairs, as the papers do, causal or not.
 """
 
+from patchsieve.cost.config import (
+    DecoderShape,
+    ModelShape,
+    ScorerShape,
+    TowerShape,
+    from_bundle,
+    from_manifest,
+    read_shape,
+    shape_of_config,
+)
 from patchsieve.cost.flops import (
     PAPERS,
     RUNTIME,
@@ -25,16 +35,6 @@ from patchsieve.cost.methods import (
     no_pruning,
     of_plan,
     resampler,
-)
-from patchsieve.cost.shapes import (
-    DecoderShape,
-    ModelShape,
-    ScorerShape,
-    TowerShape,
-    from_bundle,
-    from_manifest,
-    read_shape,
-    shape_of_config,
 )
 from patchsieve.pruning.schedules import geometric, linear
 

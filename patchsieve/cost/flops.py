@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from patchsieve.cost.shapes import DecoderShape, ModelShape, ScorerShape, TowerShape
-from patchsieve.errors import PatchsieveError, ShapeError
-from patchsieve.precision import BYTES
+from patchsieve.contract.errors import PatchsieveError, ShapeError
+from patchsieve.contract.precision import BYTES
+from patchsieve.cost.config import DecoderShape, ModelShape, ScorerShape, TowerShape
 
 
 @dataclass(frozen=True)

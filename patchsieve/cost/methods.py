@@ -12,12 +12,12 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+from patchsieve.contract.errors import PatchsieveError, ShapeError
+from patchsieve.contract.plan import MethodPlan, Plan, SitePlan
+from patchsieve.cost.config import ModelShape
 from patchsieve.cost.flops import Schedule
-from patchsieve.cost.shapes import ModelShape
-from patchsieve.errors import PatchsieveError, ShapeError
-from patchsieve.export import recipes
-from patchsieve.heads import load_config
-from patchsieve.plan import MethodPlan, Plan, SitePlan
+from patchsieve.pruning import recipes
+from patchsieve.pruning.heads import load_config
 from patchsieve.pruning.schedules import (
     SCHEDULE_OPTIONS,
     TowerSchedule,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from patchsieve.contract.manifest import Manifest
+from patchsieve.contract.plan import NO_PRUNING
 from patchsieve.evaluation.answers import mean_visual_tokens
-from patchsieve.manifest import Manifest
-from patchsieve.plan import NO_PRUNING
 from patchsieve.runtime.result import Result
 
 

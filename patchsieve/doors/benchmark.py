@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from patchsieve.contract.errors import CapacityError, PatchsieveError, RequestError
 from patchsieve.doors.account import Account
-from patchsieve.errors import CapacityError, PatchsieveError, RequestError
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.result import Result
 

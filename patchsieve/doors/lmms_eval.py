@@ -13,8 +13,8 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from loguru import logger
 from tqdm import tqdm
 
+from patchsieve.contract.errors import RequestError
 from patchsieve.doors.benchmark import Request, load
-from patchsieve.errors import RequestError
 
 _ARGUMENTS = "bundle, plan, target, threads, max_new_tokens, oversized, seed"
 

@@ -9,13 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from patchsieve import names
-from patchsieve.errors import PatchsieveError
+from patchsieve.contract import names
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.manifest import Manifest
+from patchsieve.contract.writing import one_line
 from patchsieve.evaluation.questions import Question
-from patchsieve.manifest import Manifest
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.result import Result
-from patchsieve.writing import one_line
 
 Progress = Callable[[str, float], None]
 _HEADS = "heads/"  # thresholds in a bundle, each in a folder named by its content, as plans say it

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from patchsieve.calibration.records import Record, Records
-from patchsieve.errors import PatchsieveError
-from patchsieve.runtime.prompt import Content
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.runtime.inputs.prompt import Content
+from patchsieve.runtime.records import Record, Records
 
 
 @dataclass(frozen=True)

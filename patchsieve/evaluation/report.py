@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from patchsieve.contract.plan import NO_PRUNING
 from patchsieve.evaluation.answers import Answer
 from patchsieve.evaluation.metrics import (
     exact_match,
@@ -16,7 +17,6 @@ from patchsieve.evaluation.metrics import (
     yes_or_no,
 )
 from patchsieve.evaluation.questions import Question
-from patchsieve.plan import NO_PRUNING
 
 
 def report(questions: Sequence[Question], answers: dict[str, list[Answer]]) -> dict[str, Any]:

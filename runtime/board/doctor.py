@@ -6,8 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from patchsieve import __version__, build_memory, manifest
-from patchsieve.manifest import Manifest
+from patchsieve import __version__
+from patchsieve.contract import engine_memory as build_memory
+from patchsieve.contract import manifest
+from patchsieve.contract.manifest import Manifest
 from patchsieve.runtime.board import machine
 from patchsieve.runtime.board.abilities import (
     MODULES,

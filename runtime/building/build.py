@@ -10,18 +10,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from patchsieve import manifest
-from patchsieve.errors import BackendMissingError, BundleError, PatchsieveError
-from patchsieve.links import locate
-from patchsieve.manifest import Manifest
+from patchsieve.contract import manifest
+from patchsieve.contract.errors import BackendMissingError, BundleError, PatchsieveError
+from patchsieve.contract.links import locate
+from patchsieve.contract.manifest import Manifest
+from patchsieve.contract.writing import one_line
 from patchsieve.runtime.building.build_config import TIMING_CACHE
 from patchsieve.runtime.building.build_request import Request, graphs_of, options_of, should_stream
 from patchsieve.runtime.building.builder_process import Done, Job, build_in_process
 from patchsieve.runtime.building.ladder import LADDER, ONE_RUNG, CompilerError, climb
 from patchsieve.runtime.building.profiles import profiles
-from patchsieve.runtime.gpu import engines as record_module
-from patchsieve.runtime.gpu.cuda_device import find_device
-from patchsieve.runtime.gpu.engines import (
+from patchsieve.runtime.trt import engines as record_module
+from patchsieve.runtime.trt.device import find_device
+from patchsieve.runtime.trt.engines import (
     Engine,
     Gpu,
     Library,
@@ -30,8 +31,7 @@ from patchsieve.runtime.gpu.engines import (
     engine_path,
     misfit,
 )
-from patchsieve.runtime.gpu.tensorrt import load_tensorrt
-from patchsieve.writing import one_line
+from patchsieve.runtime.trt.library import load_tensorrt
 
 _SECONDS = 5.0  # between two words on one engine: its phases change many times a second
 Progress = Callable[[str, float], None]

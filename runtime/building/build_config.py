@@ -12,10 +12,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from patchsieve.errors import BundleError, ShapeError
+from patchsieve.contract.errors import BundleError, ShapeError
 from patchsieve.runtime.building.profiles import Profile
-from patchsieve.runtime.gpu.engines import Options
-from patchsieve.runtime.gpu.tensorrt import Messages
+from patchsieve.runtime.trt.engines import Options
+from patchsieve.runtime.trt.library import Messages
 
 log = logging.getLogger(__name__)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from patchsieve import manifest, names
-from patchsieve.build_memory import TARGETS
-from patchsieve.errors import BundleError, PatchsieveError
-from patchsieve.manifest import Manifest
-from patchsieve.runtime.gpu.cuda_device import Device
-from patchsieve.runtime.gpu.engines import Options
+from patchsieve.contract import manifest, names
+from patchsieve.contract.engine_memory import TARGETS
+from patchsieve.contract.errors import BundleError, PatchsieveError
+from patchsieve.contract.manifest import Manifest
+from patchsieve.runtime.trt.device import Device
+from patchsieve.runtime.trt.engines import Options
 
 STREAMING = ("auto", "on", "off")
 

@@ -21,13 +21,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from patchsieve.errors import BackendMissingError, BundleError, PatchsieveError, ShapeError
-from patchsieve.reading import read_as
+from patchsieve.contract.errors import BackendMissingError, BundleError, PatchsieveError, ShapeError
+from patchsieve.contract.reading import read_as
 from patchsieve.runtime.building.compile import Progress, build_engine, part_of
 from patchsieve.runtime.building.ladder import CompilerError, OutOfMemoryError
 from patchsieve.runtime.building.profiles import Profile
-from patchsieve.runtime.gpu.engines import Options
-from patchsieve.runtime.gpu.tensorrt import load_tensorrt
+from patchsieve.runtime.trt.engines import Options
+from patchsieve.runtime.trt.library import load_tensorrt
 
 _EVERY = 0.1  # seconds between two messages about the same phase
 # The errors that cross from the child to its parent, by name.

@@ -11,16 +11,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from patchsieve.errors import BundleError, PatchsieveError
-from patchsieve.external_data import read_relocated
-from patchsieve.links import locate
+from patchsieve.contract.errors import BundleError, PatchsieveError
+from patchsieve.contract.external_data import read_relocated
+from patchsieve.contract.links import locate
+from patchsieve.contract.writing import one_line, write_whole
 from patchsieve.runtime.building.build_config import add_profile, set_options, take_timing_cache
 from patchsieve.runtime.building.ladder import CompilerError, OutOfMemoryError
 from patchsieve.runtime.building.mapped_weights import giving_back
 from patchsieve.runtime.building.profiles import Profile
-from patchsieve.runtime.gpu.engines import Options
-from patchsieve.runtime.gpu.tensorrt import Messages, collect_messages, load_tensorrt, parse
-from patchsieve.writing import one_line, write_whole
+from patchsieve.runtime.trt.engines import Options
+from patchsieve.runtime.trt.library import Messages, collect_messages, load_tensorrt, parse
 
 log = logging.getLogger(__name__)
 

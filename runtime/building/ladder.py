@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from patchsieve.errors import BundleError
-from patchsieve.runtime.gpu.engines import Attempt, Options
+from patchsieve.contract.errors import BundleError
+from patchsieve.runtime.trt.engines import Attempt, Options
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")

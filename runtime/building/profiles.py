@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from patchsieve import names
-from patchsieve.manifest import Manifest
+from patchsieve.contract import names
+from patchsieve.contract.manifest import Manifest
 
 Shape = tuple[int, ...]
 Profile = dict[str, tuple[Shape, Shape, Shape]]  # input name -> (min, opt, max)

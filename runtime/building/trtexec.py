@@ -9,10 +9,10 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from patchsieve.manifest import Manifest
+from patchsieve.contract.manifest import Manifest
 from patchsieve.runtime.building.build_config import TIMING_CACHE
 from patchsieve.runtime.building.profiles import Profile, profiles
-from patchsieve.runtime.gpu.engines import Options, engine_path
+from patchsieve.runtime.trt.engines import Options, engine_path
 
 # 11.x is always typed and takes the flag without effect; RTX does not know it.
 _TYPED = ("tensorrt", "tensorrt10", "jetpack6")

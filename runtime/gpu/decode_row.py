@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from patchsieve import names
-from patchsieve.errors import BundleError
+from patchsieve.contract import names
+from patchsieve.contract.errors import BundleError
 from patchsieve.runtime.gpu.device_cache import DeviceCache, is_cache
 from patchsieve.runtime.gpu.driver import CudaError
+from patchsieve.runtime.gpu.engine import Context
 from patchsieve.runtime.gpu.memory import DeviceTensor, Memory, aligned, host_bytes, part
-from patchsieve.runtime.gpu.trt_engine import Context
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def why_not_captured(contexts: Sequence[Context], form: str) -> str | None:
 
     Args:
         contexts: The stages' contexts for decoding.
-        form: Of the caches: IN_PLACE or NEW_ROWS of `patchsieve.names`.
+        form: Of the caches: IN_PLACE or NEW_ROWS of `patchsieve.contract.names`.
     """
     if form == names.NEW_ROWS:
         return "the past is an input whose shape grows with every token"

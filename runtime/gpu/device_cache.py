@@ -1,13 +1,13 @@
-"""A stage's key/value cache on the GPU, in the two forms that `patchsieve.names` describes."""
+"""A stage's key/value cache on the GPU, in the two forms of `patchsieve.contract.names`."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from patchsieve import names
-from patchsieve.errors import BundleError
+from patchsieve.contract import names
+from patchsieve.contract.errors import BundleError
+from patchsieve.runtime.gpu.engine import Context, Engine, Port
 from patchsieve.runtime.gpu.memory import ALIGNMENT, Block, DeviceTensor, Memory, aligned
-from patchsieve.runtime.gpu.trt_engine import Context, Engine, Port
 
 
 def is_cache(port: Port) -> bool:

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from patchsieve.errors import BackendMissingError, CapacityError, PatchsieveError
+from patchsieve.contract.errors import BackendMissingError, CapacityError, PatchsieveError
 from patchsieve.runtime.board import machine
 from patchsieve.runtime.board.abilities import cuda_python_line
-from patchsieve.runtime.gpu.engines import Gpu
+from patchsieve.runtime.trt.engines import Gpu
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from patchsieve.runtime.gpu.trt_engine import DECODE, Engine
-from patchsieve.writing import write_whole
+from patchsieve.contract.writing import write_whole
+from patchsieve.runtime.gpu.engine import DECODE, Engine
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from patchsieve.errors import CapacityError
+from patchsieve.contract.errors import CapacityError
 from patchsieve.runtime.gpu.driver import ContextLostError, Driver
 
 ALIGNMENT = 256  # bytes; what TensorRT asks of every address

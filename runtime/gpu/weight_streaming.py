@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from patchsieve.runtime.gpu.driver import Driver
-from patchsieve.runtime.gpu.trt_engine import Engine
+from patchsieve.runtime.gpu.engine import Engine
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, CLIPModel
 
-from patchsieve.export.verify import cache_name
 from patchsieve.pruning.schedules import geometric
+from patchsieve.verify.reference import cache_name
 from tests.references import ivtp, rollout, topk
 from tests.references.attention import softmax
 from tests.references.masked_llava import Choice, MaskedLlava

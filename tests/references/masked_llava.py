@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGeneration
 
-from patchsieve.export.verify import cache_name
+from patchsieve.verify.reference import cache_name
 from tests.references import atp, fastv, grid2d, random, tome, topk
 
 ANSWER = "\u00a7"  # stands for an answer whose tokens are in the cache

@@ -1,0 +1,1 @@
+"""What export and runtime agree on: plans, the manifest, files, errors. Standard library only."""

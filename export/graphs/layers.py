@@ -1,0 +1,55 @@
+"""Small layers that the graph modules share. Weights lie [in, out], so that no graph transposes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from patchsieve.contract.errors import UnsupportedModelError
+from patchsieve.export.graphs import ops
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_pytorch_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": nn.functional.relu,
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """Find an activation by its Hugging Face name."""
+    if name not in ACTIVATIONS:
+        raise UnsupportedModelError(
+            "this activation is not supported", found=name, expected=", ".join(ACTIVATIONS)
+        )
+    return ACTIVATIONS[name]
+
+
+class Linear(nn.Module):
+    """`x @ weight + bias` with weight [in, out]: a checkpoint's matrix, transposed when stored."""
+
+    def __init__(self, size_in: int, size_out: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size_in, size_out))
+        self.bias = nn.Parameter(torch.empty(size_out)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        x = x @ self.weight
+        return x if self.bias is None else x + self.bias
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm; the target chooses how it is spelt."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[1, L, C] -> [1, L, C]."""
+        return ops.rms_norm(x, self.weight, self.eps)

@@ -1,0 +1,129 @@
+"""Trace a graph module, with no weights in memory, into an ONNX graph that a lowering finishes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+BASE_OPSET = 18  # what torch writes natively; lowerings raise it
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a graph: its dtype and its shape, with a name for each dynamic axis."""
+
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+
+
+@contextlib.contextmanager
+def fake_weights() -> Iterator[FakeTensorMode]:
+    """Modules built inside hold no memory; `trace` takes them all the same."""
+    with FakeTensorMode() as mode:
+        yield mode
+
+
+def trace(
+    module: nn.Module,
+    inputs: Any,
+    input_names: list[str],
+    output_names: list[str],
+    mode: FakeTensorMode | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> ir.Model:
+    """Trace a module into an ONNX graph, the operators of `patchsieve.export.graphs.ops` left open.
+
+    Args:
+        module: The graph's module; its parameters become initializers of the same names.
+        inputs: The arguments of `forward`, a tuple whose leaves are `Input`.
+        input_names: One name per leaf.
+        output_names: One name per output.
+        mode: The fake tensors' mode in which the module was built, if it was.
+        sizes: Example length of each axis, all different, where the module relies on their order.
+
+    Returns:
+        The graph, at opset 18, its initializers not yet bound to stored tensors.
+    """
+    leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Input)]
+    axes = sorted({axis for leaf in leaves for axis in leaf.shape if isinstance(axis, str)})
+    lengths = sizes or {axis: 7 + 4 * place for place, axis in enumerate(axes)}
+
+    def example(leaf: Input) -> torch.Tensor:
+        shape = [lengths[n] if isinstance(n, str) else n for n in leaf.shape]
+        return torch.zeros(shape, dtype=leaf.dtype)
+
+    def dynamic(leaf: Input) -> dict[int, Any]:
+        # Not a named Dim: an order among axes (an image's rows are rows) contradicts its range.
+        dim = torch.export.Dim.DYNAMIC
+        return {i: dim for i, n in enumerate(leaf.shape) if isinstance(n, str)}
+
+    with mode or contextlib.nullcontext(), _quiet():
+        arguments = pytree.tree_map(example, inputs)
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(
+            module.eval(), arguments, dynamic_shapes=pytree.tree_map(dynamic, inputs)
+        )
+        converted = torch.onnx.export(
+            program,
+            dynamo=True,
+            optimize=False,
+            opset_version=BASE_OPSET,
+            input_names=input_names,
+            output_names=output_names,
+        )
+    assert converted is not None  # torch returns None only for its old exporter
+    model = converted.model
+    named = {
+        str(axis): name
+        for leaf, value in zip(leaves, model.graph.inputs, strict=True)
+        for name, axis in zip(leaf.shape, value.shape or (), strict=True)
+        if isinstance(name, str)
+    }
+    for leaf, value in zip(leaves, model.graph.inputs, strict=True):
+        value.shape = ir.Shape([ir.SymbolicDim(n) if isinstance(n, str) else n for n in leaf.shape])
+    for value in model.graph.outputs:
+        value.shape = ir.Shape([_axis(axis, named) for axis in value.shape or ()])
+    for node in model.graph:  # inner shapes carry torch's symbols, which mean nothing here
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None
+        node.metadata_props.clear()
+    model.metadata_props.clear()
+    return model
+
+
+def bind(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol]) -> None:
+    """Give each initializer that stands in `tensors` its stored tensor."""
+    for name, value in model.graph.initializers.items():
+        if name in tensors:
+            value.const_value = tensors[name]
+            value.dtype = tensors[name].dtype
+
+
+def _axis(axis: int | ir.SymbolicDim, named: Mapping[str, str]) -> int | ir.SymbolicDim:
+    return axis if isinstance(axis, int) else ir.SymbolicDim(named.get(str(axis), str(axis)))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's progress lines and its notes on absent optional packages."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            exporter.setLevel(level)

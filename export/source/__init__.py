@@ -1,0 +1,1 @@
+"""What is read of a checkpoint: configuration, weights, tokenizer, processor."""

@@ -1,0 +1,1 @@
+"""Does a bundle give what the checkpoint gives?"""

@@ -1,0 +1,1 @@
+"""Methods that prune inside the decoder."""

@@ -1,0 +1,160 @@
+"""What a decision may read, and what it returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
+
+from torch import Tensor
+
+from patchsieve.contract.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class Site:
+    """One image at one pruning site, as the layer before the site left it.
+
+    Letters: B batch, H query heads, G KV heads (G divides H), D head dim, C width, L rows fed in
+    this prefill, P rows cached before it, S = P + L, N alive visual tokens of this image, T
+    instruction tokens. Row m (0..L-1) lies at key index P + m and sees the keys j <= P + m. The
+    sizes L, P, N and T may be dynamic in a trace; N, T and L are at least 1, P may be 0.
+
+    Attributes:
+        query: Rotated queries of the rows fed, of layer s-1 for a site s, [B, H, L, D].
+        key: Rotated keys of every row present, same layer, [B, G, S, D].
+        visual_rows: Rows of this image's alive tokens, ascending, int64 [N].
+        text_rows: Rows of the instruction, after the image, int64 [T].
+        patch_ids: Raster index of each token on the original grid, -1 for a row that is no patch
+            (a CLS row, say); no other id occurs twice; int64 [N].
+        grid: Height and width of the original grid, in patches.
+        num_visual: Tokens of the image that entered the decoder, 576 in LLaVA-1.5.
+        noise: Uniform numbers in [0, 1), for methods that draw, [B, N].
+        slot: Key index P of row 0, int64 [1], where `key` is a cache with room behind the rows
+            present; None where it ends with them. No row sees what lies behind its own key.
+        value: Values of every row present, of the same layer, [B, G, S, D].
+        lower: Queries and keys of the layers below it, the nearest first, shaped as `query` and
+            `key`. The same rows were fed there.
+        side_row: Row of this image's pseudo-CLS, behind all ordinary rows, int64 [1]. It sees the
+            keys up to the image's last token, and its own.
+        last_row: The last ordinary row, int64 [1]; None where no side row follows it.
+        hidden: The rows themselves, behind the layer before the site, for methods that merge,
+            [B, L, C].
+        sizes: Patches that each of the image's tokens stands for, float32 [B, N].
+
+    Raises:
+        ShapeError: A rank, the heads or the grid cannot be.
+    """
+
+    query: Tensor
+    key: Tensor
+    visual_rows: Tensor
+    text_rows: Tensor
+    patch_ids: Tensor
+    grid: tuple[int, int]
+    num_visual: int
+    noise: Tensor | None = None
+    slot: Tensor | None = None
+    value: Tensor | None = None
+    lower: tuple[tuple[Tensor, Tensor], ...] = ()
+    side_row: Tensor | None = None
+    last_row: Tensor | None = None
+    hidden: Tensor | None = None
+    sizes: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check what is static; the dynamic sizes are the caller's, a check would freeze them."""
+        for name, rank in RANKS.items():
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.dim() != rank:
+                raise ShapeError(
+                    f"{name} of a pruning site has the wrong rank",
+                    found=tensor.dim(),
+                    expected=rank,
+                    do="see the shapes in patchsieve.pruning.decoder.site.Site",
+                )
+        heads, kv_heads = self.query.shape[1], self.key.shape[1]
+        if heads % kv_heads or self.query.shape[3] != self.key.shape[3]:
+            raise ShapeError(
+                "queries and keys of a pruning site do not belong together",
+                found=f"{heads} x {self.query.shape[3]} and {kv_heads} x {self.key.shape[3]}",
+                expected="KV heads that divide the query heads, and one head dim",
+                do="pass query [B, H, L, D] and key [B, G, S, D] of the same layer",
+            )
+        if min(self.grid) < 1 or self.num_visual < 1:
+            raise ShapeError(
+                "an image has no patches",
+                found=f"grid {self.grid}, num_visual {self.num_visual}",
+                expected="positive sizes",
+                do="pass the grid and the token count of the image before pruning",
+            )
+
+    @property
+    def first_key(self) -> Tensor | int:
+        """Key index P of row 0."""
+        return self.key.shape[2] - self.query.shape[2] if self.slot is None else self.slot
+
+
+RANKS = {
+    "query": 4,
+    "key": 4,
+    "value": 4,
+    "visual_rows": 1,
+    "text_rows": 1,
+    "patch_ids": 1,
+    "noise": 2,
+    "side_row": 1,
+    "last_row": 1,
+    "hidden": 3,
+    "sizes": 2,
+}
+
+
+class Decision(NamedTuple):
+    """What a method decided at one site.
+
+    Attributes:
+        keep: Tokens that go on; at least one in each batch row, [B, N] bool.
+        scores: What the decision compared, higher is kept, [B, N] float32.
+        num_wanted: Tokens that the rule kept before the budget cut in, [B] int64.
+        hidden: The image's tokens after merging, [B, N, C]; only those kept count. None where the
+            method does not merge.
+        moved: Token that each merged into, its own place where it did not, [B, N] int64.
+    """
+
+    keep: Tensor
+    scores: Tensor
+    num_wanted: Tensor
+    hidden: Tensor | None = None
+    moved: Tensor | None = None
+
+
+class Method(Protocol):
+    """A pruning method of a decoder site: a frozen dataclass with these three.
+
+    Attributes:
+        name: How plans and the command line call it.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What it uses beside the rows and ids; a graph need not feed the rest.
+
+        "query", "key" and "value" of the layer before the site, "query.1" and "key.1" of the layer
+        below that one, and so on; "side_row"; "last_row"; "noise"; "hidden" and "sizes", which
+        only methods that merge read.
+        """
+        ...
+
+    def decide(self, site: Site, budget: Tensor) -> Decision:
+        """Choose the tokens that go on.
+
+        Args:
+            site: The image at the site.
+            budget: Most tokens that may go on, int64 0-d or [1]; below 1 counts as 1.
+
+        Returns:
+            The decision; `keep` holds at most `budget` tokens.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Methods that prune or merge inside the vision tower."""

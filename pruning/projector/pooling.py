@@ -1,0 +1,91 @@
+"""Spatial pooling: the grid of patches becomes a smaller one by averaging (IVTP's baseline)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.pruning.schedules import pooled_side
+
+PLACES = ("before", "after")
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """Average the patches of each cell of a k x k grid (adaptive average pooling).
+
+    The paper leaves open: before or after the projector.
+
+    Attributes:
+        keep: Tokens left, a square number; by default the square nearest below 1/9 of the patches.
+        place: "before" the projector, which then has fewer rows to project, or "after" it.
+
+    Raises:
+        PatchsieveError: An option is unknown.
+    """
+
+    name: ClassVar[str] = "pooling"
+
+    keep: int | None = None
+    place: str = "before"
+
+    def __post_init__(self) -> None:
+        """Check each option by itself."""
+        if self.place not in PLACES:
+            raise PatchsieveError(
+                "pooling does not know this place",
+                found=repr(self.place)[:80],
+                expected=" or ".join(PLACES),
+            )
+        if self.keep is not None and (type(self.keep) is not int or self.keep < 1):
+            raise PatchsieveError(
+                "pooling cannot leave this many tokens",
+                found=repr(self.keep)[:80],
+                expected="a whole number of at least 1",
+            )
+
+    def side(self, grid: tuple[int, int]) -> int:
+        """Cells of a row and of a column, k (see `pooled_side`)."""
+        return pooled_side(self.keep, grid)
+
+    def pool(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Features of all patches in raster order, [B, h * w, C] -> [B, k * k, C]."""
+        height, width = grid
+        batch, _, size = patches.shape
+        k = self.side(grid)
+        # .to() keeps a constant's numbers in a trace on fake weights; device= would lose them.
+        down = cell_weights(height, k).to(patches.device, patches.dtype)  # [k, h]
+        across = cell_weights(width, k).to(patches.device, patches.dtype)  # [k, w]
+        rows = down @ patches.reshape(batch, height, width * size)  # [B, k, w * C]
+        rows = across @ rows.reshape(batch * k, width, size)  # [B * k, k, C]
+        return rows.reshape(batch, k * k, size)
+
+    def sources(self, grid: tuple[int, int]) -> list[int]:
+        """Token that each patch went to, [h * w]; cells may overlap: the lowest then."""
+        k = self.side(grid)
+        rows = [first_cell(place, grid[0], k) for place in range(grid[0])]
+        columns = [first_cell(place, grid[1], k) for place in range(grid[1])]
+        return [row * k + column for row in rows for column in columns]
+
+
+def cell(index: int, length: int, cells: int) -> tuple[int, int]:
+    """First place of a cell and the place behind its last, as adaptive pooling divides a line."""
+    return index * length // cells, -(-(index + 1) * length // cells)
+
+
+def first_cell(place: int, length: int, cells: int) -> int:
+    """Lowest cell that holds a place."""
+    return next(i for i in range(cells) if cell(i, length, cells)[1] > place)
+
+
+def cell_weights(length: int, cells: int) -> Tensor:
+    """Weights that average each cell of a line, float32 [cells, length]."""
+    weights = [[0.0] * length for _ in range(cells)]
+    for index, row in enumerate(weights):
+        first, end = cell(index, length, cells)
+        row[first:end] = [1 / (end - first)] * (end - first)
+    return torch.tensor(weights)

@@ -1,0 +1,1 @@
+"""From a picture and words to pixel values and token ids."""

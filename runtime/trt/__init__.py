@@ -1,0 +1,1 @@
+"""TensorRT itself: libraries, engines, devices."""
