@@ -36,8 +36,8 @@ from patchsieve.calibration.attention import install
 from patchsieve.cli import main
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import MethodPlan, Plan, PseudoCls, SitePlan
-from tests.models import make_checkpoint
-from tests.tiny_bundles import largest_error, recorded_logits
+from tests.support.models import make_checkpoint
+from tests.support.tiny_bundles import largest_error, recorded_logits
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import patchsieve
-from tests.installs import FOLDERS, ROOT, build_wheel, environment, unpack
+from tests.support.installs import FOLDERS, ROOT, build_wheel, environment, unpack
 
 STDLIB = set(sys.stdlib_module_names)
 

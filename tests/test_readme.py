@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from patchsieve.cli import COMMANDS, main
-from tests.conversations import make_conversations
-from tests.models import save_checkpoint
+from tests.support.conversations import make_conversations
+from tests.support.models import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,7 +44,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_door_of_optimum_is_shown_with_words_that_work() -> None:
-    """Words behind it go to `patchsieve export` unread (tests/test_optimum_door.py)."""
+    """Words behind it go to `patchsieve export` unread (tests/patchsieve/test_optimum_door.py)."""
     (line,) = re.findall(r"^optimum-cli .*$", README, flags=re.M)
     assert shlex.split(line)[1:3] == ["export", "patchsieve"]
     assert ["export", *shlex.split(line)[3:]] in commands()
