@@ -11,7 +11,8 @@ from patchsieve.calibration.passes import GONE
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import Plan
 from patchsieve.export.graphs.vision import Vision, vision_model
-from patchsieve.export.methods import build_encoder, build_method, check_sites
+from patchsieve.export.methods import build_encoder, build_method
+from patchsieve.export.sites import check_sites
 from patchsieve.export.source.checkpoint import canonical
 from patchsieve.export.weights import weights_of
 from patchsieve.pruning.decoder.site import Site
