@@ -4,82 +4,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from patchsieve.contract.plan import PseudoCls
+from patchsieve.runtime.conversation import State
 from patchsieve.runtime.detokenize import TextStream
 from patchsieve.runtime.inputs.chat_template import Message
 from patchsieve.runtime.inputs.prompt import Prompt, expand
-from patchsieve.runtime.pseudo_cls import VisualCls, Words, cosines, pool, to_other_tokens
-from patchsieve.runtime.result import ImageResult, Result, SiteResult, since
-from patchsieve.runtime.rows import TEXT, Rows, number_rows
-from patchsieve.runtime.sampling import Sampler, SamplingOptions
+from patchsieve.runtime.positions import number_rows
+from patchsieve.runtime.pseudo_cls import Words, cosines, pool, to_other_tokens
+from patchsieve.runtime.result import since
+from patchsieve.runtime.rows import TEXT, Rows
+from patchsieve.runtime.sampling import Sampler
+from patchsieve.runtime.turn import Turn
 
 if TYPE_CHECKING:
     from patchsieve.runtime.chat import Chat
 
 
-@dataclass(frozen=True)
-class State:
-    """What the cache holds, in tokens and words.
-
-    Attributes:
-        asked: The conversation when its last answer began.
-        is_answer_cached: The tokens of that answer are in the cache, but for `pending`.
-        pending: Tokens generated but not fed.
-        history: All token ids, each image's repeated for its visual tokens, as penalties see them.
-        sites: Survivors of each image.
-    """
-
-    asked: tuple[Message, ...] = ()
-    is_answer_cached: bool = True
-    pending: tuple[int, ...] = ()
-    history: tuple[int, ...] = ()
-    sites: tuple[SiteResult, ...] = ()
-
-
-@dataclass
-class Images:
-    """Features of the conversation's images, for a new prefill.
-
-    Attributes:
-        features: Visual tokens of each image, [N, C].
-        patch_ids: Raster ids of them, [N].
-        reduced: What became of its patches, where the plan prunes before the decoder.
-        cls: What the tower says of each image as a whole, for plans with a pseudo_cls.
-    """
-
-    features: list[np.ndarray] = field(default_factory=list)
-    patch_ids: list[np.ndarray] = field(default_factory=list)
-    reduced: list[ImageResult] = field(default_factory=list)
-    cls: list[VisualCls] = field(default_factory=list)
-
-    def forget(self, count: int) -> None:
-        """Keep the first `count` images only."""
-        for part in (self.features, self.patch_ids, self.reduced, self.cls):
-            del part[count:]
-
-
 class Answer:
     """Prefill and decode of one turn; `state` is what the cache holds at the end."""
 
-    def __init__(
-        self,
-        chat: Chat,
-        options: SamplingOptions,
-        result: Result,
-        start: float,
-        rng: np.random.Generator,
-        scores: bool = False,
-    ) -> None:
-        self.chat, self.options, self.result, self.start = chat, options, result, start
-        self.scores = scores
+    def __init__(self, chat: Chat, turn: Turn) -> None:
+        self.chat, self.turn, self.result = chat, turn, turn.result
         self.model, self.cache = chat.model, chat._open_cache()
         self.tokens = chat.model.facts.tokens
-        self.rng = rng
         self.state = chat._state
 
     def run(self, prompt: Prompt, asked: tuple[Message, ...]) -> Iterator[str]:
@@ -90,15 +41,15 @@ class Answer:
         # With all visual tokens of an image, pruned or not, as transformers' processors see them
         whole = expand(prompt, self.model.facts.vision.num_visual).token_ids
         history = [*before.history, *before.pending, *whole.tolist()]
-        sampler = Sampler(self.options, self.tokens.eos_token_ids, history)
-        stream = TextStream(self.model.bundle.prompts.tokenizer, self.options.stop)
+        sampler = Sampler(self.turn.options, self.tokens.eos_token_ids, history)
+        stream = TextStream(self.model.bundle.prompts.tokenizer, self.turn.options.stop)
         decode_ms: list[float] = []
         device_ms: list[float] = []  # the same steps on the GPU's clock
         while True:
             token = sampler.next_token(logits)
             result.token_ids.append(token)
             if len(result.token_ids) == 1:
-                result.timings_ms["ttft"] = since(self.start)
+                result.timings_ms["ttft"] = since(self.turn.start)
             if sampler.is_eos(token):
                 result.finish_reason = "eos"
                 break
@@ -107,7 +58,7 @@ class Answer:
             if stream.stopped:
                 result.finish_reason = "stop"
                 break
-            if len(result.token_ids) == self.options.max_new_tokens:
+            if len(result.token_ids) == self.turn.options.max_new_tokens:
                 break
             step = time.perf_counter()
             logits = self.model.pipeline.decode(token, self.cache)
@@ -134,9 +85,7 @@ class Answer:
             rows = rows.with_side_rows()
             hidden = np.concatenate((hidden, side[None]), axis=1)  # [1, L0 + M, C]
             result.timings_ms["scorer"] = since(start)
-        done = self.model.pipeline.prefill(
-            hidden, rows, self.cache, chat.plan, self.rng, self.scores
-        )
+        done = self.model.pipeline.prefill(hidden, rows, self.cache, self.turn)
         sites = (*self.state.sites, *done.sites)
         if sites and result.selection == "none":
             result.selection = "picked" if done.sites else "kept"

@@ -12,12 +12,14 @@ import numpy as np
 
 from patchsieve.contract.errors import CapacityError, RequestError
 from patchsieve.contract.manifest import Manifest
-from patchsieve.runtime.answer import Answer, Images, State
+from patchsieve.runtime.answer import Answer
 from patchsieve.runtime.cache import Cache
+from patchsieve.runtime.conversation import Images, State
 from patchsieve.runtime.inputs.chat_template import Message
 from patchsieve.runtime.inputs.prompt import Content, Prompt
 from patchsieve.runtime.result import ImageResult, Result, since
 from patchsieve.runtime.sampling import SamplingOptions
+from patchsieve.runtime.turn import Turn
 
 if TYPE_CHECKING:
     from patchsieve.runtime.model import Model
@@ -120,6 +122,7 @@ class Chat:
         start = time.perf_counter()
         result.plan = self.plan
         options = _options(sampling, self.model.facts)
+        turn = Turn(self.plan, options, result, scores, start)
         cache = self._open_cache()
         sources = _as_list(image)
         pixels = self.model.preprocess(sources) if sources else None
@@ -131,15 +134,14 @@ class Chat:
         self._check_room(tokens, len(sources), options.max_new_tokens, continues)
 
         seen = len(self._images.features)
-        rng = np.random.default_rng(options.seed)  # of noise; tokens are drawn from its child
         mark: tuple[int, ...] | None = cache.mark()
         try:
-            self._see(pixels, result, rng)
+            self._see(pixels, turn)
             if not continues:
                 mark = None
                 self._is_choice_lost |= bool(self._state.sites)
                 self._restart(cache)
-            answer = Answer(self, options, result, start, rng, scores)
+            answer = Answer(self, turn)
             yield from answer.run(tokens, tuple(messages))
         except BaseException:
             self._images.forget(seen)
@@ -258,11 +260,11 @@ class Chat:
                     "--max-text-tokens",
                 )
 
-    def _see(self, pixels: np.ndarray | None, result: Result, rng: np.random.Generator) -> None:
+    def _see(self, pixels: np.ndarray | None, turn: Turn) -> None:
         start, images = time.perf_counter(), self._images
         if pixels is not None:
             first = len(images.features)
-            seen = self.model.pipeline.see(pixels, self.plan, rng)
+            seen = self.model.pipeline.see(pixels, turn.plan, turn.noise)
             images.features += list(seen.features)
             images.patch_ids += list(seen.ids)
             images.cls += seen.cls
@@ -272,7 +274,7 @@ class Chat:
                     zip(seen.ids, seen.sources, strict=False), first
                 )
             ]
-        result.timings_ms["vision"] = since(start)
+        turn.result.timings_ms["vision"] = since(start)
 
     def _restart(self, cache: Cache) -> None:
         cache.rewind((0,) * len(cache.mark()))

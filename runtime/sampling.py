@@ -105,6 +105,16 @@ PLAIN: dict[str, Any] = {
 }
 
 
+def streams(seed: int | None) -> tuple[np.random.Generator, np.random.Generator]:
+    """The two random streams of a request: noise of pruning methods, and draws of tokens.
+
+    One stream for both would draw tokens by the numbers that chose the visual tokens. The noise has
+    the seed itself; `Generator.spawn` would be shorter, but needs NumPy 1.25.
+    """
+    root = np.random.SeedSequence(seed)
+    return np.random.default_rng(root), np.random.default_rng(root.spawn(1)[0])
+
+
 class Sampler:
     """Chooses the tokens of one answer; holds its random state.
 
@@ -129,8 +139,7 @@ class Sampler:
         self.options = options
         self.eos_token_ids = frozenset(int(token) for token in eos_token_ids)
         self._penalties = Penalties(options, self.eos_token_ids, prompt)
-        # A child of the seed: the seed itself feeds the noise of pruning methods.
-        self._rng = np.random.default_rng(np.random.SeedSequence(options.seed).spawn(1)[0])
+        self._rng = streams(options.seed)[1]
 
     def is_eos(self, token_id: int) -> bool:
         """Whether `token_id` ends the answer."""
