@@ -71,6 +71,10 @@ class Cache:
         for stage, length in zip(self.stages, mark[1:], strict=True):
             stage.length = length
 
+    def empty(self) -> None:
+        """Forget all rows."""
+        self.rewind((0,) * len(self.mark()))
+
     def kv_bytes(self) -> dict[str, Any]:
         """Reserved and used bytes, in all and per stage."""
         per_stage = [stage.to_dict() for stage in self.stages]

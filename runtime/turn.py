@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from patchsieve.runtime.result import Result
-from patchsieve.runtime.sampling import SamplingOptions, streams
+from patchsieve.runtime.sampling import streams
+from patchsieve.runtime.sampling_options import SamplingOptions
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from transformers.generation.logits_process import (
 )
 
 from patchsieve.contract.errors import PatchsieveError, RequestError
-from patchsieve.runtime.sampling import Sampler, SamplingOptions
+from patchsieve.runtime.sampling import Sampler
+from patchsieve.runtime.sampling_options import SamplingOptions
 from patchsieve.runtime.turn import Turn
 
 CASES = [
