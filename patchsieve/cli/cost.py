@@ -12,11 +12,12 @@ from patchsieve import cost as costs
 from patchsieve import inspection
 from patchsieve.cli import cost_spellings, plan_options
 from patchsieve.cli.cost_spellings import COSTS_ONLY, Chosen
-from patchsieve.cli.output import flops, plural, print_json, size, table
+from patchsieve.cli.output import print_json
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.manifest import Manifest, read
 from patchsieve.contract.plan import NO_PRUNING, Plan
 from patchsieve.contract.precision import BYTES
+from patchsieve.tables import flops, plural, size, table
 
 _CONVENTIONS = {"papers": costs.PAPERS, "runtime": costs.RUNTIME}
 _TEXT_TOKENS = 512  # of a request, where no bundle limits it

@@ -10,7 +10,7 @@ from pathlib import Path
 from patchsieve import plans
 from patchsieve.cli import plan_options
 from patchsieve.cli.arguments import gigabytes, integers
-from patchsieve.cli.output import Progress, print_json, require, size
+from patchsieve.cli.output import Progress, print_json, require
 from patchsieve.contract import engine_memory as build_memory
 from patchsieve.contract import names
 from patchsieve.contract.errors import PatchsieveError
@@ -21,6 +21,7 @@ from patchsieve.contract.writing import check_new_bundle
 from patchsieve.export.card import next_commands
 from patchsieve.pruning.recipes import Size
 from patchsieve.runtime.board.abilities import EXPORT
+from patchsieve.tables import size
 
 _LIMITS = (512, 256, 1)  # text tokens, new tokens, images
 _OF_A_NEW_BUNDLE = (
