@@ -243,6 +243,11 @@ class CalibrationOptions:
         """Whether something learns."""
         return self.method == "atp" or self.language_model.train_lm
 
+    @property
+    def batch_size(self) -> int:
+        """Samples of one pass, whether something learns or not."""
+        return self.training.batch_size
+
     def _check_method(self) -> None:
         if self.method not in METHODS:
             raise PatchsieveError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+import shutil
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -67,42 +68,60 @@ def asked(
     return asked
 
 
-def begin(partial: Path, asked: dict[str, Any], last: Path | None) -> None:
-    """Make the folder of a new training.
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a training keeps what it needs to be resumed.
 
-    Args:
-        partial: The folder.
-        asked: What the training is asked to do.
-        last: A checkpoint that the folder already holds.
-
-    Raises:
-        PatchsieveError: It holds one, so somebody may want to resume from it.
+    Attributes:
+        folder: Holds the Trainer's checkpoints, and what the training was asked to do.
+        asked: What it is asked to do now, see `asked`.
+        resumes: Continue from what the folder holds.
     """
-    if last is not None:
-        raise PatchsieveError(
-            f"{partial} holds a training that was interrupted",
-            found=last.name,
-            do="add --resume to continue it, or remove it",
-        )
-    partial.mkdir(parents=True, exist_ok=True)
-    (partial / _FILE).write_text(json.dumps(asked) + "\n", encoding="utf-8")
 
+    folder: Path
+    asked: dict[str, Any]
+    resumes: bool
 
-def check_same(partial: Path, asked: dict[str, Any]) -> None:
-    """Refuse to continue a training with other options than it began with."""
-    try:
-        found = dict(json.loads((partial / _FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:  # TypeError, ValueError: no object
-        raise PatchsieveError(
-            f"{partial} cannot be resumed",
-            found=error,
-            do=f"remove {partial}, and start without --resume",
-        ) from error
-    other = [name for name in _OF_A_TRAINING if found.get(name) != asked[name]]
-    if other:
-        raise PatchsieveError(
-            "the training to resume had other options",
-            found=", ".join(f"{name} {asked[name]}" for name in other),
-            expected=", ".join(f"{name} {found.get(name)}" for name in other),
-            do=f"give the same options, or remove {partial}",
-        )
+    def prepare(self, last: Path | None) -> None:
+        """Make the folder of a new training, or check that of the one to resume.
+
+        Args:
+            last: The newest checkpoint in the folder.
+
+        Raises:
+            PatchsieveError: A new training would overwrite another, or the one to resume began
+                with other options.
+        """
+        if self.resumes:
+            self._check_same()
+            return
+        if last is not None:
+            raise PatchsieveError(
+                f"{self.folder} holds a training that was interrupted",
+                found=last.name,
+                do="add --resume to continue it, or remove it",
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / _FILE).write_text(json.dumps(self.asked) + "\n", encoding="utf-8")
+
+    def remove(self) -> None:
+        """Remove the folder: its result is in place."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _check_same(self) -> None:
+        try:
+            found = dict(json.loads((self.folder / _FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:  # TypeError, ValueError: no object
+            raise PatchsieveError(
+                f"{self.folder} cannot be resumed",
+                found=error,
+                do=f"remove {self.folder}, and start without --resume",
+            ) from error
+        other = [name for name in _OF_A_TRAINING if found.get(name) != self.asked[name]]
+        if other:
+            raise PatchsieveError(
+                "the training to resume had other options",
+                found=", ".join(f"{name} {self.asked[name]}" for name in other),
+                expected=", ".join(f"{name} {found.get(name)}" for name in other),
+                do=f"give the same options, or remove {self.folder}",
+            )

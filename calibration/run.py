@@ -13,49 +13,29 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from transformers import LlavaForConditionalGeneration
 
 from patchsieve.calibration import resume as resuming
 from patchsieve.calibration.checkpoint import save_checkpoint
 from patchsieve.calibration.encoder import Encoder
 from patchsieve.calibration.model import PrunedLlava
-from patchsieve.calibration.options import CalibrationOptions, Data, check_sites
+from patchsieve.calibration.options import CalibrationOptions, Data
 from patchsieve.calibration.samples import Samples
-from patchsieve.calibration.survivors import (
-    Survivors,
-    check_counts,
-    check_target,
-    fix_thresholds,
-    geometric_counts,
-    measure,
-)
-from patchsieve.calibration.thresholds import (
-    constant_heads,
-    fixed_counts,
-    go_on_from,
-    learned_heads,
-    scores_of,
-)
+from patchsieve.calibration.start import Budget, begin
+from patchsieve.calibration.survivors import Survivors, average, fix_thresholds, measure
+from patchsieve.calibration.thresholds import scores_of
 from patchsieve.calibration.train import HeadsTrainer, head_tensors, last_checkpoint
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.writing import check_folder, check_new, whole_or_nothing
-from patchsieve.pruning.decoder.atp import ATP
-from patchsieve.pruning.decoder.thresholds import INITIAL_THETA_S, Thresholds
-from patchsieve.pruning.decoder.training import average_tokens
 from patchsieve.pruning.heads import HeadsConfig, save_heads
 from patchsieve.runtime.records import Records
 
 Progress = Callable[[str, float], None]
 LOG = "log.jsonl"  # the Trainer's lines, beside what was learned
-_SPATIAL_THETA_S = 0.2  # alone, the coarsest grids would have no gradient
 
 
 @dataclass(frozen=True)
@@ -106,14 +86,6 @@ class _Source:
     held_out: Samples
 
 
-@dataclass(frozen=True)
-class _Budget:
-    """Tokens that may stay: the mean over all layers, and at each site if they are chosen."""
-
-    target_tokens: float
-    counts: tuple[float, ...] | None
-
-
 def calibrate(
     checkpoint: str,
     data: Data,
@@ -126,7 +98,7 @@ def calibrate(
 ) -> Calibration:
     """Learn the thresholds of a checkpoint, or its language model too, and write them.
 
-    Started by torchrun, every process calls it, and the first one writes.
+    Under torchrun every process calls it, and the first one writes.
 
     Args:
         checkpoint: Hugging Face directory or hub id.
@@ -135,38 +107,29 @@ def calibrate(
         out: Directory to make: heads, or a whole checkpoint if its language model is trained.
         revision: Branch, tag or commit of a hub id; None for its main branch.
         resume: Continue the training that was interrupted.
-        progress: Takes a line about the work and how much of it is done, 0 to 1.
+        progress: Takes what is being done and how much of it is done, 0 to 1.
 
     Raises:
         PatchsieveError: The checkpoint, the data or the options cannot be used.
     """
     started = time.monotonic()
-    partial = _check_places(out, options, resume)
+    folder = _check_places(out, options, resume)
     progress("loading the checkpoint", 0.0)
     source = _read(checkpoint, revision, data, options)
-    budget = _budget(options, source.encoder)
-    model = _build(source.encoder, options, budget)
-    history: list[dict[str, Any]] = []
-    if options.trains:
-        asked = resuming.asked(checkpoint, revision, data, options, **asdict(budget))
-        history = _train(model, source.samples, options, partial, asked, resume, progress)
-    elif options.method == "quantile":
-        assert budget.counts is not None
-        batch_size = options.training.batch_size
-        fix_thresholds(model, source.samples, budget.counts, batch_size, progress)
-    sites = measure(
-        model, source.held_out, options.percentile, options.training.batch_size, progress
-    )
+    model, budget = begin(source.encoder, options)
+    asked = resuming.asked(checkpoint, revision, data, options, **asdict(budget))
+    training = resuming.TrainingState(folder, asked, resume)
+    history = _learn(model, source.samples, options, budget, training, progress)
+    sites = measure(model, source.held_out, options.percentile, options.batch_size, progress)
     if is_main_process():
         _save(out, source.encoder, model, _heads_config(options, model, sites), history)
         if options.trains:
-            shutil.rmtree(partial, ignore_errors=True)
-    means, layers = [site.mean for site in sites], [site.layer for site in sites]
+            training.remove()
     return Calibration(
         out=out,
         is_checkpoint=options.language_model.train_lm,
         sites=sites,
-        average_tokens=average_tokens(means, layers, model.num_layers, len(model.patch_ids)),
+        average_tokens=average(model, sites),
         target=budget.target_tokens,
         position_rule=source.encoder.trained.position_rule,
         records=len(source.samples),
@@ -212,110 +175,26 @@ def _read(
     return _Source(encoder, *(samples[path] for path in paths))
 
 
-def _budget(options: CalibrationOptions, encoder: Encoder) -> _Budget:
-    """The budget in tokens of this checkpoint; refuses one that its layers cannot meet."""
-    num_layers, num_visual = encoder.config.text_config.num_hidden_layers, len(encoder.patch_ids)
-    sites, target = options.sites, options.target_tokens
-    check_sites(sites, num_layers)
-    if options.counts is not None:
-        check_counts(options.counts, num_visual)
-        target = average_tokens(options.counts, sites, num_layers, num_visual)
-        return _Budget(target, options.counts)
-    assert target is not None
-    if options.method == "atp":
-        check_target(num_visual, sites, num_layers, target)
-        return _Budget(target, None)
-    return _Budget(target, tuple(geometric_counts(num_visual, sites, num_layers, target)))
-
-
-def _build(encoder: Encoder, options: CalibrationOptions, budget: _Budget) -> PrunedLlava:
-    """The model with the thresholds that it begins with."""
-    scores, wanted = options.scores, options.language_model
-    methods = {
-        site: ATP(thresholds=thresholds, **asdict(scores))
-        for site, thresholds in _thresholds(encoder, options, budget.counts or ()).items()
-    }
-    losses = options.training.losses(budget.target_tokens)
-    if wanted.hard:  # which tokens are worth their cost is no longer learned
-        losses = replace(losses, lambda_atp=0.0)
-    if options.method == "fixed":  # no budget is left to learn
-        losses = replace(losses, target_tokens=None, lambda_atp=0.0)
-    model = PrunedLlava(
-        _llava(encoder, options),
-        methods,
-        encoder.patch_ids.tolist(),
-        encoder.grid,
-        losses,
-        sections=encoder.trained.rotary_sections,
-        train_lm=wanted.train_lm,
-    )
-    model.is_hard = wanted.hard
-    if (heads := _stored_heads(encoder, options)) is not None:
-        go_on_from(heads, model)
-    return model
-
-
-def _llava(encoder: Encoder, options: CalibrationOptions) -> Any:
-    # Steps of 2e-5 are lost in bfloat16 weights: those that are trained stay float32, and --bf16
-    # computes with a copy.
-    is_half = options.training.bf16 and not options.language_model.train_lm
-    return LlavaForConditionalGeneration.from_pretrained(
-        encoder.directory,
-        config=encoder.config,
-        dtype=torch.bfloat16 if is_half else torch.float32,
-        # On a CPU the backward pass of SDPA is slower than that of plain products.
-        attn_implementation=None if torch.cuda.is_available() else "eager",
-    )
-
-
-def _thresholds(
-    encoder: Encoder, options: CalibrationOptions, counts: Sequence[float]
-) -> Mapping[int, Thresholds]:
-    """The threshold modules that a calibration begins with, by site."""
-    if options.method == "quantile":
-        return {site: constant_heads(encoder.grid) for site in options.sites}
-    if options.method == "fixed":
-        return fixed_counts(options.sites, counts, encoder.grid)
-    parts, theta_s = options.scores.parts, options.initial_theta_s
-    if theta_s is None:
-        theta_s = _SPATIAL_THETA_S if parts == "spatial" else INITIAL_THETA_S
-    torch.manual_seed(options.training.seed)
-    initial = (options.initial_theta_r, theta_s)
-    return learned_heads(options.sites, encoder.grid, options.hidden, initial, parts)
-
-
-def _stored_heads(encoder: Encoder, options: CalibrationOptions) -> Path | None:
-    """Heads to continue from: those asked for, or the checkpoint's own for a hard finish."""
-    if options.heads is not None or not options.language_model.hard or options.method != "atp":
-        return options.heads
-    if encoder.heads is None:
-        raise PatchsieveError(
-            "--hard continues a training of thresholds",
-            found=f"none in {encoder.directory}",
-            do="train with --train-lm alone before, or give --heads",
-        )
-    return encoder.heads
-
-
-def _train(
+def _learn(
     model: PrunedLlava,
     samples: Samples,
     options: CalibrationOptions,
-    partial: Path,
-    asked: dict[str, Any],
-    resume: bool,
+    budget: Budget,
+    state: resuming.TrainingState,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Train the model; gives the Trainer's log."""
-    last = last_checkpoint(partial)
+    """Train the model, or fix its thresholds; gives the Trainer's log."""
+    if not options.trains:
+        if options.method == "quantile":
+            assert budget.counts is not None
+            fix_thresholds(model, samples, budget.counts, options.batch_size, progress)
+        return []
+    last = last_checkpoint(state.folder)
     if is_main_process():
-        if resume:
-            resuming.check_same(partial, asked)
-        else:
-            resuming.begin(partial, asked, last)
+        state.prepare(last)
     progress("training", 0.0)
-    trainer = HeadsTrainer(model, samples, options.training, partial, progress)
-    trainer.train(resume_from_checkpoint=str(last) if resume and last else None)
+    trainer = HeadsTrainer(model, samples, options.training, state.folder, progress)
+    trainer.train(resume_from_checkpoint=str(last) if state.resumes and last else None)
     trainer.release()
     return trainer.state.log_history
 

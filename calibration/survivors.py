@@ -72,6 +72,12 @@ def measure(
     )
 
 
+def average(model: PrunedLlava, sites: Sequence[Survivors]) -> float:
+    """Mean visual tokens over all layers of a model, those before the first site included."""
+    means, layers = [site.mean for site in sites], [site.layer for site in sites]
+    return average_tokens(means, layers, model.num_layers, len(model.patch_ids))
+
+
 def hard_passes(
     model: PrunedLlava, samples: Samples, batch_size: int, progress: Callable[[float], None]
 ) -> Iterator[PruningPass]:
