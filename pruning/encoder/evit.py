@@ -30,6 +30,7 @@ class Fused:
     moved: Tensor
     num_fused: int = 1
     sizes: None = None
+    num_wanted: Tensor | None = None
 
     def rows(self, rows: Tensor) -> Tensor:
         """[B, n, C] -> [B, K, C]."""
@@ -57,6 +58,7 @@ class EViT:
     reads: ClassVar[tuple[str, ...]] = ()
     is_inside: ClassVar[bool] = True
     is_merging: ClassVar[bool] = False
+    adapts: ClassVar[bool] = False
     is_proportional: ClassVar[bool] = False
 
     schedule: TowerSchedule = TowerSchedule()

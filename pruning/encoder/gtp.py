@@ -45,6 +45,7 @@ class GTP:
     reads: ClassVar[tuple[str, ...]] = ()
     is_inside: ClassVar[bool] = False
     is_merging: ClassVar[bool] = False
+    adapts: ClassVar[bool] = False
     is_proportional: ClassVar[bool] = False
 
     schedule: TowerSchedule = TowerSchedule()

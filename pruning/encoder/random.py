@@ -69,6 +69,7 @@ class RandomPatches:
     reads: ClassVar[tuple[str, ...]] = ("noise",)
     is_inside: ClassVar[bool] = False
     is_merging: ClassVar[bool] = False
+    adapts: ClassVar[bool] = False
     is_proportional: ClassVar[bool] = False
 
     schedule: TowerSchedule = TowerSchedule()

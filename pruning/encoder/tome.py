@@ -37,6 +37,7 @@ class Merged:
     old_sizes: Tensor
     moved: Tensor
     num_fused: int = 0
+    num_wanted: None = None
 
     def rows(self, rows: Tensor) -> Tensor:
         """Means weighted by size, [B, n, C] -> [B, K, C]."""
@@ -72,6 +73,7 @@ class ToMe:
     reads: ClassVar[tuple[str, ...]] = ()
     is_inside: ClassVar[bool] = True
     is_merging: ClassVar[bool] = True
+    adapts: ClassVar[bool] = False
 
     schedule: TowerSchedule = TowerSchedule()
     proportional: bool = True
