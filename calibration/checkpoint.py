@@ -29,8 +29,9 @@ from patchsieve.pruning.heads import HeadsConfig, save_heads
 from patchsieve.runtime.inputs.images import load_image
 from patchsieve.runtime.inputs.preprocess import Preprocessor
 from patchsieve.runtime.inputs.prompt import Prompt, PromptBuilder, expand
+from patchsieve.runtime.positions import number_rows
 from patchsieve.runtime.records import Record
-from patchsieve.runtime.rows import TEXT, Rows, number_rows
+from patchsieve.runtime.rows import TEXT, Rows
 
 HEADS = "heads"  # folder of a checkpoint
 # Files of a checkpoint that training does not change.

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from patchsieve.cli.calibrate_options import add_arguments as add_arguments
 from patchsieve.cli.calibrate_options import check, check_partial, check_sites, trains
-from patchsieve.cli.output import Progress, print_json, require, table
+from patchsieve.cli.output import Progress, print_json, require
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import GRID2D
 from patchsieve.contract.writing import check_folder, check_new
 from patchsieve.pruning.heads import CONFIG
 from patchsieve.runtime.board.abilities import CALIBRATION
+from patchsieve.tables import table
 
 if TYPE_CHECKING:
     from patchsieve.calibration.checkpoint import Encoder

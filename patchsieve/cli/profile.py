@@ -10,12 +10,13 @@ from typing import Any
 
 from patchsieve.cli import USER_ERROR
 from patchsieve.cli.inputs import take_inputs
-from patchsieve.cli.output import Progress, print_json, size, table
+from patchsieve.cli.loading import add_run_options, add_system, load, say_target
+from patchsieve.cli.output import Progress, print_json
 from patchsieve.cli.picture import picture
-from patchsieve.cli.run import add_run_options, add_system, load, say_target
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import NO_PRUNING
 from patchsieve.contract.writing import check_file, write_result
+from patchsieve.tables import size, table
 
 PROMPT = "Describe the image."
 
