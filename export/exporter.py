@@ -31,15 +31,11 @@ from patchsieve.export.graphs.scorer import TextScorer, scorer_graph
 from patchsieve.export.graphs.stage import DecoderLayer, Head, Stage
 from patchsieve.export.graphs.trace import bind, fake_weights, trace
 from patchsieve.export.graphs.vision import Vision, vision_graph
+from patchsieve.export.heads import store_heads
 from patchsieve.export.lowering import lowering
-from patchsieve.export.methods import (
-    build_method,
-    check_sites,
-    layers_read,
-    side_layer,
-    store_heads,
-)
+from patchsieve.export.methods import build_method
 from patchsieve.export.reuse import decide_graphs, plan_vision
+from patchsieve.export.sites import check_sites, layers_read, side_layer
 from patchsieve.export.source.checkpoint import Checkpoint, locate, read_config
 from patchsieve.export.source.clip import ClipSource, open_source
 from patchsieve.export.source.tokenizer import write_tokenizer

@@ -12,7 +12,8 @@ from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import Plan
 from patchsieve.export.families import family_of
 from patchsieve.export.graphs.vision import Vision
-from patchsieve.export.methods import build_encoder, build_method, check_sites
+from patchsieve.export.methods import build_encoder, build_method
+from patchsieve.export.sites import check_sites
 from patchsieve.export.weights import weights_of
 from patchsieve.pruning.decoder.site import Site
 from patchsieve.pruning.select import ascending

@@ -16,6 +16,7 @@ from patchsieve.export.families.specs import TowerSpec
 from patchsieve.export.graphs import ops
 from patchsieve.export.graphs.layers import Linear, activation
 from patchsieve.export.graphs.trace import Input, trace
+from patchsieve.pruning.counts import check_adapting
 from patchsieve.pruning.encoder.walk import NOWHERE, Tower, TowerMethod, Walk
 from patchsieve.pruning.projector.pooling import Pooling
 from patchsieve.pruning.rollout import Layer
@@ -254,9 +255,11 @@ def tokens_left(
             found=f"{methods[0].name} in the tower before it",
             do="remove one of them",
         )
-    for before, method in zip((None, *methods), methods, strict=False):
-        places = method.places(facts.num_patches, facts.num_layers_run)
-        _check_adaptive(before, method, places)
+    pruned = [method.places(facts.num_patches, facts.num_layers_run) for method in methods]
+    check_adapting(
+        [(method.entry, len(each)) for method, each in zip(methods, pruned, strict=True)]
+    )
+    for method, places in zip(methods, pruned, strict=True):
         last = min(places.values())
         drops_nothing = last == left and method is not methods[0] and not method.adapts
         if last > left or drops_nothing:
@@ -269,24 +272,6 @@ def tokens_left(
     if pooling is not None:
         left = pooling.side(facts.grid) ** 2
     return left + facts.has_cls - facts.num_dropped
-
-
-def _check_adaptive(
-    before: TowerMethod | None, method: TowerMethod, places: dict[int, int]
-) -> None:
-    """Refuse what would prune padding (see `TowerMethod.adapts`)."""
-    if before is not None and before.adapts:
-        raise PatchsieveError(
-            f"{method.name} cannot prune after {before.name}, whose count depends on the image",
-            expected=f"{before.name} as the last method before the decoder",
-            do="remove --encoder or --projector",
-        )
-    if method.adapts and len(places) > 1:
-        raise PatchsieveError(
-            f"{method.name} prunes at one layer, because its count depends on the image",
-            found=f"layers {list(places)}",
-            do="give one layer",
-        )
 
 
 def vision_graph(vision: Vision, mode: FakeTensorMode | None = None) -> ir.Model:

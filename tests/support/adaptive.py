@@ -10,37 +10,27 @@ from unittest.mock import patch
 
 import torch
 
-from patchsieve.pruning import table
+from patchsieve.pruning import catalogue
 from patchsieve.pruning.encoder.evit import Fused
-from patchsieve.pruning.encoder.walk import Kept, TowerSite, places_of
+from patchsieve.pruning.encoder.walk import Kept, TowerMethod, TowerSite, places_of
+from patchsieve.pruning.entry import ADAPTS, ENCODER, PROJECTOR, Entry, Option
 from patchsieve.pruning.rollout import start_row
-from patchsieve.pruning.schedules import TowerSchedule
 from patchsieve.pruning.select import apply_budget, ascending
 
 
 @dataclass(frozen=True)
-class Above:
+class Above(TowerMethod):
     """Keep the patches that get more than `factor` times the mean of the class token's attention.
 
     Attributes:
-        schedule: Where, and how many at most.
         factor: Of the mean.
         fuse: Also leave one row, the sum of what is dropped, weighted by its attention.
     """
 
     name: ClassVar[str] = "above"
-    reads: ClassVar[tuple[str, ...]] = ()
-    is_inside: ClassVar[bool] = False
-    is_merging: ClassVar[bool] = False
-    is_proportional: ClassVar[bool] = False
-    adapts: ClassVar[bool] = True
 
-    schedule: TowerSchedule = TowerSchedule()
     factor: float = 1.0
     fuse: bool = False
-
-    def places(self, num_patches: int, num_layers: int) -> dict[int, int]:
-        return self.schedule.places(self.name, num_patches, num_layers)
 
     def reduce(self, site: TowerSite, count: int) -> Kept | Fused:
         attention = start_row(site.group[-1], site.cls)  # [B, n]
@@ -58,9 +48,19 @@ class Above:
         return Fused(indices, weights, moved, num_wanted=num_wanted + 1)
 
 
+def entry(place: str) -> Entry:
+    """Its row in the catalogue, at a place."""
+    own = (Option("factor", "number", "of the mean", 1.0), Option("fuse", "flag", "fuse", False))
+    schedule = tuple(Option(name, "count", name, shown="a default") for name in ("keep", "group"))
+    listed = (Option(name, "integers", name, shown="one") for name in ("layers", "counts"))
+    where = "tests.support.adaptive:Above"
+    options = (*schedule, *listed, *own) if place == ENCODER else (schedule[0], *own)
+    return Entry("above", place, where, "keep what stands out", ADAPTS, options)
+
+
 @contextmanager
 def known() -> Iterator[None]:
     """Let plans name the method."""
-    tables = (table.ENCODERS, table.PROJECTORS)
-    with patch.dict(tables[0], {"above": Above}), patch.dict(tables[1], {"above": Above}):
+    rows = {(place, "above"): entry(place) for place in (ENCODER, PROJECTOR)}
+    with patch.dict(catalogue._BY_PLACE, rows):
         yield
