@@ -287,7 +287,10 @@ class Manifest:
         return self.plans[plan].position_rule or self.text.trained_rule
 
     def num_visual(self, plan: str) -> int:
-        """Visual tokens that enter the decoder for each image under a plan."""
+        """Visual tokens of each image that enter the decoder under a plan, at most.
+
+        Where a method before the decoder adapts, the vision graph gives `names.NUM_WANTED` too.
+        """
         outputs = self.tensors[self.vision_graph(plan)]["outputs"]
         return next(t["shape"][1] for t in outputs if t["name"] == names.IMAGE_FEATURES)
 

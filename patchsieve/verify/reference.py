@@ -131,7 +131,7 @@ class Reference:
     @torch.no_grad()
     def reduced(
         self, plan: Plan, pixel_values: np.ndarray, noise: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
         """Run a plan's vision module in torch, on the checkpoint's weights in float32.
 
         Hugging Face has no tower that prunes: `vision` holds the tower itself against it.
@@ -142,7 +142,7 @@ class Reference:
             noise: [B, patches], where a method draws.
 
         Returns:
-            image_features [B, N, C], image_ids [B, N] and the projected CLS [B, C].
+            Features [N, C] and raster ids [N] of each image, and the projected CLS [B, C].
         """
         # The space that words are compared in is the scorer's, which the checkpoint does not hold.
         plan = replace(plan, pseudo_cls=PseudoCls("none"))
@@ -154,8 +154,14 @@ class Reference:
             state[weight.name] = tensor.t() if weight.transposed else tensor
         module.load_state_dict(state)
         drawn = () if noise is None else (torch.from_numpy(noise),)
-        features, ids, _, cls = module(torch.from_numpy(pixel_values), *drawn)
-        return features.numpy(), ids.numpy(), cls.numpy()
+        features, ids, _, *wanted, cls = module(torch.from_numpy(pixel_values), *drawn)
+        counts = wanted[0].tolist() if wanted else [module.num_visual] * len(features)
+        tokens = [rows[:count].numpy() for rows, count in zip(features, counts, strict=True)]
+        return (
+            tokens,
+            [one[: len(r)].numpy() for one, r in zip(ids, tokens, strict=True)],
+            cls.numpy(),
+        )
 
     @torch.no_grad()
     def embed(self, input_ids: np.ndarray, features: np.ndarray) -> np.ndarray:
