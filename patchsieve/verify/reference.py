@@ -7,7 +7,7 @@ rows: a row that is dropped leaves the list of rows and keeps its position.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -156,12 +156,8 @@ class Reference:
         drawn = () if noise is None else (torch.from_numpy(noise),)
         features, ids, _, *wanted, cls = module(torch.from_numpy(pixel_values), *drawn)
         counts = wanted[0].tolist() if wanted else [module.num_visual] * len(features)
-        tokens = [rows[:count].numpy() for rows, count in zip(features, counts, strict=True)]
-        return (
-            tokens,
-            [one[: len(r)].numpy() for one, r in zip(ids, tokens, strict=True)],
-            cls.numpy(),
-        )
+        tokens, places = (without_padding(each.numpy(), counts) for each in (features, ids))
+        return tokens, places, cls.numpy()
 
     @torch.no_grad()
     def embed(self, input_ids: np.ndarray, features: np.ndarray) -> np.ndarray:
@@ -302,6 +298,11 @@ def cache_name(layer: torch.nn.Module) -> str:
     """
     taken = inspect.signature(layer.forward).parameters
     return "cache" if "cache" in taken else "past_key_values"
+
+
+def without_padding(values: np.ndarray, counts: Iterable[int]) -> list[np.ndarray]:
+    """The first rows of each image, of [B, N, ...] as many as `counts` says."""
+    return [rows[:count] for rows, count in zip(values, counts, strict=True)]
 
 
 def side_rows(positions: np.ndarray, image_index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

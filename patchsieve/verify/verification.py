@@ -215,11 +215,7 @@ class Verification:
         values, graph = self.recorder.values, self.facts.vision_graph(plan)
         features, ids = (values[f"{graph}/{n}"] for n in (names.IMAGE_FEATURES, names.IMAGE_IDS))
         counts = values.get(f"{graph}/{names.NUM_WANTED}", [ids.shape[1]] * len(ids))
-        both = [
-            (rows[:count], one[:count])
-            for rows, one, count in zip(features, ids, counts, strict=True)
-        ]
-        return [rows for rows, _ in both], [one for _, one in both]
+        return hf.without_padding(features, counts), hf.without_padding(ids, counts)
 
     def _reduced(
         self, plan: str, pixels: np.ndarray
