@@ -15,6 +15,7 @@ from patchsieve.contract import names
 from patchsieve.contract.errors import BundleError, PatchsieveError
 from patchsieve.contract.manifest import Limits
 from patchsieve.contract.plan import Plan
+from patchsieve.doors.account import Account
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.reuse import reuse
 from patchsieve.runtime.inputs.prompt import expand
@@ -207,6 +208,12 @@ def test_every_report_takes_the_count_of_each_image(made: Towers) -> None:
     for image, view in zip(result.images, shown.asked[0].views, strict=True):
         early, site = view.places
         assert early.num_after == site.num_before == len(image.ids) == len(early.kept)
+    account = Account()
+    account.add(made.model.facts, result)
+    assert account.visual_tokens_full == 2 * 36
+    assert (
+        account.visual_tokens == (result.visual_tokens + sum(len(s.kept) for s in result.sites)) / 2
+    )
     code, facts = command_json("inspect", made.bundle, "--text-tokens", "40")
     assert code == 0
     assert {name: plan["is_upper_bound"] for name, plan in facts["plans"].items()} == {
