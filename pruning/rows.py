@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patchsieve.pruning.decoder.site import Site
-
 HIDDEN_LOGIT = -1e30  # softmax makes it exactly 0; -inf would give NaN in a row that sees nothing
 
 
@@ -43,25 +41,3 @@ def mean_over(values: Tensor, dim: int) -> Tensor:
     1.7.1 refuses ("Axis input must resolve to a build-time constant"); a sum's axes are constant.
     """
     return values.sum(dim) / values.shape[dim]
-
-
-def key_slots(site: Site, rows: Tensor) -> Tensor:
-    """Key index P + m of each row m, int64 [R]."""
-    return rows + site.first_key
-
-
-def received_attention(site: Site, rows: Tensor) -> Tensor:
-    """Mean attention that each visual token receives from chosen rows, over those and all heads.
-
-    Args:
-        site: The image at the site.
-        rows: Rows that look, 0..L-1, int64 [R].
-
-    Returns:
-        Scores, float32 [B, N].
-    """
-    query_rows = site.query.index_select(2, rows)  # [B, H, R, D]
-    attention = attention_rows(query_rows, site.key, key_slots(site, rows))
-    attention = mean_over(attention, 1)  # [B, R, S]
-    attention = mean_over(attention, 1)  # [B, S]
-    return attention.index_select(1, key_slots(site, site.visual_rows))  # [B, N]

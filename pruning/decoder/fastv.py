@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from patchsieve.contract.errors import PatchsieveError
-from patchsieve.pruning.decoder.site import Decision, Site
-from patchsieve.pruning.rows import received_attention
+from patchsieve.pruning.decoder.site import Decision, Site, received_attention
 from patchsieve.pruning.select import check_keep_ratio, keep_fraction
 
 ROWS = ("last", "mean")
@@ -38,6 +37,7 @@ class FastV:
 
     name: ClassVar[str] = "fastv"
     reads: ClassVar[tuple[str, ...]] = ("query", "key", "last_row")
+    merges: ClassVar[bool] = False
 
     keep_ratio: float = 0.5
     rows: str = "last"
