@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 HIDDEN_LOGIT = -1e30  # softmax makes it exactly 0; -inf would give NaN in a row that sees nothing
+_SMALLEST = 1e-12  # least length of a row, so that a row of zeros has cosine 0
 
 
 def attention_rows(query_rows: Tensor, key: Tensor, row_slots: Tensor) -> Tensor:
@@ -41,3 +42,14 @@ def mean_over(values: Tensor, dim: int) -> Tensor:
     1.7.1 refuses ("Axis input must resolve to a build-time constant"); a sum's axes are constant.
     """
     return values.sum(dim) / values.shape[dim]
+
+
+def cosine(rows: Tensor, centre: Tensor) -> Tensor:
+    """Cosine of each row [B, n, C] with [B, 1, C]; 0 where one has no length; [B, n]."""
+    return (unit(rows) * unit(centre)).sum(-1)
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows of length 1, float32 [..., C]; a row of zeros stays one."""
+    rows = rows.float()
+    return rows / rows.pow(2).sum(-1, keepdim=True).sqrt().clamp(min=_SMALLEST)

@@ -12,7 +12,7 @@ from patchsieve.contract import names, reads
 from patchsieve.export.families.specs import DecoderSpec
 from patchsieve.export.graphs.next_layer import NextLayer, Projections
 from patchsieve.export.graphs.trace import Input, bind, fake_weights, trace
-from patchsieve.export.methods import layers_read
+from patchsieve.export.sites import layers_read
 from patchsieve.export.weights import default_dtype
 from patchsieve.pruning.decoder.site import Site
 from patchsieve.pruning.table import modules

@@ -24,7 +24,7 @@ from patchsieve.export.operators import load, problems
 from patchsieve.export.writer import GraphWriter
 from tests.support.pruning_cases import CASES
 from tests.support.target_bundles import BFLOAT16, MIXED
-from tests.support.test_only_methods import TEST_ONLY, Ahead, tiny_spec
+from tests.support.test_only_methods import TEST_ONLY, tiny_spec
 
 pytest_plugins = ["tests.support.target_bundles"]
 
