@@ -14,7 +14,7 @@ import numpy as np
 
 from patchsieve.contract.errors import RequestError
 from patchsieve.runtime.board import machine, power
-from patchsieve.runtime.inputs.prompt import Content
+from patchsieve.runtime.inputs.chat_template import Content
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.result import Result
 
