@@ -89,7 +89,6 @@ def _tell(args: argparse.Namespace, report: dict[str, Any]) -> None:
 
 def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Encoder]:
     import torch
-    from transformers import LlavaForConditionalGeneration
 
     from patchsieve.calibration.checkpoint import Encoder
     from patchsieve.calibration.model import Losses, PrunedLlava
@@ -117,9 +116,9 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
     # Steps of 2e-5 are lost in bfloat16 weights: those that are trained stay float32, and --bf16
     # computes with a copy.
     is_half = args.bf16 and not args.train_lm
-    llava: Any = LlavaForConditionalGeneration.from_pretrained(
+    llava = encoder.family.load(
         encoder.directory,
-        config=encoder.config,
+        encoder.config,
         dtype=torch.bfloat16 if is_half else torch.float32,
         # On a CPU the backward pass of SDPA is slower than that of plain products.
         attn_implementation=None if torch.cuda.is_available() else "eager",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from patchsieve.contract.errors import BackendMissingError
+from patchsieve.contract.errors import BackendMissingError, PatchsieveError
 
 _WIDTH = 24  # characters of the bar
 
@@ -17,6 +17,11 @@ _WIDTH = 24  # characters of the bar
 def print_json(data: dict[str, Any]) -> None:
     """Print one object with `schema_version` first."""
     print(json.dumps({"schema_version": 1} | data, ensure_ascii=False))
+
+
+def error_json(error: PatchsieveError) -> dict[str, Any]:
+    """An error as `--json` prints it: the whole line as `error`, and each field."""
+    return {"error": str(error), **error.fields()}
 
 
 def require(libraries: Sequence[str], extra: str, what: str) -> None:
