@@ -119,7 +119,7 @@ def test_a_stop_string_that_completes_in_the_last_flush_still_stops() -> None:
 def test_the_window_stays_short_in_a_long_answer(kind: str) -> None:
     tok = tokenizer(kind)
     rng = np.random.default_rng(0)
-    stream = TextStream(tok, **options)
+    stream = TextStream(tok)
     longest = 0
 
     class Counting:
