@@ -13,8 +13,8 @@ from patchsieve.contract.errors import RequestError
 from patchsieve.runtime.answer import Answer
 from patchsieve.runtime.cache import Cache
 from patchsieve.runtime.conversation import Images, State
-from patchsieve.runtime.inputs.chat_template import Message
-from patchsieve.runtime.inputs.prompt import Content, Prompt
+from patchsieve.runtime.inputs.chat_template import Content, Message
+from patchsieve.runtime.inputs.prompt import Prompt
 from patchsieve.runtime.loaded import Loaded
 from patchsieve.runtime.result import Result, since
 from patchsieve.runtime.room import Need, check_limits, check_room

@@ -69,6 +69,7 @@ class ATP(DecoderMethod):
 
     name: ClassVar[str] = "atp"
     reads: ClassVar[tuple[str, ...]] = ("query", "key")
+    merges: ClassVar[bool] = False
 
     thresholds: nn.Module = field(default_factory=ConstantThresholds)
     granularities: tuple[int, ...] = (2, 4, 8)

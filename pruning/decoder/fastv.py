@@ -30,6 +30,7 @@ class FastV(KeepRatio):
 
     name: ClassVar[str] = "fastv"
     reads: ClassVar[tuple[str, ...]] = ("query", "key", "last_row")
+    merges: ClassVar[bool] = False
 
     rows: str = "last"
 

@@ -27,6 +27,7 @@ class DecoderTopK(KeepNumber):
     """
 
     name: ClassVar[str] = "topk"
+    merges: ClassVar[bool] = False
 
     row: str = "cls"
 

@@ -11,7 +11,8 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, 
 from patchsieve.contract.errors import BackendMissingError, UnsupportedModelError
 from patchsieve.contract.manifest import Generation
 from patchsieve.export.source.tokenizer import write_tokenizer
-from patchsieve.runtime.inputs.prompt import PromptBuilder, expand
+from patchsieve.runtime.inputs.builder import PromptBuilder
+from patchsieve.runtime.inputs.prompt import expand
 from tests.support.models import tiny_llava
 from tests.support.tiny_tokenizers import (
     IMAGE,

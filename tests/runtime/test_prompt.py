@@ -7,8 +7,9 @@ from PIL import Image
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from patchsieve.contract.errors import BundleError, RequestError
+from patchsieve.runtime.inputs.builder import PromptBuilder
 from patchsieve.runtime.inputs.chat_template import ChatTemplate
-from patchsieve.runtime.inputs.prompt import Prompt, PromptBuilder, expand
+from patchsieve.runtime.inputs.prompt import Prompt, expand
 from tests.support.tiny_tokenizers import IMAGE, KINDS, special_tokens, tokenizer, tokenizer_json
 
 # LLaVA-1.5's own: images of a message first, then its texts
@@ -266,7 +267,7 @@ def test_bos_is_never_doubled_and_never_lost(builder) -> None:
         (lambda b: b.build([{"role": "user", "content": [{"type": "video"}]}], 0), "bad message"),
         (lambda b: expand(b.build_raw("<image> What?", 1), 0), "bad visual_tokens_per_image"),
         (lambda b: expand(b.build_raw("<image> What?", 1), [0]), "bad visual_tokens_per_image"),
-        (lambda b: b.tokenize_suffix(""), "the prompt is empty"),
+        (lambda b: b.tokenize_suffix("", []), "the prompt is empty"),
     ],
 )
 def test_a_bad_request_is_one_clear_line(builder, call, message: str) -> None:
@@ -277,7 +278,6 @@ def test_a_bad_request_is_one_clear_line(builder, call, message: str) -> None:
 
 def test_a_bundle_without_a_template_takes_raw_prompts_only(builder) -> None:
     made = builder("llama", None)
-    assert not made.has_chat_template
     with pytest.raises(RequestError, match="no chat template .* raw"):
         made.build([made.user_message("What?", 0)], 0)
     assert made.build_raw("USER: <image>\nWhat? ASSISTANT:", 1).text.startswith("USER:")
