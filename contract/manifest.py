@@ -302,12 +302,14 @@ class Manifest:
         return self.plans[plan].position_rule or self.text.trained_rule
 
     def num_visual(self, plan: str) -> int:
-        """Visual tokens of each image that enter the decoder under a plan, at most.
-
-        Where a method before the decoder adapts, the vision graph gives `names.NUM_WANTED` too.
-        """
+        """Visual tokens of an image that enter the decoder under a plan, or the most of them."""
         outputs = self.tensors[self.vision_graph(plan)]["outputs"]
         return next(t["shape"][1] for t in outputs if t["name"] == names.IMAGE_FEATURES)
+
+    def has_fixed_count(self, plan: str) -> bool:
+        """Whether every image has `num_visual` tokens; else it decides, and they are the most."""
+        outputs = self.tensors[self.vision_graph(plan)]["outputs"]
+        return all(tensor["name"] != names.NUM_WANTED for tensor in outputs)
 
     def budgets(self, plan: str) -> list[int]:
         """Visual tokens per image that each stage reserves slots for under a plan."""

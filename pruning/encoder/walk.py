@@ -1,4 +1,4 @@
-"""The seam of methods that prune or merge patches inside a vision tower, or right behind it.
+"""The seam of methods that prune or merge patches inside a vision tower, or right after it.
 
 Every count, or its bound, is fixed when the graph is made (`patchsieve.pruning.schedules`), so
 every shape is. A method chooses; `Walk` applies what it chose to all that a tower carries, and
@@ -37,7 +37,7 @@ class Tower:
     Attributes:
         grid: Patch rows and columns of an image.
         num_layers: Layers that run.
-        has_cls: A class token stands before the patches.
+        has_cls: A class token comes before the patches.
     """
 
     grid: tuple[int, int]
@@ -107,10 +107,10 @@ class Reduction(Protocol):
 
     @property
     def num_wanted(self) -> Tensor | None:
-        """Tokens that the method would leave without a bound, int64 [B]; None where it is fixed.
+        """Tokens that the method would leave without a bound, int64 [B]; None if it is fixed.
 
         The class token is not counted. Of the K rows the tokens come first, as many as wanted and
-        the bound allow, then padding, which repeats any row; fused rows stand behind it.
+        the bound allow, then padding, which repeats any row; fused rows come last.
         """
         ...
 
@@ -179,7 +179,7 @@ class TowerMethod(Catalogued):
 
     @property
     def is_inside(self) -> bool:
-        """It acts between attention and MLP of its layer, as published; else behind it."""
+        """It acts between attention and MLP of its layer, as published; else after it."""
         return in_tower(self.name).tower.is_inside
 
     @property
@@ -211,7 +211,7 @@ class Tokens(NamedTuple):
         ids: Raster id of each row, NOWHERE for one that is no patch, int64 [B, n].
         sources: Row that each patch went to, NOWHERE if it was dropped, int64 [B, N].
         num_wanted: Tokens that the method would leave without its bound, the class token not
-            counted, int64 [B]; rows behind them are padding. None where the count is fixed.
+            counted, int64 [B]; rows after them are padding. None if the count is fixed.
     """
 
     rows: Tensor
@@ -285,10 +285,9 @@ class Walk:
         return rows
 
     def finish(self, rows: Tensor) -> Tokens:
-        """Put the features [B, n, F * C] behind the last layer into raster order.
+        """Put the features [B, n, F * C] after the last layer into raster order.
 
-        A merged token stands where its first patch stood; a fused row stands last, padding behind
-        it.
+        A merged token takes the place of its first patch; a fused row comes last, padding after it.
         """
         tower, place = self.tower, torch.arange(rows.shape[1], device=rows.device)  # [n]
         patches = torch.arange(tower.num_patches, device=rows.device)  # [N]

@@ -190,6 +190,7 @@ def test_a_conversation_goes_on_and_chooses_again(made: Towers) -> None:
 def test_a_bound_reserves_and_a_result_says_what_it_cut(made: Towers) -> None:
     facts = made.model.facts
     assert facts.num_visual("capped") == 12 and facts.budgets("capped") == [12, 12]
+    assert facts.has_fixed_count("none") and not facts.has_fixed_count("capped")
     assert facts.slots("capped") == [200 + 32 + 3 * 12] * 2
     result = made.model.generate(pictures(3), PROMPT, plan="capped", max_new_tokens=2)
     told = result.to_dict()["images"]
