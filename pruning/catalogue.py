@@ -451,6 +451,11 @@ class Catalogued:
         """Whether tokens become means of several."""
         return self.entry.merges
 
+    @property
+    def adapts(self) -> bool:
+        """Whether the image decides how many tokens stay, up to a bound."""
+        return self.entry.leaves == ADAPTS
+
     def __post_init__(self) -> None:
         """Check the options."""
         own: dict[str, Any] = {k: v for k, v in vars(self).items() if self.entry.has(k)}

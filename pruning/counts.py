@@ -13,7 +13,7 @@ from typing import NamedTuple
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import MethodPlan, Plan, SitePlan
 from patchsieve.pruning import catalogue
-from patchsieve.pruning.entry import ADAPTS, DECODER, ENCODER, NUMBER, PROJECTOR, RATIO
+from patchsieve.pruning.entry import ADAPTS, DECODER, ENCODER, NUMBER, PROJECTOR, RATIO, Entry
 from patchsieve.pruning.heads import load_config
 from patchsieve.pruning.schedules import (
     SCHEDULE_OPTIONS,
@@ -98,15 +98,48 @@ def before_decoder(plan: Plan, num_patches: int, num_layers: int) -> BeforeDecod
     """
     in_tower: dict[int, int] = {}
     left, is_exact = num_patches, True
+    chain: list[tuple[Entry, int]] = []
     if plan.encoder is not None:
         found = catalogue.entry(ENCODER, plan.encoder.method)
         in_tower = schedule_of(plan.encoder).places(found.name, num_patches, num_layers)
         left, is_exact = min(in_tower.values()), found.leaves != ADAPTS
+        chain.append((found, len(in_tower)))
     if plan.projector is not None:
         found = catalogue.entry(PROJECTOR, plan.projector.method)
         is_exact = is_exact and found.leaves != ADAPTS
+        chain.append((found, 1))
         left = _after_tower(plan.projector, plan.encoder, left, num_patches, num_layers)
+    check_adapting(chain)
     return BeforeDecoder(in_tower, left, is_exact)
+
+
+def check_adapting(chain: Sequence[tuple[Entry, int]]) -> None:
+    """Refuse methods before the decoder that would prune padding.
+
+    Where a method's count adapts to the image, rows up to its bound leave it, the last of which are
+    padding. So it prunes once, and nothing prunes after it in the vision graph.
+
+    Args:
+        chain: The methods in their order, each with how many layers prune by it.
+    """
+    for place, (found, num_layers) in enumerate(chain):
+        if found.leaves != ADAPTS:
+            continue
+        if place + 1 < len(chain):
+            raise PatchsieveError(
+                f"{chain[place + 1][0].name} cannot prune after {found.name}, whose number of "
+                "tokens depends on the image",
+                expected=f"{found.name} as the last method before the decoder",
+                do="remove --encoder or --projector",
+            )
+        if num_layers > 1:
+            raise PatchsieveError(
+                f"{found.name} cannot prune at several layers, because its number of tokens "
+                "depends on the image",
+                found=f"{num_layers} layers",
+                expected="one",
+                do="give --encoder-layers one layer",
+            )
 
 
 def schedule_of(method: MethodPlan) -> TowerSchedule:
@@ -152,7 +185,8 @@ def _after_tower(
         return pooled_side(method.params.get("keep"), (side, side)) ** 2
     count = once_behind(method, num_layers).places(method.method, num_patches, num_layers)
     last = count[num_layers - 1]
-    if encoder is not None and last >= left:
+    adapts = catalogue.entry(PROJECTOR, method.method).leaves == ADAPTS
+    if encoder is not None and (last > left or (last == left and not adapts)):
         raise PatchsieveError(
             f"{method.method} after {encoder.method} would drop nothing",
             found=f"{last} to keep of {left}",

@@ -255,7 +255,8 @@ def _report(
         print(f"  {target}: graphs of {size(count)} on the shared weights, {took}{needs}")
     if facts.plans[plan].prunes_before:
         left, full_count = facts.num_visual(plan), facts.vision.num_visual
-        print(f"  tower: {left} of {full_count} visual tokens an image enter the decoder")
+        most = "" if facts.has_fixed_count(plan) else "at most "
+        print(f"  tower: {most}{left} of {full_count} visual tokens an image enter the decoder")
     for stage, budget, count in zip(facts.stages, facts.budgets(plan), slots, strict=True):
         print(
             f"  layers {stage.first}-{stage.last - 1}: "

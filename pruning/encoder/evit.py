@@ -28,6 +28,7 @@ class Fused:
     moved: Tensor
     num_fused: int = 1
     sizes: None = None
+    num_wanted: Tensor | None = None
 
     def rows(self, rows: Tensor) -> Tensor:
         """[B, n, C] -> [B, K, C]."""

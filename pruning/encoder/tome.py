@@ -34,6 +34,7 @@ class Merged:
     old_sizes: Tensor
     moved: Tensor
     num_fused: int = 0
+    num_wanted: None = None
 
     def rows(self, rows: Tensor) -> Tensor:
         """Means weighted by size, [B, n, C] -> [B, K, C]."""

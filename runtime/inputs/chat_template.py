@@ -21,6 +21,8 @@ _RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticE
 _PROBE_LEFT, _PROBE_RIGHT = "qleftq", "qrightq"
 
 Message = Mapping[str, Any]
+# What a turn says: its words, or the parts of a message.
+Content = str | Sequence[Mapping[str, str]]
 
 
 class ChatTemplate:
