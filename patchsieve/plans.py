@@ -58,14 +58,7 @@ def build(
     Raises:
         PatchsieveError: A method or an option is unknown, missing or without effect.
     """
-    given = {name: value for name, value in options.items() if value is not None}
-    if unknown := [name for name in given if name not in KEYWORDS]:
-        raise PatchsieveError(
-            "no method has such options",
-            found=", ".join(unknown),
-            expected=", ".join(sorted(KEYWORDS)),
-            do="correct their names (docs/methods.md lists them)",
-        )
+    given = _known(options)
     if method is not None and catalogue.find(RECIPE, method):
         others = {"sites": sites, "budget": budget, "encoder": encoder, "projector": projector}
         return _recipe(method, size, given, others | {"positions": positions})
@@ -86,6 +79,19 @@ def build(
             do="remove --positions",
         )
     return plan
+
+
+def _known(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are given, each of which some method has."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if unknown := [name for name in given if name not in KEYWORDS]:
+        raise PatchsieveError(
+            "no method has such options",
+            found=", ".join(unknown),
+            expected=", ".join(sorted(KEYWORDS)),
+            do="correct their names (docs/methods.md lists them)",
+        )
+    return given
 
 
 def _recipe(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from patchsieve.pruning.catalogue import Catalogued, in_tower
-from patchsieve.pruning.entry import ENCODER
+from patchsieve.pruning.entry import Entry
 from patchsieve.pruning.rollout import Layer
 from patchsieve.pruning.schedules import TowerSchedule
 from patchsieve.pruning.select import ascending, keep_top
@@ -172,15 +172,19 @@ class TowerMethod(Catalogued):
         schedule: Where it prunes, and to how many tokens.
     """
 
-    acts_at = ENCODER
     reads: ClassVar[tuple[str, ...]] = ()
 
     schedule: TowerSchedule = TowerSchedule()
 
     @property
+    def entry(self) -> Entry:
+        """What the catalogue says of the method, inside the tower or else after it."""
+        return in_tower(self.name)
+
+    @property
     def is_inside(self) -> bool:
         """It acts between attention and MLP of its layer, as published; else after it."""
-        return in_tower(self.name).tower.is_inside
+        return self.entry.tower.is_inside
 
     @property
     def is_proportional(self) -> bool:
