@@ -210,12 +210,13 @@ class PromptBuilder:
             rest = rest[len(_ANSWER) :]
         return rest or None
 
-    def tokenize_suffix(self, text: str, messages: Sequence[Message]) -> Prompt:
+    def tokenize_suffix(self, text: str, messages: Sequence[Message] = ()) -> Prompt:
         """Tokenise the continuation of a conversation.
 
         Args:
             text: The suffix from `continuation`.
-            messages: The conversation; the instruction is found as in `build`.
+            messages: The conversation, in which the instruction is found as in `build`; without it
+                the instruction is found as in `build_raw`.
 
         Returns:
             A prompt whose indices count from the suffix's first token.
@@ -225,11 +226,13 @@ class PromptBuilder:
         """
         if not text:
             raise _nothing_to_send()
-        template = self._required_template()
-        whole = template.render(messages)
-        start = len(whole) - len(text)
-        found = instruction_spans(template, messages, whole, self.image_token)
-        spans = [(begin - start, end - start) for begin, end in found if begin >= start]
+        spans: list[tuple[int, int]] = []
+        if messages:
+            template = self._required_template()
+            whole = template.render(messages)
+            start = len(whole) - len(text)
+            found = instruction_spans(template, messages, whole, self.image_token)
+            spans = [(begin - start, end - start) for begin, end in found if begin >= start]
         if not spans:
             after = text.rfind(self.image_token)
             spans = [(after + len(self.image_token) if after >= 0 else 0, len(text))]
