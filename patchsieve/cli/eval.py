@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         "target": model.bundle.target,
         "max_new_tokens": asked,
     }
-    progress = Progress(args.quiet or args.json)
+    progress = Progress.of(args)
     answers = ask(
         model,
         questions,

@@ -215,7 +215,7 @@ def run(args: argparse.Namespace) -> int:
         check_new_bundle(args.output)
     plan = plan_of(args)
     name = args.plan_name or _free_name(plan, args.reuse)
-    progress = Progress(args.quiet)
+    progress = Progress.of(args)
     start = time.perf_counter()
     spent: dict[str, float] = {}
     if args.reuse is not None:

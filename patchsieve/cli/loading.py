@@ -40,7 +40,7 @@ def load(args: argparse.Namespace) -> Any:
     """Load the bundle that the options name."""
     from patchsieve.runtime.model import Model
 
-    progress = Progress(args.quiet or args.json)
+    progress = Progress.of(args)
     files = 0
 
     def step(path: str) -> None:

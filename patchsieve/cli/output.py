@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import sys
@@ -56,6 +57,14 @@ class Progress:
         self.quiet = quiet
         self.is_terminal = sys.stderr.isatty()
         self._last = self._percent = ""
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Progress:
+        """The progress of a command; with `--json` a bar on a terminal, which is cleared, or none.
+
+        Programs that read the JSON object read stderr for errors.
+        """
+        return cls(args.quiet or (args.json and not sys.stderr.isatty()))
 
     def __call__(self, what: str, fraction: float) -> None:
         """Say what is being done and how much is done, 0 to 1."""

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         check_file(args.output)
     take_inputs(args)
     model = load(args)
-    progress = Progress(args.quiet or args.json)
+    progress = Progress.of(args)
     plan = args.plan or model.facts.default_plan
     report = profile(
         model,

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
     take_inputs(args)
     model = load(args)
-    progress = Progress(args.quiet or args.json)
+    progress = Progress.of(args)
     options = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
     shown = collect(
         model,
