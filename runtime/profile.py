@@ -177,6 +177,7 @@ def profile(
     Raises:
         RequestError: A count is too small, or the request does not fit the bundle.
     """
+    _check_counts(warmup, runs)
     plan = plan or model.facts.default_plan
     plans = list(dict.fromkeys([plan, *([against] if against else [])]))
     model.spare_caches = max(model.spare_caches, len(plans))  # no run pays for a new cache
@@ -190,6 +191,16 @@ def profile(
     return report
 
 
+def _check_counts(warmup: int, runs: int) -> None:
+    if runs < 1 or warmup < 0:
+        raise RequestError(
+            "a profile of too few runs",
+            found=f"runs {runs}, warmup {warmup}",
+            expected="at least 1 and 0",
+            do="give --runs 1 or more, and --warmup 0 or more",
+        )
+
+
 def _measure(
     ask: Callable[..., Result],
     model: Model,
@@ -201,13 +212,6 @@ def _measure(
     root: Path,
 ) -> dict[str, Any]:
     """Ask with each plan in turn, and sum up what was measured of each."""
-    if runs < 1 or warmup < 0:
-        raise RequestError(
-            "a profile of too few runs",
-            found=f"runs {runs}, warmup {warmup}",
-            expected="at least 1 and 0",
-            do="give --runs 1 or more, and --warmup 0 or more",
-        )
     taken = {name: Runs() for name in plans}
     with Conditions(root) as conditions:
         for number in range(warmup + runs):
