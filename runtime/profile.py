@@ -84,7 +84,7 @@ class Runs:
         }
 
     def _power(self) -> dict[str, Any] | None:
-        """Watts over all runs, joules of an answer; None where nothing measures power."""
+        """Watts over all runs, joules of an answer; None if nothing measures power."""
         if not self.energy:
             return None
         return {
@@ -118,7 +118,7 @@ class Conditions:
         self.throttling.append(power.throttling(self.root))
 
     def measure(self, run: Callable[[], Result]) -> tuple[Result, list[dict[str, float]]]:
-        """Run, and tell watts and joules; none where nothing measures them.
+        """Run, and report watts and joules; none if nothing measures them.
 
         A sample at either end serves a run that is shorter than the interval.
         """
@@ -169,7 +169,7 @@ def profile(
         raw: The prompt is the whole text, without chat template.
         system: The system prompt.
         progress: Told what is being run.
-        root: The file system whose /sys tells power and temperatures.
+        root: The file system whose /sys reports power and temperatures.
 
     Returns:
         Machine, request, and for each plan statistics and raw values, as JSON can hold them.

@@ -18,8 +18,8 @@ def add_system(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--system",
         metavar="TEXT",
-        help="the system prompt, placed by the chat template; it judges no visual token (default: "
-        "what the template writes without one)",
+        help="the system prompt, which the chat template places; it judges no visual token "
+        "(default: what the template writes without one)",
     )
 
 
@@ -27,13 +27,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Options of every command that runs a bundle."""
     add = parser.add_argument
     add_target(parser)
-    add("--threads", type=int, help="threads of the CPU backend")
+    add("--threads", type=int, help="the threads of the CPU backend (default: one for each core)")
     add(
         "--no-hash",
         action="store_true",
-        help="check files by size, not by content",
+        help="check the bundle's files by size only, not by content",
     )
-    add("--quiet", action="store_true", help="only the answer")
+    add("--quiet", action="store_true", help="print the result only, with no progress and no notes")
 
 
 def load(args: argparse.Namespace) -> Any:

@@ -37,7 +37,7 @@ def require(libraries: Sequence[str], extra: str, what: str) -> None:
 
 
 def peak_memory() -> int | None:
-    """Most bytes that this process had resident; None where the system does not tell."""
+    """Most bytes that this process had resident; None if the system does not report them."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
@@ -50,7 +50,7 @@ def peak_memory() -> int | None:
 class Progress:
     """A bar on a terminal, a line per step elsewhere; silent with `--quiet`.
 
-    Off a terminal a percentage is printed once, and blanks stand before the further steps at it.
+    Off a terminal a percentage is printed once; later steps at the same one begin with blanks.
     """
 
     def __init__(self, quiet: bool = False) -> None:

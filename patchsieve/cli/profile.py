@@ -24,23 +24,54 @@ PROMPT = "Describe the image."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
-    add("bundle", type=Path)
-    add("--image", action="append", default=[], metavar="FILE", help="a generated one by default")
-    add("--prompt", default=PROMPT, metavar="TEXT", help=f"the question, or - for stdin ({PROMPT})")
+    add("bundle", type=Path, help="the bundle's directory")
+    add(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an image file; repeat it for several (default: a generated picture)",
+    )
+    add(
+        "--prompt",
+        default=PROMPT,
+        metavar="TEXT",
+        help=f"the question, or - for stdin (default: {PROMPT})",
+    )
     add_system(parser)
-    add("--raw", action="store_true", help="the prompt is the whole text, without chat template")
-    add("--plan", metavar="NAME", help="which of the bundle's plans; its default otherwise")
-    add("--against", default=NO_PRUNING, metavar="NAME", help="plan to compare with (none)")
-    add("--alone", action="store_true", help="compare with nothing")
-    add("--warmup", type=int, default=3, metavar="N", help="runs that do not count (3)")
-    add("--runs", type=int, default=10, metavar="N", help="runs that do (10)")
+    add(
+        "--raw",
+        action="store_true",
+        help="take the prompt as the whole text, without the chat template",
+    )
+    add("--plan", metavar="NAME", help="the plan to follow (default: the bundle's own)")
+    add(
+        "--against",
+        default=NO_PRUNING,
+        metavar="NAME",
+        help="the plan to compare with (default: none, which prunes nothing)",
+    )
+    add("--alone", action="store_true", help="measure one plan only, and compare it with nothing")
+    add(
+        "--warmup",
+        type=int,
+        default=3,
+        metavar="N",
+        help="the runs before those that count (default: 3)",
+    )
+    add("--runs", type=int, default=10, metavar="N", help="the runs that count (default: 10)")
     add(
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help="tokens of each answer (32, or what the bundle reserves if that is fewer)",
+        help="the tokens of each answer (default: 32, or what the bundle reserves if fewer)",
     )
-    add("--output", type=Path, metavar="FILE", help="write the JSON object there too")
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="also write the JSON object to this file, for `patchsieve compare`",
+    )
     add_run_options(parser)
 
 
@@ -126,7 +157,7 @@ def _board(machine: dict[str, Any]) -> list[str]:
 
 
 def _times(report: dict[str, Any]) -> str:
-    """Milliseconds of each part; the other plan's median and the ratio of medians behind them."""
+    """Milliseconds of each part, then the median of the plan compared with, and the ratio."""
     plan, against = report["plan"], report["against"]
     ours = report["plans"][plan]["times_ms"]
     theirs = report["plans"][against]["times_ms"] if against else {}

@@ -21,7 +21,7 @@ _GIVEN = ("max_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "min_n
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
-    add("bundle", type=Path)
+    add("bundle", type=Path, help="the bundle's directory")
     add(
         "--image",
         action="append",
@@ -39,25 +39,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "before the first question",
     )
     add_system(parser)
-    add("--plan", help="which of the bundle's plans; its default otherwise")
-    add("--raw", action="store_true", help="the prompt is the whole text, without chat template")
-    add("--repick", action="store_true", help="each turn chooses the visual tokens again")
+    add("--plan", metavar="NAME", help="the plan to follow (default: the bundle's own)")
+    add(
+        "--raw",
+        action="store_true",
+        help="take the prompt as the whole text, without the chat template",
+    )
+    add("--repick", action="store_true", help="choose the visual tokens again in each turn")
     add_run_options(parser)
     sampling = parser.add_argument_group("sampling")
     add = sampling.add_argument
-    add("--max-new-tokens", type=int, help="default: 128, or what the bundle reserves")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    add("--top-k", type=int, default=0, help="sample among the K likeliest tokens (0: all)")
-    add("--top-p", type=float, default=1.0)
-    add("--repetition-penalty", type=float, help="default: what the checkpoint asks, or 1")
-    add("--no-repeat-ngram-size", type=int, help="default: what the checkpoint asks, or 0")
-    add("--min-new-tokens", type=int, help="default: what the checkpoint asks, or 0")
-    add("--seed", type=int, help="seed of the sampling (default: another for each run)")
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="the most tokens of an answer (default: 128, or what the "
+        "bundle reserves if that is fewer)",
+    )
+    add(
+        "--temperature",
+        type=float,
+        metavar="X",
+        default=0.0,
+        help="divide the logits by it before sampling; 0 takes the likeliest token (default: 0)",
+    )
+    add(
+        "--top-k",
+        type=int,
+        metavar="K",
+        default=0,
+        help="sample among the K likeliest tokens; 0 takes all (default: 0)",
+    )
+    add(
+        "--top-p",
+        type=float,
+        metavar="P",
+        default=1.0,
+        help="sample among the fewest likeliest tokens whose "
+        "probabilities add up to P (default: 1, all)",
+    )
+    add(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        help="make tokens that came before less likely, above 1 (default: the checkpoint's, or 1)",
+    )
+    add(
+        "--no-repeat-ngram-size",
+        type=int,
+        metavar="N",
+        help="let no N tokens in a row come twice; 0 allows it (default: the checkpoint's, or 0)",
+    )
+    add(
+        "--min-new-tokens",
+        type=int,
+        metavar="N",
+        help="the fewest tokens of an answer (default: the checkpoint's, or 0)",
+    )
+    add(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="the seed of sampling and of methods that draw (default: a new one each run)",
+    )
     add(
         "--stop",
         action="append",
         metavar="TEXT",
-        help="end the answer before this text, which may hold special tokens; repeatable",
+        help="end the answer before this text, which may hold special tokens; repeat it for "
+        "several (default: the checkpoint's)",
     )
 
 

@@ -21,7 +21,7 @@ TIMED_RUNS = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
-    add("bundle", type=Path)
+    add("bundle", type=Path, help="the bundle's directory")
     add(
         "--image",
         action="append",
@@ -44,11 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="a page (.html) or a picture (.png)",
+        help="the file to write: a page (.html) or a picture (.png)",
     )
-    add("--plan", metavar="NAME", help="which of the bundle's plans; its default otherwise")
-    add("--raw", action="store_true", help="the prompts are whole texts, without chat template")
-    add("--max-new-tokens", type=int, metavar="N", help="default: 128, or what the bundle reserves")
+    add("--plan", metavar="NAME", help="the plan to follow (default: the bundle's own)")
+    add(
+        "--raw",
+        action="store_true",
+        help="take the prompts as whole texts, without the chat template",
+    )
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="the most tokens of an answer (default: 128, or what the bundle reserves if fewer)",
+    )
     add(
         "--timed-runs",
         type=whole,
@@ -65,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     out: Path = args.output
     if out.suffix.lower() not in SUFFIXES:
         raise PatchsieveError(
-            "what to draw is chosen by the output's suffix",
+            "show cannot draw a file of this suffix",
             found=out.name,
             expected=" or ".join(SUFFIXES),
             do="give -o FILE.html, or -o FILE.png",

@@ -18,7 +18,7 @@ _SYSTEM = "\ue0f3"  # and one for a system prompt
 class PromptBuilder:
     """Renders and tokenises prompts for one bundle.
 
-    The image token's literal text is a placeholder wherever it stands, also in a user's text. The
+    The image token's literal text is a placeholder everywhere, also in a user's text. The
     tokenizer's other special tokens keep their meaning there too, as in Hugging Face.
     """
 
@@ -190,7 +190,7 @@ class PromptBuilder:
             is_answer_cached: The cache holds the last answer; else the text begins with it.
 
         Returns:
-            The suffix for `tokenize_suffix`, or None where the template renders earlier turns
+            The suffix for `tokenize_suffix`, or None if the template renders earlier turns
             otherwise than before: then prefill from the start.
 
         Raises:
@@ -286,7 +286,11 @@ def _check_text(text: object, what: str = "prompt") -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f"the {what} is not valid Unicode", found=error.reason) from error
+        raise RequestError(
+            f"the {what} is not valid Unicode",
+            found=error.reason,
+            do="give text in UTF-8",
+        ) from error
     return text
 
 

@@ -81,7 +81,10 @@ def expand(prompt: Prompt, visual_tokens_per_image: int) -> ExpandedPrompt:
     """
     if visual_tokens_per_image < 1:
         raise RequestError(
-            "bad visual_tokens_per_image", found=visual_tokens_per_image, expected=">= 1"
+            "bad visual_tokens_per_image",
+            found=visual_tokens_per_image,
+            expected=">= 1",
+            do="keep at least one token of an image",
         )
     counts = np.ones(len(prompt.token_ids), dtype=np.int64)  # [T]
     counts[prompt.image_positions] = visual_tokens_per_image
