@@ -13,13 +13,20 @@ if TYPE_CHECKING:
     from patchsieve.runtime.target import Choice
 
 
-def add_system(parser: argparse.ArgumentParser) -> None:
-    """The system prompt, for each command that asks."""
-    parser.add_argument(
+def add_request_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that asks a question."""
+    add = parser.add_argument
+    add(
         "--system",
         metavar="TEXT",
         help="the system prompt, which the chat template places; it judges no visual token "
         "(default: what the template writes without one)",
+    )
+    add("--plan", metavar="NAME", help="the plan to follow (default: the bundle's own)")
+    add(
+        "--raw",
+        action="store_true",
+        help="take each prompt as the whole text, without the chat template",
     )
 
 

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from patchsieve.contract.errors import BackendMissingError, PatchsieveError
@@ -34,17 +33,6 @@ def require(libraries: Sequence[str], extra: str, what: str) -> None:
             found=f"no {', '.join(absent)}",
             do=f'pip install {" ".join(absent)} (or in a clone: pip install ".[{extra}]")',
         )
-
-
-def peak_memory() -> int | None:
-    """Most bytes that this process had resident; None if the system does not report them."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return None
-    lines = (line.split() for line in status.splitlines())
-    kilobytes = next((words[1] for words in lines if words[:1] == ["VmHWM:"]), None)
-    return None if kilobytes is None else int(kilobytes) * 1024  # gVisor has no such line
 
 
 class Progress:

@@ -10,7 +10,7 @@ from typing import Any
 
 from patchsieve.cli import USER_ERROR
 from patchsieve.cli.inputs import take_inputs
-from patchsieve.cli.loading import add_run_options, add_system, load, say_target
+from patchsieve.cli.loading import add_request_options, add_run_options, load, say_target
 from patchsieve.cli.output import Progress, error_json, print_json
 from patchsieve.cli.picture import picture
 from patchsieve.contract.errors import PatchsieveError
@@ -38,20 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help=f"the question, or - for stdin (default: {PROMPT})",
     )
-    add_system(parser)
-    add(
-        "--raw",
-        action="store_true",
-        help="take the prompt as the whole text, without the chat template",
-    )
-    add("--plan", metavar="NAME", help="the plan to follow (default: the bundle's own)")
+    add_request_options(parser)
     add(
         "--against",
         default=NO_PRUNING,
         metavar="NAME",
         help="the plan to compare with (default: none, which prunes nothing)",
     )
-    add("--alone", action="store_true", help="measure one plan only, and compare it with nothing")
+    add("--alone", action="store_true", help="measure one plan, and compare it with nothing")
     add(
         "--warmup",
         type=int,

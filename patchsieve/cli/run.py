@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve.cli.inputs import images_of_turns, take_inputs
-from patchsieve.cli.loading import add_run_options, add_system, load, say_target
+from patchsieve.cli.loading import add_request_options, add_run_options, load, say_target
 from patchsieve.cli.output import print_json
 from patchsieve.contract.errors import RequestError
 from patchsieve.contract.manifest import Manifest
@@ -38,77 +38,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "<image>, in the order of all turns, places the next --image; images without one come "
         "before the first question",
     )
-    add_system(parser)
-    add("--plan", metavar="NAME", help="the plan to follow (default: the bundle's own)")
-    add(
-        "--raw",
-        action="store_true",
-        help="take the prompt as the whole text, without the chat template",
-    )
+    add_request_options(parser)
     add("--repick", action="store_true", help="choose the visual tokens again in each turn")
     add_run_options(parser)
-    sampling = parser.add_argument_group("sampling")
-    add = sampling.add_argument
-    add(
-        "--max-new-tokens",
-        type=int,
-        metavar="N",
-        help="the most tokens of an answer (default: 128, or what the "
-        "bundle reserves if that is fewer)",
-    )
-    add(
-        "--temperature",
-        type=float,
-        metavar="X",
-        default=0.0,
-        help="divide the logits by it before sampling; 0 takes the likeliest token (default: 0)",
-    )
-    add(
-        "--top-k",
-        type=int,
-        metavar="K",
-        default=0,
-        help="sample among the K likeliest tokens; 0 takes all (default: 0)",
-    )
-    add(
-        "--top-p",
-        type=float,
-        metavar="P",
-        default=1.0,
-        help="sample among the fewest likeliest tokens whose "
-        "probabilities add up to P (default: 1, all)",
-    )
-    add(
-        "--repetition-penalty",
-        type=float,
-        metavar="X",
-        help="make tokens that came before less likely, above 1 (default: the checkpoint's, or 1)",
-    )
-    add(
-        "--no-repeat-ngram-size",
-        type=int,
-        metavar="N",
-        help="let no N tokens in a row come twice; 0 allows it (default: the checkpoint's, or 0)",
-    )
-    add(
-        "--min-new-tokens",
-        type=int,
-        metavar="N",
-        help="the fewest tokens of an answer (default: the checkpoint's, or 0)",
-    )
-    add(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="the seed of sampling and of methods that draw (default: a new one each run)",
-    )
-    add(
-        "--stop",
-        action="append",
-        metavar="TEXT",
-        help="end the answer before this text, which may hold special tokens; repeat it for "
-        "several (default: the checkpoint's)",
-    )
+    _add_sampling(parser)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How tokens are chosen, and when an answer ends."""
+    add = parser.add_argument_group("sampling").add_argument
+    whole: dict[str, Any] = {"type": int, "metavar": "N"}
+    real: dict[str, Any] = {"type": float, "metavar": "X"}
+    most = "the most tokens of an answer (default: 128, or what the bundle reserves if fewer)"
+    add("--max-new-tokens", **whole, help=most)
+    divisor = "divide the logits by X; 0 takes the likeliest token (default: 0)"
+    add("--temperature", **real, default=0.0, help=divisor)
+    add("--top-k", **whole, default=0, help="sample among the N likeliest tokens; 0: all (default)")
+    nucleus = "sample among the fewest tokens whose probabilities reach X (default: 1, all tokens)"
+    add("--top-p", **real, default=1.0, help=nucleus)
+    penalty = "make earlier tokens less likely, if above 1 (default: the checkpoint's, or 1)"
+    add("--repetition-penalty", **real, help=penalty)
+    ngrams = "let no N tokens in a row come twice; 0 lets them (default: the checkpoint's, or 0)"
+    add("--no-repeat-ngram-size", **whole, help=ngrams)
+    least = "the fewest tokens of an answer (default: the checkpoint's, or 0)"
+    add("--min-new-tokens", **whole, help=least)
+    seed = "the seed of sampling and of methods that draw (default: a new one each run)"
+    add("--seed", **whole, help=seed)
+    stop = "end the answer before this text, which may hold special tokens; repeat it for several "
+    stop += "(default: the checkpoint's)"
+    add("--stop", action="append", metavar="TEXT", help=stop)
 
 
 def run(args: argparse.Namespace) -> int:

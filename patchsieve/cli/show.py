@@ -8,7 +8,7 @@ from typing import Any
 
 from patchsieve.cli.arguments import whole
 from patchsieve.cli.inputs import take_inputs
-from patchsieve.cli.loading import add_run_options, add_system, load, say_target
+from patchsieve.cli.loading import add_request_options, add_run_options, load, say_target
 from patchsieve.cli.output import Progress, print_json
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.writing import check_file, write_result
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the question, or - for stdin; repeat it to compare prompts about the same images; "
         "<image> places an image",
     )
-    add_system(parser)
+    add_request_options(parser)
     add(
         "-o",
         "--output",
@@ -45,12 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="FILE",
         help="the file to write: a page (.html) or a picture (.png)",
-    )
-    add("--plan", metavar="NAME", help="the plan to follow (default: the bundle's own)")
-    add(
-        "--raw",
-        action="store_true",
-        help="take the prompts as whole texts, without the chat template",
     )
     add(
         "--max-new-tokens",
