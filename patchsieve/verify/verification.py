@@ -179,7 +179,7 @@ class Verification:
     ) -> tuple[Result, str]:
         """The bundle's answer, or why it gave none although its graphs ran."""
         result = Result()
-        options = {"raw": raw, "max_new_tokens": count, "ignore_eos": True} | PLAIN
+        options: dict[str, Any] = {"raw": raw, "max_new_tokens": count, "ignore_eos": True} | PLAIN
         answer = self.model.stream(images, prompt, plan=plan, result=result, **options)
         try:
             deque(answer, maxlen=0)
