@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from patchsieve.contract import names, reads
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import Plan
 from patchsieve.pruning.decoder.tome import DecoderToMe
@@ -17,13 +18,12 @@ if TYPE_CHECKING:
 
 
 def layers_read(method: Method, layer: int) -> list[int]:
-    """Layers whose queries the decision of a site takes, the one before the site first.
+    """Layers whose queries or keys the decision of a site takes, the one before the site first.
 
     Raises:
         PatchsieveError: The method looks back further than the decoder reaches.
     """
-    words = (word.partition(".") for word in method.reads)
-    back = sorted(int(k or 0) for what, _, k in words if what == "query")
+    back = reads.depths(method.reads)
     if back and back[-1] >= layer:
         raise PatchsieveError(
             f"{method.name} at layer {layer} looks back on layers that are not there",
@@ -65,7 +65,7 @@ def check_sites(plan: Plan, methods: list[Method]) -> None:
 def side_layer(plan: Plan, methods: list[Method]) -> int:
     """The last site that reads side rows, 0 for none."""
     pairs = zip(plan.sites, methods, strict=True)
-    return max((site.layer for site, method in pairs if "side_row" in method.reads), default=0)
+    return max((site.layer for site, method in pairs if names.SIDE_ROW in method.reads), default=0)
 
 
 def resolve_budgets(plan: Plan, methods: list[Method], num_visual: int) -> Plan:

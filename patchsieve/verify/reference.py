@@ -40,6 +40,7 @@ class Layers:
         logits: Of the last row, [V].
         cache: For `decode`.
         position: Of the next row.
+        row_positions: Of the rows that the last layer was fed, [L]; with A rotary sections [L, A].
     """
 
     hidden: list[np.ndarray] = field(default_factory=list)
@@ -49,6 +50,7 @@ class Layers:
     logits: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     cache: Any = None
     position: int = 0
+    row_positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 # Asked before a layer, given what the layers so far made: the rows that go on, and all rows
@@ -203,8 +205,9 @@ class Reference:
                 kept, hidden = judges[index](index, out)
                 x, row = torch.from_numpy(hidden)[:, kept], row[kept]
             seen_by = (row <= last_seen[row, None]) | (row == row[:, None])  # [L, L]
-            places_left = torch.from_numpy(places[row])
-            x, query = self._layer(index, x, places_left, out.cache, torch.from_numpy(seen_by))
+            out.row_positions = places[row]
+            at = torch.from_numpy(out.row_positions)
+            x, query = self._layer(index, x, at, out.cache, torch.from_numpy(seen_by))
             made = out.cache.layers[index]
             out.hidden.append(x.numpy())
             out.query.append(query.numpy())
@@ -214,6 +217,18 @@ class Reference:
             made.keys, made.values = made.keys[:, :, :stays], made.values[:, :, :stays]
         out.logits = self._logits(x)
         return out
+
+    @torch.no_grad()
+    def next_layer(self, layer: int, made: Layers) -> tuple[Tensor, Tensor]:
+        """Rotated queries [1, H, L, D] and keys [1, G, L, D] that a layer would make of all rows.
+
+        Args:
+            layer: Not yet run.
+            made: What the layers before it made.
+        """
+        x = torch.from_numpy(made.hidden[layer - 1])
+        angles = self._angles(x, torch.from_numpy(made.row_positions))
+        return self._rotated(layer, x, angles)
 
     @torch.no_grad()
     def decode(self, layers: Layers, count: int) -> np.ndarray:
@@ -247,19 +262,12 @@ class Reference:
 
         `seen` tells which rows a row sees, bool [L, L]; None: all that are there.
         """
-        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
         angles = self._angles(x, positions)
-        rows = x.shape[1]
         mask = None
         if seen is not None:
             mask = torch.where(seen, 0.0, torch.finfo(x.dtype).min)[None, None]  # [1, 1, L, L]
-        layer = self.decoder.layers[index]
-        attention = layer.self_attn
-        states = attention.q_proj(layer.input_layernorm(x))
-        heads = states.view(1, rows, -1, attention.head_dim).transpose(1, 2)  # [1, H, L, D]
-        query = apply_rotary_pos_emb(heads, heads, *angles)[0].transpose(1, 2).reshape(1, rows, -1)
-        x = layer(
+        query = self._rotated(index, x, angles)[0].transpose(1, 2).flatten(2)  # [1, L, H * D]
+        x = self.decoder.layers[index](
             x,
             attention_mask=mask,
             position_embeddings=angles,
@@ -267,6 +275,18 @@ class Reference:
             **{self.cache_name: cache},
         )
         return x, query
+
+    def _rotated(self, index: int, x: Tensor, angles: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """A layer's queries [1, H, L, D] and keys [1, G, L, D] of rows [1, L, C]."""
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        layer = self.decoder.layers[index]
+        attention, rows = layer.self_attn, layer.input_layernorm(x)
+        query, key = (
+            projection(rows).view(1, rows.shape[1], -1, attention.head_dim).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj)
+        )
+        return apply_rotary_pos_emb(query, key, *angles)
 
     def _angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Cosines and sines of rows, [1, L, D] each; positions: [L] or [L, A]."""

@@ -289,7 +289,9 @@ class Verification:
         facts = self.facts
         site = next(site for site in facts.plans[plan].sites if site.layer == layer)
         folder, sizes = self.model.bundle.path, (facts.vision.grid, facts.num_visual(plan))
-        return sites.decide(folder, site, made, fed, *sizes)
+        return sites.decide(
+            folder, site, made, fed, *sizes, lambda number: self.reference.next_layer(number, made)
+        )
 
     def _side_rows(
         self, plan: str, cls: np.ndarray, result: Result, prompt: Prompt

@@ -37,6 +37,7 @@ class FastV:
 
     name: ClassVar[str] = "fastv"
     reads: ClassVar[tuple[str, ...]] = ("query", "key", "last_row")
+    merges: ClassVar[bool] = False
 
     keep_ratio: float = 0.5
     rows: str = "last"

@@ -50,6 +50,7 @@ class IVTP:
     """
 
     name: ClassVar[str] = "ivtp"
+    merges: ClassVar[bool] = False
 
     num_keep: int = 64
     group: int = 3

@@ -27,6 +27,7 @@ class Random:
 
     name: ClassVar[str] = "random"
     reads: ClassVar[tuple[str, ...]] = ("noise",)
+    merges: ClassVar[bool] = False
 
     keep_ratio: float = 0.5
 

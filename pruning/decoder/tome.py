@@ -39,6 +39,7 @@ class DecoderToMe:
 
     name: ClassVar[str] = "tome"
     reads: ClassVar[tuple[str, ...]] = ("key", "hidden", "sizes")
+    merges: ClassVar[bool] = True
 
     num_keep: int = 64
 

@@ -33,6 +33,7 @@ class DecoderTopK:
     """
 
     name: ClassVar[str] = "topk"
+    merges: ClassVar[bool] = False
 
     num_keep: int = 64
     row: str = "cls"
