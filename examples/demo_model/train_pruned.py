@@ -87,10 +87,10 @@ class Pruner:
             files, question.content, system=question.system, plan=self.plan, max_new_tokens=1
         )
         noise = np.random.default_rng(0)
-        seen = self.model.pipeline.see(sample.pixel_values.numpy(), self.plan, noise)
+        (seen,) = self.model.pipeline.see(sample.pixel_values.numpy(), self.plan, noise)
         patches = torch.from_numpy(self.encode.patch_ids)
         is_kept = torch.ones(len(sample.input_ids), dtype=torch.bool)
-        is_kept[sample.visual[0]] = torch.isin(patches, torch.from_numpy(seen.ids[0]))
+        is_kept[sample.visual[0]] = torch.isin(patches, torch.from_numpy(seen.ids))
         places = torch.nonzero(is_kept)[:, 0]
         visual = torch.nonzero(torch.isin(places, sample.visual[0]))[:, 0]
         gone = {}
@@ -98,7 +98,7 @@ class Pruner:
             gone[site.layer] = torch.zeros(len(places), dtype=torch.bool)
             gone[site.layer][visual] = True
             gone[site.layer][visual[site.places]] = False
-        features = torch.from_numpy(np.array(seen.features[0], np.float32))
+        features = torch.from_numpy(np.array(seen.features, np.float32))
         ids, labels = sample.input_ids[is_kept], sample.labels[is_kept]
         return Pruned(ids, labels, places, features, visual, gone)
 

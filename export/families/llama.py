@@ -71,6 +71,7 @@ def _rotary(config: Any) -> tuple[tuple[float, ...], float]:
             "this rotary scaling is not supported",
             found=f"rope_type {kind}",
             expected=", ".join(ROTARY_KINDS),
+            do="give a checkpoint without this scaling",
         )
     if kind == "default":
         inv_freq, scale = LlamaRotaryEmbedding.compute_default_rope_parameters(config)

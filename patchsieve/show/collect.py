@@ -211,7 +211,7 @@ def _before_the_decoder(plan: Plan, reduced: ImageResult, num_visual: int) -> Pl
         method=" and ".join(methods),
         num_before=num_visual,
         num_after=len(ids),
-        num_wanted=len(ids),
+        num_wanted=len(ids) if reduced.num_wanted is None else reduced.num_wanted,
         kept=tuple(kept.tolist()),
         groups=tuple(reduced.sources) if is_merged else None,
     )

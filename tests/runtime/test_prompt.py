@@ -338,6 +338,19 @@ def test_the_next_turn_continues_the_cache_with_the_tokens_of_the_whole_text(
     ]
 
 
+def test_images_may_have_a_count_of_rows_each(builder) -> None:
+    prompt = builder("qwen", CHATML).build_raw("<image> and <image>: which?", 2)
+    first, second = (int(place) for place in prompt.image_positions)
+    each = expand(prompt, [3, 1])
+    assert each.image_spans == [(first, first + 3), (second + 2, second + 3)]
+    assert each.image_index.tolist().count(0) == 3 and each.image_index.tolist().count(1) == 1
+    assert each.token_ids[each.instruction_rows].tolist() == (
+        prompt.token_ids[prompt.instruction].tolist()
+    )
+    alike, one = expand(prompt, [4, 4]), expand(prompt, 4)
+    assert (alike.token_ids == one.token_ids).all() and alike.image_spans == one.image_spans
+
+
 def test_a_conversation_that_does_not_begin_with_the_cache_is_prefilled_again(builder) -> None:
     made = builder("qwen", CHATML)
     first = made.user_message("What?", 0)
