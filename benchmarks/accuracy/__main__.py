@@ -6,7 +6,7 @@
         --results /tmp/try --figures /tmp/try             # a try
 
 Heads, bundles and answers are made by patchsieve's own export, calibrate and evaluation, on the CPU
-backend, and kept in --work: an interrupted run goes on, another table asks only what is new. Rows
+backend, and kept in --work: an interrupted run continues, another table asks only what is new. Rows
 whose decoder is trained take some 20 minutes of two cores each, the first time, that with the tower
 100. Each table is printed as Markdown and written to benchmarks/results/accuracy-TABLE.json and
 .md, figures of two of them to docs/.

@@ -27,7 +27,7 @@ from patchsieve.pruning.heads import CONFIG, TENSORS
 from patchsieve.pruning.recipes import Size
 
 _GREY = (122, 116, 104)  # CLIP's mean: what normalises to zero
-_FRESH = 1_000_000  # scenes of a tower's training begin here, behind all that others took
+_FRESH = 1_000_000  # scenes of a tower's training begin here, after all that others took
 # Of kinds of questions, from the second round on: relations have stopped to learn, and are noise.
 _LATE = ("--weights", "count=2,shape=2,texture=2,relation=0.3")
 _ROUNDS = ((1.0, ()), (0.5, _LATE), (0.5, (*_LATE, "--falls", "plan")))  # rate's factor, options
@@ -55,12 +55,12 @@ class Training:
         lm_steps: Optimiser steps of a decoder and its heads.
         lm_batch: Questions of such a step, all processes together.
         lm_rate: Of a decoder; the paper's 2e-5 is for one of 7 billion weights.
-        tower_steps: Optimiser steps of tower, projector and decoder together, of each round; what
-            rounds do differently stands in `_ROUNDS`.
+        tower_steps: Optimiser steps of tower, projector and decoder together, of each round;
+            `_ROUNDS` says what differs between rounds.
         tower_batch: Pictures of such a step, twenty questions each, all processes together.
         tower_rate: Learning rate of these steps.
         lm_heads_rate: Of the heads that learn with it.
-        finish_steps: Optimiser steps of a decoder with hard masks, behind those; a second time
+        finish_steps: Optimiser steps of a decoder with hard masks, after those; a second time
             at half the rate.
         finish_batch: Questions of such a step, all processes together; a multiple of `lm_batch`.
         finish_heads_rate: Of the heads meanwhile, which keep the target.
@@ -128,11 +128,11 @@ class Workshop:
         """Plans that fit the model."""
         config = read_config(self.checkpoint)
         side = config.vision_config.image_size // config.vision_config.patch_size
-        behind = config.vision_config.num_hidden_layers + 1 + config.vision_feature_layer
-        return Budgets(Size(side * side, config.text_config.num_hidden_layers), behind)
+        after = config.vision_config.num_hidden_layers + 1 + config.vision_feature_layer
+        return Budgets(Size(side * side, config.text_config.num_hidden_layers), after)
 
     def questions(self, split: str, count: int, per_image: int = 8) -> Path:
-        """A file of questions, drawn anew where it is not there."""
+        """A file of questions, drawn again if it is not there."""
         folder = self.data / f"{split}-{count}-{per_image}"
         path = folder / "questions.jsonl"
         if not path.exists():
@@ -237,7 +237,7 @@ class Workshop:
         return [*words, "--bundle", str(base.bundle), "--plan", base.plan]
 
     def _tower(self, plan: Plan, rounds: int) -> Path:
-        """A checkpoint whose tower learned with the rest, behind a plan's first stage."""
+        """A checkpoint whose tower learned with the rest, after a plan's first stage."""
         if rounds == 0:
             return self.checkpoint
         how, (factor, options) = self.training, _ROUNDS[rounds - 1]
@@ -260,7 +260,7 @@ class Workshop:
         return f"{name}_tower_{steps}x{how.tower_batch}-{how.tower_rate:g}"
 
     def _finishing(self, row: Row) -> list[str]:
-        """The command that trains it further: with hard masks, or on the plan's choices anew."""
+        """The command that trains it further: with hard masks, or on the plan's new choices."""
         how, start = self.training, self.trained(replace(row, finishes=row.finishes - 1))
         data = self.questions("calibration", row.finishes * how.finish_steps * how.finish_batch)
         if row.heads is None:
@@ -327,7 +327,7 @@ class Workshop:
 
 
 def _resuming(words: list[str], path: Path) -> list[str]:
-    """What `calibrate` must be told besides where an earlier run was interrupted."""
+    """What continues a `calibrate` that an earlier run interrupted; nothing for other commands."""
     is_there = path.with_name(path.name + ".partial").is_dir()
     return ["--resume"] if "calibrate" in words and is_there else []
 
