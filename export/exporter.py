@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -24,26 +23,21 @@ from patchsieve.contract.writing import check_new_bundle, whole_or_nothing
 from patchsieve.export import card
 from patchsieve.export import weights as weights_module
 from patchsieve.export.cuts import divide, num_bytes
-from patchsieve.export.families import decoder_spec
+from patchsieve.export.families import family_of
 from patchsieve.export.graphs.decision import compact_graph
 from patchsieve.export.graphs.joint import JointCls, JointWeights
 from patchsieve.export.graphs.layers import RMSNorm
 from patchsieve.export.graphs.scorer import TextScorer, scorer_graph
 from patchsieve.export.graphs.stage import DecoderLayer, Head, Stage
 from patchsieve.export.graphs.trace import bind, fake_weights, trace
-from patchsieve.export.graphs.vision import Vision, vision_graph, vision_model
+from patchsieve.export.graphs.vision import Vision, vision_graph
+from patchsieve.export.heads import store_heads
 from patchsieve.export.lowering import lowering
-from patchsieve.export.methods import (
-    build_method,
-    check_sites,
-    layers_read,
-    side_layer,
-    store_heads,
-)
+from patchsieve.export.methods import build_method
 from patchsieve.export.reuse import decide_graphs, plan_vision
+from patchsieve.export.sites import check_sites, layers_read, side_layer
 from patchsieve.export.source.checkpoint import Checkpoint, locate, read_config
 from patchsieve.export.source.clip import ClipSource, open_source
-from patchsieve.export.source.processor import preprocessor_from_checkpoint
 from patchsieve.export.source.tokenizer import write_tokenizer
 from patchsieve.export.weights import DTYPES, Weight, default_dtype, weights_of
 from patchsieve.export.writer import GraphWriter
@@ -184,15 +178,12 @@ class _Job:
         self.precision = Precision.parse(options.precision)
         tower_dtype, self.dtype, head_dtype = (DTYPES[kind][0] for kind in self.precision.kinds)
         trained = Trained.of(config)
-        self.spec = replace(
-            decoder_spec(config.text_config),  # type: ignore[attr-defined]
-            rotary_sections=trained.rotary_sections,
-        )
+        self.family = family_of(config)
+        self.spec = replace(self.family.decoder(config), rotary_sections=trained.rotary_sections)
         self.plan = options.plan.with_positions(trained.position_rule)
         self.no_pruning = Plan().with_positions(trained.position_rule)
-        self.vision_facts = vision_model(config)
-        self.preprocessor = preprocessor_from_checkpoint(directory)
-        self._check_image_size()
+        self.vision_facts = self.family.vision(config)
+        self.preprocessor = self.family.preprocessor(directory, self.vision_facts)
         cuts = sorted({*options.plan.layers, *options.cuts})
         outside = [cut for cut in cuts if not 0 < cut < self.spec.num_layers]
         if outside:
@@ -231,7 +222,7 @@ class _Job:
                 expected=f"at most {self.spec.max_rows} (positions or sliding window)",
                 do="lower --max-text-tokens, --max-new-tokens or --max-images",
             )
-        self.checkpoint = Checkpoint(directory)
+        self.checkpoint = Checkpoint(directory, self.family)
         self.is_tied = self._is_tied()
         if self.is_tied and self.precision.head != self.precision.decoder:
             raise PatchsieveError(
@@ -273,7 +264,9 @@ class _Job:
     def write(self, partial: Path, progress: Progress) -> None:
         """Write tokenizer, preprocessor, weights and graphs."""
         # First, because it may be refused
-        self.tokenizer = write_tokenizer(self.directory, partial, self.spec.vocab_size)
+        self.tokenizer = write_tokenizer(
+            self.directory, partial, self.spec.vocab_size, image_token=self.family.image_token
+        )
         _dump(partial / "preprocessor.json", self.preprocessor)
         if self.clip is not None:
             (partial / SCORER_TOKENIZER).write_text(self.clip.tokenizer, encoding="utf-8")
@@ -348,19 +341,6 @@ class _Job:
         (partial / card.FILE_NAME).write_text(text, encoding="utf-8")
         return facts
 
-    def _check_image_size(self) -> None:
-        made: dict[str, Any] = self.preprocessor
-        side = made["shortest_edge"]
-        crop = made["crop_size"] if made["do_center_crop"] else None
-        found = list(crop or made["resize_to"] or (side, side))
-        expected = [self.vision_facts.image_size] * 2
-        if found != expected:
-            raise UnsupportedModelError(
-                "the image processor does not yield the size that the tower takes",
-                found=found,
-                expected=expected,
-            )
-
     def _tokens(self) -> manifest.Tokens:
         made = self.tokenizer
         return manifest.Tokens(
@@ -383,13 +363,10 @@ class _Job:
     def _is_tied(self) -> bool:
         """Tell whether the table of embeddings is the output matrix too, as transformers decides.
 
-        A stored lm_head.weight goes before the flags; either config's flag ties (transformers 5.23,
-        `LlavaConfig.__post_init__` and `PreTrainedModel.tie_weights`).
+        A stored lm_head.weight goes before what the config says (transformers 5.23,
+        `PreTrainedModel.tie_weights`).
         """
-        if HEAD in self.checkpoint:
-            return False
-        config: Any = self.config
-        return bool(config.tie_word_embeddings or config.text_config.tie_word_embeddings)
+        return HEAD not in self.checkpoint and self.family.is_tied(self.config)
 
     def _weight_files(self) -> dict[str, list[Weight]]:
         shape = (self.spec.vocab_size, self.spec.hidden_size)

@@ -20,17 +20,10 @@ from patchsieve.export.graphs.decision import decide_graph
 from patchsieve.export.graphs.joint import JointCls
 from patchsieve.export.graphs.trace import bind, fake_weights
 from patchsieve.export.graphs.vision import Vision, vision_graph
+from patchsieve.export.heads import HEADS, store_heads
 from patchsieve.export.lowering import LOWERINGS
-from patchsieve.export.methods import (
-    HEADS,
-    build_encoder,
-    build_method,
-    build_projector,
-    check_sites,
-    layers_read,
-    resolve_budgets,
-    store_heads,
-)
+from patchsieve.export.methods import build_encoder, build_method, build_projector
+from patchsieve.export.sites import check_sites, layers_read, resolve_budgets
 from patchsieve.export.weights import DTYPES, default_dtype, stored_weights
 from patchsieve.export.writer import GraphWriter
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from patchsieve.cli import ivtp
 from patchsieve.cli.arguments import gigabytes, integers, numbers
-from patchsieve.cli.output import Progress, print_json, require, size
+from patchsieve.cli.output import Progress, print_json, require
 from patchsieve.contract import engine_memory as build_memory
 from patchsieve.contract import names
 from patchsieve.contract.errors import PatchsieveError
@@ -22,6 +22,7 @@ from patchsieve.export.card import next_commands
 from patchsieve.pruning.heads import load_config
 from patchsieve.pruning.recipes import Size
 from patchsieve.runtime.board.abilities import EXPORT
+from patchsieve.tables import size
 
 _LIMITS = (512, 256, 1)  # text tokens, new tokens, images
 _OF_A_NEW_BUNDLE = (

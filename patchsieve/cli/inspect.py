@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve import inspection
-from patchsieve.cli.output import Progress, flops, plural, print_json, size, table
+from patchsieve.cli.output import Progress, print_json
 from patchsieve.contract.manifest import Generation, Needs
 from patchsieve.contract.plan import NO_PRUNING
+from patchsieve.tables import flops, plural, size, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -231,7 +231,7 @@ def read_record(bundle: Path, target: str) -> Record:
     try:
         engines = read_as(dict[str, Engine], data.get("engines"), "the record's engines")
     except BundleError as error:
-        raise BundleError(str(error), do=empty.command) from error
+        raise BundleError(**error.fields() | {"do": empty.command}) from error
     return Record(bundle, target, engines)
 
 

@@ -17,6 +17,7 @@ from patchsieve.contract import manifest, names
 from patchsieve.contract.errors import BundleError, PatchsieveError
 from patchsieve.contract.precision import Precision, stored_as
 from patchsieve.export.exporter import ExportOptions, export
+from patchsieve.export.families import FAMILIES
 from patchsieve.export.lowering import LOWERINGS
 from patchsieve.export.source.checkpoint import Checkpoint
 from patchsieve.runtime.bundle import Bundle
@@ -215,7 +216,7 @@ def test_norms_angles_and_decisions_are_summed_in_float32(bundle_of, precision: 
 def test_the_runtime_hands_bfloat16_over_as_its_bits(bundle_of, small_checkpoint: Path) -> None:
     bundle = Bundle(bundle_of(BFLOAT16), "tensorrt-rtx", check="size")
     found = bundle.embed(np.array([3, 1]))
-    table = Checkpoint(small_checkpoint).read("embed_tokens.weight")[[3, 1]]
+    table = Checkpoint(small_checkpoint, FAMILIES["llava"]).read("embed_tokens.weight")[[3, 1]]
     assert found.dtype == np.uint16
     expected = table.to(torch.bfloat16).view(torch.uint16)
     assert np.array_equal(found, expected.numpy())
