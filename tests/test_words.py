@@ -26,7 +26,7 @@ WORDS = {
 ALLOWED = {
     "contract": 23,
     "pruning": 36,
-    "export": 44,
+    "export": 45,
     "runtime": 129,
     "calibration": 14,
     "patchsieve": 71,
