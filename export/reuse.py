@@ -173,7 +173,7 @@ def decide_graphs(
     """
     methods = [build_method(site) for site in plan.sites]
     check_sites(plan, methods)
-    plan = resolve_budgets(plan, methods, num_visual)
+    plan = resolve_budgets(plan, num_visual)
     graphs = {}
     for done, (site, method) in enumerate(zip(plan.sites, methods, strict=True)):
         progress(f"tracing {site.method} at layer {site.layer}", done / len(methods))

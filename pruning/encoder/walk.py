@@ -17,8 +17,11 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from patchsieve.pruning.catalogue import Catalogued, in_tower
+from patchsieve.pruning.entry import ENCODER
 from patchsieve.pruning.rollout import Layer
-from patchsieve.pruning.select import ascending
+from patchsieve.pruning.schedules import TowerSchedule
+from patchsieve.pruning.select import ascending, keep_top
 
 NOWHERE = -1  # where a dropped patch went, and the raster id of a token that is no patch
 
@@ -103,35 +106,6 @@ class Reduction(Protocol):
         ...
 
 
-class TowerMethod(Protocol):
-    """A method inside the tower: a frozen dataclass with these.
-
-    Attributes:
-        name: How plans and the command line call it.
-        reads: "noise", where it draws.
-        is_inside: It acts between attention and MLP of its layer, as published; else behind it.
-        is_merging: Tokens that reach the decoder are no patches of the grid any more.
-    """
-
-    name: ClassVar[str]
-    reads: ClassVar[tuple[str, ...]]
-    is_inside: ClassVar[bool]
-    is_merging: ClassVar[bool]
-
-    @property
-    def is_proportional(self) -> bool:
-        """A row counts in attention as often as it has patches."""
-        ...
-
-    def places(self, num_patches: int, num_layers: int) -> dict[int, int]:
-        """Tokens that each pruning layer leaves, the class token not counted."""
-        ...
-
-    def reduce(self, site: TowerSite, count: int) -> Reduction:
-        """Choose `count` tokens, fewer than there are."""
-        ...
-
-
 @dataclass(frozen=True)
 class Kept:
     """Some rows stay as they are.
@@ -156,6 +130,45 @@ class Kept:
     def rows(self, rows: Tensor) -> Tensor:
         """[B, n, C] -> [B, K, C]."""
         return gather_rows(rows, self.indices)
+
+
+@dataclass(frozen=True)
+class TowerMethod(Catalogued):
+    """The base of methods inside the tower: a score for each candidate, and the highest stay.
+
+    A method writes `scores`; one that does more than keep tokens writes `reduce`.
+
+    Attributes:
+        reads: "noise", where it draws.
+        schedule: Where it prunes, and to how many tokens.
+    """
+
+    acts_at = ENCODER
+    reads: ClassVar[tuple[str, ...]] = ()
+
+    schedule: TowerSchedule = TowerSchedule()
+
+    @property
+    def is_inside(self) -> bool:
+        """It acts between attention and MLP of its layer, as published; else behind it."""
+        return in_tower(self.name).tower.is_inside
+
+    @property
+    def is_proportional(self) -> bool:
+        """A row counts in attention as often as it has patches."""
+        return False
+
+    def places(self, num_patches: int, num_layers: int) -> dict[int, int]:
+        """Tokens that each pruning layer leaves, the class token not counted."""
+        return self.schedule.places(self.name, num_patches, num_layers)
+
+    def scores(self, site: TowerSite) -> Tensor:
+        """Score of each candidate, higher is kept, float32 [B, N]."""
+        raise NotImplementedError
+
+    def reduce(self, site: TowerSite, count: int) -> Reduction:
+        """Choose `count` tokens, fewer than there are: here those that score highest."""
+        return Kept.of(site, keep_top(self.scores(site), count), count)
 
 
 class Tokens(NamedTuple):
@@ -236,7 +249,7 @@ class Walk:
         first = torch.where(is_fused, tower.num_patches, first)  # no two are equal
         rank = (first[:, None] < first[:, :, None]).float().sum(-1).to(torch.int64)  # [B, n]
         order = torch.zeros_like(rank).scatter(1, rank, place.expand(rank.shape))
-        has_no_ids = is_fused | any(method.is_merging for method in self.methods)
+        has_no_ids = is_fused | any(method.merges for method in self.methods)
         ids = torch.where(has_no_ids, NOWHERE, first).gather(1, order)  # [B, n]
         return Tokens(gather_rows(rows, order), ids, follow(sources, rank))
 
