@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaForConditionalGeneration
 
 from patchsieve.calibration.attention import PASS, install
-from patchsieve.calibration.checkpoint import Encoder
+from patchsieve.calibration.encoder import Encoder
 from patchsieve.calibration.passes import GONE
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.evaluation.questions import questions_of

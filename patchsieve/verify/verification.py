@@ -179,7 +179,7 @@ class Verification:
     ) -> tuple[Result, str]:
         """The bundle's answer, or why it gave none although its graphs ran."""
         result = Result()
-        options = {"plan": plan, "raw": raw, "max_new_tokens": count} | PLAIN
+        options: dict[str, Any] = {"plan": plan, "raw": raw, "max_new_tokens": count} | PLAIN
         answer = self.model.stream(images, prompt, result=result, ignore_eos=True, **options)
         try:
             deque(answer, maxlen=0)

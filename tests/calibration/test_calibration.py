@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from patchsieve.calibration.attention import biased
-from patchsieve.calibration.checkpoint import Encoder
-from patchsieve.calibration.model import Losses, PrunedLlava
+from patchsieve.calibration.encoder import Encoder
+from patchsieve.calibration.model import PrunedLlava
+from patchsieve.calibration.options import Losses
 from patchsieve.calibration.passes import GONE
 from patchsieve.calibration.samples import Samples, collate
 from patchsieve.calibration.survivors import budgets, geometric_counts

@@ -18,10 +18,11 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from patchsieve.calibration import attention, train
 from patchsieve.calibration import checkpoint as calibrate_module
-from patchsieve.calibration.checkpoint import Encoder
-from patchsieve.calibration.model import Losses, PrunedLlava
+from patchsieve.calibration import run as run_module
+from patchsieve.calibration.encoder import Encoder
+from patchsieve.calibration.model import PrunedLlava
+from patchsieve.calibration.options import Losses, TrainingOptions
 from patchsieve.calibration.samples import Sample, Samples, collate
-from patchsieve.cli import calibrate as command
 from patchsieve.cli import main
 from patchsieve.pruning.decoder.atp import ATP
 from patchsieve.pruning.decoder.thresholds import Thresholds
@@ -161,7 +162,7 @@ def test_heads_and_language_model_have_rates_of_their_own(
 ) -> None:
     encoder = Encoder(str(checkpoint))
     model = pruned(checkpoint, encoder, train_lm=train_lm)
-    options = train.TrainingOptions(learning_rate=3e-4, lm_learning_rate=7e-6)
+    options = TrainingOptions(learning_rate=3e-4, lm_learning_rate=7e-6)
     samples = Samples(Records(data), encoder)
     made = train.HeadsTrainer(model, samples, options, tmp_path).create_optimizer()
     rates = {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
@@ -234,11 +235,11 @@ def run(
 ) -> Run:
     """Positions on a grid, float32; or in a row, bfloat16, with less memory; or a hard finish."""
     folder, models = tmp_path_factory.mktemp(request.param), []
-    measure = command._measure
+    measure = run_module.measure
 
-    def keep(args: Any, model: PrunedLlava, *rest: Any) -> Any:
+    def keep(model: PrunedLlava, *rest: Any) -> Any:
         models.append(model)
-        return measure(args, model, *rest)
+        return measure(model, *rest)
 
     more = ("--sites", "1,2", "--steps", "12")
     if request.param == "original":
@@ -250,7 +251,7 @@ def run(
         capture(lambda: calibrate(checkpoint, data, start, *soft))
         more += ("--hard",)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "_measure", keep)
+        patch.setattr(run_module, "measure", keep)
         said = capture(lambda: calibrate(start, data, folder / "trained", *more))
     small = ("--max-text-tokens", "64", "--max-new-tokens", "16", "--quiet")
     argv = ["export", str(folder / "trained"), "-o", str(folder / "bundle"), "--method", "atp"]
@@ -398,7 +399,7 @@ def test_training_again_and_training_interrupted_give_the_same_model(
     assert "was interrupted" in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
     for other in (("--positions", "original"), ("--seed", "9"), ("--target-tokens", "17")):
         assert calibrate(checkpoint, data, two, *short, *other, "--resume") == 2
-        assert "was another" in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+        assert "other options" in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
     monkeypatch.setattr(calibrate_module, "save_heads", full)
     assert calibrate(checkpoint, data, two, *short, "--resume") == 2
     assert not two.exists() and sorted(p.name for p in tmp_path.iterdir()) == ["one", partial.name]
@@ -419,7 +420,7 @@ def test_training_again_and_training_interrupted_give_the_same_model(
         (("--sections", "2d"), "keeps the positions"),
         (("--train-lm", "--method", "quantile"), "changes the scores"),
         (("--method", "fixed", "--modality", "self"), "both scores"),
-        (("--train-lm", "--positions", "original", "--sections", "2d"), "--sections is of"),
+        (("--train-lm", "--positions", "original", "--sections", "2d"), "no sections"),
     ],
 )
 def test_options_without_effect_are_refused(
