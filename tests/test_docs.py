@@ -34,6 +34,12 @@ WIDTH = 120
 LONG = {"architecture.md"}  # to be reflowed when it is next rewritten
 # What the small checkpoint has instead: 4 layers and 16 patches, not 32 and 576.
 SMALLER = {"4,14,24": "1,2", "144": "10"}
+SMALLER_IN_PYTHON = {
+    HUB_ID: CHECKPOINT,
+    '"keep": 288': '"keep": 8',
+    "sites=(4, 14, 24), target_tokens=144": "sites=(1, 2), target_tokens=10",
+    "steps=500": "steps=2",
+}
 SHORTER = {
     "calibrate": ["--steps", "2"],
     "eval": ["--max-new-tokens", "4"],
@@ -160,7 +166,8 @@ def test_the_python_of_the_page_runs_from_top_to_bottom(here: Path, bundle: Path
     shutil.copytree(bundle, "bundle")
     names: dict[str, Any] = {}
     for body in blocks(page("python.md"), "python").values():
-        body = body.replace(HUB_ID, CHECKPOINT).replace('"keep": 288', '"keep": 8')
+        for said, smaller in SMALLER_IN_PYTHON.items():
+            body = body.replace(said, smaller)
         exec(compile(body, "python.md", "exec"), names)
     assert capsys.readouterr().out.strip()
 
