@@ -24,8 +24,8 @@ from patchsieve.export.source.tokenizer import write_tokenizer
 from patchsieve.runtime.inputs.images import load_image
 from patchsieve.runtime.inputs.preprocess import Preprocessor
 from patchsieve.runtime.inputs.prompt import Prompt, PromptBuilder, expand
-from patchsieve.runtime.records import Record
 from patchsieve.runtime.positions import number_rows
+from patchsieve.runtime.records import Record
 from patchsieve.runtime.rows import TEXT, Rows
 
 

@@ -300,7 +300,7 @@ class Workshop:
         return path
 
     def _words(self, wanted: Heads, rate: float) -> list[str]:
-        """What `calibrate` must be told of thresholds."""
+        """The options of `calibrate` that thresholds need."""
         words = ["--method", wanted.method, "--sites", ",".join(map(str, wanted.sites))]
         if "--counts" not in wanted.options:
             words += ["--target-tokens", str(wanted.target)]
@@ -311,7 +311,7 @@ class Workshop:
         return [*words, *wanted.options]
 
     def _plan_words(self, plan: Plan, name: str) -> list[str]:
-        """What `export` must be told of a plan."""
+        """The options of `export` that a plan needs."""
         path = self.folder / "plans" / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(plan.to_dict(), indent=1), encoding="utf-8")
@@ -338,7 +338,7 @@ def _weights(checkpoint: Path) -> list[bytes]:
 
 
 def launched(words: list[str]) -> None:
-    """Run a module of Python in a process of its own; its words are told."""
+    """Run a module of Python in a process of its own, and print its words."""
     log(f"python -m {shlex.join(words)}")
     start = time.monotonic()
     threads = {"OMP_NUM_THREADS": "1"}  # a process each core
@@ -351,7 +351,7 @@ def launched(words: list[str]) -> None:
 def run(words: list[str]) -> str:
     """Run a patchsieve command in this process, and return what it prints.
 
-    Its words are told, so that a reader can run it too.
+    Its words are printed, so that a reader can run it too.
     """
     log(f"patchsieve {shlex.join(words)}")
     start, said = time.monotonic(), io.StringIO()

@@ -56,7 +56,12 @@ def main() -> None:
         default="random",
         help="what decides which tokens fall in the decoder: chance, or the plan's ivtp (random)",
     )
-    add("--weights", type=weights_in, default="count=2", help="of kinds of questions (count=2)")
+    add(
+        "--weights",
+        type=weights_in,
+        default="count=2",
+        help="weights of kinds of questions (default: count=2)",
+    )
     options = parser.parse_args()
     check_free(options.out)
     rank, ranks = start_process()
