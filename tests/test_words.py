@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import re
 from pathlib import Path
 
 import pytest
+
+from patchsieve.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 # Not plain English where we used them -> what CONTRIBUTING.md says instead. "stand for", "a
@@ -62,3 +66,11 @@ def files_of(place: str) -> list[Path]:
 def test_words_of_the_list_do_not_come_back(place: str) -> None:
     found = [line for path in files_of(place) for line in found_in(path)]
     assert len(found) <= ALLOWED[place], "\n".join(found)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_help_begins_with_of(command: str) -> None:
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"patchsieve.cli.{command}").add_arguments(parser)
+    helps = {action.dest: action.help or "" for action in parser._actions}
+    assert not [name for name, text in helps.items() if re.match(r"(?:[\w, ]+: )?of\b", text)]
