@@ -443,7 +443,7 @@ def test_a_tokenizer_file_that_transformers_cannot_read_is_refused(
 
 
 @pytest.mark.parametrize(
-    "module", ["inputs.prompt", "sampling", "detokenize", "inputs.chat_template"]
+    "module", ["inputs.builder", "sampling", "detokenize", "inputs.chat_template"]
 )
 def test_the_runtime_side_needs_no_training_library(module: str) -> None:
     code = (
