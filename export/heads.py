@@ -89,7 +89,9 @@ def build_atp(site: SitePlan, folder: Path) -> ATP:
         return ATP(thresholds=thresholds, **config.scores)
     except TypeError as error:
         raise PatchsieveError(
-            f"the parameters of atp at layer {site.layer} do not fit", found=error
+            f"the parameters of atp at layer {site.layer} do not fit",
+            found=error,
+            do="correct the parameters in the plan, or learn the heads again",
         ) from error
 
 
@@ -108,7 +110,9 @@ def _learned(directory: Path, layer: int) -> tuple[HeadsConfig, Thresholds]:
         module.load_state_dict(state)
     except RuntimeError as error:
         raise PatchsieveError(
-            f"the tensors in {directory} do not fit its config", found=str(error)
+            f"the tensors in {directory} do not fit its config",
+            found=str(error),
+            do="copy the heads again, or learn them with patchsieve calibrate",
         ) from error
     return config, module.eval().requires_grad_(False)
 

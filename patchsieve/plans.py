@@ -46,7 +46,7 @@ def build(
         method: What prunes in the decoder, or a whole recipe such as "ivtp"; None or "none" for
             nothing.
         sites: Decoder layers at whose input it prunes; by default those of its heads.
-        budget: Visual tokens of an image to reserve behind the sites, one number or one per site;
+        budget: Visual tokens of an image to reserve after the sites, one number or one per site;
             by default what the method keeps.
         encoder: What prunes inside the vision tower.
         projector: What prunes between the tower and the decoder.
@@ -147,7 +147,7 @@ def _sites(
 
 
 def _method(place: str, name: str | None, given: Mapping[str, Any]) -> MethodPlan | None:
-    """What prunes inside the tower, or behind it."""
+    """What prunes inside the tower, or after it."""
     own = {k: v for k, v in given.items() if k.startswith(f"{place}_")}
     entry = _chosen(place, name, own)
     return None if entry is None else MethodPlan(entry.name, _params(entry, own))

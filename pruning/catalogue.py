@@ -46,7 +46,7 @@ def entry(place: str, name: str, where: str = "") -> Entry:
 
 
 def in_tower(name: str) -> Entry:
-    """A method that prunes inside the tower, or once behind it.
+    """A method that prunes inside the tower, or once after it.
 
     Raises:
         PatchsieveError: There is no such method.

@@ -30,7 +30,7 @@ class Left:
     """What a decoder site leaves of an image.
 
     Attributes:
-        count: Most tokens that go on.
+        count: Most tokens that stay.
         budget: Tokens that the layers from here on reserve slots for; at least `count`.
         is_exact: Every image keeps `count`; else the image decides, and that is the most.
         is_given: The plan says how many; else it is simply all that enter.
@@ -198,7 +198,7 @@ def once_after(method: MethodPlan, num_layers: int) -> TowerSchedule:
 
 
 def _kept(site: SitePlan, num_visual: int) -> int | None:
-    """Tokens that a site's rule keeps; None where the image decides."""
+    """Tokens that a site's rule keeps; None if the image decides."""
     found = catalogue.entry(DECODER, site.method, f" at layer {site.layer}")
     found.check(site.params, f" at layer {site.layer}")
     if found.leaves == RATIO:

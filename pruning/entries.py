@@ -238,7 +238,7 @@ _ENCODER = (
         "gtp",
         ENCODER,
         "patchsieve.pruning.encoder.gtp:GTP",
-        "drop patches behind each group of layers, by the class token's rollout attention",
+        "drop patches after each group of layers, by the class token's rollout attention",
         NUMBER,
         (
             *_schedule(_GROUPED, "3", "geometric"),

@@ -93,7 +93,7 @@ def _add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
         help="how tensorrt, tensorrt10 and tensorrt-rtx get float16 and bfloat16 attention: "
         "decomposed (default) in parts, its scores in float32; fused as one operator, which may be "
         "faster and which TensorRT 10.16 to 11.2 refuses or gets wrong in some shapes "
-        "(python -m benchmarks.settle --only i tells on your GPU); fused-tower: the tower alone",
+        "(python -m benchmarks.settle --only i tries it on your GPU); fused-tower: the tower alone",
     )
     _add_limits(bundle)
     add("--quiet", action="store_true", help="no progress")

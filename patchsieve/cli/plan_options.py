@@ -37,7 +37,7 @@ def add_arguments(group: Any) -> None:
         "--budget",
         type=integers,
         metavar="N",
-        help="visual tokens of an image to reserve behind the sites, one number or one per site "
+        help="visual tokens of an image to reserve after the sites, one number or one per site "
         "(default: what the method keeps)",
     )
     _add_options(group, (RECIPE, DECODER))

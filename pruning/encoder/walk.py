@@ -72,7 +72,7 @@ class TowerSite:
 
     @property
     def cls(self) -> int | None:
-        """Row of the class token, None where there is none."""
+        """Row of the class token, None if there is none."""
         return 0 if self.has_cls else None
 
     def candidates(self, rows: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class Reduction(Protocol):
 
     @property
     def sizes(self) -> Tensor | None:
-        """Patches that each new row stands for, float32 [B, K]; None where nothing merges."""
+        """Patches that each new row stands for, float32 [B, K]; None if nothing merges."""
         ...
 
     @property
@@ -245,7 +245,7 @@ class Walk:
         self.num_fused = 0
         self.sources: Tensor | None = None  # [B, N], None while nothing has moved
         self.num_wanted: Tensor | None = None  # [B], of a method whose count adapts
-        self._is_padding: Tensor | None = None  # [B, n], None where no row is
+        self._is_padding: Tensor | None = None  # [B, n], None if no row is
         self._group: tuple[Layer, ...] = ()
         self._sizes: Tensor | None = None  # [B, n], None while each row is one patch
         # The layer of the last pruning at the rows that are left, made only where it is asked for.
