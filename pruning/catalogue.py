@@ -54,6 +54,11 @@ def in_tower(name: str) -> Entry:
     return find(ENCODER, name) or entry(PROJECTOR, name)
 
 
+def draws(name: str) -> bool:
+    """Whether chance decides what a method keeps, at any place."""
+    return any(each.draws for each in ENTRIES if each.name == name)
+
+
 class Catalogued:
     """The base of every method's class: its options are checked against the catalogue.
 

@@ -120,6 +120,7 @@ _DECODER = (
         RATIO,
         (_RATIO,),
         example={"sites": [2], "keep_ratio": 0.5},
+        draws=True,
     ),
     Entry(
         "fastv",
@@ -275,6 +276,7 @@ _ENCODER = (
         NUMBER,
         _schedule(_PRUNED),
         example={"encoder_keep": 64},
+        draws=True,
     ),
     Entry(
         "evit",
@@ -342,6 +344,7 @@ _PROJECTOR = (
         NUMBER,
         (_LEFT,),
         example={"projector_keep": 64},
+        draws=True,
     ),
 )
 
