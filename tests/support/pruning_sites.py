@@ -27,7 +27,7 @@ class MadeLayer:
     def _heads(self, rows, heads, seed):
         g = torch.Generator().manual_seed(seed)
         weight = torch.randn(rows.shape[-1], heads * self.head_dim, generator=g)
-        states = (rows.float() @ weight).to(rows.dtype)
+        states = rows.float() @ weight
         return states.reshape(*rows.shape[:2], heads, self.head_dim).transpose(1, 2)
 
 
