@@ -271,6 +271,10 @@ def _tensors(facts: Manifest, caches: str) -> dict[str, dict[str, _Shape]]:
         }
         for graph, count in _visual_counts(facts).items()
     }
+    for graph in list(tensors):
+        outputs = facts.tensors.get(graph, {}).get("outputs", [])
+        if any(tensor.get("name") == names.NUM_WANTED for tensor in outputs):
+            tensors[graph][names.NUM_WANTED] = [None]  # one number an image, which says how many
     for name, plan in facts.plans.items():
         if plan.pseudo_cls is not None:
             made = tensors[names.vision(name)]

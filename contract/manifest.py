@@ -302,9 +302,14 @@ class Manifest:
         return self.plans[plan].position_rule or self.text.trained_rule
 
     def num_visual(self, plan: str) -> int:
-        """Visual tokens that enter the decoder for each image under a plan."""
+        """Visual tokens of an image that enter the decoder under a plan, or the most of them."""
         outputs = self.tensors[self.vision_graph(plan)]["outputs"]
         return next(t["shape"][1] for t in outputs if t["name"] == names.IMAGE_FEATURES)
+
+    def has_fixed_count(self, plan: str) -> bool:
+        """Whether every image has `num_visual` tokens; else it decides, and they are the most."""
+        outputs = self.tensors[self.vision_graph(plan)]["outputs"]
+        return all(tensor["name"] != names.NUM_WANTED for tensor in outputs)
 
     def budgets(self, plan: str) -> list[int]:
         """Visual tokens per image that each stage reserves slots for under a plan."""

@@ -188,7 +188,7 @@ def decide_graphs(
     """Resolve a plan's budgets and trace its decisions on images of `num_visual` tokens."""
     methods = [build_method(site) for site in plan.sites]
     check_sites(plan, methods)
-    plan = resolve_budgets(plan, methods, num_visual)
+    plan = resolve_budgets(plan, num_visual)
     graphs = {}
     for done, (site, method) in enumerate(zip(plan.sites, methods, strict=True)):
         progress(f"tracing {site.method} at layer {site.layer}", done / len(methods))

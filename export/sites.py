@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patchsieve.contract import names, reads
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import Plan
-from patchsieve.pruning.decoder.tome import DecoderToMe
-from patchsieve.pruning.heads import load_heads
-from patchsieve.pruning.schedules import num_to_keep
+from patchsieve.pruning.counts import left_by_sites
 
 if TYPE_CHECKING:
     from patchsieve.pruning.decoder.site import Method
@@ -68,40 +65,16 @@ def side_layer(plan: Plan, methods: list[Method]) -> int:
     return max((site.layer for site, method in pairs if names.SIDE_ROW in method.reads), default=0)
 
 
-def resolve_budgets(plan: Plan, methods: list[Method], num_visual: int) -> Plan:
+def resolve_budgets(plan: Plan, num_visual: int) -> Plan:
     """Give each site the number of tokens per image that the layers behind it reserve.
 
-    `num_visual` tokens of an image enter the decoder, of which a site's ratio keeps its fraction.
-    A given budget holds; it may not exceed what enters the site. Otherwise a fixed ratio or number
-    needs what it keeps, heads propose theirs, and a method whose count adapts without a proposal
-    reserves what the site before it does.
+    Args:
+        plan: The plan.
+        num_visual: Tokens of an image that enter the decoder.
+
+    Raises:
+        PatchsieveError: A budget is larger than what enters its site, or more would merge than can.
     """
-    sites, most = [], num_visual
-    for site, method in zip(plan.sites, methods, strict=True):
-        budget = site.budget
-        if budget is None and hasattr(method, "keep_ratio"):
-            budget = num_to_keep(method.keep_ratio, num_visual)
-        if budget is None and hasattr(method, "num_keep"):
-            budget = method.num_keep
-        if budget is None and "heads" in site.params:
-            config, _ = load_heads(Path(site.params["heads"]))
-            proposed = dict(zip(config.sites, config.budgets, strict=False))
-            budget = proposed.get(site.layer)
-        if site.budget is not None and site.budget > most:
-            raise PatchsieveError(
-                f"the budget of the site at layer {site.layer} is larger than what enters it",
-                found=site.budget,
-                expected=f"at most {most} visual tokens per image",
-                do="lower --budget, or remove it",
-            )
-        left = min(most, budget or most)
-        if isinstance(method, DecoderToMe) and left < method.fewest_left(most):
-            raise PatchsieveError(
-                f"tome merges at most every other token, not so many at layer {site.layer}",
-                found=f"{most} to {left}",
-                expected=f"at least {method.fewest_left(most)} left",
-                do="keep more, or merge at several sites, whose counts a plan file gives (--plan)",
-            )
-        most = left
-        sites.append(replace(site, budget=most))
-    return replace(plan, sites=tuple(sites))
+    left = left_by_sites(plan.sites, num_visual)
+    pairs = zip(plan.sites, left, strict=True)
+    return replace(plan, sites=tuple(replace(site, budget=each.budget) for site, each in pairs))

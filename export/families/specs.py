@@ -48,7 +48,7 @@ class TowerSpec:
     """A vision transformer.
 
     Attributes:
-        has_cls: A class token stands before the patches.
+        has_cls: A class token comes before the patches.
         has_pre_norm: A layer norm follows the embeddings (CLIP).
         patch_bias: The patch embedding has a bias (SigLIP).
     """

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from patchsieve.verify.verification import Verification
 
     take_inputs(args)
-    progress = Progress(args.quiet or args.json)
+    progress = Progress.of(args)
     progress("loading both", 0.0)
     with _quiet_libraries():
         both = Verification(

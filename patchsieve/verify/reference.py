@@ -7,7 +7,7 @@ rows: a row that is dropped leaves the list of rows and keeps its position.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ class Reference:
     @torch.no_grad()
     def reduced(
         self, plan: Plan, pixel_values: np.ndarray, noise: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
         """Run a plan's vision module in torch, on the checkpoint's weights in float32.
 
         Hugging Face has no tower that prunes: `vision` holds the tower itself against it.
@@ -144,7 +144,7 @@ class Reference:
             noise: [B, patches], where a method draws.
 
         Returns:
-            image_features [B, N, C], image_ids [B, N] and the projected CLS [B, C].
+            Features [N, C] and raster ids [N] of each image, and the projected CLS [B, C].
         """
         # The space that words are compared in is the scorer's, which the checkpoint does not hold.
         plan = replace(plan, pseudo_cls=PseudoCls("none"))
@@ -156,8 +156,10 @@ class Reference:
             state[weight.name] = tensor.t() if weight.transposed else tensor
         module.load_state_dict(state)
         drawn = () if noise is None else (torch.from_numpy(noise),)
-        features, ids, _, cls = module(torch.from_numpy(pixel_values), *drawn)
-        return features.numpy(), ids.numpy(), cls.numpy()
+        features, ids, _, *wanted, cls = module(torch.from_numpy(pixel_values), *drawn)
+        counts = wanted[0].tolist() if wanted else [module.num_visual] * len(features)
+        tokens, places = (without_padding(each.numpy(), counts) for each in (features, ids))
+        return tokens, places, cls.numpy()
 
     @torch.no_grad()
     def embed(self, input_ids: np.ndarray, features: np.ndarray) -> np.ndarray:
@@ -316,6 +318,11 @@ def cache_name(layer: torch.nn.Module) -> str:
     """
     taken = inspect.signature(layer.forward).parameters
     return "cache" if "cache" in taken else "past_key_values"
+
+
+def without_padding(values: np.ndarray, counts: Iterable[int]) -> list[np.ndarray]:
+    """The first rows of each image, of [B, N, ...] as many as `counts` says."""
+    return [rows[:count] for rows, count in zip(values, counts, strict=True)]
 
 
 def side_rows(positions: np.ndarray, image_index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

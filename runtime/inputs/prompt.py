@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,29 +67,34 @@ class ExpandedPrompt:
     image_spans: list[tuple[int, int]]
 
 
-def expand(prompt: Prompt, visual_tokens_per_image: int) -> ExpandedPrompt:
-    """Repeat each image token, as LlavaProcessor repeats the placeholder before tokenising.
+def expand(prompt: Prompt, visual_tokens_per_image: int | Sequence[int]) -> ExpandedPrompt:
+    """Repeat each image token, as Hugging Face's processors repeat it before tokenising.
 
     Args:
         prompt: The prompt, T tokens with M images.
-        visual_tokens_per_image: Rows N of one image, so L0 = T + M (N - 1).
+        visual_tokens_per_image: Rows of each image, M numbers or one for all.
 
     Returns:
         The expanded prompt.
 
     Raises:
-        RequestError: `visual_tokens_per_image` is below 1.
+        RequestError: A number of `visual_tokens_per_image` is below 1.
     """
-    if visual_tokens_per_image < 1:
+    per_image = np.broadcast_to(visual_tokens_per_image, len(prompt.image_positions))  # [M]
+    if np.min(visual_tokens_per_image, initial=1) < 1:
         raise RequestError(
-            "bad visual_tokens_per_image", found=visual_tokens_per_image, expected=">= 1"
+            "bad visual_tokens_per_image",
+            found=visual_tokens_per_image,
+            expected=">= 1",
+            do="keep at least one token of an image",
         )
     counts = np.ones(len(prompt.token_ids), dtype=np.int64)  # [T]
-    counts[prompt.image_positions] = visual_tokens_per_image
+    counts[prompt.image_positions] = per_image
     starts = np.cumsum(counts) - counts  # [T], first row of each token
     owner = np.full(len(prompt.token_ids), -1, dtype=np.int64)
     owner[prompt.image_positions] = np.arange(len(prompt.image_positions))
-    spans = [(int(s), int(s) + visual_tokens_per_image) for s in starts[prompt.image_positions]]
+    firsts = starts[prompt.image_positions]
+    spans = [(int(s), int(s + n)) for s, n in zip(firsts, per_image, strict=True)]
     return ExpandedPrompt(
         token_ids=np.repeat(prompt.token_ids, counts),  # [L0]
         image_index=np.repeat(owner, counts),  # [L0]

@@ -266,7 +266,7 @@ def test_bos_is_never_doubled_and_never_lost(builder) -> None:
         (lambda b: b.build([{"role": "user", "content": None}], 0), "bad message content"),
         (lambda b: b.build([{"role": "user", "content": [{"type": "video"}]}], 0), "bad message"),
         (lambda b: expand(b.build_raw("<image> What?", 1), 0), "bad visual_tokens_per_image"),
-        (lambda b: b.tokenize_suffix("", []), "the prompt is empty"),
+        (lambda b: b.tokenize_suffix(""), "the prompt is empty"),
     ],
 )
 def test_a_bad_request_is_one_clear_line(builder, call, message: str) -> None:
@@ -336,6 +336,19 @@ def test_the_next_turn_continues_the_cache_with_the_tokens_of_the_whole_text(
     assert expand(tail, 5).image_spans == [
         (int(tail.image_positions[0]), int(tail.image_positions[0]) + 5)
     ]
+
+
+def test_images_may_have_a_count_of_rows_each(builder) -> None:
+    prompt = builder("qwen", CHATML).build_raw("<image> and <image>: which?", 2)
+    first, second = (int(place) for place in prompt.image_positions)
+    each = expand(prompt, [3, 1])
+    assert each.image_spans == [(first, first + 3), (second + 2, second + 3)]
+    assert each.image_index.tolist().count(0) == 3 and each.image_index.tolist().count(1) == 1
+    assert each.token_ids[each.instruction_rows].tolist() == (
+        prompt.token_ids[prompt.instruction].tolist()
+    )
+    alike, one = expand(prompt, [4, 4]), expand(prompt, 4)
+    assert (alike.token_ids == one.token_ids).all() and alike.image_spans == one.image_spans
 
 
 def test_a_conversation_that_does_not_begin_with_the_cache_is_prefilled_again(builder) -> None:
