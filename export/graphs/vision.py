@@ -247,6 +247,7 @@ def tokens_left(
         raise UnsupportedModelError(
             "this model drops the first patch of a tower without a class token",
             expected='vision_feature_select_strategy "full" where something prunes the patches',
+            do="prune in the decoder instead: leave --encoder and --projector out",
         )
     left = facts.num_patches
     if pooling is not None and methods:
@@ -264,9 +265,10 @@ def tokens_left(
         drops_nothing = last == left and method is not methods[0] and not method.adapts
         if last > left or drops_nothing:
             raise PatchsieveError(
-                f"{method.name} would drop nothing behind {methods[0].name}",
+                f"{method.name} would remove no tokens after {methods[0].name}",
                 found=f"{last} to keep of {left}",
                 expected=f"fewer than {left}",
+                do="keep fewer with --projector-keep, or leave --projector out",
             )
         left = last
     if pooling is not None:

@@ -202,11 +202,14 @@ class Method(Protocol):
 
     Attributes:
         name: How plans and the command line call it.
-        merges: Its decisions hold `hidden` and `moved`.
     """
 
     name: ClassVar[str]
-    merges: ClassVar[bool]
+
+    @property
+    def merges(self) -> bool:
+        """Whether its decisions hold `hidden` and `moved`."""
+        ...
 
     @property
     def reads(self) -> tuple[str, ...]:

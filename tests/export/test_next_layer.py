@@ -18,11 +18,10 @@ from patchsieve.contract.errors import BundleError, PatchsieveError
 from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.reuse import reuse
-from patchsieve.pruning.table import METHODS
 from patchsieve.runtime.model import Model
 from patchsieve.verify.verification import Verification
 from tests.support.models import save_checkpoint
-from tests.support.test_only_methods import TEST_ONLY
+from tests.support.test_only_methods import known
 from tests.support.tiny_bundles import pictures
 
 LIMITS = manifest.Limits(64, 16, 2)
@@ -32,12 +31,10 @@ ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def known() -> Iterator[None]:
+def methods() -> Iterator[None]:
     """The test-only methods, among those of the product."""
-    METHODS.update(TEST_ONLY)
-    yield
-    for name in TEST_ONLY:
-        del METHODS[name]
+    with known():
+        yield
 
 
 @pytest.fixture(scope="module")
