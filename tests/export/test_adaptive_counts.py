@@ -238,7 +238,7 @@ def test_verify_passes_what_adapts(made: Towers, plan: str) -> None:
     [
         (inside(1, 20) | {"projector": {"method": "topk", "params": {"keep": 9}}}, "cannot prune"),
         ({"encoder": method("above", [1, 2], [20, 9])}, "at several layers"),
-        ({"encoder": method("topk", [1], [9])} | after(10), "would drop nothing"),
+        ({"encoder": method("topk", [1], [9])} | after(10), "would remove no tokens"),
     ],
 )
 def test_what_would_prune_padding_is_refused_by_export_and_by_cost(
