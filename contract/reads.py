@@ -9,9 +9,9 @@ has to feed it. In a graph, layers have their numbers in the decoder: `query.7`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from patchsieve.contract import names
 
@@ -35,16 +35,6 @@ NEXT_LAYER = "next_layer"
 NEXT_LAYER_READS = (names.HIDDEN, names.POSITION_IDS)
 
 
-class Decoder(Protocol):
-    """The measures that shapes depend on, as `manifest.TextModel` has them."""
-
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rotary_sections: tuple[int, ...]
-
-
 @dataclass(frozen=True)
 class Read:
     """A tensor that a decision may read.
@@ -63,15 +53,17 @@ class Read:
     source: str = HOST
     has_lower: bool = False
 
-    def shape(self, decoder: Decoder) -> tuple[int | str, ...]:
-        """Lengths, and names of the axes whose length changes."""
+    def shape(self, decoder: Mapping[str, Any]) -> tuple[int | str, ...]:
+        """Lengths, and names of the axes whose length changes.
+
+        Args:
+            decoder: Its measures by the names of `manifest.TextModel`.
+        """
         measures: dict[int | str, int] = {
-            QUERIES: decoder.num_heads * decoder.head_dim,
-            KV_HEADS: decoder.num_kv_heads,
-            HEAD_DIM: decoder.head_dim,
-            WIDTH: decoder.hidden_size,
-            SECTIONS: len(decoder.rotary_sections),
+            QUERIES: decoder["num_heads"] * decoder["head_dim"],
+            SECTIONS: len(decoder["rotary_sections"]),
         }
+        measures |= {name: decoder[name] for name in (KV_HEADS, HEAD_DIM, WIDTH)}
         return tuple(length for axis in self.axes if (length := measures.get(axis, axis)))
 
 

@@ -84,7 +84,7 @@ class Runs:
         }
 
     def _power(self) -> dict[str, Any] | None:
-        """Watts over all runs, joules of an answer; None where nothing measures power."""
+        """Watts over all runs, joules of an answer; None if nothing measures power."""
         if not self.energy:
             return None
         return {
@@ -118,7 +118,7 @@ class Conditions:
         self.throttling.append(power.throttling(self.root))
 
     def measure(self, run: Callable[[], Result]) -> tuple[Result, list[dict[str, float]]]:
-        """Run, and tell watts and joules; none where nothing measures them.
+        """Run, and report watts and joules; none if nothing measures them.
 
         A sample at either end serves a run that is shorter than the interval.
         """
@@ -169,7 +169,7 @@ def profile(
         raw: The prompt is the whole text, without chat template.
         system: The system prompt.
         progress: Told what is being run.
-        root: The file system whose /sys tells power and temperatures.
+        root: The file system whose /sys reports power and temperatures.
 
     Returns:
         Machine, request, and for each plan statistics and raw values, as JSON can hold them.
@@ -177,6 +177,7 @@ def profile(
     Raises:
         RequestError: A count is too small, or the request does not fit the bundle.
     """
+    _check_counts(warmup, runs)
     plan = plan or model.facts.default_plan
     plans = list(dict.fromkeys([plan, *([against] if against else [])]))
     model.spare_caches = max(model.spare_caches, len(plans))  # no run pays for a new cache
@@ -190,6 +191,16 @@ def profile(
     return report
 
 
+def _check_counts(warmup: int, runs: int) -> None:
+    if runs < 1 or warmup < 0:
+        raise RequestError(
+            "a profile of too few runs",
+            found=f"runs {runs}, warmup {warmup}",
+            expected="at least 1 and 0",
+            do="give --runs 1 or more, and --warmup 0 or more",
+        )
+
+
 def _measure(
     ask: Callable[..., Result],
     model: Model,
@@ -201,13 +212,6 @@ def _measure(
     root: Path,
 ) -> dict[str, Any]:
     """Ask with each plan in turn, and sum up what was measured of each."""
-    if runs < 1 or warmup < 0:
-        raise RequestError(
-            "a profile of too few runs",
-            found=f"runs {runs}, warmup {warmup}",
-            expected="at least 1 and 0",
-            do="give --runs 1 or more, and --warmup 0 or more",
-        )
     taken = {name: Runs() for name in plans}
     with Conditions(root) as conditions:
         for number in range(warmup + runs):

@@ -30,7 +30,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 ROTARY_KINDS = ("default", "linear", "llama3", "yarn")  # those that do not depend on the length
 
 
-def sizes(config: Any) -> dict[str, int]:
+def sizes(config: Any) -> dict[str, Any]:
     """The sizes of a text config, by the names of `DecoderSpec`."""
     heads = config.num_attention_heads
     return {

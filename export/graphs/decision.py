@@ -64,12 +64,14 @@ class Decide(nn.Module):
             [1, L, C] and merged_into [N].
         """
         visual_rows, keep = given[names.VISUAL_ROWS], given[names.KEEP]
-        next_layer = None
-        for layer in self.layers.values():
-            rows = (given[name] for name in reads.NEXT_LAYER_READS)
-            next_layer = NextLayer(self.spec, layer, *rows)
-        head_dim, sizes = self.spec.head_dim, (self.grid, self.num_visual)
-        site = Site.of(given, self.below, head_dim, *sizes, next_layer)
+        site = Site.of(
+            given,
+            self.below,
+            self.spec.head_dim,
+            self.grid,
+            self.num_visual,
+            self._next_layer(given),
+        )
         decision = self.method.decide(site, given[names.BUDGET])
         # Integers, because not every runtime scatters booleans.
         mine = torch.ones_like(keep, dtype=torch.int64)
@@ -82,6 +84,12 @@ class Decide(nn.Module):
         merged = torch.arange(visual_rows.shape[0]) + keep.shape[0]  # [N]
         sources = torch.arange(keep.shape[0]).scatter(0, visual_rows, merged)  # [L]
         return (*decided, rows.index_select(1, sources), decision.moved[0])
+
+    def _next_layer(self, given: dict[str, Tensor]) -> NextLayer | None:
+        for layer in self.layers.values():
+            assert isinstance(layer, Projections)
+            return NextLayer(self.spec, layer, *(given[name] for name in reads.NEXT_LAYER_READS))
+        return None
 
 
 class Compact(nn.Module):
@@ -125,7 +133,8 @@ def decide_graph(
         decide = Decide(method, layer, spec, grid, num_visual)
     inputs = {
         name: Input(
-            dtype if read.dtype == reads.DECODER else getattr(torch, read.dtype), read.shape(spec)
+            dtype if read.dtype == reads.DECODER else getattr(torch, read.dtype),
+            read.shape(vars(spec)),
         )
         for name, read in reads.inputs(decide.below).items()
     }

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     plan = plan_options.plan_of(args, lambda: _size_of(args), heads=_heads(args))
     taken = {} if args.reuse is None else read(args.reuse).plans
     name = args.plan_name or plans.free_name(plan, taken)
-    progress = Progress(args.quiet)
+    progress = Progress.of(args)
     start = time.perf_counter()
     spent: dict[str, float] = {}
     if args.reuse is not None:

@@ -177,7 +177,7 @@ def view(facts: Manifest, result: Result, prompt: str, image: int) -> View:
     """
     plan, vision = facts.plans[result.plan], facts.vision
     reduced = next((one for one in result.images if one.image == image), None)
-    # The token that each patch is part of; a class token may stand in front of them.
+    # The token that each patch is part of; a class token may come first.
     owner = np.arange(vision.num_patches) + vision.num_visual - vision.num_patches  # [R * C]
     kept = owner >= 0
     places = []
@@ -198,8 +198,8 @@ def view(facts: Manifest, result: Result, prompt: str, image: int) -> View:
 def _before_the_decoder(plan: Plan, reduced: ImageResult, num_visual: int) -> Place:
     """What the tower and the projector left of an image.
 
-    Where some tokens are still patches, only these go on by themselves, and the rest is fused into
-    others; where none is, every patch that is part of a token goes on.
+    If some tokens are still patches, only these count as kept, and the rest is fused into others.
+    If none is, every patch that is part of a token counts as kept.
     """
     ids, sources = np.array(reduced.ids), np.array(reduced.sources)
     own = ids[ids >= 0]
@@ -244,13 +244,13 @@ def _place(site: SiteResult, method: str, owner: np.ndarray, alive: np.ndarray) 
 
 
 def _merged(owner: np.ndarray, site: SiteResult) -> np.ndarray:
-    """Token that each patch is part of behind a site, [R * C]."""
+    """Token that each patch is part of after a site, [R * C]."""
     into = dict(site.merged or [])
     return np.array([into.get(token, token) for token in owner.tolist()])
 
 
 def _words(prompt: str, words: Words) -> tuple[Word, ...]:
-    """The prompt in pieces: the question's tokens where they stand in it, and what lies between.
+    """The prompt in pieces: the question's tokens at their places, and the text between them.
 
     A token that is not found (a byte of a character, say) is part of the text around it.
     """

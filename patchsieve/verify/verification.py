@@ -188,8 +188,8 @@ class Verification:
     ) -> tuple[Result, str]:
         """The bundle's answer, or why it gave none although its graphs ran."""
         result = Result()
-        options = {"plan": plan, "raw": raw, "max_new_tokens": count} | PLAIN
-        answer = self.model.stream(images, prompt, result=result, ignore_eos=True, **options)
+        options: dict[str, Any] = {"raw": raw, "max_new_tokens": count, "ignore_eos": True} | PLAIN
+        answer = self.model.stream(images, prompt, plan=plan, result=result, **options)
         try:
             deque(answer, maxlen=0)
             return result, ""

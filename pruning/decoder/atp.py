@@ -69,7 +69,6 @@ class ATP(DecoderMethod):
 
     name: ClassVar[str] = "atp"
     reads: ClassVar[tuple[str, ...]] = ("query", "key")
-    merges: ClassVar[bool] = False
 
     thresholds: nn.Module = field(default_factory=ConstantThresholds)
     granularities: tuple[int, ...] = (2, 4, 8)

@@ -30,7 +30,6 @@ class FastV(KeepRatio):
 
     name: ClassVar[str] = "fastv"
     reads: ClassVar[tuple[str, ...]] = ("query", "key", "last_row")
-    merges: ClassVar[bool] = False
 
     rows: str = "last"
 

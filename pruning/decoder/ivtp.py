@@ -43,7 +43,6 @@ class IVTP(KeepNumber):
     """
 
     name: ClassVar[str] = "ivtp"
-    merges: ClassVar[bool] = False
 
     group: int = 3
     fusion: str = "rollout"

@@ -21,7 +21,6 @@ class Random(KeepRatio):
 
     name: ClassVar[str] = "random"
     reads: ClassVar[tuple[str, ...]] = ("noise",)
-    merges: ClassVar[bool] = False
 
     def scores(self, site: Site) -> Tensor:
         """The noise of each visual token, float32 [B, N].

@@ -41,7 +41,6 @@ class DecoderToMe(DecoderMethod):
 
     name: ClassVar[str] = "tome"
     reads: ClassVar[tuple[str, ...]] = ("key", "hidden", "sizes")
-    merges: ClassVar[bool] = True
 
     num_keep: int = 64
 

@@ -27,7 +27,6 @@ class DecoderTopK(KeepNumber):
     """
 
     name: ClassVar[str] = "topk"
-    merges: ClassVar[bool] = False
 
     row: str = "cls"
 

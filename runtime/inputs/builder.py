@@ -18,7 +18,7 @@ _SYSTEM = "\ue0f3"  # and one for a system prompt
 class PromptBuilder:
     """Renders and tokenises prompts for one bundle.
 
-    The image token's literal text is a placeholder wherever it stands, also in a user's text. The
+    The image token's literal text is a placeholder everywhere, also in a user's text. The
     tokenizer's other special tokens keep their meaning there too, as in Hugging Face.
     """
 
@@ -190,7 +190,7 @@ class PromptBuilder:
             is_answer_cached: The cache holds the last answer; else the text begins with it.
 
         Returns:
-            The suffix for `tokenize_suffix`, or None where the template renders earlier turns
+            The suffix for `tokenize_suffix`, or None if the template renders earlier turns
             otherwise than before: then prefill from the start.
 
         Raises:
@@ -210,12 +210,13 @@ class PromptBuilder:
             rest = rest[len(_ANSWER) :]
         return rest or None
 
-    def tokenize_suffix(self, text: str, messages: Sequence[Message]) -> Prompt:
+    def tokenize_suffix(self, text: str, messages: Sequence[Message] = ()) -> Prompt:
         """Tokenise the continuation of a conversation.
 
         Args:
             text: The suffix from `continuation`.
-            messages: The conversation; the instruction is found as in `build`.
+            messages: The conversation, in which the instruction is found as in `build`; without it
+                the instruction is found as in `build_raw`.
 
         Returns:
             A prompt whose indices count from the suffix's first token.
@@ -225,11 +226,13 @@ class PromptBuilder:
         """
         if not text:
             raise _nothing_to_send()
-        template = self._required_template()
-        whole = template.render(messages)
-        start = len(whole) - len(text)
-        found = instruction_spans(template, messages, whole, self.image_token)
-        spans = [(begin - start, end - start) for begin, end in found if begin >= start]
+        spans: list[tuple[int, int]] = []
+        if messages:
+            template = self._required_template()
+            whole = template.render(messages)
+            start = len(whole) - len(text)
+            found = instruction_spans(template, messages, whole, self.image_token)
+            spans = [(begin - start, end - start) for begin, end in found if begin >= start]
         if not spans:
             after = text.rfind(self.image_token)
             spans = [(after + len(self.image_token) if after >= 0 else 0, len(text))]
@@ -283,7 +286,11 @@ def _check_text(text: object, what: str = "prompt") -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f"the {what} is not valid Unicode", found=error.reason) from error
+        raise RequestError(
+            f"the {what} is not valid Unicode",
+            found=error.reason,
+            do="give text in UTF-8",
+        ) from error
     return text
 
 

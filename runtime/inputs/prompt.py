@@ -83,7 +83,10 @@ def expand(prompt: Prompt, visual_tokens_per_image: int | Sequence[int]) -> Expa
     per_image = np.broadcast_to(visual_tokens_per_image, len(prompt.image_positions))  # [M]
     if np.min(visual_tokens_per_image, initial=1) < 1:
         raise RequestError(
-            "bad visual_tokens_per_image", found=visual_tokens_per_image, expected=">= 1"
+            "bad visual_tokens_per_image",
+            found=visual_tokens_per_image,
+            expected=">= 1",
+            do="keep at least one token of an image",
         )
     counts = np.ones(len(prompt.token_ids), dtype=np.int64)  # [T]
     counts[prompt.image_positions] = per_image

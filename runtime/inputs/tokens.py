@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from patchsieve.contract.errors import BundleError, RequestError
 from patchsieve.runtime.inputs.prompt import Prompt
 
-_ANCHORS = (".", "\n", "a")  # what may stand before a suffix, so that it does not begin a text
+_ANCHORS = (".", "\n", "a")  # put before a suffix, so that it does not begin a text
 
 
 class PromptTokenizer:
