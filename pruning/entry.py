@@ -58,9 +58,9 @@ class Option:
         name: In a plan's parameters and in Python.
         kind: A key of KINDS.
         help: What it sets, for people; neither its values nor its default.
-        default: The method's own; None where `shown` says what happens.
+        default: The method's own; None if `shown` says what happens.
         choices: All values of a text, where they are few.
-        word: On the command line, behind the dashes and the place; by default its name. None: only
+        word: On the command line, after the dashes and the place; by default its name. None: only
             plans and Python set it.
         metavar: What stands for its value in the help.
         shown: The default in words.
@@ -118,7 +118,7 @@ class TowerRule:
     """Where and how far a method prunes inside the vision tower, if its options do not say.
 
     Attributes:
-        is_inside: It acts between attention and MLP of its layer, as published; else behind it.
+        is_inside: It acts between attention and MLP of its layer, as published; else after it.
         group_layers: Layers of a group, whose last one prunes.
         at_quarters: It prunes at the ends of the first three quarters of the layers instead.
         curve: How its counts fall, a key of `schedules.CURVES`.
@@ -170,7 +170,7 @@ class Entry:
 
     @property
     def prefix(self) -> str:
-        """What stands before its options' words: "encoder-", "projector-" or nothing."""
+        """What comes before its options' words: "encoder-", "projector-" or nothing."""
         return f"{self.place}-" if self.place in (ENCODER, PROJECTOR) else ""
 
     @property
