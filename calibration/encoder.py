@@ -21,11 +21,13 @@ from patchsieve.contract.trained import LAYOUTS, Trained, sections
 from patchsieve.export.families import family_of
 from patchsieve.export.source.checkpoint import Checkpoint, locate, read_config
 from patchsieve.export.source.tokenizer import write_tokenizer
+from patchsieve.runtime.inputs.builder import PromptBuilder
 from patchsieve.runtime.inputs.images import load_image
 from patchsieve.runtime.inputs.preprocess import Preprocessor
-from patchsieve.runtime.inputs.prompt import Prompt, PromptBuilder, expand
+from patchsieve.runtime.inputs.prompt import Prompt, expand
+from patchsieve.runtime.positions import number_rows
 from patchsieve.runtime.records import Record
-from patchsieve.runtime.rows import TEXT, Rows, number_rows
+from patchsieve.runtime.rows import TEXT, Rows
 
 
 class Encoder:

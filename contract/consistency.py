@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from patchsieve.contract import names
+from patchsieve.contract import names, reads
 from patchsieve.contract.errors import BundleError
 from patchsieve.contract.plan import GRID2D, NO_PRUNING, check_plan_name
 from patchsieve.contract.trained import are_sections
@@ -193,7 +193,7 @@ def _check_graphs(facts: Manifest) -> None:
                 _check_sides(graph, tensors.get(graph))
             _check_tensors(graph, listed[graph], expected.get(graph, {}))
     for graph in decisions:
-        _check_layers_read(facts, graph)
+        _check_reads(facts, graph)
 
 
 def _check_generation(facts: Manifest) -> None:
@@ -240,21 +240,22 @@ def _check_tensors(graph: str, listed: dict[str, Any], expected: dict[str, _Shap
             )
 
 
-def _check_layers_read(facts: Manifest, graph: str) -> None:
-    """Refuse a decision that reads layers whose queries no stage gives."""
+def _check_reads(facts: Manifest, graph: str) -> None:
+    """Refuse a decision that reads what the runtime cannot give, or layers that no stage gives."""
     given = {
         str(tensor.get("name"))
         for index in range(len(facts.stages))
         for tensor in facts.tensors.get(names.stage(index), {}).get("outputs", [])
     }
     for tensor in facts.tensors.get(graph, {}).get("inputs", []):
-        what, dot, layer = str(tensor.get("name")).partition(".")
-        known = what in (names.QUERY, names.KEY) and f"{names.QUERY}.{layer}" in given
-        if dot and not known:
+        name = str(tensor.get("name"))
+        what = reads.named(name)
+        if what is None or (what.layer is not None and names.query(what.layer) not in given):
+            lower = sorted(n for n in given if n.startswith(f"{names.QUERY}."))
             raise BundleError(
                 f"{graph} reads what no stage gives",
-                found=str(tensor.get("name"))[:60],
-                expected=", ".join(sorted(n for n in given if n.startswith(f"{names.QUERY}."))),
+                found=name[:60],
+                expected=", ".join([*reads.TABLE, *lower]),
             )
 
 
@@ -270,6 +271,10 @@ def _tensors(facts: Manifest, caches: str) -> dict[str, dict[str, _Shape]]:
         }
         for graph, count in _visual_counts(facts).items()
     }
+    for graph in list(tensors):
+        outputs = facts.tensors.get(graph, {}).get("outputs", [])
+        if any(tensor.get("name") == names.NUM_WANTED for tensor in outputs):
+            tensors[graph][names.NUM_WANTED] = [None]  # one number an image, which says how many
     for name, plan in facts.plans.items():
         if plan.pseudo_cls is not None:
             made = tensors[names.vision(name)]

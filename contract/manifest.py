@@ -32,9 +32,16 @@ Tensors = dict[str, dict[str, list[dict[str, Any]]]]
 
 @dataclass(frozen=True)
 class TextModel:
-    """The decoder's measures: H query heads, G KV heads, D head dim, C hidden, V vocabulary.
+    """The decoder: all that its graphs depend on besides weights.
+
+    H query heads, G KV heads, D head dim, C hidden, V vocabulary.
 
     Attributes:
+        norm_eps: Of the layers' norms. This and what follows it is empty in bundles of schemas 1
+            to 3, whose decisions hold nothing of the decoder.
+        inv_freq: Rotary frequencies in radians per position, D / 2 of them, scaling included.
+        rotary_scale: Factor on cosines and sines (1 but for YaRN).
+        max_rows: Longest sequence for which the structure holds: positions, or a sliding window.
         rotary_sections: Rotary frequencies that turn by each axis of a position, where the decoder
             was trained with the position rule "grid2d"; empty otherwise.
     """
@@ -48,6 +55,14 @@ class TextModel:
     num_kv_heads: int
     head_dim: int
     rotary_sections: tuple[int, ...] = ()
+    norm_eps: float = 0.0
+    activation: str = ""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    inv_freq: tuple[float, ...] = ()
+    rotary_scale: float = 1.0
+    max_rows: int = 0
 
     @property
     def trained_rule(self) -> str:
@@ -287,9 +302,14 @@ class Manifest:
         return self.plans[plan].position_rule or self.text.trained_rule
 
     def num_visual(self, plan: str) -> int:
-        """Visual tokens that enter the decoder for each image under a plan."""
+        """Visual tokens of an image that enter the decoder under a plan, or the most of them."""
         outputs = self.tensors[self.vision_graph(plan)]["outputs"]
         return next(t["shape"][1] for t in outputs if t["name"] == names.IMAGE_FEATURES)
+
+    def has_fixed_count(self, plan: str) -> bool:
+        """Whether every image has `num_visual` tokens; else it decides, and they are the most."""
+        outputs = self.tensors[self.vision_graph(plan)]["outputs"]
+        return all(tensor["name"] != names.NUM_WANTED for tensor in outputs)
 
     def budgets(self, plan: str) -> list[int]:
         """Visual tokens per image that each stage reserves slots for under a plan."""

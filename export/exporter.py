@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -31,15 +31,11 @@ from patchsieve.export.graphs.scorer import TextScorer, scorer_graph
 from patchsieve.export.graphs.stage import DecoderLayer, Head, Stage
 from patchsieve.export.graphs.trace import bind, fake_weights, trace
 from patchsieve.export.graphs.vision import Vision, vision_graph
+from patchsieve.export.heads import store_heads
 from patchsieve.export.lowering import lowering
-from patchsieve.export.methods import (
-    build_method,
-    check_sites,
-    layers_read,
-    side_layer,
-    store_heads,
-)
+from patchsieve.export.methods import build_method
 from patchsieve.export.reuse import decide_graphs, plan_vision
+from patchsieve.export.sites import check_sites, layers_read, side_layer
 from patchsieve.export.source.checkpoint import Checkpoint, locate, read_config
 from patchsieve.export.source.clip import ClipSource, open_source
 from patchsieve.export.source.tokenizer import write_tokenizer
@@ -245,8 +241,7 @@ class _Job:
         self.plan, self.graphs = decide_graphs(
             self.plan,
             options.plan_name,
-            self.spec.hidden_size,
-            self.spec.heads,
+            self.spec,
             self.vision_facts,
             self.plan_vision.num_visual,
             self.dtype,
@@ -307,17 +302,7 @@ class _Job:
             patchsieve_version=__version__,
             checkpoint=checkpoint,
             precision=self.precision,
-            text=manifest.TextModel(
-                model_type=text.model_type,
-                vocab_size=self.spec.vocab_size,
-                hidden_size=self.spec.hidden_size,
-                intermediate_size=self.spec.intermediate_size,
-                num_layers=self.spec.num_layers,
-                num_heads=self.spec.num_heads,
-                num_kv_heads=self.spec.num_kv_heads,
-                head_dim=self.spec.head_dim,
-                rotary_sections=self.spec.rotary_sections,
-            ),
+            text=manifest.TextModel(model_type=text.model_type, **asdict(self.spec)),
             vision=self.vision_facts,
             tokens=self._tokens(),
             embeddings=manifest.Embeddings(
@@ -469,6 +454,7 @@ class _Job:
         for site, (name, graph) in zip(self.plan.sites, self.graphs.items(), strict=True):
             # A decision reads the cache of the stage that ends at its layer.
             before = next(f for f in self._stage_facts() if f.last == site.layer)
+            bind(graph, stored)
             yield name, before.slots, graph
 
 

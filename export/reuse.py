@@ -10,27 +10,20 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from patchsieve.contract import manifest, names
+from patchsieve.contract import manifest, names, reads
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import NO_PRUNING, TEXTS, Plan, check_plan_name
 from patchsieve.contract.writing import one_line
 from patchsieve.export import card
-from patchsieve.export.families.specs import HeadShape
+from patchsieve.export.families.specs import DecoderSpec
 from patchsieve.export.graphs.decision import decide_graph
 from patchsieve.export.graphs.joint import JointCls
 from patchsieve.export.graphs.trace import bind, fake_weights
 from patchsieve.export.graphs.vision import Vision, vision_graph
+from patchsieve.export.heads import HEADS, store_heads
 from patchsieve.export.lowering import LOWERINGS
-from patchsieve.export.methods import (
-    HEADS,
-    build_encoder,
-    build_method,
-    build_projector,
-    check_sites,
-    layers_read,
-    resolve_budgets,
-    store_heads,
-)
+from patchsieve.export.methods import build_encoder, build_method, build_projector
+from patchsieve.export.sites import check_sites, layers_read, resolve_budgets
 from patchsieve.export.weights import DTYPES, default_dtype, stored_weights
 from patchsieve.export.writer import GraphWriter
 
@@ -64,14 +57,17 @@ def reuse(
     if plan_name == NO_PRUNING and plan.prunes:
         raise PatchsieveError("the plan named none prunes nothing", do="choose another --plan-name")
     check_queries(old, plan)
+    check_next_layers(old, plan)
     manifest.check_files(bundle, old, hashes=False)
-    heads = HeadShape(old.text.num_heads, old.text.num_kv_heads, old.text.head_dim)
+    spec = DecoderSpec.of_facts(old.text)
     dtype = DTYPES[old.precision.decoder][0]
     with fake_weights() as mode, default_dtype(DTYPES[old.precision.tower][0]):
         joint_width = None if old.scorer is None else old.scorer.width
         vision = plan_vision(plan, old.vision, old.text.hidden_size, joint_width, dtype)
     stored: dict[str, ir.ExternalTensor] = {}
-    for part in ("vision", "joint") if old.scorer is not None else ("vision",):
+    parts = ["vision", *(f"layers.{layer}" for layer in next_layers(plan))]
+    parts += [] if old.scorer is None else ["joint"]
+    for part in parts:
         stored |= stored_weights(bundle / manifest.WEIGHTS / f"{part}.safetensors")
     form = old.attention or names.DECOMPOSED
     writer = GraphWriter(bundle / "graphs", tuple(old.targets), form)
@@ -82,8 +78,7 @@ def reuse(
             plan, graphs = decide_graphs(
                 plan,
                 plan_name,
-                old.text.hidden_size,
-                heads,
+                spec,
                 old.vision,
                 vision.num_visual,
                 dtype,
@@ -92,7 +87,8 @@ def reuse(
             if plan.has_vision:
                 progress("tracing the vision tower", 0.8)
                 graphs[names.vision(plan_name)] = vision_graph(vision, mode)
-                bind(graphs[names.vision(plan_name)], stored)
+            for graph in graphs.values():
+                bind(graph, stored)
             # A new generation of names, so that a reader of the old manifest finds its files whole.
             for name, graph in graphs.items():
                 progress(f"writing {name}", 0.9)
@@ -164,28 +160,40 @@ def check_queries(old: manifest.Manifest, plan: Plan) -> None:
             )
 
 
+def next_layers(plan: Plan) -> list[int]:
+    """Layers whose norm and projections the plan's decisions hold."""
+    return [site.layer for site in plan.sites if reads.NEXT_LAYER in build_method(site).reads]
+
+
+def check_next_layers(old: manifest.Manifest, plan: Plan) -> None:
+    """Refuse a plan that needs the decoder's description, if the bundle is from before it."""
+    if not old.text.inv_freq and (layers := next_layers(plan)):
+        raise PatchsieveError(
+            "the bundle does not describe its decoder, whose layers this plan's decisions compute",
+            found=f"sites {layers} that judge by the next layer, schema {old.schema_version}",
+            expected="a bundle of schema 4",
+            do="export a new bundle with this plan",
+        )
+
+
 def decide_graphs(
     plan: Plan,
     plan_name: str,
-    size: int,
-    heads: HeadShape,
+    spec: DecoderSpec,
     vision: manifest.VisionModel,
     num_visual: int,
     dtype: torch.dtype,
     progress: Progress = lambda *_: None,
 ) -> tuple[Plan, dict[str, ir.Model]]:
-    """Resolve a plan's budgets and trace its decisions on images of `num_visual` tokens.
-
-    The decoder is `size` wide.
-    """
+    """Resolve a plan's budgets and trace its decisions on images of `num_visual` tokens."""
     methods = [build_method(site) for site in plan.sites]
     check_sites(plan, methods)
-    plan = resolve_budgets(plan, methods, num_visual)
+    plan = resolve_budgets(plan, num_visual)
     graphs = {}
     for done, (site, method) in enumerate(zip(plan.sites, methods, strict=True)):
         progress(f"tracing {site.method} at layer {site.layer}", done / len(methods))
         graphs[names.decide(plan_name, site.layer)] = decide_graph(
-            method, site.layer, heads, vision.grid, num_visual, size, dtype
+            method, site.layer, spec, vision.grid, num_visual, dtype
         )
     return plan, graphs
 

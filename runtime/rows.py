@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
-
-from patchsieve.contract.manifest import VisionModel
-from patchsieve.contract.plan import GRID2D
 
 TEXT = -1  # image number of a row that belongs to no image
 
@@ -25,8 +21,8 @@ class Rows:
         is_instruction: The row holds a token of the last question, bool [L].
         sizes: Patches that the row stands for, 1 for text, float32 [L].
         side_of: For a side row the image that it judges, TEXT for all others, int64 [L]. Side rows
-            stand behind all others; their `image` is TEXT.
-        next_position: Of the row behind them all, dropped or not, side rows not counted.
+            come after all others; their `image` is TEXT.
+        next_position: Of the row after all of them, dropped or not, side rows not counted.
     """
 
     position_ids: np.ndarray
@@ -55,21 +51,21 @@ class Rows:
         )
 
     def with_side_rows(self) -> Rows:
-        """The rows, and behind them a side row for each image that is fed.
+        """The rows, and after them a side row for each image that is fed.
 
-        Its position is that of the first text behind the image, which it does not shift.
+        Its position is that of the first text after the image, which it does not shift.
         """
         images = self.images()
         none = np.full(len(images), TEXT)
         behind_all = np.full_like(self.position_ids[:1], self.next_position)
         positions = np.concatenate((self.position_ids, behind_all))
         is_text = np.append(self.image == TEXT, True)
-        behind = [
+        following = [
             self.of_image(image)[-1] + np.argmax(is_text[self.of_image(image)[-1] :])
             for image in images
         ]
         return Rows(
-            np.concatenate((self.position_ids, positions[behind])),
+            np.concatenate((self.position_ids, positions[following])),
             np.concatenate((self.image, none)),
             np.concatenate((self.patch_ids, none)),
             np.concatenate((self.places, none)),
@@ -96,11 +92,11 @@ class Rows:
         return int((self.side_of != TEXT).sum())
 
     def side_row(self, image: int) -> np.ndarray:
-        """Index of an image's side row, [1]; none where there is no such row, [0]."""
+        """Index of an image's side row, [1]; [0] if it has none."""
         return np.flatnonzero(self.side_of == image)
 
     def last_seen(self) -> np.ndarray:
-        """The last row that each row sees besides itself, [L]: a side row, its image's last."""
+        """The last row but itself that each row sees, [L]: a side row, its image's last."""
         seen = np.arange(len(self))
         for row in np.flatnonzero(self.side_of != TEXT):
             seen[row] = self.of_image(self.side_of[row])[-1]
@@ -115,14 +111,14 @@ class Rows:
         return np.flatnonzero(self.image == image)
 
     def text_for(self, image: int) -> np.ndarray:
-        """Rows that judge an image: the question behind it, [T].
+        """Rows that judge an image: the question after it, [T].
 
-        Where the question stands before the image, every later text row judges it (the opening of
-        the answer, at least); where no text follows, the last row does.
+        If the question comes before the image, every later text row judges it (the opening of the
+        answer, at least). If no text follows, the last row does.
         """
         last = self.of_image(image)[-1]
-        behind = (np.arange(len(self)) > last) & (self.image == TEXT) & (self.side_of == TEXT)
-        for chosen in (behind & self.is_instruction, behind):
+        later = (np.arange(len(self)) > last) & (self.image == TEXT) & (self.side_of == TEXT)
+        for chosen in (later & self.is_instruction, later):
             if chosen.any():
                 return np.flatnonzero(chosen)
         return self.last_row()
@@ -130,85 +126,3 @@ class Rows:
     def last_row(self) -> np.ndarray:
         """Index of the last row that is no side row, [1]."""
         return np.array([len(self) - self.num_side - 1])
-
-
-def number_tokens(ids: np.ndarray, vision: VisionModel, rule: str) -> tuple[np.ndarray, int]:
-    """Positions of an image's tokens, counted from its first, and how many the image takes.
-
-    Args:
-        ids: Raster ids of its tokens as the vision graph gives them, int64 [N].
-        vision: The tower.
-        rule: The plan's position rule: "original" leaves the gaps of what was dropped, and numbers
-            tokens that are no patches as if the image had that many, or that many more;
-            "contiguous" leaves no gaps. "grid2d" leaves the gaps too (see `number_grid`).
-
-    Returns:
-        int64 [N], by "grid2d" [N, 3]; and the number.
-    """
-    if rule == GRID2D:
-        return number_grid(ids, vision)
-    is_patch = ids >= 0
-    if rule == "contiguous" or not is_patch.any():
-        return np.arange(len(ids)), len(ids)
-    shift = vision.num_visual - vision.num_patches  # 1 where the class token stands in front
-    is_further = ~is_patch
-    is_further[0] &= shift != 1
-    num_further = int(is_further.sum())
-    positions = ids + shift
-    positions[is_further] = vision.num_visual + np.arange(num_further)
-    return positions, vision.num_visual + num_further
-
-
-def number_grid(ids: np.ndarray, vision: VisionModel) -> tuple[np.ndarray, int]:
-    """Positions of an image's tokens in time, row and column, and how many the image takes.
-
-    Patches have one time and their place on the grid, as in Qwen2-VL; an image takes as many
-    positions as the longer side of the whole grid, whatever of it was dropped. The same on all axes
-    are the positions of a class token in front, which takes one more, and of tokens that are no
-    patches, which follow the grid one by one.
-
-    Args:
-        ids: Raster ids of its tokens, int64 [N].
-        vision: The tower.
-    """
-    is_patch = ids >= 0
-    if not is_patch.any():
-        return np.repeat(np.arange(len(ids))[:, None], 3, axis=1), len(ids)
-    height, width = vision.grid
-    front = int(vision.num_visual > vision.num_patches)
-    row, column = np.divmod(np.maximum(ids, 0), width)
-    positions = front + np.stack((np.zeros_like(ids), row, column), axis=1)
-    behind = np.flatnonzero(~is_patch)
-    if front and behind[:1] == 0:  # the class token, which a method may have dropped
-        positions[0], behind = 0, behind[1:]
-    taken = front + max(height, width)
-    positions[behind] = taken + np.arange(len(behind))[:, None]
-    return positions, taken + len(behind)
-
-
-def number_rows(
-    count: int,
-    images: Iterable[tuple[slice, np.ndarray]],
-    vision: VisionModel,
-    rule: str,
-    num_axes: int = 0,
-) -> np.ndarray:
-    """Positions of `count` rows and of the row behind them, counted from the first.
-
-    Args:
-        count: Rows of text and images.
-        images: Rows of each image, in order, and the raster ids of its tokens.
-        vision: The tower.
-        rule: The plan's position rule.
-        num_axes: Rotary sections of the model, A: 3 for time, row and column, 2 for row and column.
-
-    Returns:
-        int64 [count + 1]; with rotary sections [count + 1, A], of text the same on every axis.
-    """
-    positions = np.repeat(np.arange(count + 1)[:, None], max(1, num_axes), axis=1)
-    for rows, ids in images:
-        offsets, taken = number_tokens(ids, vision, rule)
-        by_axis = offsets[:, -num_axes:] if offsets.ndim == 2 else offsets[:, None]
-        positions[rows] = positions[rows.start] + by_axis
-        positions[rows.stop :] += taken - len(ids)
-    return positions if num_axes else positions[:, 0]

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchsieve.cli.arguments import add_target, gigabytes
-from patchsieve.cli.output import Progress, print_json, size, table
-from patchsieve.cli.run import say_target
+from patchsieve.cli.loading import say_target
+from patchsieve.cli.output import Progress, print_json
 from patchsieve.contract import engine_memory as build_memory
 from patchsieve.contract import manifest
 from patchsieve.contract.links import locate
+from patchsieve.tables import size, table
 
 if TYPE_CHECKING:
     from patchsieve.runtime.building.build import Built
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         code = _dry_run(args, request)
         say_target(args, choice)
         return code
-    progress = Progress(args.quiet)
+    progress = Progress.of(args)
 
     def told(text: str) -> None:
         progress.done()

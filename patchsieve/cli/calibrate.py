@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from patchsieve.cli.calibrate_options import add_arguments as add_arguments
 from patchsieve.cli.calibrate_options import data_of, options_of
-from patchsieve.cli.output import Progress, print_json, require, table
+from patchsieve.cli.output import Progress, print_json, require
 from patchsieve.pruning.heads import CONFIG
 from patchsieve.runtime.board.abilities import CALIBRATION
+from patchsieve.tables import table
 
 if TYPE_CHECKING:
     from patchsieve.calibration.run import Calibration

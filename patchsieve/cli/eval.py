@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchsieve.cli.arguments import count
-from patchsieve.cli.output import Progress, print_json, size, table
-from patchsieve.cli.run import add_run_options, load, say_target
+from patchsieve.cli.loading import add_run_options, load, say_target
+from patchsieve.cli.output import Progress, print_json
+from patchsieve.tables import size, table
 
 if TYPE_CHECKING:
     from patchsieve.evaluation.run import Evaluation
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         check_file(args.answers)
     records = Records(args.data, args.image_folder)
     model = load(args)
-    progress = Progress(args.quiet or args.json)
+    progress = Progress.of(args)
     done = evaluate(model, records, options, progress=progress)
     progress.done()
     model.close()

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve import inspection
-from patchsieve.cli.output import Progress, flops, plural, print_json, size, table
+from patchsieve.cli.output import Progress, print_json
 from patchsieve.contract.manifest import Generation, Needs
 from patchsieve.contract.plan import NO_PRUNING
+from patchsieve.tables import flops, plural, size, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tensors:
         facts |= inspection.tensors(args.bundle)
     if args.check:
-        progress = Progress(args.quiet or args.json)
+        progress = Progress.of(args)
         facts["checked_files"] = inspection.check(args.bundle, progress)
         progress.done()
     if args.json:

@@ -1,12 +1,12 @@
-"""What commands print: one JSON object, tables for the eye, progress on stderr."""
+"""What commands print: one JSON object on stdout, progress on stderr."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from patchsieve.contract.errors import BackendMissingError, PatchsieveError
@@ -24,44 +24,6 @@ def error_json(error: PatchsieveError) -> dict[str, Any]:
     return {"error": str(error), **error.fields()}
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]], indent: int = 0) -> str:
-    """A plain table; the first column to the left, the rest to the right."""
-    cells = [list(header), *([_text(cell) for cell in row] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(" " * indent + line for line in lines)
-
-
-def flops(count: float) -> str:
-    """FLOPs for people: four digits, in the unit that leaves one to three before the point."""
-    for unit in ("", " k", " M", " G"):
-        if count < 999.95:
-            return f"{count:#.4g}{unit}" if unit else f"{count:.0f}"
-        count /= 1000
-    return f"{count:#.4g} T" if count < 999.95 else f"{count:.0f} T"
-
-
-def plural(count: int, what: str) -> str:
-    """A number of things: "1 image", "2 images"."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def size(count: float) -> str:
-    """Bytes for the eye."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
 def require(libraries: Sequence[str], extra: str, what: str) -> None:
     """Refuse a command whose libraries are not installed, in one line."""
     absent = [name for name in libraries if importlib.util.find_spec(name) is None]
@@ -73,27 +35,24 @@ def require(libraries: Sequence[str], extra: str, what: str) -> None:
         )
 
 
-def peak_memory() -> int | None:
-    """Most bytes that this process had resident; None where the system does not tell."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return None
-    lines = (line.split() for line in status.splitlines())
-    kilobytes = next((words[1] for words in lines if words[:1] == ["VmHWM:"]), None)
-    return None if kilobytes is None else int(kilobytes) * 1024  # gVisor has no such line
-
-
 class Progress:
     """A bar on a terminal, a line per step elsewhere; silent with `--quiet`.
 
-    Off a terminal a percentage is printed once, and blanks stand before the further steps at it.
+    Off a terminal a percentage is printed once; later steps at the same one begin with blanks.
     """
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self.is_terminal = sys.stderr.isatty()
         self._last = self._percent = ""
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Progress:
+        """The progress of a command; with `--json` a bar on a terminal, which is cleared, or none.
+
+        Programs that read the JSON object read stderr for errors.
+        """
+        return cls(args.quiet or (args.json and not sys.stderr.isatty()))
 
     def __call__(self, what: str, fraction: float) -> None:
         """Say what is being done and how much is done, 0 to 1."""
@@ -116,9 +75,3 @@ class Progress:
         if self.is_terminal and not self.quiet and self._last:
             sys.stderr.write("\r" + " " * len(self._last) + "\r")
             sys.stderr.flush()
-
-
-def _text(cell: Any) -> str:
-    if cell is None:
-        return "-"
-    return f"{cell:.2f}" if isinstance(cell, float) else str(cell)

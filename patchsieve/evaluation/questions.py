@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patchsieve.contract.errors import PatchsieveError
-from patchsieve.runtime.inputs.prompt import Content
+from patchsieve.runtime.inputs.chat_template import Content
 from patchsieve.runtime.records import Record, Records
 
 

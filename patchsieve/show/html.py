@@ -12,9 +12,9 @@ from typing import Any
 import jinja2
 
 from patchsieve import __version__
-from patchsieve.cli.output import size
 from patchsieve.show import colours, shapes
 from patchsieve.show.shown import Answer, Asked, Picture, Place, Shown
+from patchsieve.tables import size
 
 _DIGITS = 4  # of a score that a reader points at
 
@@ -175,7 +175,7 @@ def _tints(place: Place, columns: int) -> list[tuple[colours.Colour, list[int]]]
 
 
 def _data(shown: Shown) -> dict[str, Any]:
-    """What the script tells of a patch that the reader points at."""
+    """What the script says about a patch that the reader points at."""
     return {
         "places": [place.name for place in shown.places],
         "grids": [picture.grid for picture in shown.pictures],

@@ -11,11 +11,11 @@ from functools import cache, partial
 
 from PIL import Image, ImageDraw, ImageFont
 
-from patchsieve.cli.output import size
 from patchsieve.show import colours, panels
 from patchsieve.show.colours import Colour
 from patchsieve.show.panels import INK, PANEL, PAPER
 from patchsieve.show.shown import Answer, Asked, Picture, Place, Shown, View, Word
+from patchsieve.tables import size
 
 QUIET, LINE, MARK = (90, 98, 107), (220, 222, 223), (253, 233, 169)
 SMALL, NORMAL, LARGE, TITLE = 20, 24, 30, 44  # pixels
@@ -198,7 +198,7 @@ def _place(sheet: _Sheet, shown: Shown, picture: Picture, place: Place) -> None:
 def _wrap(
     pieces: Sequence[Piece], length: Callable[[str], float], width: float
 ) -> list[list[Piece]]:
-    """Pieces in lines of at most a width, broken behind a space, or anywhere in a longer word."""
+    """Pieces in lines of at most a width, broken after a space, or anywhere in a longer word."""
     lines: list[list[Piece]] = [[]] if pieces else []
     used = 0.0
     for text, is_marked in pieces:

@@ -21,6 +21,7 @@ from patchsieve.export.exporter import export
 from patchsieve.export.reuse import reuse
 from tests.support import damage
 from tests.support.models import save_checkpoint
+from tests.support.stages import run_stage
 
 TARGETS = {"cpu": 21, "reference": 24}
 INLINE = 64 << 10  # bytes; a larger tensor lies in a weights file
@@ -398,7 +399,7 @@ def test_fewer_rows_go_on_than_came_in() -> None:
         cache = model.pipeline.new_cache("none")
         keep = np.arange(ratio_rows) * 2
         hidden = np.ones((1, 20, facts.text.hidden_size), np.float32)
-        out = model.pipeline._stage(0, hidden, keep, keep, cache.stages[0])
+        out = run_stage(model, 0, hidden, keep, keep, cache.stages[0])
         outs.add(model.backend.to_numpy(out[names.HIDDEN_OUT]).shape[1])
     assert outs == {1, 3, 8}
     model.close()

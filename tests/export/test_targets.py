@@ -25,6 +25,7 @@ from patchsieve.runtime.ort.backend import OrtBackend
 from patchsieve.verify.recorder import Recorder
 from tests.support.bundles import command, command_json
 from tests.support.models import save_checkpoint
+from tests.support.stages import run_stage
 from tests.support.tiny_bundles import largest_error, pictures, recorded_logits
 from tests.support.tolerances import LOWERED_FLOAT32
 
@@ -165,7 +166,7 @@ def test_new_rows_are_written_behind_the_past_and_nowhere_else(
         hidden = rng.standard_normal((1, count, width), np.float32)
         rows = np.arange(count)
         addresses = {name: value.data_ptr() for name, value in stage.buffers.values.items()}
-        model.pipeline._stage(1, hidden, rows, stage.length + rows, stage)
+        run_stage(model, 1, hidden, rows, stage.length + rows, stage)
         for name, value in stage.buffers.values.items():
             held = value.numpy()
             assert value.data_ptr() == addresses[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -14,7 +15,8 @@ import pytest
 import patchsieve
 from patchsieve import cli
 from patchsieve.cli import COMMANDS, main
-from patchsieve.cli.output import Progress, flops, plural
+from patchsieve.cli.output import Progress
+from patchsieve.tables import flops, plural
 from tests.support.bundles import PHOTO, PROMPT, command, command_json
 
 pytest_plugins = ["tests.support.bundles"]
@@ -93,6 +95,16 @@ def test_off_a_terminal_each_percentage_is_printed_once(
         "  1% writing 3",
         "100% done",
     ]
+
+
+def test_progress_beside_json_is_for_terminals_only(monkeypatch) -> None:
+    asked = argparse.Namespace(quiet=False, json=True)
+    assert (
+        Progress.of(asked).quiet
+        and not Progress.of(argparse.Namespace(quiet=False, json=False)).quiet
+    )
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert not Progress.of(asked).quiet
 
 
 def test_numbers_for_people_have_their_unit() -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from benchmarks import papers
-from patchsieve.cli import cost as command
-from patchsieve.cli import export, main
+from patchsieve.cli import main, plan_options
+from patchsieve.cli.cost_spellings import COSTS_ONLY, places_of
 from patchsieve.contract import manifest
 from patchsieve.contract.errors import PatchsieveError, ShapeError, UnsupportedModelError
 from patchsieve.contract.plan import Plan, SitePlan
@@ -39,15 +39,9 @@ from patchsieve.cost import (
     shape_of_config,
 )
 from patchsieve.cost.flops import decoder_layer, tower_layer
-from patchsieve.cost.methods import (
-    ADAPTIVE,
-    DEFAULT_KEEP_RATIO,
-    DEFAULT_NUM_KEEP,
-    FIXED_NUMBER,
-    FIXED_RATIO,
-    layerwise,
-    reads_side_row,
-)
+from patchsieve.cost.methods import layerwise
+from patchsieve.pruning import catalogue
+from patchsieve.pruning.entry import DECODER, ENCODER, PROJECTOR, RECIPE
 from patchsieve.pruning.recipes import Size
 from patchsieve.pruning.schedules import num_to_keep
 
@@ -301,28 +295,6 @@ def test_placement_in_a_tower_layer_orders_the_cost() -> None:
     assert flops[1] / 1e12 == pytest.approx(0.1968, abs=2e-4)
 
 
-def test_help_says_which_methods_exist() -> None:
-    from patchsieve.pruning import table
-
-    made = {"decoder": table.METHODS, "tower": table.ENCODERS, "output": table.PROJECTORS}
-    for place, methods in made.items():
-        assert set(command.EXPORTED[place]) == set(methods)
-
-
-def test_what_a_decoder_method_leaves_and_reads_is_what_its_class_says() -> None:
-    from patchsieve.pruning import table
-
-    assert {*FIXED_RATIO, *FIXED_NUMBER, *ADAPTIVE} == set(table.METHODS)
-    for name in FIXED_RATIO:
-        assert table.METHODS[name]().keep_ratio == DEFAULT_KEEP_RATIO
-    for name in FIXED_NUMBER:
-        assert table.METHODS[name]().num_keep == DEFAULT_NUM_KEEP
-    for name, kind in table.METHODS.items():
-        for params in ({"row": "last"}, {"row": "cls"}) if name == "topk" else ({},):
-            reads = kind(**params).reads
-            assert reads_side_row(SitePlan(1, name, dict(params))) == ("side_row" in reads)
-
-
 def test_plan_costs_its_ratio_its_budget_or_its_survivors() -> None:
     plan = Plan((SitePlan(2, "fastv", {"keep_ratio": 0.5}), SitePlan(8, "random")))
     schedule, is_exact = of_plan(LLAVA, plan)
@@ -431,26 +403,31 @@ def test_command_prints_one_json_object(config: str, capsys: pytest.CaptureFixtu
     assert told["ratio"] == told["flops"]["total"] / told["unpruned"]["flops"]["total"]
 
 
-@pytest.mark.parametrize("method", sorted(command.METHODS))
+EVERYWHERE = [(entry.name, entry.place) for entry in catalogue.ENTRIES if entry.place != RECIPE]
+EVERYWHERE += [("ivtp", RECIPE), ("none", RECIPE), *((n, PROJECTOR) for n in COSTS_ONLY)]
+WORDS = {ENCODER: "tower", PROJECTOR: "output", DECODER: "decoder"}
+
+
+@pytest.mark.parametrize(("method", "place"), [p for p in EVERYWHERE if p != ("ivtp", DECODER)])
 @pytest.mark.parametrize("convention", ["papers", "runtime"])
 def test_command_counts_every_method_at_every_place(
-    config: str, method: str, convention: str, capsys: pytest.CaptureFixture[str]
+    config: str, method: str, place: str, convention: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for place in command.METHODS[method]:
-        words = ["cost", "--config", config, "--method", method, "--convention", convention]
-        if place in ("tower", "output", "decoder"):
-            words += ["--place", place]
-        if place == "decoder":
-            words += ["--sites", "2", "--survivors", "64"]
-        assert main([*words, "--json"]) == 0
-        told = json.loads(capsys.readouterr().out)
-        assert told["ratio"] < 1 or method == "none"
-        is_exported = method in command.EXPORTED[place]
-        assert told["is_costs_only"] is not is_exported
-        left = {"none": 576, "gtp": 120}.get(method, 64)  # as export has it
-        assert told["tokens_per_layer"]["llm"][-1] == left
-        assert main(words) == 0
-        assert "unpruned" in capsys.readouterr().out
+    words = ["cost", "--config", config, "--method", method, "--convention", convention]
+    if place in WORDS:
+        assert WORDS[place] in places_of(method)
+        words += ["--place", WORDS[place]]
+    if place == DECODER:
+        words += ["--sites", "2", "--survivors", "64"]
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["ratio"] < 1 or method == "none"
+    is_exported = method == "none" or catalogue.find(place, method) is not None
+    assert told["is_costs_only"] is not is_exported
+    left = {"none": 576, "gtp": 120}.get(method, 64)  # as export has it
+    assert told["tokens_per_layer"]["llm"][-1] == left
+    assert main(words) == 0
+    assert "unpruned" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -546,8 +523,10 @@ def test_the_options_of_export_and_their_older_spellings_count_alike(
     lines = [*SPELLINGS[case]]
     if "atp" not in case:
         parser = argparse.ArgumentParser()
-        export.add_arguments(parser)
-        plan = export.plan_of(parser.parse_args(lines[0].split()), Size(576, 32))
+        parser.add_argument("--plan")
+        plan_options.add_arguments(parser)
+        args = parser.parse_args(lines[0].split())
+        plan = plan_options.plan_of(args, lambda: Size(576, 32))
         (tmp_path / "plan.json").write_text(json.dumps(plan.to_dict()))
         lines.append(f"--plan {tmp_path / 'plan.json'}")
     told = []

@@ -26,7 +26,7 @@ from patchsieve.evaluation.metrics import (
 from patchsieve.evaluation.questions import Question, questions_of
 from patchsieve.evaluation.report import report
 from patchsieve.export.reuse import reuse
-from patchsieve.runtime.inputs.prompt import PromptBuilder
+from patchsieve.runtime.inputs.builder import PromptBuilder
 from patchsieve.runtime.records import Records
 from tests.runtime.test_prompt import CHATML, LLAVA
 from tests.support import damage
