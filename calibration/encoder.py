@@ -96,8 +96,10 @@ class Encoder:
         shown = sum(part["type"] == "image" for m in asked for part in m["content"])
         if shown != len(record.images):
             raise PatchsieveError(
-                f"{record.where} shows an image behind its first question",
-                expected="every image in the first turn: its survivors are chosen there",
+                f"{record.where} shows an image after its first question",
+                found=f"{len(record.images)} images in all, {shown} in the first question",
+                expected="every image in the first question: its survivors are chosen there",
+                do="move the image to the first question, or divide the record",
             )
         prompt = self.prompts.build(asked, len(record.images))
         rows = expand(prompt, len(self.patch_ids))

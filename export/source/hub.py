@@ -24,6 +24,9 @@ ADAPTER = "adapter_config.json"
 # Files of a checkpoint, other than weights, that export, calibrate and verify read.
 _SMALL = (
     "README.md",  # its card names the licence
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
     "config.json",
     "generation_config.json",
     "processor_config.json",

@@ -566,11 +566,11 @@ def test_a_system_turn_is_trained_with_and_judges_no_token(checkpoint: Path, dat
     assert begun.input_ids[begun.text[0]].tolist() == plain.input_ids[plain.text[0]].tolist()
 
 
-def test_an_image_behind_the_first_question_is_refused(checkpoint: Path, data: Path) -> None:
+def test_an_image_after_the_first_question_is_refused(checkpoint: Path, data: Path) -> None:
     record = Records(data)[0]
     later = [*record.messages[:2], record.messages[0], record.messages[1]]
     twice = replace(record, messages=later, images=record.images * 2)
-    with pytest.raises(PatchsieveError, match="behind its first question"):
+    with pytest.raises(PatchsieveError, match="after its first question"):
         Encoder(str(checkpoint))(twice)
 
 

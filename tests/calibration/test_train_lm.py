@@ -32,6 +32,7 @@ from patchsieve.runtime.records import Records
 from tests.support.conversations import last_epoch, make_conversations
 from tests.support.models import save_checkpoint
 
+FRONT_MATTER = "---\nlicense: some-licence\ntags:\n- a---b\n---\n"
 GRID, NUM_VISUAL, COUNT = (6, 6), 36, 8
 # Few steps at high rates: they move every weight, and the thresholds into the scores.
 TRAIN = ("--hidden", "8", "--batch-size", "3", "--target-tokens", "16", "--lambda-target", "1")
@@ -40,9 +41,12 @@ TRAIN += ("--learning-rate", "0.005", "--lm-learning-rate", "1e-3", "--percentil
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny LLaVA of 36 visual tokens and three layers."""
+    """A tiny LLaVA of 36 visual tokens and three layers, with a card and a licence."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    return save_checkpoint(folder / "checkpoint", "vicuna-6x6", layers=3)
+    path = save_checkpoint(folder / "checkpoint", "vicuna-6x6", layers=3)
+    (path / "README.md").write_text(f"{FRONT_MATTER}\n# A model\n")
+    (path / "LICENSE.txt").write_text("Be kind.\n")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +328,7 @@ def test_the_checkpoint_is_whole_and_says_its_positions(run: Run, checkpoint: Pa
             assert part.pop("dtype", "float32") == "float32"
         each.pop("transformers_version")
     assert config == before | {"patchsieve": config["patchsieve"]}
-    for name in ("tokenizer.json", "processor_config.json", "chat_template.jinja"):
+    for name in ("tokenizer.json", "processor_config.json", "chat_template.jinja", "LICENSE.txt"):
         assert (run.checkpoint / name).read_bytes() == (checkpoint / name).read_bytes()
     assert LlavaConfig.from_pretrained(run.checkpoint).patchsieve["heads"] == "heads"
     weights, old = (load_file(p / "model.safetensors") for p in (run.checkpoint, checkpoint))
@@ -335,6 +339,13 @@ def test_the_checkpoint_is_whole_and_says_its_positions(run: Run, checkpoint: Pa
     assert not run.checkpoint.with_name("trained.partial").exists()
     first = json.loads((run.checkpoint / "log.jsonl").read_text().splitlines()[0])
     assert {"loss", "average_tokens"} <= set(first)
+
+
+def test_the_card_of_the_checkpoint_follows_a_note_and_its_licence_goes_on(run: Run) -> None:
+    card = (run.checkpoint / "README.md").read_text()
+    assert card.startswith(f"{FRONT_MATTER}> Trained by `patchsieve calibrate`")
+    assert card.endswith("\n\n# A model\n")
+    assert "\nlicense: some-licence\n" in (run.bundle / "README.md").read_text()
 
 
 def test_a_hard_finish_needs_thresholds_and_keeps_positions(
