@@ -19,7 +19,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., object]:
     """Exports a row of TINY at its first use, and hands out the same bundle from then on."""
-    from tests.support.tiny_bundles import TinyBundle, make_bundle
+    from tests.support.tiny_bundles import TinyBundle, own_bundle
 
     # torch tells every step of an export to whoever listens, and pytest would keep it all.
     logging.getLogger("torch.__trace").propagate = False
@@ -27,7 +27,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., object]:
 
     def bundle(row: str) -> TinyBundle:
         if row not in made:
-            made[row] = make_bundle(tmp_path_factory.mktemp(row), row)
+            made[row] = own_bundle(tmp_path_factory, row)
         return made[row]
 
     return bundle

@@ -20,6 +20,7 @@ from patchsieve.contract.manifest import Limits
 from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.export.exporter import ExportOptions, export
 from tests.support.models import save_checkpoint
+from tests.support.once import once
 
 PHOTO = str(Path(__file__).resolve().parents[2] / "examples" / "photo.jpg")
 PROMPT = "What is on the table?"
@@ -36,13 +37,21 @@ def export_tiny(checkpoint: Path, out: Path, **options: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny", layers=5, kv_heads=2)
+    made = once(
+        tmp_path_factory,
+        "checkpoint",
+        lambda folder: save_checkpoint(folder / "tiny", layers=5, kv_heads=2),
+    )
+    return made / "tiny"
 
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shared by all tests: copy it before changing it."""
-    return export_tiny(tiny_checkpoint, tmp_path_factory.mktemp("bundle") / "tiny")
+    made = once(
+        tmp_path_factory, "bundle", lambda folder: export_tiny(tiny_checkpoint, folder / "tiny")
+    )
+    return made / "tiny"
 
 
 @pytest.fixture

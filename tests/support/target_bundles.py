@@ -6,6 +6,7 @@ imported the names: too late for pytest's rewriting of assertions, hence PYTEST_
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.lowering import LOWERINGS
 from tests.support.models import save_checkpoint
+from tests.support.once import once
 
 ON_A_CPU = ("cpu", "reference", "cuda")
 # Each part once in half precision beside a float32 neighbour, and once the other way round.
@@ -30,8 +32,12 @@ FASTV = Plan((SitePlan(1, "fastv", {"keep_ratio": 0.5}),))
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two layers, grouped heads."""
-    path = tmp_path_factory.mktemp("targets") / "checkpoint"
-    return save_checkpoint(path, "qwen2", layers=2, vision_layers=2)
+    made = once(
+        tmp_path_factory,
+        "small",
+        lambda folder: save_checkpoint(folder / "own", "qwen2", layers=2, vision_layers=2),
+    )
+    return made / "own"
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +52,6 @@ def bundle_of(
 
     def bundle(precision: str, attention: str | None = None) -> Path:
         if (precision, attention) not in made:
-            out = tmp_path_factory.mktemp("bundle") / "bundle"
             targets = [t for t in LOWERINGS if "bfloat16" not in precision or t not in ON_A_CPU]
             targets = targets if attention is None else ["tensorrt-rtx"]
             options = ExportOptions(
@@ -57,8 +62,13 @@ def bundle_of(
                 limits=Limits(64, 16, 2),
                 attention=attention,
             )
-            export(str(small_checkpoint), out, options)
-            made[precision, attention] = out
+            name = re.sub(r"\W+", "-", f"small-{precision}-{attention}")
+            out = once(
+                tmp_path_factory,
+                name,
+                lambda folder: export(str(small_checkpoint), folder / "bundle", options),
+            )
+            made[precision, attention] = out / "bundle"
         return made[precision, attention]
 
     return bundle

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from benchmarks.gpu.recording import recorded_logits as recorded_logits
@@ -21,6 +23,7 @@ from patchsieve.export.reuse import reuse
 from patchsieve.runtime.model import Model
 from tests.references.masked_llava import MaskedLlava
 from tests.support.models import save_checkpoint
+from tests.support.once import once
 
 PHOTO = Path(__file__).resolve().parents[2] / "examples" / "photo.jpg"
 LIMITS = Limits(max_text_tokens=400, max_new_tokens=80, max_images=3)
@@ -90,6 +93,14 @@ def make_bundle(folder: Path, row: str, **overrides: Any) -> TinyBundle:
     )
     export(str(checkpoint), folder / "bundle", options)
     return TinyBundle(checkpoint, folder / "bundle")
+
+
+def own_bundle(factory: pytest.TempPathFactory, row: str) -> TinyBundle:
+    """A copy of a row's bundle, exported once a run; the copy may be given more plans."""
+    made = once(factory, f"tiny-{row}", lambda folder: make_bundle(folder, row))
+    own = factory.mktemp(row) / "bundle"
+    shutil.copytree(made / "bundle", own)
+    return TinyBundle(made / "checkpoint", own)
 
 
 def largest_error(found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:

@@ -5,6 +5,7 @@ A test file takes the fixture by `from tests.support.tower_bundles import towers
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from patchsieve.export.reuse import reuse
 from patchsieve.runtime.model import Model
 from tests.references import tower as reference
 from tests.support.models import save_checkpoint
+from tests.support.once import once
 
 SHAPE: dict[str, Any] = {"layers": 2, "vision_layers": 5, "image_size": 48}  # 36 patches, 4 layers
 FASTV = {"layer": 1, "method": "fastv", "params": {"keep_ratio": 0.5}}
@@ -91,7 +93,10 @@ def make_towers(folder: Path) -> Towers:
 @pytest.fixture(scope="session")
 def towers(tmp_path_factory: pytest.TempPathFactory) -> Towers:
     """Made once for all tests."""
-    return make_towers(tmp_path_factory.mktemp("towers"))
+    made = once(tmp_path_factory, "towers", make_towers)
+    own = tmp_path_factory.mktemp("towers") / "bundle"
+    shutil.copytree(made / "bundle", own)
+    return Towers(made / "checkpoint", own)
 
 
 @torch.no_grad()
