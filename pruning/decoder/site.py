@@ -185,7 +185,7 @@ class Decision(NamedTuple):
         keep: Tokens that stay; at least one in each batch row, [B, N] bool.
         scores: What the decision compared, higher is kept, [B, N] float32.
         num_wanted: Tokens that the rule kept before the budget cut in, [B] int64.
-        hidden: The image's tokens after merging, [B, N, C]; only those kept count. None where the
+        hidden: The image's tokens after merging, [B, N, C]; only those kept count. None if the
             method does not merge.
         moved: Token that each merged into, its own place where it did not, [B, N] int64.
     """
