@@ -299,7 +299,7 @@ def test_a_tower_trains_as_its_bundle_sees(tmp_path: Path) -> None:
     assert largest_error(found, seen) < 2e-3
     shifted = run_questions(model, rows, ids, None, bias)  # positions without gaps
     assert largest_error([*model.lm_head(shifted)[0, range(6), firsts].numpy()], seen) > 0.1
-    make.vision.multi_modal_projector["linear_1"].weight.zero_()
+    make.vision.multi_modal_projector.linear_1.weight.zero_()
     assert model.model.multi_modal_projector.linear_1.weight.abs().max() == 0
 
 

@@ -95,6 +95,27 @@ class TowerSpec:
 
 
 @dataclass(frozen=True)
+class ProjectorSpec:
+    """Two matrices between the tower and the decoder.
+
+    Attributes:
+        size_in: Width of what it reads: the rows of all feature layers side by side.
+        activation: Between the matrices.
+        bias: Both have one.
+    """
+
+    size_in: int
+    activation: str
+    bias: bool
+
+    @classmethod
+    def of_facts(cls, facts: VisionModel) -> ProjectorSpec:
+        """Read what a manifest says of a projector."""
+        size_in = facts.hidden_size * len(facts.feature_layers)
+        return cls(size_in, facts.projector_activation, facts.projector_bias)
+
+
+@dataclass(frozen=True)
 class TextSpec:
     """CLIP's text tower.
 

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from patchsieve.contract import names
 from patchsieve.contract.errors import UnsupportedModelError
 from patchsieve.contract.manifest import VisionModel
-from patchsieve.export.families.specs import TowerSpec
+from patchsieve.export.families.specs import ProjectorSpec, TowerSpec
 from patchsieve.export.graphs import ops
 from patchsieve.export.graphs.layers import Linear, activation
 from patchsieve.export.graphs.trace import Input, trace
@@ -112,6 +112,20 @@ class VisionTower(nn.Module):
         return torch.cat([walk.carried[index] for index in self.feature_layers], dim=-1)
 
 
+class Projector(nn.Module):
+    """From the tower's width to the decoder's, C."""
+
+    def __init__(self, spec: ProjectorSpec, size: int) -> None:
+        super().__init__()
+        self.linear_1 = Linear(spec.size_in, size, spec.bias)
+        self.linear_2 = Linear(size, size, spec.bias)
+        self.activation = activation(spec.activation)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[..., F * C] -> [..., C]."""
+        return self.linear_2(self.activation(self.linear_1(features)))
+
+
 class Vision(nn.Module):
     """Tower and projector, and what prunes in them.
 
@@ -148,14 +162,7 @@ class Vision(nn.Module):
         spec = TowerSpec.of_facts(facts)
         self.facts = facts
         self.vision_tower = VisionTower(spec, list(facts.feature_layers))
-        width = spec.hidden_size * len(facts.feature_layers)
-        self.multi_modal_projector = nn.ModuleDict(
-            {
-                "linear_1": Linear(width, size, facts.projector_bias),
-                "linear_2": Linear(size, size, facts.projector_bias),
-            }
-        )
-        self.activation = activation(facts.projector_activation)
+        self.multi_modal_projector = Projector(ProjectorSpec.of_facts(facts), size)
         self.tower = Tower(facts.grid, facts.num_layers_run, facts.has_cls)
         self.pooling = projector if isinstance(projector, Pooling) else None
         chosen = [m for m in (encoder, projector) if m is not None and m is not self.pooling]
@@ -181,7 +188,7 @@ class Vision(nn.Module):
             [B, patches]; where the count adapts, num_wanted [B], of which N is the bound: further
             rows are padding; where they are asked for, cls_features [B, C] and cls_joint [B, E].
         """
-        weight = cast(Linear, self.multi_modal_projector["linear_1"]).weight
+        weight = self.multi_modal_projector.linear_1.weight
         walk = Walk(self.tower, self.methods, noise)
         rows = self.vision_tower(pixel_values.to(weight.dtype), walk)  # [B, n, F * C]
         return (*self._visual(rows, walk), *self._cls(rows, walk))
@@ -229,10 +236,8 @@ class Vision(nn.Module):
         return features, ids.expand(batch, -1), places.to(features.device).expand(batch, -1)
 
     def _project(self, features: Tensor) -> Tensor:
-        """[B, N, F * C] -> [B, N, C]."""
-        projector = self.multi_modal_projector
-        features = projector["linear_2"](self.activation(projector["linear_1"](features)))
-        return features.to(self.out_dtype)
+        """[B, N, F * C] -> [B, N, C], in the decoder's type."""
+        return self.multi_modal_projector(features).to(self.out_dtype)
 
 
 def tokens_left(
