@@ -10,8 +10,11 @@ from pathlib import Path
 
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import GRID2D, TRAINED_RULES
+from patchsieve.pruning.catalogue import entry
+from patchsieve.pruning.entry import DECODER
 
 METHODS = ("atp", "quantile", "fixed")
+ATP = entry(DECODER, "atp")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Data:
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """How ATP scores tokens, recorded with the heads (see `patchsieve.pruning.decoder.atp.ATP`).
+    """How ATP scores tokens, recorded with the heads; defaults are those of the catalogue.
 
     Attributes:
         normalisation: How the scores are scaled: "minmax", "rank", "softmax" or "none".
@@ -42,10 +45,14 @@ class ScoreOptions:
         causal: Eq. 3 over causal pairs only.
     """
 
-    normalisation: str = "minmax"
-    modality: str = "both"
-    parts: str = "both"
-    causal: bool = False
+    normalisation: str = ATP.option("normalisation").default
+    modality: str = ATP.option("modality").default
+    parts: str = ATP.option("parts").default
+    causal: bool = ATP.option("causal").default
+
+    def __post_init__(self) -> None:
+        """Refuse what ATP does not know."""
+        ATP.check(vars(self))
 
 
 @dataclass(frozen=True)
@@ -172,7 +179,7 @@ class TrainingOptions:
         if wrong:
             option = f"--{wrong[0].replace('_', '-')}"
             raise PatchsieveError(
-                "training cannot go on this number",
+                "training cannot use this number",
                 found=f"{option} {getattr(self, wrong[0])}",
                 expected=f"at least {least[wrong[0]]}",
                 do=f"correct {option}",

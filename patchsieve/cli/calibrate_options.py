@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from patchsieve.calibration.options import (
+    ATP,
     METHODS,
     CalibrationOptions,
     Data,
@@ -131,12 +132,17 @@ def _add_scores(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
         "--normalisation",
-        help="how ATP scales its scores: minmax (default), rank, softmax, none",
+        choices=ATP.option("normalisation").choices,
+        help="how ATP scales its scores (default: %(default)s)",
     )
-    add("--modality", help="scores in S_red: both (default), self or cross")
+    add(
+        "--modality",
+        choices=ATP.option("modality").choices,
+        help="scores in S_red (default: %(default)s)",
+    )
     add(
         "--parts",
-        choices=("both", "redundant", "spatial"),
+        choices=ATP.option("parts").choices,
         help="atp: which rule keeps a token: redundant (S_red above theta_r), spatial (S_spatial "
         "above theta_s), or both (default: either is enough)",
     )
