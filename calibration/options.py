@@ -10,11 +10,11 @@ from pathlib import Path
 
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import GRID2D, TRAINED_RULES
-from patchsieve.pruning.catalogue import entry
+from patchsieve.pruning import catalogue
 from patchsieve.pruning.entry import DECODER
 
 METHODS = ("atp", "quantile", "fixed")
-ATP = entry(DECODER, "atp")
+_ATP = catalogue.entry(DECODER, "atp")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Data:
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """How ATP scores tokens, recorded with the heads; defaults are those of the catalogue.
+    """How ATP scores tokens, recorded with the heads (see `patchsieve.pruning.decoder.atp.ATP`).
 
     Attributes:
         normalisation: How the scores are scaled: "minmax", "rank", "softmax" or "none".
@@ -45,14 +45,14 @@ class ScoreOptions:
         causal: Eq. 3 over causal pairs only.
     """
 
-    normalisation: str = ATP.option("normalisation").default
-    modality: str = ATP.option("modality").default
-    parts: str = ATP.option("parts").default
-    causal: bool = ATP.option("causal").default
+    normalisation: str = _ATP.option("normalisation").default
+    modality: str = _ATP.option("modality").default
+    parts: str = _ATP.option("parts").default
+    causal: bool = _ATP.option("causal").default
 
     def __post_init__(self) -> None:
         """Refuse what ATP does not know."""
-        ATP.check(vars(self))
+        _ATP.check(vars(self))
 
 
 @dataclass(frozen=True)
