@@ -88,8 +88,8 @@ class Encoder:
         """Encode a conversation.
 
         Raises:
-            PatchsieveError: It has images behind the first question, or its template renders
-                earlier turns anew.
+            PatchsieveError: It has images after the first question, or its template renders
+                earlier turns again.
         """
         first = [number for number, m in enumerate(record.messages) if m["role"] == "assistant"]
         asked = record.messages[: first[0]]
@@ -150,7 +150,7 @@ class Encoder:
         text = self.prompts.continuation(record.messages[:before], asked, is_answer_cached=True)
         if text is None:
             raise PatchsieveError(
-                f"{record.where} has several turns, which the chat template renders anew each time",
+                f"{record.where} has several turns, which the chat template renders again",
                 do="give conversations of one turn",
             )
         return self.prompts.tokenize_suffix(text, asked)
@@ -163,7 +163,7 @@ class Encoder:
 
 
 def _positions(found: Trained, head_dim: int, positions: str | None, layout: str | None) -> Trained:
-    """What the checkpoint says of positions, or what is asked instead."""
+    """The checkpoint's own positions, or those that are to replace them."""
     rule = found.position_rule if positions is None else positions
     if rule != GRID2D:
         return Trained()

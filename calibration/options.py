@@ -14,6 +14,7 @@ from patchsieve.pruning import catalogue
 from patchsieve.pruning.entry import DECODER
 
 METHODS = ("atp", "quantile", "fixed")
+_ATP = catalogue.entry(DECODER, "atp")
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,14 @@ class ScoreOptions:
         causal: Eq. 3 over causal pairs only.
     """
 
-    normalisation: str = "minmax"
-    modality: str = "both"
-    parts: str = "both"
-    causal: bool = False
+    normalisation: str = _ATP.option("normalisation").default
+    modality: str = _ATP.option("modality").default
+    parts: str = _ATP.option("parts").default
+    causal: bool = _ATP.option("causal").default
 
     def __post_init__(self) -> None:
         """Refuse what ATP does not know."""
-        catalogue.entry(DECODER, "atp").check(vars(self))
+        _ATP.check(vars(self))
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class TrainingOptions:
         if wrong:
             option = f"--{wrong[0].replace('_', '-')}"
             raise PatchsieveError(
-                "training cannot go on this number",
+                "training cannot use this number",
                 found=f"{option} {getattr(self, wrong[0])}",
                 expected=f"at least {least[wrong[0]]}",
                 do=f"correct {option}",

@@ -142,7 +142,7 @@ class PruningPass:
             self._biases[site] = self._lay(torch.where(alive, 0.0, GONE) if self.hard else log_mask)
 
     def survivors(self, site: int) -> list[list[int]]:
-        """Raster ids that go on behind a site, for each image."""
+        """Raster ids that survive a site, for each image."""
         return [self.patch_ids[kept].tolist() for kept in self.sites[site].alive]
 
     def _before(self, site: int) -> SiteRecord | None:
@@ -206,7 +206,7 @@ class PruningPass:
         return kept
 
     def _left(self, record: SiteRecord) -> Tensor:
-        """What `rows` says behind a site, [B, R]."""
+        """The rows that are left after a site, [B, R]."""
         batch, length = self.present.shape
         left = [torch.nonzero(self._kept(sample, record))[:, 0] for sample in range(batch)]
         return pad_sequence(left, batch_first=True, padding_value=length)

@@ -22,7 +22,7 @@ class Sample:
         visual: Rows of each image, int64 [N] each.
         text: Rows of the instruction that judges each image, int64 [T] each.
         pixel_values: float32 [M, 3, h, w]; None without images.
-        position_ids: Rotary positions, int64 [L, A]; None where they are a row's place.
+        position_ids: Rotary positions, int64 [L, A]; None if they are a row's place.
     """
 
     input_ids: Tensor

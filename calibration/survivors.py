@@ -23,7 +23,7 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Survivors:
-    """Tokens per image that go on at a site.
+    """Tokens per image that a site keeps.
 
     Attributes:
         layer: The site.
@@ -100,7 +100,7 @@ def hard_passes(
 def count_survivors(
     model: PrunedLlava, samples: Samples, batch_size: int, progress: Progress
 ) -> dict[int, list[int]]:
-    """Tokens that each image keeps behind each site, by site."""
+    """Tokens that each image keeps after each site, by site."""
     counts: dict[int, list[int]] = {site: [] for site in model.methods}
     for seen in hard_passes(
         model, samples, batch_size, lambda part: progress("counting survivors", part)
@@ -113,7 +113,7 @@ def count_survivors(
 
 
 def budgets(counts: dict[int, list[int]], percentile: float) -> tuple[int, ...]:
-    """Tokens per image to reserve behind each site: a percentile of what images keep there.
+    """Tokens per image to reserve after each site: a percentile of what images keep there.
 
     Args:
         counts: Survivors by site, ascending sites.
@@ -130,7 +130,7 @@ def budgets(counts: dict[int, list[int]], percentile: float) -> tuple[int, ...]:
 def geometric_counts(
     num_visual: int, sites: Sequence[int], num_layers: int, target: float
 ) -> list[float]:
-    """Mean counts n r, n r^2, ... behind the sites, whose average over all layers is the target.
+    """Mean counts n r, n r^2, ... after the sites, whose average over all layers is the target.
 
     Raises:
         PatchsieveError: See `check_target`.
@@ -162,10 +162,10 @@ def check_counts(counts: Sequence[float], num_visual: int) -> None:
 
 
 def check_target(num_visual: int, sites: Sequence[int], num_layers: int, target: float) -> None:
-    """Refuse an average that no choice behind the sites has.
+    """Refuse an average that no choice of survivors has.
 
     Raises:
-        PatchsieveError: Even a single token behind the first site averages more than the target, or
+        PatchsieveError: Even a single token after the first site averages more than the target, or
             the target is all tokens.
     """
     least = (sites[0] * num_visual + num_layers - sites[0]) / num_layers

@@ -54,7 +54,7 @@ def constant_heads(grid: tuple[int, int]) -> Thresholds:
 class FixedCount(Thresholds):
     """The threshold that a fixed number of tokens exceeds, the same number for every image.
 
-    It stands for what ATP is compared to: its scores, but a ratio that does not adapt. Masks are as
+    ATP is compared to it: the same scores, but a ratio that does not adapt. Masks are as
     soft as ATP's, so that a language model is trained alike. What is stored are heads that keep
     everything; the number becomes the site's budget. Of equal scores all exceed the threshold; the
     budget then keeps those of the lowest index, in training as in a bundle.
@@ -62,7 +62,7 @@ class FixedCount(Thresholds):
     Differs from the paper: its fixed ratios rank by a score that it does not name.
 
     Args:
-        count: Tokens that go on.
+        count: Tokens that each image keeps.
         grid: Patch rows and columns.
     """
 

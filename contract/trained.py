@@ -38,7 +38,7 @@ class Trained:
         """What a Hugging Face config says.
 
         Args:
-            config: Of the whole model; `text_config` tells the width of the heads.
+            config: Config of the whole model; `text_config` gives the width of the heads.
 
         Raises:
             UnsupportedModelError: The entry is damaged, or of a later patchsieve.

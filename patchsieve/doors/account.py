@@ -72,7 +72,7 @@ class Account:
         }
 
     def sentence(self) -> str:
-        """The same for the eye."""
+        """The same for people."""
         means = self.means()
         said = (
             f"{self.questions} questions; {means['visual_tokens']:.1f} visual tokens per layer, "

@@ -138,17 +138,17 @@ class Benchmark:
             RequestError: The task wants a search over several beams.
             CapacityError: It wants longer answers than the bundle reserves.
         """
-        told = {key: value for key, value in arguments.items() if value is not None}
-        self.not_followed |= set(told) - _FOLLOWED
-        if told.get("num_beams", 1) != 1:
+        given = {key: value for key, value in arguments.items() if value is not None}
+        self.not_followed |= set(given) - _FOLLOWED
+        if given.get("num_beams", 1) != 1:
             raise RequestError(
                 "a bundle does not search over several beams",
-                found=f"num_beams {told['num_beams']}",
+                found=f"num_beams {given['num_beams']}",
                 expected="1",
                 do="set num_beams to 1 in --gen_kwargs",
             )
         limit = self.model.facts.limits.max_new_tokens
-        most = told.get("max_new_tokens", limit)
+        most = given.get("max_new_tokens", limit)
         if self.max_new_tokens is not None:
             most = min(most, self.max_new_tokens)
         if most > limit:
@@ -159,14 +159,14 @@ class Benchmark:
                 do=f"export with --max-new-tokens {most}, or bound them by max_new_tokens={limit} "
                 "in --model_args",
             )
-        temperature = told.get("temperature", 1.0 if told.get("do_sample") else 0.0)
+        temperature = given.get("temperature", 1.0 if given.get("do_sample") else 0.0)
         options: dict[str, Any] = {
             "max_new_tokens": most,
-            "temperature": temperature if told.get("do_sample", True) else 0.0,
+            "temperature": temperature if given.get("do_sample", True) else 0.0,
         }
-        if stop := _stop(told.get("until", ())):
+        if stop := _stop(given.get("until", ())):
             options["stop"] = stop  # without, an answer ends at the checkpoint's own stop strings
-        return options | {key: told[key] for key in _AS_THEY_ARE if key in told}
+        return options | {key: given[key] for key in _AS_THEY_ARE if key in given}
 
     def _check_text(self, text: str) -> None:
         """The text must fit, whatever images come."""

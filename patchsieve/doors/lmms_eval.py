@@ -98,7 +98,7 @@ class PatchsieveModel(lmms):
             Request(instance.args[4], instance.args[3], instance.args[0], instance.args[1])
             for instance in requests
         ]
-        self.benchmark.accounts.clear()  # lmms-eval sums up what each call tells
+        self.benchmark.accounts.clear()  # lmms-eval sums up what each call logs
         self.benchmark.check(asked)
         if self.benchmark.not_followed:
             logger.warning(

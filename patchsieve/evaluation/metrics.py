@@ -30,7 +30,7 @@ class Interval:
 def normalise(text: str) -> str:
     """An answer as marks compare it: lower case, no articles or punctuation, numbers as digits.
 
-    Follows the VQA evaluation, but for contractions: apostrophes go on both sides, so that
+    Follows the VQA evaluation, but for contractions: both sides lose their apostrophes, so that
     "don't" and "dont" are the same word, as there.
     """
     words = _NO_WORD.sub(lambda found: "" if found[0] == "'" else " ", text.lower()).split()
@@ -78,18 +78,18 @@ def yes_no_scores(said: Sequence[bool | None], truth: Sequence[bool]) -> dict[st
 
 
 def bootstrap(
-    told: Callable[[np.ndarray], float], size: int, rounds: int = 2000, seed: int = 0
+    statistic: Callable[[np.ndarray], float], size: int, rounds: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """Ends of the percentile bootstrap interval of 95 %.
 
     Args:
-        told: A number of a sample, of which it takes the indices.
+        statistic: Computes a number from the indices of a sample.
         size: How many can be drawn, and are drawn each time.
         rounds: Samples.
         seed: Of the draws, so that a report can be repeated.
     """
     rng = np.random.default_rng(seed)
-    found = [told(rng.integers(size, size=size)) for _ in range(rounds)]
+    found = [statistic(rng.integers(size, size=size)) for _ in range(rounds)]
     low, high = np.percentile(found, [2.5, 97.5])
     return float(low), float(high)
 

@@ -14,7 +14,7 @@ from optimum.commands.export.base import ExportCommand
 
 
 class PatchsieveExportCommand(BaseOptimumCLICommand):
-    """Hands every word behind `patchsieve` on, unread."""
+    """Passes on every word after `patchsieve`, unread."""
 
     COMMAND = CommandInfo(
         name="patchsieve",
