@@ -126,7 +126,7 @@ class Verification:
             yield from self._tower(plan, layers_seen)
         theirs = np.concatenate(features)  # the tokens of all images, [N, C]
         yield self._part(plan, names.IMAGE_FEATURES, np.concatenate(our_features), theirs)
-        if len(theirs) != sum(map(len, our_features)):
+        if list(map(len, features)) != list(map(len, our_features)):
             return  # other tokens: nothing after them can be compared
         embeddings = self.reference.embed(rows.token_ids[None], theirs)
         fed = self.recorder.inputs[names.stage(0)][names.HIDDEN]
@@ -141,12 +141,16 @@ class Verification:
         yield from self._decoder(plan, embeddings, rows, patch_ids)
         if failure:
             yield Part(plan, "greedy tokens", departs=True, note=failure)
-            return
+        else:
+            yield self._tokens(plan, result, inputs, count)
+
+    def _tokens(self, plan: str, result: Result, inputs: dict[str, np.ndarray], count: int) -> Part:
+        """The answer, against `count` greedy tokens of the checkpoint."""
         if plan == NO_PRUNING and not self.facts.text.rotary_sections:
             said, by = self.reference.generate(inputs, count), "generate"
         else:
             said, by = self.reference.decode(self._layers, count), "eager decoding of the survivors"
-        yield compare_tokens(plan, result.token_ids, said, by, self.tolerance)
+        return compare_tokens(plan, result.token_ids, said, by, self.tolerance)
 
     def _decoder(
         self,
