@@ -18,6 +18,8 @@ from patchsieve.contract.errors import BundleError, PatchsieveError
 from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.reuse import reuse
+from patchsieve.runtime.building.compile import build_engine
+from patchsieve.runtime.building.profiles import profiles
 from patchsieve.runtime.model import Model
 from patchsieve.verify.verification import Verification
 from tests.support.models import save_checkpoint
@@ -132,6 +134,17 @@ def test_another_queries_matrix_of_the_next_layer_changes_who_survives(
     facts = manifest.read(own)
     manifest.write(own, replace(facts, files=facts.files | {path: manifest.hash_file(own / path)}))
     assert departures(own, checkpoint, "cpu")[0] == "survivors at layer 2"
+
+
+@pytest.mark.tensorrt
+def test_such_a_decision_builds_in_tensorrt_rtx(bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    facts, target = manifest.read(bundle), "tensorrt-rtx"
+    graph = names.decide("ahead", 2)
+    shapes = profiles(facts, graph, target)
+    file = bundle / facts.targets[target][graph]
+    report = build_engine(file, tmp_path / "engine", shapes, target=target)
+    assert report.engine_bytes and not report.warnings
 
 
 def test_reuse_makes_the_same_decisions_from_the_bundle_alone(
