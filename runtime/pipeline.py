@@ -47,7 +47,7 @@ class Seen(NamedTuple):
     Attributes:
         features: Visual tokens, [N, C].
         ids: Their raster ids, [N].
-        sources: Token that each patch went to, [patches]; None where nothing prunes before the
+        sources: Token that each patch went to, [patches]; None if nothing prunes before the
             decoder.
         num_wanted: Tokens without the bound of a method whose count adapts; None for others.
         cls: The image as a whole, where the plan asks for it.
@@ -152,21 +152,24 @@ class Pipeline:
         with self._undone_on_error(cache):
             for index, stage in enumerate(cache.stages):
                 start, slot = time.perf_counter(), stage.length
-                # The rows of the stage before come whole: this one gathers those that survived,
-                # so that the number of survivors is a shape and the cache holds no other rows.
+                # The rows of the stage before come whole, and this stage gathers the survivors:
+                # their number is then a shape, as compiled engines need it, and a dropped token
+                # never gets a slot in this stage's cache.
                 inputs = self._inputs(
                     index, stage, keep_indices, rows.position_ids, rows.last_seen(), rows.num_side
                 )
                 out = self.backend.run_stage(index, {names.HIDDEN: hidden, **inputs}, stage)
                 stage.grow(len(rows) - rows.num_side, rows.num_side)
-                if names.LOGITS in out:
+                if names.LOGITS in out:  # on a GPU the host waits here, and at sites, only
                     (logits,) = self.backend.fetch("logits of the prompt", out[names.LOGITS])
                     done.logits = _finite(logits)
                 done.stage_ms.append(since(start))
                 hidden, keep_indices = out.get(names.HIDDEN_OUT), np.arange(len(rows))
                 queries |= out
                 site = sites.get(stage.stage.last)
-                if site is not None and rows.images():  # a turn without an image decides nothing
+                # A site judges by the layer before it, so it comes after the stage that ends there.
+                # A turn without an image decides nothing: earlier survivors stay.
+                if site is not None and rows.images():
                     start = time.perf_counter()
                     given = Given(queries | {names.HIDDEN: hidden}, cache, slot)
                     rows, keep_indices, hidden, found = self._decider.decide(
@@ -175,7 +178,8 @@ class Pipeline:
                     queries = {}  # they are of rows that are gone
                     done.sites += found
                     done.decide_ms.append(since(start))
-            # Dropped rows keep their numbers: what follows continues from the unpruned length.
+            # Survivors keep their rotary positions, as in the papers: nothing is renumbered, and
+            # later tokens continue from the unpruned length.
             cache.position = rows.next_position
         return done
 

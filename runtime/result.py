@@ -27,7 +27,7 @@ class ImageResult:
         ids: Raster id of each token that enters the decoder, -1 for one that is no patch.
         sources: For each patch of the grid the token that it went to, -1 if it was dropped.
         num_wanted: Tokens that a method would leave without its bound, where their number depends
-            on the image; None where it is fixed.
+            on the image; None if it is fixed.
     """
 
     image: int
@@ -73,7 +73,7 @@ class SiteResult:
         scores: Place and score of each token that was alive, ascending by place; None unless the
             request asked for them.
         merged: Place of each token that merged and that of the survivor it is part of, ascending;
-            None where the method does not merge.
+            None if the method does not merge.
     """
 
     layer: int
@@ -124,7 +124,7 @@ class Result:
         words: The question's words that judged each image of this turn, where a plan has them.
         kv_bytes: Reserved and used, in all and per stage.
         timings_ms: Milliseconds of each part; `ttft` is the time to the first token, `decode_steps`
-            lists each token behind it. `device` holds what a GPU took for each graph, by its own
+            lists each token after it. `device` holds what a GPU took for each graph, by its own
             clock; it is empty on a CPU.
         notes: What the user should know, in sentences.
     """

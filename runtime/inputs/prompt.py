@@ -20,7 +20,7 @@ class Prompt:
         image_positions: Indices in `token_ids` of the M image tokens, int64 [M].
         instruction: Indices in `token_ids` of the tokens that hold the last user message's text,
             without role markers and image tokens, int64.
-        offsets: First character of each token in `text`, and the one behind its last, int64 [T, 2].
+        offsets: First character of each token in `text`, and the one after its last, int64 [T, 2].
         has_question: The instruction is the user's words; else it is what stands in for them.
     """
 
@@ -39,7 +39,7 @@ class Prompt:
     def question(self) -> tuple[str, np.ndarray]:
         """The instruction alone: its text, and each of its tokens' places in it, [T', 2].
 
-        What stands between its parts, an image say, is blank, so that the places fit.
+        Text between its parts, such as an image, is blank, so that the places fit.
         """
         spans = self.offsets[self.instruction]
         first, last = int(spans[:, 0].min()), int(spans[:, 1].max())
