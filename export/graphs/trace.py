@@ -65,15 +65,14 @@ def trace(
 
     def dynamic(leaf: Input) -> dict[int, Any]:
         # Not a named Dim: an order among axes (an image's rows are rows) contradicts its range.
-        dim = torch.export.Dim.DYNAMIC
-        return {i: dim for i, n in enumerate(leaf.shape) if isinstance(n, str)}
+        free = (i for i, n in enumerate(leaf.shape) if isinstance(n, str))
+        return dict.fromkeys(free, torch.export.Dim.DYNAMIC)
 
     with mode or contextlib.nullcontext(), _quiet():
         arguments = pytree.tree_map(example, inputs)
+    axes_of = pytree.tree_map(dynamic, inputs)
     with torch.no_grad(), _quiet():
-        program = torch.export.export(
-            module.eval(), arguments, dynamic_shapes=pytree.tree_map(dynamic, inputs)
-        )
+        program = torch.export.export(module.eval(), arguments, dynamic_shapes=axes_of)
         converted = torch.onnx.export(
             program,
             dynamo=True,
