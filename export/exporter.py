@@ -14,11 +14,11 @@ import onnx_ir as ir
 import torch
 
 from patchsieve import __version__
-from patchsieve.contract import engine_memory as build_memory
-from patchsieve.contract import manifest, names
+from patchsieve.contract import files, manifest, model, names
 from patchsieve.contract.errors import PatchsieveError, UnsupportedModelError
 from patchsieve.contract.plan import NO_PRUNING, Plan, check_plan_name
 from patchsieve.contract.precision import BYTES, Precision
+from patchsieve.contract.targets import TARGETS, USUAL, WITH_ATTENTION_FORMS, WITH_ENGINES, known
 from patchsieve.contract.trained import Trained
 from patchsieve.contract.writing import check_new_bundle, whole_or_nothing
 from patchsieve.export import card
@@ -32,7 +32,6 @@ from patchsieve.export.graphs.scorer import TextScorer, scorer_graph
 from patchsieve.export.graphs.stage import DecoderLayer, Head, Stage
 from patchsieve.export.graphs.trace import bind, fake_weights, trace
 from patchsieve.export.graphs.vision import Vision, vision_graph, vision_model
-from patchsieve.export.lowering import lowering
 from patchsieve.export.methods import (
     build_method,
     check_sites,
@@ -100,16 +99,18 @@ class ExportOptions:
                 "the plan named none prunes nothing", do="choose another --plan-name"
             )
         if not self.targets:
-            raise PatchsieveError("a bundle needs a target", expected="cpu, reference, ...")
-        if self.build_memory is not None and not set(self.targets) & set(build_memory.TARGETS):
+            raise PatchsieveError(
+                "a bundle needs a target", expected=", ".join(TARGETS), do=f"give --targets {USUAL}"
+            )
+        if self.build_memory is not None and not set(self.targets) & set(WITH_ENGINES):
             raise PatchsieveError(
                 "--build-memory has no effect: no engine is built for these targets",
                 found=", ".join(self.targets),
-                expected=f"one of {', '.join(build_memory.TARGETS)} among --targets",
+                expected=f"one of {', '.join(WITH_ENGINES)} among --targets",
             )
         precision = Precision.parse(self.precision)
         for target in self.targets:
-            taken = lowering(target).precisions
+            taken = known(target).precisions
             if not set(precision.kinds) <= set(taken):
                 raise PatchsieveError(
                     f"the target {target} does not compute in this precision",
@@ -127,7 +128,7 @@ class ExportOptions:
             raise PatchsieveError(
                 "--attention has no effect: no target and part of this export has a choice",
                 found=f"{', '.join(self.targets)} in {precision}",
-                expected="float16 or bfloat16 for tensorrt, tensorrt10 or tensorrt-rtx",
+                expected=f"float16 or bfloat16 for {' or '.join(WITH_ATTENTION_FORMS)}",
                 do="leave --attention out, or change --targets or --precision",
             )
 
@@ -136,7 +137,7 @@ class ExportOptions:
         """How half-precision attention is spelt; None where no graph has a choice."""
         kinds = Precision.parse(self.precision)
         is_half = {kinds.tower, kinds.decoder} != {"float32"}
-        if not is_half or not any(lowering(t).has_attention_forms for t in self.targets):
+        if not is_half or not any(known(t).attention_forms for t in self.targets):
             return None
         return self.attention or names.DECOMPOSED
 
@@ -310,7 +311,7 @@ class _Job:
             patchsieve_version=__version__,
             checkpoint=checkpoint,
             precision=self.precision,
-            text=manifest.TextModel(
+            text=model.TextModel(
                 model_type=text.model_type,
                 vocab_size=self.spec.vocab_size,
                 hidden_size=self.spec.hidden_size,
@@ -323,7 +324,7 @@ class _Job:
             ),
             vision=self.vision_facts,
             tokens=self._tokens(),
-            embeddings=manifest.Embeddings(
+            embeddings=model.Embeddings(
                 file=f"graphs/{self.embeddings.location}",
                 offset=self.embeddings.offset or 0,
                 dtype=self.precision.decoder,
@@ -337,13 +338,13 @@ class _Job:
             targets=self.paths,
             tensors=self.writer.tensors,
             target_tensors=self.writer.target_tensors,
-            needs={target: lowering(target).needs() for target in options.targets},
+            needs={target: manifest.Needs.of(known(target)) for target in options.targets},
             files=_hashes(partial),
             scorer=self._scorer_facts(),
             generation=self.tokenizer["generation"],
             attention=options.attention_form,
         )
-        manifest.write(partial, facts)
+        files.write(partial, facts)
         text = card.card(facts, card.licence_of(self.directory))
         (partial / card.FILE_NAME).write_text(text, encoding="utf-8")
         return facts
@@ -361,9 +362,9 @@ class _Job:
                 expected=expected,
             )
 
-    def _tokens(self) -> manifest.Tokens:
+    def _tokens(self) -> model.Tokens:
         made = self.tokenizer
-        return manifest.Tokens(
+        return model.Tokens(
             tokenizer="tokenizer.json",
             chat_template=made["chat_template"],
             image_token=made["image_token"],
@@ -394,15 +395,16 @@ class _Job:
     def _weight_files(self) -> dict[str, list[Weight]]:
         shape = (self.spec.vocab_size, self.spec.hidden_size)
         table = f"{EMBEDDINGS}.weight"
-        files = {"vision": list(weights_of(self.vision)), EMBEDDINGS: [Weight(table, table, shape)]}
+        files = {TOWER.path(): list(weights_of(self.vision))}
+        files[EMBEDDINGS.path()] = [Weight(table, table, shape)]
         for stage in self.stages:
             for number, layer in stage.layers.items():
                 prefix = f"layers.{number}."
-                files[f"layers.{number}"] = list(weights_of(layer, prefix, prefix))
+                files[LAYER.path(int(number))] = list(weights_of(layer, prefix, prefix))
         last = self.stages[-1]
-        files["head"] = list(weights_of(last.norm, "norm.", "norm."))
+        files[HEAD.path()] = list(weights_of(last.norm, "norm.", "norm."))
         if not self.is_tied:
-            files["head"] += weights_of(last.lm_head, "lm_head.", "lm_head.")
+            files[HEAD.path()] += weights_of(last.lm_head, "lm_head.", "lm_head.")
         return files
 
     def _add_scorer(self, clip: ClipSource) -> None:
@@ -415,11 +417,11 @@ class _Job:
         self.files |= {"scorer": scorer, "joint": joint}
         self.sources |= {"scorer": clip.tensors, "joint": source}
 
-    def _scorer_facts(self) -> manifest.Scorer | None:
+    def _scorer_facts(self) -> model.Scorer | None:
         clip = self.clip
         if clip is None:
             return None
-        return manifest.Scorer(
+        return model.Scorer(
             source=clip.name,
             tokenizer=SCORER_TOKENIZER,
             bos_id=clip.bos_id,
@@ -493,7 +495,7 @@ class _Job:
 
 def _hashes(bundle: Path) -> dict[str, manifest.File]:
     files = sorted(path for path in bundle.rglob("*") if path.is_file())
-    return {path.relative_to(bundle).as_posix(): manifest.hash_file(path) for path in files}
+    return {path.relative_to(bundle).as_posix(): files.hash_file(path) for path in files}
 
 
 def _dump(path: Path, data: object) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from patchsieve.contract import manifest, names
+from patchsieve.contract import files, manifest, model, names, weights
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import NO_PRUNING, TEXTS, Plan, check_plan_name
+from patchsieve.contract.targets import TARGETS
 from patchsieve.contract.writing import one_line
 from patchsieve.export import card
 from patchsieve.export.families.specs import HeadShape
@@ -20,7 +21,6 @@ from patchsieve.export.graphs.decision import decide_graph
 from patchsieve.export.graphs.joint import JointCls
 from patchsieve.export.graphs.trace import bind, fake_weights
 from patchsieve.export.graphs.vision import Vision, vision_graph
-from patchsieve.export.lowering import LOWERINGS
 from patchsieve.export.methods import (
     HEADS,
     build_encoder,
@@ -51,7 +51,7 @@ def reuse(
     on each target's graphs.
     """
     check_plan_name(plan_name)
-    old = manifest.read(bundle)
+    old = files.read(bundle)
     plan = plan.with_positions(old.text.trained_rule)
     missing = [layer for layer in plan.layers if layer not in old.cuts]
     if missing:
@@ -64,7 +64,7 @@ def reuse(
     if plan_name == NO_PRUNING and plan.prunes:
         raise PatchsieveError("the plan named none prunes nothing", do="choose another --plan-name")
     check_queries(old, plan)
-    manifest.check_files(bundle, old, hashes=False)
+    files.check_files(bundle, old, hashes=False)
     heads = HeadShape(old.text.num_heads, old.text.num_kv_heads, old.text.head_dim)
     dtype = DTYPES[old.precision.decoder][0]
     with fake_weights() as mode, default_dtype(DTYPES[old.precision.tower][0]):
@@ -72,7 +72,7 @@ def reuse(
         vision = plan_vision(plan, old.vision, old.text.hidden_size, joint_width, dtype)
     stored: dict[str, ir.ExternalTensor] = {}
     for part in ("vision", "joint") if old.scorer is not None else ("vision",):
-        stored |= stored_weights(bundle / manifest.WEIGHTS / f"{part}.safetensors")
+        stored |= stored_weights(bundle / weights.FOLDER / f"{part}.safetensors")
     form = old.attention or names.DECOMPOSED
     writer = GraphWriter(bundle / "graphs", tuple(old.targets), form)
     written: dict[str, dict[str, str]] = {}
@@ -104,14 +104,14 @@ def reuse(
             progress("writing the manifest", 0.95)
             new = _with_plan(old, bundle, plan, plan_name, written, writer)
             readme = _stage_card(bundle, new, writer)
-            manifest.write(bundle, new)
+            files.write(bundle, new)
             if readme is not None:
                 readme.replace(bundle / card.FILE_NAME)
             if seconds is not None:
                 seconds.update(writer.seconds)
     finally:
         # The manifest that stands decides what stays, whenever an interrupt came.
-        stands = manifest.read(bundle).files
+        stands = files.read(bundle).files
         replaced = {bundle / name for name in set(old.files) - set(new.files)}
         for file in {*writer.written, *replaced}:
             if file.relative_to(bundle).as_posix() not in stands:
@@ -151,7 +151,7 @@ def check_queries(old: manifest.Manifest, plan: Plan) -> None:
                 do="export a new bundle with this plan; stages give what its plan reads",
             )
         over = [s for s in old.stages if any(s.first <= k < s.last for k in read)]
-        fixed = [target for target in old.targets if LOWERINGS[target].static_slots]
+        fixed = [target for target in old.targets if TARGETS[target].has_fixed_slots]
         if len({s.slots for s in over}) > 1 and fixed:
             same = min(s.first for s in over if s.slots == over[-1].slots)
             raise PatchsieveError(
@@ -169,7 +169,7 @@ def decide_graphs(
     plan_name: str,
     size: int,
     heads: HeadShape,
-    vision: manifest.VisionModel,
+    vision: model.VisionModel,
     num_visual: int,
     dtype: torch.dtype,
     progress: Progress = lambda *_: None,
@@ -192,7 +192,7 @@ def decide_graphs(
 
 def plan_vision(
     plan: Plan,
-    facts: manifest.VisionModel,
+    facts: model.VisionModel,
     size: int,
     joint_width: int | None,
     out_dtype: torch.dtype | None = None,
@@ -263,13 +263,13 @@ def _with_plan(
             files.pop(path, None)
         new = written.get(target, {})
         targets[target] = {k: v for k, v in graphs.items() if k not in stale} | new
-        files |= {path: manifest.hash_file(bundle / path) for path in new.values()}
+        files |= {path: files.hash_file(bundle / path) for path in new.values()}
     plans = old.plans | {plan_name: plan}
     sites = [site for each in plans.values() for site in each.sites]
     heads = {site.params["heads"] for site in sites if "heads" in site.params}
     files = {k: v for k, v in files.items() if not k.startswith(f"{HEADS}/")}
     for file in (path for folder in heads for path in (bundle / folder).iterdir()):
-        files[file.relative_to(bundle).as_posix()] = manifest.hash_file(file)
+        files[file.relative_to(bundle).as_posix()] = files.hash_file(file)
     return replace(
         old,
         plans=plans,

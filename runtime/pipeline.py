@@ -91,7 +91,7 @@ class Pipeline:
             rng: Noise for methods that draw, a number for each patch.
         """
         graph = self.facts.vision_graph(plan)
-        has_noise = any(t["name"] == names.NOISE for t in self.facts.tensors[graph]["inputs"])
+        has_noise = self.facts.graphs[graph].input(names.NOISE) is not None
         if not self.spare_images or has_noise:
             return self._see(graph, pixel_values, rng if has_noise else None)
         key = (graph, sha256(pixel_values.tobytes()).digest())
@@ -328,8 +328,8 @@ class Pipeline:
     def _read(self, graph: str, layer: int, made: dict[str, Any], cache: Cache) -> dict[str, Any]:
         """Rows, queries, keys and values that a decision takes, by its names for them."""
         top, read = layer - 1, {}
-        for tensor in self.facts.tensors[graph]["inputs"]:
-            name = tensor["name"]
+        for tensor in self.facts.graphs[graph].inputs:
+            name = tensor.name
             what, _, number = name.partition(".")
             of = int(number) if number else top
             if what == names.QUERY:

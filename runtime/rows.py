@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from patchsieve.contract.manifest import VisionModel
+from patchsieve.contract.model import VisionModel
 from patchsieve.contract.plan import GRID2D
 
 TEXT = -1  # image number of a row that belongs to no image

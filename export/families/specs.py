@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from patchsieve.contract.manifest import VisionModel
+from patchsieve.contract.model import VisionModel
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from patchsieve.cli import export
 from patchsieve.cli.arguments import integers
 from patchsieve.cli.output import flops, plural, print_json, size, table
 from patchsieve.contract.errors import PatchsieveError
-from patchsieve.contract.manifest import Manifest, read
+from patchsieve.contract.files import read
+from patchsieve.contract.manifest import Manifest
 from patchsieve.contract.plan import NO_PRUNING, MethodPlan, Plan
 from patchsieve.contract.precision import BYTES
 from patchsieve.cost.methods import (

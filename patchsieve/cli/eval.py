@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Ask, mark, print."""
     from patchsieve.contract.errors import CapacityError, RequestError
-    from patchsieve.contract.manifest import hash_file
+    from patchsieve.contract.files import hash_file
     from patchsieve.contract.plan import NO_PRUNING
     from patchsieve.contract.writing import check_file
     from patchsieve.evaluation.answers import AnswerFile, ask, depends_on

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from patchsieve.contract.errors import PatchsieveError
-from patchsieve.contract.manifest import read
+from patchsieve.contract.files import read
 from patchsieve.contract.plan import CLS_SOURCES, TEXTS, Plan, PseudoCls
 from patchsieve.pruning import recipes
 from patchsieve.pruning.recipes import Size

@@ -12,6 +12,7 @@ from patchsieve.cli.arguments import add_target
 from patchsieve.cli.output import Progress, print_json, require, table
 from patchsieve.cli.picture import picture
 from patchsieve.cli.run import say_target
+from patchsieve.contract.targets import CHECKABLE
 
 DEPARTS = 1  # exit code
 PROMPT = "Describe the image."
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--raw", action="store_true", help="the prompt is the whole text, without chat template")
     add("--plan", metavar="NAME", help='the pruned plan beside "none"; the default one otherwise')
     add("--max-new-tokens", type=int, default=32, metavar="N", help="greedy tokens to compare (32)")
-    add_target(parser, "the only one of cpu, cuda, jetpack6 and reference, else as for run")
+    add_target(parser, f"the only one of {', '.join(CHECKABLE)}, else as for run")
     add("--threads", type=int, help="threads of the bundle's side")
     add("--quiet", action="store_true", help="only the table and the verdict")
 

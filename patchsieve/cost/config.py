@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve.contract.errors import BundleError, PatchsieveError, UnsupportedModelError
-from patchsieve.contract.manifest import WEIGHTS, Manifest
+from patchsieve.contract.manifest import Manifest
+from patchsieve.contract.weights import SCORER
 from patchsieve.export.source.original import refuse_original
 
 _LARGEST_HEADER = 1 << 22  # bytes of a scorer's list of tensors
@@ -209,7 +210,7 @@ def from_bundle(bundle: Path, manifest: Manifest) -> ModelShape:
     shape = from_manifest(manifest)
     if manifest.scorer is None:
         return shape
-    path = bundle / WEIGHTS / "scorer.safetensors"
+    path = bundle / SCORER.path()
     return replace(shape, scorer=_scorer(path, manifest.scorer.window, manifest.scorer.width))
 
 

@@ -13,12 +13,11 @@ import onnxruntime as ort
 import pytest
 
 import patchsieve
-from patchsieve.contract import manifest, names
+from patchsieve.contract import files, manifest, names, targets, weights
 from patchsieve.contract.errors import BackendMissingError, PatchsieveError
-from patchsieve.contract.manifest import Limits, Manifest
+from patchsieve.contract.manifest import Limits
 from patchsieve.contract.plan import NO_PRUNING, Plan, SitePlan
 from patchsieve.export.exporter import ExportOptions, export
-from patchsieve.export.lowering import LOWERINGS
 from patchsieve.export.reuse import reuse
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.ort.backend import OrtBackend
@@ -203,7 +202,7 @@ def test_a_row_sees_what_the_mask_says_and_itself(
 
 @pytest.mark.parametrize("target", OF_ROWS)
 def test_a_decision_takes_a_cache_as_the_rows_present(bundle: Path, target: str) -> None:
-    facts = manifest.read(bundle)
+    facts = files.read(bundle)
     assert (facts.caches(target), facts.caches("cpu")) == (names.NEW_ROWS, names.IN_PLACE)
     width = facts.text.num_kv_heads * facts.text.head_dim
     tensors = facts.tensors_of(target)
@@ -237,16 +236,16 @@ def test_weights_are_stored_once_however_many_targets_there_are(
     export(str(small_checkpoint), tmp_path / "one", ExportOptions())
     stored = []
     for path in (everything[0], tmp_path / "one"):
-        facts = manifest.read(path)
-        stored.append({k: v for k, v in facts.files.items() if k.startswith(manifest.WEIGHTS)})
-    assert set(manifest.read(everything[0]).targets) == set(LOWERINGS)
+        facts = files.read(path)
+        stored.append({k: v for k, v in facts.files.items() if k.startswith(weights.FOLDER)})
+    assert set(files.read(everything[0]).targets) == set(targets.TARGETS)
     assert stored[0] == stored[1]
     assert sum(file.size for file in stored[0].values()) > 100_000
 
 
 def test_the_manifest_tells_what_each_target_needs(everything: tuple[Path, Any]) -> None:
     path, _ = everything
-    facts = manifest.read(path)
+    facts = files.read(path)
     told = {target: (n.library, n.versions.split(",")[0]) for target, n in facts.needs.items()}
     assert told == {
         "cpu": ("onnxruntime", ">=1.23"),
@@ -273,20 +272,20 @@ def test_the_manifest_tells_what_each_target_needs(everything: tuple[Path, Any])
 def test_export_tells_time_size_and_needs_of_every_target(everything: tuple[Any, Any]) -> None:
     _, said = everything
     for key in ("graph_bytes", "target_seconds", "needs"):
-        assert set(said[key]) == set(LOWERINGS)
+        assert set(said[key]) == set(targets.TARGETS)
         assert all(said[key].values())
     assert sum(said["target_seconds"].values()) < said["seconds"]
 
 
 def test_a_manifest_of_the_first_schema_is_read_as_caches_in_place(bundle: Path) -> None:
-    data = json.loads((bundle / manifest.FILE_NAME).read_text(encoding="utf-8"))
+    data = json.loads((bundle / files.FILE_NAME).read_text(encoding="utf-8"))
     for name in ("needs", "target_tensors"):
         del data[name]
     data |= {"schema_version": 1, "targets": {"cpu": data["targets"]["cpu"]}}
-    facts = Manifest.from_json(json.dumps(data))
+    facts = files.parse(json.dumps(data))
     assert facts.caches("cpu") == names.IN_PLACE
     assert not facts.needs
-    assert Manifest.from_json(facts.to_json()).schema_version == manifest.SCHEMA_VERSION
+    assert files.parse(facts.to_json()).schema_version == manifest.SCHEMA_VERSION
 
 
 # Refusals.

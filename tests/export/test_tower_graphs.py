@@ -269,7 +269,7 @@ def test_every_vision_graph_builds_in_tensorrt_rtx(towers: Towers, tmp_path: Pat
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
     from patchsieve.runtime.building.compile import build_engine
     from patchsieve.runtime.building.profiles import profiles
-    from patchsieve.runtime.trt.library import parse_network
+    from tests.support.networks import parse_network
 
     facts = towers.model.facts
     for plan in PLANS:

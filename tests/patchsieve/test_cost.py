@@ -14,7 +14,7 @@ import pytest
 from benchmarks import papers
 from patchsieve.cli import cost as command
 from patchsieve.cli import export, main
-from patchsieve.contract import manifest
+from patchsieve.contract import files, manifest, model
 from patchsieve.contract.errors import PatchsieveError, ShapeError, UnsupportedModelError
 from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.contract.precision import Precision
@@ -574,10 +574,10 @@ def test_the_demo_models_ivtp_has_the_sites_of_its_export(
 
 def make_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A manifest without graphs: the cost of a bundle needs nothing else."""
-    text = manifest.TextModel("llama", 17, 8, 12, 3, 4, 2, 3)
+    text = model.TextModel("llama", 17, 8, 12, 3, 4, 2, 3)
     sizes = (6, 10, 4, 3, 2, 12, 4, (3, 3), 9, 1)
     kinds = (True, True, False, 1e-5, "quick_gelu", (3,), "gelu", True)
-    tower = manifest.VisionModel("clip_vision_model", *sizes, *kinds)
+    tower = model.VisionModel("clip_vision_model", *sizes, *kinds)
     half = Plan((SitePlan(1, "fastv", {"keep_ratio": 0.5}, 5),))
     adaptive = Plan((SitePlan(1, "atp", {"theta_r": 0.5, "theta_s": 0.9}, 4),))
     facts = manifest.Manifest(
@@ -586,8 +586,8 @@ def make_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         precision=Precision(),
         text=text,
         vision=tower,
-        tokens=manifest.Tokens("tokenizer.json", None, "<image>", 5, (2,), {}),
-        embeddings=manifest.Embeddings("weights.bin", 0, "float32", (17, 8)),
+        tokens=model.Tokens("tokenizer.json", None, "<image>", 5, (2,), {}),
+        embeddings=model.Embeddings("weights.bin", 0, "float32", (17, 8)),
         limits=manifest.Limits(64, 32, 2),
         stages=(manifest.Stage(0, 1, 114), manifest.Stage(1, 3, 106)),
         plans={"none": Plan(), "half": half, "adaptive": adaptive},
@@ -597,7 +597,7 @@ def make_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         tensors={"vision": {"outputs": [{"name": "image_features", "shape": ["images", 9, 8]}]}},
     )
     folder.mkdir()
-    manifest.write(folder, facts)
+    files.write(folder, facts)
     # It refuses a manifest without graphs, of which a cost needs none.
     monkeypatch.setattr("patchsieve.cli.cost.read", lambda path: facts)
     return folder
