@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
 
-from patchsieve.cli.output import table
 from patchsieve.cost import (
     ModelShape,
     Schedule,
@@ -31,6 +30,7 @@ from patchsieve.cost import (
     shape_of_config,
 )
 from patchsieve.cost.methods import layerwise
+from patchsieve.tables import table
 
 TERA = 1e12
 LLAVA_7B = shape_of_config({"model_type": "llava"})

@@ -22,17 +22,16 @@ from patchsieve.calibration.samples import Sample
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import GRID2D
 from patchsieve.contract.trained import KEY, LAYOUTS, Trained, sections
-from patchsieve.export.families import decoder_spec
-from patchsieve.export.graphs.vision import vision_model
+from patchsieve.export.families import family_of
 from patchsieve.export.source.checkpoint import Checkpoint, locate, read_config
-from patchsieve.export.source.processor import preprocessor_from_checkpoint
 from patchsieve.export.source.tokenizer import write_tokenizer
 from patchsieve.pruning.heads import HeadsConfig, save_heads
 from patchsieve.runtime.inputs.images import load_image
 from patchsieve.runtime.inputs.preprocess import Preprocessor
 from patchsieve.runtime.inputs.prompt import Prompt, PromptBuilder, expand
+from patchsieve.runtime.positions import number_rows
 from patchsieve.runtime.records import Record
-from patchsieve.runtime.rows import TEXT, Rows, number_rows
+from patchsieve.runtime.rows import TEXT, Rows
 
 HEADS = "heads"  # folder of a checkpoint
 # Files of a checkpoint that training does not change.
@@ -70,6 +69,7 @@ class Encoder:
     Attributes:
         directory: Where the checkpoint lies.
         config: Its config, as Hugging Face is to load it.
+        family: The model's family.
         trained: The positions that samples have.
         heads: The checkpoint's own thresholds; None without.
         patch_ids: Raster index of each visual token, -1 for a class token, [N].
@@ -86,16 +86,18 @@ class Encoder:
     ) -> None:
         self.directory = locate(checkpoint, revision, check=read_config)
         self.config = config = read_config(self.directory)
-        Checkpoint(self.directory)  # refuses what Hugging Face would fill with random weights
-        head_dim = decoder_spec(config.text_config).head_dim  # refuses what export would refuse
+        self.family = family = family_of(config)
+        # Refuses what Hugging Face would fill with random weights
+        Checkpoint(self.directory, family)
+        head_dim = family.decoder(config).head_dim  # refuses what export would refuse
         found = Trained.of(config)
         self.heads = None if found.heads is None else self.directory / found.heads
         self.trained = _positions(found, head_dim, positions, layout)
-        self.tower = tower = vision_model(config)
+        self.tower = tower = family.vision(config)
         self.patch_ids, self.grid = np.array(tower.raster_ids), tower.grid
-        self.preprocessor = Preprocessor.from_dict(_plain(self.directory))
+        self.preprocessor = Preprocessor.from_dict(family.preprocessor(self.directory, tower))
         with tempfile.TemporaryDirectory() as folder:
-            made = write_tokenizer(self.directory, Path(folder))
+            made = write_tokenizer(self.directory, Path(folder), image_token=family.image_token)
             self.prompts = PromptBuilder(
                 Path(folder) / "tokenizer.json",
                 made["chat_template"],
@@ -229,7 +231,3 @@ def save_checkpoint(
         if (encoder.directory / name).is_file():
             shutil.copyfile(encoder.directory / name, folder / name)
     save_heads(folder / HEADS, heads, tensors)
-
-
-def _plain(directory: Path) -> dict[str, Any]:
-    return dict(preprocessor_from_checkpoint(directory))

@@ -14,6 +14,7 @@ from patchsieve.calibration.attention import PASS, install
 from patchsieve.calibration.passes import ImageRows, PruningPass
 from patchsieve.calibration.rotary import install_sections
 from patchsieve.contract.errors import PatchsieveError
+from patchsieve.export.families import family_of
 from patchsieve.pruning.decoder.atp import ATP
 from patchsieve.pruning.decoder.training import atp_loss, average_tokens, target_loss
 
@@ -51,7 +52,7 @@ class PrunedLlava(nn.Module):
     as LLaVA's own instruction tuning has it; never the tower.
 
     Args:
-        llava: `LlavaForConditionalGeneration`.
+        llava: The model of Hugging Face, as its family loads it.
         methods: ATP of each site, by layer; their thresholds are what is trained.
         patch_ids: Raster index of each of an image's N tokens, -1 for a class token.
         grid: Patch rows and columns.
@@ -79,21 +80,23 @@ class PrunedLlava(nn.Module):
     ) -> None:
         super().__init__()
         self.llava: Any = llava.requires_grad_(False)
+        self.parts = family_of(llava.config).parts(llava)
+        decoder = self.parts.decoder
         if train_lm:
-            for part in (llava.model.language_model, llava.lm_head, self.projector):
+            for part in (decoder, self.parts.head, self.parts.projector):
                 part.requires_grad_(True)
         self.trains_lm = train_lm
         self.config = llava.config  # the Trainer looks for it
-        install(self.llava.model.language_model)
-        dropping.install(self.llava.model.language_model)
-        install_sections(self.llava.model.language_model, sections)
+        install(decoder)
+        dropping.install(decoder)
+        install_sections(decoder, sections)
         self.methods, self.grid = dict(sorted(methods.items())), grid
         self.thresholds = nn.ModuleDict({str(k): m.thresholds for k, m in self.methods.items()})
         self.patch_ids = nn.Buffer(torch.tensor(list(patch_ids)), persistent=False)
         self.losses = losses or Losses()
         self.num_layers: int = llava.config.text_config.num_hidden_layers
         self.is_hard = False
-        self.drops = dropping.can_drop(llava.model.language_model.config._attn_implementation)
+        self.drops = dropping.can_drop(decoder.config._attn_implementation)
         # A number that is fixed is its site's budget, as in a bundle: so ties keep no more.
         fixed = {k: getattr(m.thresholds, "count", None) for k, m in self.methods.items()}
         self.budgets = {k: count for k, count in fixed.items() if count is not None}
@@ -102,7 +105,7 @@ class PrunedLlava(nn.Module):
     @property
     def projector(self) -> nn.Module:
         """From the tower to the decoder."""
-        return self.llava.model.multi_modal_projector
+        return self.parts.projector
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Recompute the decoder's layers in the backward pass (the Trainer calls this)."""
@@ -164,7 +167,7 @@ class PrunedLlava(nn.Module):
     def _budget_loss(self, pruning: PruningPass) -> Tensor:
         """Lambda_atp L_ATP + lambda_target L_target (eqs. 12 and 13), 0-d; 0 without images."""
         if not pruning.sites:  # what took no part still needs a gradient, on every device
-            idle = [*self.thresholds.parameters(), *self.projector.parameters()]
+            idle = [*self.thresholds.parameters(), *self.parts.projector.parameters()]
             return sum(p.sum() for p in idle if p.requires_grad) * torch.zeros(())
         sites, num_visual = list(pruning.sites), len(self.patch_ids)
         masks = [record.mask for record in pruning.sites.values()]

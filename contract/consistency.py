@@ -7,7 +7,7 @@ from typing import Any
 
 from patchsieve.contract import names
 from patchsieve.contract.errors import BundleError
-from patchsieve.contract.graphs import STAGE, Signature, identify
+from patchsieve.contract.graphs import STAGE, Graph, Signature, identify
 from patchsieve.contract.manifest import Manifest
 from patchsieve.contract.plan import GRID2D, NO_PRUNING, check_plan_name
 from patchsieve.contract.precision import BYTES
@@ -219,14 +219,8 @@ def _check_graphs(facts: Manifest) -> None:
             found=facts.attention[:60],
             expected=", ".join(names.ATTENTION_FORMS),
         )
-    for name, graph in facts.graphs.items():
-        unlisted = [path for path in graph.weights if path not in facts.weights]
-        if graph.identity != identify(name) or unlisted:
-            raise BundleError(
-                f"the manifest's entry of the graph {name[:60]} cannot be",
-                found=f"weights {unlisted}"[:120] if unlisted else str(graph.identity)[:120],
-                expected="weights files that are described" if unlisted else str(identify(name)),
-            )
+    for name, entry in facts.graphs.items():
+        _check_entry(facts, name, entry)
     decisions = [
         names.decide(name, site.layer) for name, plan in facts.plans.items() for site in plan.sites
     ]
@@ -255,6 +249,18 @@ def _check_graphs(facts: Manifest) -> None:
             if graph not in graphs:
                 raise BundleError(f"the target {target[:60]} lacks a graph", found=f"no {graph}")
             _check_tensors(graph, facts.signature(target, graph), expected.get(graph, {}))
+
+
+def _check_entry(facts: Manifest, name: str, graph: Graph) -> None:
+    """Refuse a graph that is not what its name says, or reads weights that are not described."""
+    unlisted = [path for path in graph.weights if path not in facts.weights]
+    if graph.identity != identify(name) or unlisted:
+        raise BundleError(
+            f"the manifest's entry of the graph {name[:60]} cannot be",
+            found=f"weights {unlisted}"[:120] if unlisted else str(graph.identity)[:120],
+            expected="weights files that are described" if unlisted else str(identify(name)),
+            do="export the bundle again",
+        )
 
 
 def _check_generation(facts: Manifest) -> None:

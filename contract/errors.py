@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any, TypeVar
+
+Kind = TypeVar("Kind", bound="PatchsieveError")
+
 
 class PatchsieveError(Exception):
-    """What went wrong, what was found, what was expected and what to do, in one line."""
+    """An error that a user can mend: four fields, printed as one line.
+
+    Attributes:
+        what: The fault.
+        found: The value that caused it, or None.
+        expected: The values that are accepted, or None.
+        do: How to mend it: begins with a verb, and names an option where one helps.
+    """
 
     def __init__(
         self,
@@ -14,14 +26,49 @@ class PatchsieveError(Exception):
         expected: object = None,
         do: str | None = None,
     ) -> None:
-        parts = [what]
-        if found is not None:
-            parts.append(f"found: {found}")
-        if expected is not None:
-            parts.append(f"expected: {expected}")
-        if do is not None:
-            parts.append(f"what to do: {do}")
-        super().__init__(" | ".join(" ".join(part.split()) for part in parts))
+        super().__init__(what)
+        self.what = _one_line(what)
+        self.found = None if found is None else _one_line(found)
+        self.expected = None if expected is None else _one_line(expected)
+        self.do = None if do is None else _one_line(do)
+
+    def __str__(self) -> str:
+        parts = (
+            self.what,
+            None if self.found is None else f"found: {self.found}",
+            None if self.expected is None else f"expected: {self.expected}",
+            None if self.do is None else f"what to do: {self.do}",
+        )
+        return " | ".join(part for part in parts if part is not None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As Exception does it, an error whose __init__ takes other arguments could not be copied.
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+    def fields(self) -> dict[str, Any]:
+        """The four fields by name: the arguments of the same error, or a JSON object."""
+        return {
+            "what": self.what,
+            "found": self.found,
+            "expected": self.expected,
+            "do": self.do,
+        }
+
+    def at(self: Kind, where: str) -> Kind:
+        """A copy of this error that names a place before the fault."""
+        error = copy.copy(self)
+        error.what = _one_line(f"{where}: {self.what}")
+        return error
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _rebuild(kind: type[Kind], args: tuple[Any, ...], state: dict[str, Any]) -> Kind:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class ShapeError(PatchsieveError):

@@ -27,9 +27,7 @@ _CONTENT = "the manifest's content"
 _Sizes = dict[str, int]  # path of a weights file -> bytes
 
 
-def modernise(
-    data: dict[str, Any], precision: Precision, plans: dict[str, Plan]
-) -> dict[str, Any]:
+def modernise(data: dict[str, Any], precision: Precision, plans: dict[str, Plan]) -> dict[str, Any]:
     """The content of an older manifest as one of today has it.
 
     Args:

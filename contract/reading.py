@@ -31,8 +31,8 @@ def read_as(kind: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in inner:
             return None
-        kinds = [part for part in inner if part is not type(None)]
-        fitting = next((part for part in kinds if type(value) is part), kinds[0])
+        parts = [part for part in inner if part is not type(None)]
+        fitting = next((part for part in parts if type(value) is part), parts[0])
         return read_as(fitting, value, where)
     if origin is dict and isinstance(value, dict):
         return {key: read_as(inner[1], part, f"{where}.{key}") for key, part in value.items()}

@@ -4,18 +4,16 @@ Three facts are kept apart. The *type* is what a part computes in, the *format* 
 a file are stored, and the type of the caches is the manifest's own. A file holds one part, so that
 it can be written, hashed and read without the others.
 
-To add a format: a row of `FORMATS`, how export/weights.py writes it, the operation in
-export/graphs that reads it, and how export/lowering/base.py spells that operation.
+To add a format: a name in `FORMATS`, a row of `PACKINGS` in export/weights.py that writes it, the
+operation in export/graphs that reads it, and how export/lowering/base.py spells that operation.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from patchsieve.contract.precision import BYTES, Precision
+from patchsieve.contract.precision import Precision
 
 FOLDER = "graphs/weights/"
 ENDING = ".safetensors"
@@ -43,7 +41,7 @@ class Part:
 
     def entry(self, precision: Precision, layer: int | None = None) -> WeightsFile:
         """What the manifest says of its file, in the format that every part may have."""
-        return WeightsFile(self.name, layer, getattr(precision, self.precision), FLOAT.name)
+        return WeightsFile(self.name, layer, getattr(precision, self.precision), FLOAT)
 
 
 TOWER = Part("tower", "vision", "tower", "vision tower")  # and projector
@@ -55,21 +53,8 @@ JOINT = Part("joint", "joint", "tower", "CLIP scorer")  # what carries an image 
 PARTS = {part.name: part for part in (LAYER, TOWER, EMBEDDINGS, HEAD, SCORER, JOINT)}
 
 
-@dataclass(frozen=True)
-class Format:
-    """How the matrices of a file are stored.
-
-    Attributes:
-        name: As the manifest calls it.
-        num_bytes: Bytes of a tensor of a shape, of a part that computes in a type.
-    """
-
-    name: str
-    num_bytes: Callable[[tuple[int, ...], str], int]
-
-
-FLOAT = Format("float", lambda shape, kind: math.prod(shape) * BYTES[kind])
-FORMATS = {row.name: row for row in (FLOAT,)}
+FLOAT = "float"  # each number in the type of its part
+FORMATS = (FLOAT,)
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,5 @@ def _tensor(value: ir.Value) -> Tensor:
 def _weights(graph: ir.Graph) -> tuple[str, ...]:
     """The weights files that a graph reads, in the order of its initializers."""
     stored = (value.const_value for value in graph.initializers.values())
-    return tuple(
-        dict.fromkeys(f"graphs/{each.location}" for each in stored if isinstance(each, ir.ExternalTensor))
-    )
+    read = (each.location for each in stored if isinstance(each, ir.ExternalTensor))
+    return tuple(dict.fromkeys(f"graphs/{location}" for location in read))

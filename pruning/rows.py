@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patchsieve.pruning.decoder.site import Site
-
 HIDDEN_LOGIT = -1e30  # softmax makes it exactly 0; -inf would give NaN in a row that sees nothing
+_SMALLEST = 1e-12  # least length of a row, so that a row of zeros has cosine 0
 
 
 def attention_rows(query_rows: Tensor, key: Tensor, row_slots: Tensor) -> Tensor:
@@ -45,23 +44,12 @@ def mean_over(values: Tensor, dim: int) -> Tensor:
     return values.sum(dim) / values.shape[dim]
 
 
-def key_slots(site: Site, rows: Tensor) -> Tensor:
-    """Key index P + m of each row m, int64 [R]."""
-    return rows + site.first_key
+def cosine(rows: Tensor, centre: Tensor) -> Tensor:
+    """Cosine of each row [B, n, C] with [B, 1, C]; 0 where one has no length; [B, n]."""
+    return (unit(rows) * unit(centre)).sum(-1)
 
 
-def received_attention(site: Site, rows: Tensor) -> Tensor:
-    """Mean attention that each visual token receives from chosen rows, over those and all heads.
-
-    Args:
-        site: The image at the site.
-        rows: Rows that look, 0..L-1, int64 [R].
-
-    Returns:
-        Scores, float32 [B, N].
-    """
-    query_rows = site.query.index_select(2, rows)  # [B, H, R, D]
-    attention = attention_rows(query_rows, site.key, key_slots(site, rows))
-    attention = mean_over(attention, 1)  # [B, R, S]
-    attention = mean_over(attention, 1)  # [B, S]
-    return attention.index_select(1, key_slots(site, site.visual_rows))  # [B, N]
+def unit(rows: Tensor) -> Tensor:
+    """Rows of length 1, float32 [..., C]; a row of zeros stays one."""
+    rows = rows.float()
+    return rows / rows.pow(2).sum(-1, keepdim=True).sqrt().clamp(min=_SMALLEST)

@@ -65,6 +65,12 @@ def first_best(scores: Tensor) -> Tensor:
     return best & (best.float().cumsum(-1) <= 1)
 
 
+def first_best_of_rows(scores: Tensor) -> Tensor:
+    """Mark the highest of the last axis, the lower index of several, [B, a, b] -> bool."""
+    batch, rows, columns = scores.shape
+    return first_best(scores.reshape(batch * rows, columns)).reshape(batch, rows, columns)
+
+
 def ascending(keep: Tensor, count: int) -> Tensor:
     """Indices of what is kept, ascending, from masks that all hold the same number.
 

@@ -7,12 +7,13 @@ from torch import nn
 from patchsieve.pruning.decoder.atp import ATP
 from patchsieve.pruning.decoder.fastv import FastV
 from patchsieve.pruning.decoder.ivtp import IVTP
+from patchsieve.pruning.decoder.random import Random
 from patchsieve.pruning.decoder.site import Method
 from patchsieve.pruning.decoder.tome import DecoderToMe
 from patchsieve.pruning.decoder.topk import DecoderTopK
 from patchsieve.pruning.encoder.evit import EViT
 from patchsieve.pruning.encoder.gtp import GTP
-from patchsieve.pruning.encoder.random import Random, RandomPatches
+from patchsieve.pruning.encoder.random import RandomPatches
 from patchsieve.pruning.encoder.tome import ToMe
 from patchsieve.pruning.encoder.topk import TopK
 from patchsieve.pruning.projector.pooling import Pooling

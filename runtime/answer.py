@@ -4,180 +4,168 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from patchsieve.contract.plan import PseudoCls
+from patchsieve.runtime.cache import Cache
+from patchsieve.runtime.conversation import Images, State
 from patchsieve.runtime.detokenize import TextStream
 from patchsieve.runtime.inputs.chat_template import Message
 from patchsieve.runtime.inputs.prompt import Prompt, expand
-from patchsieve.runtime.pseudo_cls import VisualCls, Words, cosines, pool, to_other_tokens
-from patchsieve.runtime.result import ImageResult, Result, SiteResult, since
-from patchsieve.runtime.rows import TEXT, Rows, number_rows
-from patchsieve.runtime.sampling import Sampler, SamplingOptions
-
-if TYPE_CHECKING:
-    from patchsieve.runtime.chat import Chat
-
-
-@dataclass(frozen=True)
-class State:
-    """What the cache holds, in tokens and words.
-
-    Attributes:
-        asked: The conversation when its last answer began.
-        is_answer_cached: The tokens of that answer are in the cache, but for `pending`.
-        pending: Tokens generated but not fed.
-        history: All token ids, each image's repeated for its visual tokens, as penalties see them.
-        sites: Survivors of each image.
-    """
-
-    asked: tuple[Message, ...] = ()
-    is_answer_cached: bool = True
-    pending: tuple[int, ...] = ()
-    history: tuple[int, ...] = ()
-    sites: tuple[SiteResult, ...] = ()
-
-
-@dataclass
-class Images:
-    """Features of the conversation's images, for a new prefill.
-
-    Attributes:
-        features: Visual tokens of each image, [N, C].
-        patch_ids: Raster ids of them, [N].
-        reduced: What became of its patches, where the plan prunes before the decoder.
-        cls: What the tower says of each image as a whole, for plans with a pseudo_cls.
-    """
-
-    features: list[np.ndarray] = field(default_factory=list)
-    patch_ids: list[np.ndarray] = field(default_factory=list)
-    reduced: list[ImageResult] = field(default_factory=list)
-    cls: list[VisualCls] = field(default_factory=list)
-
-    def forget(self, count: int) -> None:
-        """Keep the first `count` images only."""
-        for part in (self.features, self.patch_ids, self.reduced, self.cls):
-            del part[count:]
+from patchsieve.runtime.loaded import Loaded
+from patchsieve.runtime.pipeline import Prefill
+from patchsieve.runtime.positions import number_rows
+from patchsieve.runtime.pseudo_cls import Words, cosines, pool, to_other_tokens
+from patchsieve.runtime.result import since
+from patchsieve.runtime.rows import TEXT, Rows
+from patchsieve.runtime.sampling import Sampler
+from patchsieve.runtime.turn import Turn
 
 
 class Answer:
-    """Prefill and decode of one turn; `state` is what the cache holds at the end."""
+    """Prefill and decode of one turn.
+
+    Args:
+        model: The loaded bundle.
+        cache: The conversation's.
+        state: What it holds; afterwards, with the answer.
+        images: The conversation's images, those of this turn last.
+        turn: What is asked for, and the result to fill.
+    """
 
     def __init__(
-        self,
-        chat: Chat,
-        options: SamplingOptions,
-        result: Result,
-        start: float,
-        rng: np.random.Generator,
-        scores: bool = False,
+        self, model: Loaded, cache: Cache, state: State, images: Images, turn: Turn
     ) -> None:
-        self.chat, self.options, self.result, self.start = chat, options, result, start
-        self.scores = scores
-        self.model, self.cache = chat.model, chat._open_cache()
-        self.tokens = chat.model.facts.tokens
-        self.rng = rng
-        self.state = chat._state
+        self.model, self.cache, self.state, self.images = model, cache, state, images
+        self.turn, self.result = turn, turn.result
+        self._step_ms: list[float] = []  # of each token after the first
+        self._device_ms: list[float] = []  # the same steps on the GPU's clock
 
-    def run(self, prompt: Prompt, asked: tuple[Message, ...]) -> Iterator[str]:
-        """Yield the answer's text as it comes."""
-        result, before = self.result, self.state
-        logits = self._prefill(prompt)
+    def pieces(self, prompt: Prompt, asked: tuple[Message, ...]) -> Iterator[str]:
+        """Yield the answer's text as it comes.
+
+        Args:
+            prompt: What this turn feeds, each image one token.
+            asked: The conversation up to here, for the turn that continues it.
+        """
+        history = self._history(prompt)
+        rows, hidden = self._feed(prompt)
+        done = self.model.pipeline.prefill(hidden, rows, self.cache, self.turn)
+        self._note_prefill(done)
         prompt_mark = self.cache.mark()
-        # With all visual tokens of an image, pruned or not, as transformers' processors see them
-        whole = expand(prompt, self.model.facts.vision.num_visual).token_ids
-        history = [*before.history, *before.pending, *whole.tolist()]
-        sampler = Sampler(self.options, self.tokens.eos_token_ids, history)
-        stream = TextStream(self.model.bundle.prompts.tokenizer, self.options.stop)
-        decode_ms: list[float] = []
-        device_ms: list[float] = []  # the same steps on the GPU's clock
+        options, token_ids = self.turn.options, self.result.token_ids
+        sampler = Sampler(options, self.model.facts.tokens.eos_token_ids, history)
+        stream = TextStream(self.model.bundle.prompts.tokenizer, options.stop)
+        logits = done.logits
         while True:
             token = sampler.next_token(logits)
-            result.token_ids.append(token)
-            if len(result.token_ids) == 1:
-                result.timings_ms["ttft"] = since(self.start)
+            token_ids.append(token)
+            if len(token_ids) == 1:
+                self.result.timings_ms["ttft"] = since(self.turn.start)
             if sampler.is_eos(token):
-                result.finish_reason = "eos"
+                self.result.finish_reason = "eos"
                 break
             if piece := stream.push(token):
                 yield piece
             if stream.stopped:
-                result.finish_reason = "stop"
+                self.result.finish_reason = "stop"
                 break
-            if len(result.token_ids) == self.options.max_new_tokens:
-                break
-            step = time.perf_counter()
-            logits = self.model.pipeline.decode(token, self.cache)
-            decode_ms.append(since(step))
-            device_ms += self.model.backend.device_ms().values()
+            if len(token_ids) == options.max_new_tokens:
+                break  # the last token is never fed: no logits after it are wanted
+            logits = self._decode(token)
         if piece := stream.finish():
             yield piece
-        result.text = stream.text
-        result.timings_ms["decode_per_token"] = float(np.median(decode_ms)) if decode_ms else None
-        result.timings_ms["decode_steps"] = decode_ms
-        if device_ms:
-            result.timings_ms["device"]["decode_per_token"] = float(np.median(device_ms))
-        result.kv_bytes = self.cache.kv_bytes()
+        self._note_answer(stream.text)
         self._settle(asked, history, prompt_mark)
 
-    def _prefill(self, prompt: Prompt) -> np.ndarray:
-        chat, result = self.chat, self.result
+    def _history(self, prompt: Prompt) -> list[int]:
+        """Token ids before the answer, as penalties see them.
+
+        Each image has all its visual tokens, pruned or not, as in transformers' processors.
+        """
+        whole = expand(prompt, self.model.facts.vision.num_visual).token_ids
+        return [*self.state.history, *self.state.pending, *whole.tolist()]
+
+    def _feed(self, prompt: Prompt) -> tuple[Rows, np.ndarray]:
+        """Rows to feed and their embeddings, [1, L0, C]: this turn's, then side rows."""
         rows, hidden = self._rows(prompt)
-        prompt_tokens, visual = len(rows), int((rows.image != TEXT).sum())
-        pseudo = self.model.facts.plans[chat.plan].pseudo_cls
-        if pseudo is not None and visual:
+        self.result.prompt_tokens = len(rows)
+        self.result.visual_tokens = int((rows.image != TEXT).sum())
+        pseudo = self.model.facts.plans[self.turn.plan].pseudo_cls
+        if pseudo is not None and self.result.visual_tokens:
             start = time.perf_counter()
-            side, result.words = self._side_rows(prompt, rows.images(), pseudo)
+            side, self.result.words = self._side_rows(prompt, rows.images(), pseudo)
             rows = rows.with_side_rows()
             hidden = np.concatenate((hidden, side[None]), axis=1)  # [1, L0 + M, C]
-            result.timings_ms["scorer"] = since(start)
-        done = self.model.pipeline.prefill(
-            hidden, rows, self.cache, chat.plan, self.rng, self.scores
-        )
+            self.result.timings_ms["scorer"] = since(start)
+        return rows, hidden
+
+    def _decode(self, token: int) -> np.ndarray:
+        """Feed one token of the answer and return the logits after it, [V]."""
+        start = time.perf_counter()
+        logits = self.model.pipeline.decode(token, self.cache)
+        self._step_ms.append(since(start))
+        self._device_ms += self.model.backend.device_ms().values()
+        return logits
+
+    def _note_prefill(self, done: Prefill) -> None:
+        """Put survivors and times of a prefill into the result."""
         sites = (*self.state.sites, *done.sites)
-        if sites and result.selection == "none":
-            result.selection = "picked" if done.sites else "kept"
+        if sites and self.result.selection == "none":
+            self.result.selection = "picked" if done.sites else "kept"
         self.state = State(sites=sites)
-        result.prompt_tokens, result.visual_tokens = prompt_tokens, visual
-        result.timings_ms |= {
+        self.result.timings_ms |= {
             "prefill": sum(done.stage_ms),
             "decide": sum(done.decide_ms),
             "prefill_per_stage": done.stage_ms,
             "decide_per_site": done.decide_ms,
             "device": self.model.backend.device_ms(),
         }
-        return done.logits
+
+    def _note_answer(self, text: str) -> None:
+        """Put the text, the times of its tokens and the use of the cache into the result."""
+        times = self.result.timings_ms
+        times["decode_per_token"] = float(np.median(self._step_ms)) if self._step_ms else None
+        times["decode_steps"] = self._step_ms
+        if self._device_ms:
+            times["device"]["decode_per_token"] = float(np.median(self._device_ms))
+        self.result.text, self.result.kv_bytes = text, self.cache.kv_bytes()
 
     def _rows(self, prompt: Prompt) -> tuple[Rows, np.ndarray]:
         """Rows to feed and their embeddings, [1, L0, C]: pending tokens, then the prompt."""
-        chat, pending, facts = self.chat, self.state.pending, self.model.facts
-        whole = expand(prompt, facts.num_visual(chat.plan))
+        facts, pending, seen = self.model.facts, self.state.pending, self.images
+        whole = expand(prompt, facts.num_visual(self.turn.plan))
         ahead = len(pending)
         count = ahead + len(whole.token_ids)
+        spans = [slice(ahead + begin, ahead + end) for begin, end in whole.image_spans]
+        # The image token's own embedding is never used, and its id may lie outside the table.
+        is_visual = np.concatenate((np.zeros(ahead, bool), whole.image_index >= 0))
+        token_ids = np.concatenate((np.array(pending, np.int64), whole.token_ids))
+        hidden = self.model.bundle.embed(np.where(is_visual, 0, token_ids))  # [L0, C]
         image, patch_ids, places = np.full(count, TEXT), np.full(count, -1), np.full(count, -1)
         is_instruction, sizes = np.zeros(count, bool), np.ones(count, np.float32)
         is_instruction[ahead + whole.instruction_rows] = True
-        token_ids = np.concatenate((np.array(pending, np.int64), whole.token_ids))
-        # The image token's own embedding is never used, and its id may lie outside the table.
-        is_visual = np.concatenate((np.zeros(ahead, bool), whole.image_index >= 0))
-        hidden = chat.model.bundle.embed(np.where(is_visual, 0, token_ids))  # [L0, C]
-        first = len(chat._images.features) - len(whole.image_spans)
-        spans = [slice(ahead + begin, ahead + end) for begin, end in whole.image_spans]
-        for number, span in enumerate(spans, first):
-            hidden[span] = chat._images.features[number]
-            image[span], patch_ids[span] = number, chat._images.patch_ids[number]
+        for number, span in enumerate(spans, len(seen.features) - len(spans)):
+            hidden[span] = seen.features[number]
+            image[span], patch_ids[span] = number, seen.patch_ids[number]
             places[span] = np.arange(span.stop - span.start)
-            if chat._images.reduced:
-                sizes[span] = chat._images.reduced[number].sizes()
-        rule, axes = facts.position_rule(chat.plan), len(facts.text.rotary_sections)
-        images = [(span, patch_ids[span]) for span in spans]
-        positions = self.cache.position + number_rows(count, images, facts.vision, rule, axes)
-        following, side_of = int(positions[-1].max()), np.full(count, TEXT)
-        known = (positions[:-1], image, patch_ids, places, is_instruction, sizes)
-        return Rows(*known, side_of, following), hidden[None]
+            if seen.reduced:
+                sizes[span] = seen.reduced[number].sizes()
+        rule, axes = facts.position_rule(self.turn.plan), len(facts.text.rotary_sections)
+        ids = [(span, patch_ids[span]) for span in spans]
+        positions = self.cache.position + number_rows(count, ids, facts.vision, rule, axes)
+        rows = Rows(
+            position_ids=positions[:-1],
+            image=image,
+            patch_ids=patch_ids,
+            places=places,
+            is_instruction=is_instruction,
+            sizes=sizes,
+            side_of=np.full(count, TEXT),
+            next_position=int(positions[-1].max()),
+        )
+        return rows, hidden[None]
 
     def _side_rows(
         self, prompt: Prompt, images: list[int], pseudo: PseudoCls
@@ -186,7 +174,7 @@ class Answer:
 
         Where the user asked nothing, it is the visual CLS.
         """
-        model = self.chat.model
+        model = self.model
         asked = prompt.instruction if prompt.has_question else prompt.instruction[:0]
         embeddings = model.bundle.embed(prompt.token_ids[asked])  # [T, C]
         question, spans = prompt.question() if prompt.has_question else ("", np.zeros((0, 2), int))
@@ -195,7 +183,7 @@ class Answer:
         tokens = tuple(question[a:b] for a, b in spans)
         rows, words = [], []
         for image in images:
-            cls, relevance = self.chat._images.cls[image], None
+            cls, relevance = self.images.cls[image], None
             if pseudo.needs_scorer:
                 assert cls.joint is not None  # the plan's vision graph gives it
                 relevance = to_other_tokens(cosines(cls.joint, features), places, spans)  # [T]

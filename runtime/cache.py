@@ -19,8 +19,7 @@ class StageCache:
         row_bytes: KV bytes of one row in all of the stage's layers.
         buffers: The backend's own; for each layer keys and values [1, G, S, D], zeroed when made.
         length: Rows present. Slots from here on hold finite numbers that no row sees.
-        num_side: Side rows that the prefill at work has put behind them; the next rows overwrite
-            them.
+        num_side: Side rows that the current prefill appended; the next rows overwrite them.
     """
 
     stage: Stage
@@ -34,6 +33,10 @@ class StageCache:
     def present(self) -> int:
         """Rows that decisions may read: those that count, and side rows."""
         return self.length + self.num_side
+
+    def grow(self, rows: int, num_side: int = 0) -> None:
+        """Count the rows that a stage wrote, and side rows after them."""
+        self.length, self.num_side = self.length + rows, num_side
 
     def to_dict(self) -> dict[str, Any]:
         """Reservation and use, in slots and bytes."""
@@ -67,6 +70,10 @@ class Cache:
         self.position = mark[0]
         for stage, length in zip(self.stages, mark[1:], strict=True):
             stage.length = length
+
+    def empty(self) -> None:
+        """Forget all rows."""
+        self.rewind((0,) * len(self.mark()))
 
     def kv_bytes(self) -> dict[str, Any]:
         """Reserved and used bytes, in all and per stage."""

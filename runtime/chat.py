@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Generator, Iterator
-from contextlib import closing
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from patchsieve.contract.errors import CapacityError, RequestError
-from patchsieve.contract.manifest import Manifest
-from patchsieve.runtime.answer import Answer, Images, State
+from patchsieve.contract.errors import RequestError
+from patchsieve.runtime.answer import Answer
 from patchsieve.runtime.cache import Cache
+from patchsieve.runtime.conversation import Images, State
 from patchsieve.runtime.inputs.chat_template import Message
 from patchsieve.runtime.inputs.prompt import Content, Prompt
+from patchsieve.runtime.loaded import Loaded
 from patchsieve.runtime.result import ImageResult, Result, since
-from patchsieve.runtime.sampling import SamplingOptions
+from patchsieve.runtime.room import Need, check_limits, check_room
+from patchsieve.runtime.sampling_options import options_of
+from patchsieve.runtime.turn import Turn
 
-if TYPE_CHECKING:
-    from patchsieve.runtime.model import Model
+
+class Asked(NamedTuple):
+    """A question, read and found to fit.
+
+    Attributes:
+        messages: The conversation with it; a raw prompt is no part of one.
+        prompt: Tokens to feed, each image still one of them.
+        continues: They continue what the cache holds; otherwise the cache is emptied first.
+        pixels: Its new images [B, 3, h, w], or None.
+    """
+
+    messages: tuple[Message, ...]
+    prompt: Prompt
+    continues: bool
+    pixels: np.ndarray | None
 
 
 class Chat:
@@ -39,7 +54,7 @@ class Chat:
         RequestError: The template has no place for a system prompt, or it is no text.
     """
 
-    def __init__(self, model: Model, plan: str, system: Content | None = None) -> None:
+    def __init__(self, model: Loaded, plan: str, system: Content | None = None) -> None:
         self.model, self.plan = model, plan
         begin = [] if system is None else [model.bundle.prompts.system_message(system)]
         self.messages: list[Message] = begin
@@ -78,88 +93,147 @@ class Chat:
             raw: The prompt is the whole text, without a chat template; for a first turn.
             scores: Bring the scores of this turn's decisions into its result's sites.
             result: Filled at the end.
-            **sampling: Fields of `SamplingOptions`; they go before what the bundle asks.
-
-        Yields:
-            Pieces of text.
+            **sampling: Fields of `SamplingOptions`; they override what the bundle asks.
 
         Raises:
             RequestError: The images, the prompt or the options cannot be used; another answer is
                 still being streamed; or the conversation or the model was closed, also midway.
-            CapacityError: The turn does not fit what is reserved; the conversation stays as it was.
+            CapacityError: The turn does not fit what is reserved; the conversation is unchanged.
         """
+        with self._one_at_a_time():
+            turn = self._turn(scores, result, sampling)
+            asked = self._read(prompt, image, repick, raw, turn)
+            with self._whole_or_not_at_all():
+                self._see(asked.pixels, turn)
+                if not asked.continues:
+                    self._begin_again()
+                answer = Answer(self.model, self._open_cache(), self._state, self._images, turn)
+                for piece in answer.pieces(asked.prompt, asked.messages):
+                    yield piece
+                    self._open_cache()  # whoever read the piece may have closed the conversation
+            self._settle(answer.state, asked.messages, turn, raw)
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """Refuse a second answer while one is streamed: both would write into one cache."""
         if self._is_streaming:
             raise RequestError(
                 "an answer is still being streamed", do="finish or close it first, then ask"
             )
         self._is_streaming = True
         try:
-            result = Result() if result is None else result
-            with closing(
-                self._turn(prompt, image, repick, raw, scores, result, sampling)
-            ) as pieces:
-                for piece in pieces:
-                    yield piece
-                    self._open_cache()  # whoever read the piece may have closed the conversation
+            yield
         finally:
             self._is_streaming = False
             if self._is_closed:
                 self._release()
 
-    def _turn(
-        self,
-        prompt: Content,
-        image: Any,
-        repick: bool,
-        raw: bool,
-        scores: bool,
-        result: Result,
-        sampling: dict[str, Any],
-    ) -> Generator[str, None, None]:
-        """One turn, whole or not at all."""
-        start = time.perf_counter()
+    def _turn(self, scores: bool, result: Result | None, sampling: dict[str, Any]) -> Turn:
+        start = perf_counter()
+        result = Result() if result is None else result
         result.plan = self.plan
-        options = _options(sampling, self.model.facts)
-        cache = self._open_cache()
+        return Turn(self.plan, options_of(sampling, self.model.facts), result, scores, start)
+
+    def _read(self, prompt: Content, image: Any, repick: bool, raw: bool, turn: Turn) -> Asked:
+        """Read a question and its images; refuse what does not fit, before anything is touched."""
+        cache, facts, num_before = self._open_cache(), self.model.facts, len(self._images.features)
         sources = _as_list(image)
         pixels = self.model.preprocess(sources) if sources else None
-        result.timings_ms["preprocess"] = since(start)
+        turn.result.timings_ms["preprocess"] = since(turn.start)
         messages = list(self.messages)
         if not raw:
             messages.append(self.model.bundle.prompts.user_message(prompt, len(sources)))
-        tokens, continues = self._tokenise(prompt, messages, len(sources), repick, raw, result)
-        self._check_room(tokens, len(sources), options.max_new_tokens, continues)
+            tokens, continues = self._render(messages, num_before + len(sources), repick, turn)
+        else:
+            tokens, continues = self._raw(prompt, len(sources)), False
+        need = Need(
+            text=tokens.num_text + (len(self._state.pending) if continues else 0),
+            images=len(tokens.image_positions),
+            all_images=num_before + len(sources),
+            new_tokens=turn.options.max_new_tokens,
+        )
+        check_limits(need, facts.limits)
+        check_room(need, facts, self.plan, cache, continues)
+        return Asked(tuple(messages), tokens, continues, pixels)
 
-        seen = len(self._images.features)
-        rng = np.random.default_rng(options.seed)  # of noise; tokens are drawn from its child
-        mark: tuple[int, ...] | None = cache.mark()
+    def _raw(self, prompt: Content, num_images: int) -> Prompt:
+        """Tokens of a raw prompt, which neither follows a turn nor a system prompt."""
+        if self._has_system:
+            raise RequestError(
+                "a raw prompt takes no system prompt", do="write it into the raw prompt"
+            )
+        if self._open_cache().position > 0 or self.messages:
+            raise RequestError(
+                "a raw prompt cannot continue a conversation", do="start another for it"
+            )
+        return self.model.bundle.prompts.build_raw(prompt, num_images)
+
+    def _render(
+        self, messages: list[Message], num_images: int, repick: bool, turn: Turn
+    ) -> tuple[Prompt, bool]:
+        """Tokens to feed, and whether they continue what the cache holds.
+
+        Args:
+            messages: The conversation with the question.
+            num_images: Images in all of it.
+            repick: The question must choose visual tokens.
+            turn: Its result takes a note where all is prefilled again.
+        """
+        prompts, state, result = self.model.bundle.prompts, self._state, turn.result
+        has_past = self._open_cache().position > 0
+        if has_past and not self.messages:
+            raise RequestError("a raw prompt cannot be continued", do="start another conversation")
+        if has_past and not repick:
+            suffix = prompts.continuation(
+                state.asked, messages, is_answer_cached=state.is_answer_cached
+            )
+            if suffix is not None:
+                return prompts.tokenize_suffix(suffix, messages), True
+            result.notes.append("the chat template rewrites earlier turns: all was prefilled again")
+        if self._is_choice_lost and not repick:
+            result.notes.append(
+                "the last answer was interrupted while it chose again: all was prefilled again"
+            )
+        if state.sites or self._is_choice_lost:
+            result.selection = "repicked"
+        return prompts.build(messages, num_images), False
+
+    @contextmanager
+    def _whole_or_not_at_all(self) -> Iterator[None]:
+        """Leave the conversation as it was if its turn fails or is interrupted.
+
+        The rows of a turn that has begun again are gone for good: then the next turn prefills what
+        `messages` holds, from image features that are still here.
+        """
+        cache, before, num_images = self._open_cache(), self._state, len(self._images.features)
+        mark = cache.mark()
         try:
-            self._see(pixels, result, rng)
-            if not continues:
-                mark = None
-                self._is_choice_lost |= bool(self._state.sites)
-                self._restart(cache)
-            answer = Answer(self, options, result, start, rng, scores)
-            yield from answer.run(tokens, tuple(messages))
+            yield
         except BaseException:
-            self._images.forget(seen)
-            if mark is None:
-                self._restart(cache)  # the next turn prefills what `messages` holds
-            else:
+            self._images.forget(num_images)
+            if self._state is before:
                 cache.rewind(mark)
+            else:
+                cache.empty()
             raise
-        self._state, self._is_choice_lost = answer.state, False
-        if not raw:
+
+    def _settle(
+        self, state: State, messages: tuple[Message, ...], turn: Turn, is_raw: bool
+    ) -> None:
+        """Take over what a whole turn left, and complete its result."""
+        result = turn.result
+        self._state, self._is_choice_lost = state, False
+        if not is_raw:
             said = [{"type": "text", "text": result.text}]
             self.messages = [*messages, {"role": "assistant", "content": said}]
-        result.images, result.sites = list(self._images.reduced), list(self._state.sites)
+        result.images, result.sites = list(self._images.reduced), list(state.sites)
         result.notes += [
             f"the budget of layer {site.layer} capped image {site.image}: "
             f"{site.num_wanted} tokens wanted, {len(site.kept)} kept"
             for site in result.sites
             if site.is_capped
         ]
-        result.timings_ms["total"] = since(start)
+        result.timings_ms["total"] = since(turn.start)
 
     def close(self) -> None:
         """Give the cache back for the next conversation.
@@ -182,87 +256,12 @@ class Chat:
             raise RequestError("this conversation is closed", do="start another")
         return self.cache
 
-    def _tokenise(
-        self,
-        prompt: Content,
-        messages: list[Message],
-        num_images: int,
-        repick: bool,
-        raw: bool,
-        result: Result,
-    ) -> tuple[Prompt, bool]:
-        """Tokens to feed, and whether they continue what the cache holds."""
-        prompts, state = self.model.bundle.prompts, self._state
-        has_past = self._open_cache().position > 0
-        if raw:
-            if self._has_system:
-                raise RequestError(
-                    "a raw prompt takes no system prompt", do="write it into the raw prompt"
-                )
-            if has_past or self.messages:
-                raise RequestError(
-                    "a raw prompt cannot continue a conversation", do="start another for it"
-                )
-            return prompts.build_raw(prompt, num_images), False
-        if has_past and not self.messages:
-            raise RequestError("a raw prompt cannot be continued", do="start another conversation")
-        if has_past and not repick:
-            suffix = prompts.continuation(
-                state.asked, messages, is_answer_cached=state.is_answer_cached
-            )
-            if suffix is not None:
-                return prompts.tokenize_suffix(suffix, messages), True
-            result.notes.append("the chat template rewrites earlier turns: all was prefilled again")
-        if self._is_choice_lost and not repick:
-            result.notes.append(
-                "the last answer was interrupted while it chose again: all was prefilled again"
-            )
-        if state.sites or self._is_choice_lost:
-            result.selection = "repicked"
-        return prompts.build(messages, len(self._images.features) + num_images), False
-
-    def _check_room(
-        self, tokens: Prompt, num_images: int, max_new_tokens: int, continues: bool
-    ) -> None:
-        """Refuse what does not fit, before anything is touched."""
-        limits, cache = self.model.facts.limits, self._open_cache()
-        images = len(tokens.image_positions)
-        text = len(tokens.token_ids) - images + (len(self._state.pending) if continues else 0)
-        total_images = len(self._images.features) + num_images
-        for what, found, most, option in (
-            ("new tokens", max_new_tokens, limits.max_new_tokens, "--max-new-tokens"),
-            ("images", total_images, limits.max_images, "--max-images"),
-            ("text tokens", text, limits.max_text_tokens, "--max-text-tokens"),
-        ):
-            if found > most:
-                raise CapacityError(
-                    f"the request has too many {what} for this bundle",
-                    found=found,
-                    expected=f"at most {most}",
-                    do=f"shorten it, or export with a larger {option}",
-                )
-        budgets = self.model.facts.budgets(self.plan)
-        side_layer = self.model.facts.side_layer(self.plan)
-        for stage, budget in zip(cache.stages, budgets, strict=True):
-            used = stage.length if continues else 0
-            # The last new token is answered but never fed; new ones take the place of side rows.
-            side = images if stage.stage.last <= side_layer else 0
-            needed = used + text + images * budget + max(max_new_tokens - 1, side)
-            if needed > stage.slots:
-                raise CapacityError(
-                    "the conversation is full",
-                    found=f"{needed} rows needed with this turn",
-                    expected=f"at most {stage.slots} in layers {stage.stage.first} to "
-                    f"{stage.stage.last - 1}",
-                    do="start another, ask for fewer new tokens, or export with a larger "
-                    "--max-text-tokens",
-                )
-
-    def _see(self, pixels: np.ndarray | None, result: Result, rng: np.random.Generator) -> None:
-        start, images = time.perf_counter(), self._images
+    def _see(self, pixels: np.ndarray | None, turn: Turn) -> None:
+        """Run the tower over new images, and keep what it gives for a new prefill."""
+        start, images = perf_counter(), self._images
         if pixels is not None:
             first = len(images.features)
-            seen = self.model.pipeline.see(pixels, self.plan, rng)
+            seen = self.model.pipeline.see(pixels, turn.plan, turn.noise)
             images.features += list(seen.features)
             images.patch_ids += list(seen.ids)
             images.cls += seen.cls
@@ -272,26 +271,13 @@ class Chat:
                     zip(seen.ids, seen.sources, strict=False), first
                 )
             ]
-        result.timings_ms["vision"] = since(start)
+        turn.result.timings_ms["vision"] = since(start)
 
-    def _restart(self, cache: Cache) -> None:
-        cache.rewind((0,) * len(cache.mark()))
+    def _begin_again(self) -> None:
+        """Empty the cache, so that the whole conversation is prefilled."""
+        self._is_choice_lost |= bool(self._state.sites)
         self._state = State()
-
-
-def _options(sampling: dict[str, Any], facts: Manifest) -> SamplingOptions:
-    """Options of a request: its own, then what the bundle asks of every answer.
-
-    Without a number of new tokens it is the usual, or what is reserved.
-    """
-    known = [option.name for option in fields(SamplingOptions)]
-    unknown = [name for name in sampling if name not in known]
-    if unknown:
-        raise RequestError(
-            "unknown option of a request", found=", ".join(unknown), expected=", ".join(known)
-        )
-    usual = min(SamplingOptions.max_new_tokens, facts.limits.max_new_tokens)
-    return SamplingOptions(**{"max_new_tokens": usual} | facts.generation.options() | sampling)
+        self._open_cache().empty()
 
 
 def _as_list(image: Any) -> list[Any]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from patchsieve.runtime.sampling import SamplingOptions
+from patchsieve.runtime.sampling_options import SamplingOptions
 
 
 class Penalties:

@@ -22,6 +22,7 @@ from examples.demo_model import make_data
 from patchsieve.cli import main as patchsieve
 from patchsieve.contract.files import read
 from patchsieve.contract.plan import NO_PRUNING, Plan
+from patchsieve.export.families import family_of
 from patchsieve.export.source.checkpoint import read_config
 from patchsieve.pruning.heads import CONFIG, TENSORS
 from patchsieve.pruning.recipes import Size
@@ -127,9 +128,9 @@ class Workshop:
     def budgets(self) -> Budgets:
         """Plans that fit the model."""
         config = read_config(self.checkpoint)
-        side = config.vision_config.image_size // config.vision_config.patch_size
-        behind = config.vision_config.num_hidden_layers + 1 + config.vision_feature_layer
-        return Budgets(Size(side * side, config.text_config.num_hidden_layers), behind)
+        tower = family_of(config).vision(config)
+        size = Size(tower.num_patches, config.text_config.num_hidden_layers)
+        return Budgets(size, tower.num_layers_run)
 
     def questions(self, split: str, count: int, per_image: int = 8) -> Path:
         """A file of questions, drawn anew where it is not there."""

@@ -21,7 +21,6 @@ from benchmarks.checkpoint import LLAVA_7B, ROOT, TINY, Shape, write_checkpoint
 from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.choice import CPU_TARGETS, ENGINES
 from benchmarks.gpu.floors import Floor, floors, peak_of
-from patchsieve.cli.output import size, table
 from patchsieve.cli.picture import picture
 from patchsieve.contract import files
 from patchsieve.contract.errors import PatchsieveError
@@ -29,6 +28,7 @@ from patchsieve.contract.manifest import Limits, Manifest
 from patchsieve.contract.plan import NO_PRUNING, Plan, SitePlan
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.profile import profile
+from patchsieve.tables import size, table
 
 SHAPES = {shape.name: shape for shape in (LLAVA_7B, TINY)}
 PROMPT = "What is on the table, and how many people are there? Please answer in one word."

@@ -52,11 +52,11 @@ def measure(
         total_ms, or the error; and rows of the prompt.
     """
     import torch
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     dtype = getattr(torch, precision)
     processor = AutoProcessor.from_pretrained(checkpoint)
-    model = LlavaForConditionalGeneration.from_pretrained(
+    model = AutoModelForImageTextToText.from_pretrained(
         checkpoint, dtype=dtype, attn_implementation="sdpa"
     )
     model = model.to(device).eval()

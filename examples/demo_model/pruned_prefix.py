@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from patchsieve.calibration.passes import GONE
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import Plan
-from patchsieve.export.graphs.vision import Vision, vision_model
-from patchsieve.export.methods import build_encoder, build_method, check_sites
-from patchsieve.export.source.checkpoint import canonical
+from patchsieve.export.families import family_of
+from patchsieve.export.graphs.vision import Vision
+from patchsieve.export.methods import build_encoder, build_method
+from patchsieve.export.sites import check_sites
 from patchsieve.export.weights import weights_of
 from patchsieve.pruning.decoder.site import Site
 from patchsieve.pruning.select import ascending
@@ -24,13 +25,14 @@ from .train_language import Words
 def vision_of(model: Any, plan: Plan) -> Vision:
     """The module that export traces, on a model's own weights: who trains it trains the model."""
     config = model.config
+    family = family_of(config)
     vision = Vision(
-        vision_model(config),
+        family.vision(config),
         config.text_config.hidden_size,
         build_encoder(plan.encoder),
         has_cls_outputs=True,
     )
-    own = {canonical(name): parameter for name, parameter in model.named_parameters()}
+    own = {family.canonical(name): parameter for name, parameter in model.named_parameters()}
     for weight in weights_of(vision):
         values = own[weight.source].detach()
         owner, _, name = weight.name.rpartition(".")

@@ -7,8 +7,41 @@ from typing import Any
 from patchsieve.contract.errors import UnsupportedModelError
 from patchsieve.export.families.specs import DecoderSpec
 
-MODEL_TYPES = ("llama", "mistral", "qwen2")
+# Hugging Face's defaults for sizes that a config.json leaves out; None follows from the others.
+_SIZES: dict[str, Any] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "head_dim": None,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    kind: {
+        **_SIZES,
+        "vocab_size": vocab,
+        "intermediate_size": inner,
+        "num_key_value_heads": kv_heads,
+    }
+    for kind, vocab, inner, kv_heads in (
+        ("llama", 32000, 11008, None),
+        ("mistral", 32000, 14336, 8),
+        ("qwen2", 151936, 22016, 32),
+    )
+}
 ROTARY_KINDS = ("default", "linear", "llama3", "yarn")  # those that do not depend on the length
+
+
+def sizes(config: Any) -> dict[str, int]:
+    """The sizes of a text config, by the names of `DecoderSpec`."""
+    heads = config.num_attention_heads
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_layers": config.num_hidden_layers,
+        "num_heads": heads,
+        "num_kv_heads": config.num_key_value_heads or heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+    }
 
 
 def spec(config: Any) -> DecoderSpec:
@@ -16,14 +49,7 @@ def spec(config: Any) -> DecoderSpec:
     inv_freq, rotary_scale = _rotary(config)
     llama, qwen2 = config.model_type == "llama", config.model_type == "qwen2"
     return DecoderSpec(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None)
-        or config.hidden_size // config.num_attention_heads,
+        **sizes(config),
         norm_eps=config.rms_norm_eps,
         activation=config.hidden_act,
         qkv_bias=qwen2 or (llama and config.attention_bias),

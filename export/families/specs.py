@@ -107,3 +107,23 @@ class TowerSpec:
         """Patches per column and row."""
         side = self.image_size // self.patch_size
         return side, side
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """CLIP's text tower.
+
+    Attributes:
+        window: Tokens of a window, both marks included.
+        width: Of the space that text and image share, E.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    window: int
+    width: int
+    norm_eps: float
+    activation: str

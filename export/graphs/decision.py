@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from patchsieve.contract import names
 from patchsieve.export.families.specs import HeadShape
 from patchsieve.export.graphs.trace import Input, trace
-from patchsieve.export.methods import layers_read
+from patchsieve.export.sites import layers_read
 from patchsieve.pruning.decoder.site import Site
 from patchsieve.pruning.table import modules
 

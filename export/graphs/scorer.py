@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import cast
 
 import onnx_ir as ir
@@ -11,31 +10,12 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from patchsieve.contract import names
+from patchsieve.export.families.specs import TextSpec
 from patchsieve.export.graphs import ops
 from patchsieve.export.graphs.layers import Linear, activation
 from patchsieve.export.graphs.trace import Input, trace
 
 HIDDEN = -6e4  # added to the products of a pair that may not see each other; fits float16
-
-
-@dataclass(frozen=True)
-class TextSpec:
-    """CLIP's text tower.
-
-    Attributes:
-        window: Tokens of a window, both marks included.
-        width: Of the space that text and image share, E.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    window: int
-    width: int
-    norm_eps: float
-    activation: str
 
 
 class TextLayer(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import onnx_ir as ir
 import torch
@@ -12,7 +12,6 @@ from torch._subclasses import FakeTensorMode
 from patchsieve.contract import names
 from patchsieve.contract.errors import PatchsieveError, UnsupportedModelError
 from patchsieve.contract.model import VisionModel
-from patchsieve.export.families import tower_spec
 from patchsieve.export.families.specs import TowerSpec
 from patchsieve.export.graphs import ops
 from patchsieve.export.graphs.layers import Linear, activation
@@ -227,48 +226,6 @@ class Vision(nn.Module):
         projector = self.multi_modal_projector
         features = projector["linear_2"](self.activation(projector["linear_1"](features)))
         return features.to(self.out_dtype)
-
-
-def vision_model(config: Any) -> VisionModel:
-    """The measures of a LLaVA config's tower and projector.
-
-    Raises:
-        UnsupportedModelError: The tower is not known, or has no such feature layer.
-    """
-    vision, spec = config.vision_config, tower_spec(config.vision_config)
-    chosen = config.vision_feature_layer
-    chosen = [chosen] if isinstance(chosen, int) else list(chosen)
-    layers = [index if index >= 0 else spec.num_layers + 1 + index for index in chosen]
-    if not layers or not all(0 <= index <= spec.num_layers for index in layers):
-        raise UnsupportedModelError(
-            "vision_feature_layer lies outside the tower",
-            found=chosen,
-            expected=f"{-spec.num_layers - 1} to {spec.num_layers}",
-            do="correct config.json",
-        )
-    rows, columns = spec.grid
-    num_dropped = 1 if config.vision_feature_select_strategy == "default" else 0
-    return VisionModel(
-        model_type=vision.model_type,
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.intermediate_size,
-        num_layers=spec.num_layers,
-        num_layers_run=max(layers),
-        num_heads=spec.num_heads,
-        image_size=spec.image_size,
-        patch_size=spec.patch_size,
-        grid=spec.grid,
-        num_visual=rows * columns + spec.has_cls - num_dropped,
-        num_dropped=num_dropped,
-        has_cls=spec.has_cls,
-        has_pre_norm=spec.has_pre_norm,
-        patch_bias=spec.patch_bias,
-        norm_eps=spec.norm_eps,
-        activation=spec.activation,
-        feature_layers=tuple(layers),
-        projector_activation=config.projector_hidden_act,
-        projector_bias=config.multimodal_projector_bias,
-    )
 
 
 def tokens_left(

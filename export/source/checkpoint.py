@@ -1,15 +1,14 @@
-"""A LLaVA checkpoint on disk: its config, and its tensors one at a time under one spelling."""
+"""A checkpoint on disk: its config, and its tensors one at a time under one spelling."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from patchsieve.contract.errors import UnsupportedModelError
-from patchsieve.export.families import DECODERS, TOWERS
+from patchsieve.export.families import Family, check_structure
 from patchsieve.export.source.hub import ADAPTER
 from patchsieve.export.source.hub import locate as locate
 from patchsieve.export.source.original import CONVERT, refuse_original
@@ -22,7 +21,7 @@ _FLOATS = {"F64", "F32", "F16", "BF16"} | {
 
 
 def read_config(directory: Path) -> Any:
-    """Read a LLaVA config, or refuse the checkpoint at once with what is supported.
+    """Read Hugging Face's config, or refuse the checkpoint at once with what is supported.
 
     What it says of a quantisation is left out: the stored tensors decide (`Checkpoint`).
     """
@@ -30,37 +29,7 @@ def read_config(directory: Path) -> Any:
     path = directory / "config.json"
     raw = read_json(path)
     refuse_original(raw, path)
-    supported = (
-        "LlavaForConditionalGeneration (model_type llava) with a decoder of type "
-        f"{', '.join(sorted(DECODERS))} and a tower of type {', '.join(sorted(TOWERS))}"
-    )
-    text, vision = (raw.get(part, {}) for part in ("text_config", "vision_config"))
-    for part, value in (("text_config", text), ("vision_config", vision)):
-        if not isinstance(value, dict):
-            raise UnsupportedModelError(
-                f"{path} is not well formed", found=f"{part} {value!r}"[:80], expected="an object"
-            )
-    for part, found, known in (
-        ("model_type", raw.get("model_type"), {"llava"}),
-        ("text_config", text.get("model_type", "llama"), set(DECODERS)),
-        ("vision_config", vision.get("model_type", "clip_vision_model"), set(TOWERS)),
-    ):
-        if not isinstance(found, str) or found not in known:
-            raise UnsupportedModelError(
-                "this checkpoint is not supported",
-                found=f"{part} {found!r}"[:80],
-                expected=supported,
-                do="give a checkpoint of one of these structures",
-            )
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import LlavaConfig
-
-    try:
-        return LlavaConfig.from_dict(without_quantisation(raw))
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UnsupportedModelError(
-            f"transformers does not accept {path}", found=str(error)[:300], expected=supported
-        ) from error
+    return check_structure(raw, path).config(without_quantisation(raw), path)
 
 
 def refuse_adapter(directory: Path) -> None:
@@ -91,37 +60,27 @@ def refuse_adapter(directory: Path) -> None:
     )
 
 
-def canonical(name: str) -> str:
-    """One spelling for the three in which LLaVA's tensors are stored.
-
-    In memory (`model.language_model.layers...`), as `save_pretrained` of transformers 5 writes
-    (`language_model.model.layers...`), and in older files (`vision_tower.vision_model...`).
-    """
-    name = re.sub(r"^model\.(?=language_model|vision_tower|multi_modal_projector)", "", name)
-    name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
-    name = re.sub(r"^language_model\.(model\.)?", "", name)
-    return re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", name)
-
-
 class Checkpoint:
     """The tensors of a checkpoint, read one at a time and never held.
 
     Args:
         directory: Where the files lie.
+        family: Whose spellings of the tensors' names are known; None reads names as stored.
 
     Raises:
         UnsupportedModelError: The tensors are quantised.
         PatchsieveError: There are no weights, a shard is absent, or a file cannot be read.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, family: Family | None = None) -> None:
         self.directory = directory
+        self._model = "the model" if family is None else f"a {family.model_class}"
         self._stored: dict[str, tuple[str, WeightsFile]] = {}  # by canonical name: stored, file
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
         for file in map(WeightsFile, weight_files(directory)):
             for stored, (shape, dtype) in file.tensors().items():
-                name = canonical(stored)
+                name = stored if family is None else family.canonical(stored)
                 self._stored[name] = (stored, file)
                 self._shapes[name], self._dtypes[name] = shape, dtype
         odd = {name: dtype for name, dtype in self._dtypes.items() if dtype not in _FLOATS}
@@ -136,16 +95,17 @@ class Checkpoint:
         stored, file = self._stored[name]
         return file.read(stored)
 
-    def require(
-        self, wanted: dict[str, tuple[int, ...]], of: str = "a LlavaForConditionalGeneration"
-    ) -> None:
-        """Refuse a checkpoint that lacks a tensor or holds one of another shape."""
+    def require(self, wanted: dict[str, tuple[int, ...]], model: str | None = None) -> None:
+        """Refuse a checkpoint that lacks a tensor or holds one of another shape.
+
+        `model` names in the error what the tensors belong to, the family's class by default.
+        """
         missing = [name for name in wanted if name not in self._shapes]
         if missing:
             raise UnsupportedModelError(
                 f"the checkpoint {self.directory} lacks {len(missing)} of {len(wanted)} tensors",
                 found=f"no {missing[0]}",
-                expected=f"all weights of {of}",
+                expected=f"all weights of {model or self._model}",
                 do=self._remedy(),
             )
         for name, shape in wanted.items():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from patchsieve.contract.errors import BackendMissingError, PatchsieveError, UnsupportedModelError
-from patchsieve.export.graphs.scorer import TextSpec
+from patchsieve.export.families.specs import TextSpec
 from patchsieve.export.source.checkpoint import Checkpoint, locate
 
 DEFAULT_MODEL, DEFAULT_TAG = "ViT-L-14-336-quickgelu", "openai"

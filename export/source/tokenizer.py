@@ -28,13 +28,16 @@ _LOAD_ERRORS: tuple[type[Exception], ...] = (
 _SHOWN = 5  # tokens that a note names
 
 
-def write_tokenizer(checkpoint: Path, out: Path, vocab_size: int | None = None) -> dict[str, Any]:
+def write_tokenizer(
+    checkpoint: Path, out: Path, vocab_size: int | None = None, image_token: str = "<image>"
+) -> dict[str, Any]:
     """Write `tokenizer.json` and, if there is one, `chat_template.jinja`.
 
     Args:
         checkpoint: A Hugging Face model directory.
         out: The bundle's directory, which exists.
         vocab_size: Rows of the embedding table, V; None leaves ids unchecked.
+        image_token: Text that stands for an image if the checkpoint's files name none.
 
     Returns:
         `chat_template` (text or None), `special_tokens` (name -> text, what a template is given),
@@ -67,7 +70,7 @@ def write_tokenizer(checkpoint: Path, out: Path, vocab_size: int | None = None) 
     ids = backend.get_vocab()
     settings = _read_json(checkpoint / "tokenizer_config.json")
     _compare_bos(settings, _read_json(out / "tokenizer.json"), special.get("bos_token"))
-    image_token = _image_token(checkpoint, tokenizer, image_token_id, ids)
+    image_token = _image_token(checkpoint, tokenizer, image_token_id, ids, image_token)
     _name_tokens_beyond(ids, image_token, vocab_size)
     generation, ends = read_generation(checkpoint, vocab_size)
     return {
@@ -240,7 +243,11 @@ def _default_template(value: object) -> str | None:
 
 
 def _image_token(
-    checkpoint: Path, tokenizer: Any, image_token_id: int | None, ids: dict[str, int]
+    checkpoint: Path,
+    tokenizer: Any,
+    image_token_id: int | None,
+    ids: dict[str, int],
+    default: str,
 ) -> str:
     """The text of config.json's image token, which the processor must write."""
     token = next((token for token, number in ids.items() if number == image_token_id), None)
@@ -251,9 +258,9 @@ def _image_token(
             expected=f"an id among the tokenizer's {len(ids)} tokens",
             do="add the image token to the tokenizer and save it again",
         )
-    # As LlavaProcessor decides
+    # As Hugging Face's processors decide
     fields = prompt_fields_from_checkpoint(checkpoint)
-    written = getattr(tokenizer, "image_token", None) or fields.image_token or "<image>"
+    written = getattr(tokenizer, "image_token", None) or fields.image_token or default
     if written != token and written in ids:
         raise UnsupportedModelError(
             "the processor's image token is not that of config.json",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import json
 import signal
 import sys
 import threading
@@ -14,7 +13,8 @@ from signal import SIGINT, SIGTERM
 from typing import NoReturn
 
 from patchsieve import __version__
-from patchsieve.contract.errors import PatchsieveError
+from patchsieve.cli.output import error_json, print_json
+from patchsieve.contract.errors import BackendMissingError, PatchsieveError
 from patchsieve.runtime.board.abilities import install_line
 
 COMMANDS = {
@@ -56,10 +56,14 @@ INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with errors in one line."""
+    """argparse, with errors in one line, and in a JSON object if that was asked for."""
+
+    as_json = False
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit."""
+        if self.as_json:
+            print_json(error_json(PatchsieveError(message, do=f"see {self.prog} --help")))
         self.exit(USER_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
@@ -86,6 +90,7 @@ def main(argv: Sequence[str] | None = None, called: str | None = None) -> int:
     for name, what in COMMANDS.items():
         program = called if name == named else None
         command = commands.add_parser(name, help=what, description=what, prog=program)
+        command.as_json = "--json" in argv
         command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
         if name == named:  # only the command that is called is imported
             importlib.import_module(f"{__name__}.{name}").add_arguments(command)
@@ -99,12 +104,13 @@ def main(argv: Sequence[str] | None = None, called: str | None = None) -> int:
             sys.stdout.flush()
             return code or 0
         except PatchsieveError as error:
-            return _fail(args.json, str(error))
+            return _fail(args.json, error)
         except ModuleNotFoundError as error:
             if (line := install_line(error.name)) is None:
                 raise
             library = (error.name or "").partition(".")[0]
-            return _fail(args.json, f"{library} is not installed | what to do: {line}")
+            missing = BackendMissingError(f"{library} is not installed", do=line)
+            return _fail(args.json, missing)
         except BrokenPipeError:  # the reader went away (`| head`)
             sys.stderr.close()
             return 0
@@ -136,8 +142,8 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _fail(as_json: bool, message: str) -> int:
+def _fail(as_json: bool, error: PatchsieveError) -> int:
     if as_json:
-        print(json.dumps({"schema_version": 1, "error": message}))
-    print(f"patchsieve: {message}", file=sys.stderr)
+        print_json(error_json(error))
+    print(f"patchsieve: {error}", file=sys.stderr)
     return USER_ERROR

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchsieve.cli.arguments import add_target, gigabytes
-from patchsieve.cli.output import Progress, print_json, size, table
-from patchsieve.cli.run import say_target
+from patchsieve.cli.loading import say_target
+from patchsieve.cli.output import Progress, print_json
 from patchsieve.contract import engine_memory as build_memory
 from patchsieve.contract import files, manifest
 from patchsieve.contract.links import locate
 from patchsieve.contract.targets import AHEAD_OF_TIME
+from patchsieve.tables import size, table
 
 if TYPE_CHECKING:
     from patchsieve.runtime.building.build import Built

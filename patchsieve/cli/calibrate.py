@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from patchsieve.cli.calibrate_options import add_arguments as add_arguments
 from patchsieve.cli.calibrate_options import check, check_partial, check_sites, trains
-from patchsieve.cli.output import Progress, print_json, require, table
+from patchsieve.cli.output import Progress, print_json, require
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import GRID2D
 from patchsieve.contract.writing import check_folder, check_new
 from patchsieve.pruning.heads import CONFIG
 from patchsieve.runtime.board.abilities import CALIBRATION
+from patchsieve.tables import table
 
 if TYPE_CHECKING:
     from patchsieve.calibration.checkpoint import Encoder
@@ -88,7 +89,6 @@ def _tell(args: argparse.Namespace, report: dict[str, Any]) -> None:
 
 def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Encoder]:
     import torch
-    from transformers import LlavaForConditionalGeneration
 
     from patchsieve.calibration.checkpoint import Encoder
     from patchsieve.calibration.model import Losses, PrunedLlava
@@ -116,9 +116,9 @@ def _load(args: argparse.Namespace) -> tuple[PrunedLlava, Samples, Samples, Enco
     # Steps of 2e-5 are lost in bfloat16 weights: those that are trained stay float32, and --bf16
     # computes with a copy.
     is_half = args.bf16 and not args.train_lm
-    llava: Any = LlavaForConditionalGeneration.from_pretrained(
+    llava = encoder.family.load(
         encoder.directory,
-        config=encoder.config,
+        encoder.config,
         dtype=torch.bfloat16 if is_half else torch.float32,
         # On a CPU the backward pass of SDPA is slower than that of plain products.
         attn_implementation=None if torch.cuda.is_available() else "eager",

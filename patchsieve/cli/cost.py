@@ -13,7 +13,7 @@ from patchsieve import cost as costs
 from patchsieve import inspection
 from patchsieve.cli import export
 from patchsieve.cli.arguments import integers
-from patchsieve.cli.output import flops, plural, print_json, size, table
+from patchsieve.cli.output import print_json
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.files import read
 from patchsieve.contract.manifest import Manifest
@@ -28,6 +28,7 @@ from patchsieve.cost.methods import (
 )
 from patchsieve.pruning.recipes import Size
 from patchsieve.pruning.schedules import default_keep, num_to_keep
+from patchsieve.tables import flops, plural, size, table
 
 # Method -> the places where its cost is known, the usual one first.
 METHODS: dict[str, tuple[str, ...]] = {

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from patchsieve.cli.output import print_json, size, table
+from patchsieve.cli.output import print_json
+from patchsieve.tables import size, table
 
 # Execution providers of ONNX Runtime that a target runs on.
 _DEVICES = {"CUDAExecutionProvider": "cuda", "CPUExecutionProvider": "cpu"}

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve.cli.arguments import count
-from patchsieve.cli.output import Progress, print_json, size, table
-from patchsieve.cli.run import add_run_options, load, say_target
+from patchsieve.cli.loading import add_run_options, load, say_target
+from patchsieve.cli.output import Progress, print_json
+from patchsieve.tables import size, table
 
 USUAL = 32  # new tokens of an answer
 

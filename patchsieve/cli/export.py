@@ -10,7 +10,7 @@ from typing import Any
 
 from patchsieve.cli import ivtp
 from patchsieve.cli.arguments import gigabytes, integers, numbers
-from patchsieve.cli.output import Progress, print_json, require, size
+from patchsieve.cli.output import Progress, print_json, require
 from patchsieve.contract import engine_memory as build_memory
 from patchsieve.contract import names
 from patchsieve.contract.errors import PatchsieveError
@@ -24,6 +24,7 @@ from patchsieve.export.card import next_commands
 from patchsieve.pruning.heads import load_config
 from patchsieve.pruning.recipes import Size
 from patchsieve.runtime.board.abilities import EXPORT
+from patchsieve.tables import size
 
 # Targets of TensorRT without caches in place.
 _GROWING = those(lambda row: row.compiler and row.cache == names.NEW_ROWS)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve import inspection
-from patchsieve.cli.output import Progress, flops, plural, print_json, size, table
+from patchsieve.cli.output import Progress, print_json
 from patchsieve.contract.manifest import Needs
 from patchsieve.contract.model import Generation
 from patchsieve.contract.plan import NO_PRUNING
+from patchsieve.tables import flops, plural, size, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 from patchsieve.cli import USER_ERROR
 from patchsieve.cli.inputs import take_inputs
-from patchsieve.cli.output import Progress, print_json, size, table
+from patchsieve.cli.loading import add_run_options, add_system, load, say_target
+from patchsieve.cli.output import Progress, error_json, print_json
 from patchsieve.cli.picture import picture
-from patchsieve.cli.run import add_run_options, add_system, load, say_target
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import NO_PRUNING
 from patchsieve.contract.writing import check_file, write_result
+from patchsieve.tables import size, table
 
 PROMPT = "Describe the image."
 
@@ -74,24 +75,24 @@ def run(args: argparse.Namespace) -> int:
     model.close()
     failure = None if args.output is None else _write(args.output, report)
     if args.json:
-        print_json(report | ({"error": failure} if failure else {}))
+        print_json(report | ({} if failure is None else error_json(failure)))
     else:
         print("\n\n".join([_head(report), _times(report), _caches(report), _foot(report)]))
         say_target(args, model.bundle.choice)
-    if failure:
+    if failure is not None:
         print(f"patchsieve: {failure}", file=sys.stderr)
         return USER_ERROR
     return 0
 
 
-def _write(path: Path, report: dict[str, Any]) -> str:
-    """Write the report; the error where that fails, which does not take the measurement along."""
+def _write(path: Path, report: dict[str, Any]) -> PatchsieveError | None:
+    """Write the report; give the error back if that fails, so that the measurement is printed."""
     content = json.dumps({"schema_version": 1} | report, indent=1) + "\n"
     try:
         write_result(path, content.encode())
     except PatchsieveError as error:
-        return str(error)
-    return ""
+        return error
+    return None
 
 
 def _head(report: dict[str, Any]) -> str:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from patchsieve.cli.arguments import add_target
 from patchsieve.cli.inputs import images_of_turns, take_inputs
-from patchsieve.cli.output import Progress, print_json, size, table
+from patchsieve.cli.loading import add_run_options, add_system, load, say_target
+from patchsieve.cli.output import print_json
 from patchsieve.contract.errors import RequestError
 from patchsieve.contract.manifest import Manifest
-
-if TYPE_CHECKING:
-    from patchsieve.runtime.target import Choice
+from patchsieve.tables import size, table
 
 # Options whose default is the bundle's.
 _GIVEN = ("max_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens", "stop")
@@ -61,58 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="end the answer before this text, which may hold special tokens; repeatable",
     )
-
-
-def add_system(parser: argparse.ArgumentParser) -> None:
-    """The system prompt, for each command that asks."""
-    parser.add_argument(
-        "--system",
-        metavar="TEXT",
-        help="the system prompt, placed by the chat template; it judges no visual token (default: "
-        "what the template writes without one)",
-    )
-
-
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every command that runs a bundle."""
-    add = parser.add_argument
-    add_target(parser)
-    add("--threads", type=int, help="threads of the CPU backend")
-    add(
-        "--no-hash",
-        action="store_true",
-        help="check files by size, not by content",
-    )
-    add("--quiet", action="store_true", help="only the answer")
-
-
-def load(args: argparse.Namespace) -> Any:
-    """Load the bundle that the options name."""
-    from patchsieve.runtime.model import Model
-
-    progress = Progress(args.quiet or args.json)
-    files = 0
-
-    def step(path: str) -> None:
-        nonlocal files
-        files += 1
-        progress(f"checking {path}", min(files / 100, 0.99))
-
-    model = Model(
-        args.bundle,
-        target=args.target,
-        threads=args.threads,
-        check="size" if args.no_hash else "hash",
-        progress=step if progress.is_terminal else None,
-    )
-    progress.done()
-    return model
-
-
-def say_target(args: argparse.Namespace, choice: Choice) -> None:
-    """Say on stderr which target was chosen, and why, if there was a choice."""
-    if choice.why and not (args.quiet or args.json):
-        print(choice, file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,10 +8,11 @@ from typing import Any
 
 from patchsieve.cli.arguments import whole
 from patchsieve.cli.inputs import take_inputs
-from patchsieve.cli.output import Progress, print_json, size, table
-from patchsieve.cli.run import add_run_options, add_system, load, say_target
+from patchsieve.cli.loading import add_run_options, add_system, load, say_target
+from patchsieve.cli.output import Progress, print_json
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.writing import check_file, write_result
+from patchsieve.tables import size, table
 
 SUFFIXES = (".html", ".png")
 TIMED_RUNS = 3

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve.cli.arguments import add_target
-from patchsieve.cli.output import Progress, print_json, require, table
+from patchsieve.cli.loading import say_target
+from patchsieve.cli.output import Progress, print_json, require
 from patchsieve.cli.picture import picture
-from patchsieve.cli.run import say_target
 from patchsieve.contract.targets import CHECKABLE
+from patchsieve.tables import table
 
 DEPARTS = 1  # exit code
 PROMPT = "Describe the image."

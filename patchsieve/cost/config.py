@@ -9,32 +9,13 @@ from typing import Any
 
 from patchsieve.contract.errors import BundleError, PatchsieveError, UnsupportedModelError
 from patchsieve.contract.manifest import Manifest
+from patchsieve.contract.model import VisionModel
 from patchsieve.contract.weights import SCORER
+from patchsieve.export.families import check_structure
 from patchsieve.export.source.original import refuse_original
 
 _LARGEST_HEADER = 1 << 22  # bytes of a scorer's list of tensors
 _SCORER_MLP = ".mlp.fc1.weight"  # one in each of its layers
-
-# Hugging Face's defaults for entries that a config.json leaves away, by model_type.
-_DECODERS: dict[str, dict[str, int]] = {
-    "llama": {"vocab_size": 32000, "intermediate_size": 11008, "num_key_value_heads": 0},
-    "mistral": {"vocab_size": 32000, "intermediate_size": 14336, "num_key_value_heads": 8},
-    "qwen2": {"vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32},
-}
-_DECODER = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
-_TOWERS: dict[str, dict[str, int]] = {
-    "clip_vision_model": {"image_size": 224, "patch_size": 32},
-    "siglip_vision_model": {"image_size": 224, "patch_size": 16},
-}
-_TOWER = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
-# LLaVA's own tower, where a config.json names none: CLIP-L/336.
-_LLAVA_TOWER = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "image_size": 336,
-    "patch_size": 14,
-}
 
 
 def _check_sizes(shape: Any) -> None:
@@ -55,7 +36,7 @@ class TowerShape:
 
     Attributes:
         num_layers: Layers that it has.
-        num_layers_run: Layers up to the one whose output LLaVA takes; 23 of CLIP-L's 24.
+        num_layers_run: Layers up to the last whose output the projector takes; 23 of CLIP-L's 24.
         has_cls: A class token stands before the patches.
     """
 
@@ -144,7 +125,7 @@ class ScorerShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A LLaVA model.
+    """A model: tower, projector, decoder.
 
     Attributes:
         num_visual: Tokens that enter the decoder for one image when nothing is pruned.
@@ -163,42 +144,37 @@ class ModelShape:
 
 
 def read_shape(path: Path) -> ModelShape:
-    """Read the shape of a LLaVA model from its config.json, or from the directory that holds it."""
+    """Read a model's shape from its config.json, or from the directory that holds it."""
     path = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise PatchsieveError(
-            f"cannot read {path}", found=error, expected="the config.json of a LLaVA checkpoint"
+            f"cannot read {path}",
+            found=error,
+            expected="the config.json of a checkpoint that export takes",
+            do="give --config such a file, or the directory that holds it",
         ) from error
     return shape_of_config(config)
 
 
 def shape_of_config(config: Any) -> ModelShape:
-    """Read the shape out of a LLaVA config; what it leaves away has Hugging Face's default.
+    """Read the shape out of a config.json's content, as the model's family reads it for export.
 
     Raises:
-        UnsupportedModelError: It is not LLaVA, or of a decoder or tower that is not known.
+        UnsupportedModelError: It is of a structure that export does not know.
         PatchsieveError: A measure in it cannot be.
     """
-    if isinstance(config, dict):
-        refuse_original(config)
-    model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type != "llava":
+    if not isinstance(config, dict):
         raise UnsupportedModelError(
-            "this is not the config of a LLaVA model",
-            found=f"model_type {model_type}",
-            expected="model_type llava",
+            "the config of a model is a JSON object",
+            found=type(config).__name__,
+            do="give --config the config.json of a checkpoint",
         )
-    feature_layer = config.get("vision_feature_layer", -2)
-    vision, taken = _tower(_part(config, "vision_config"), feature_layer)
-    is_full = config.get("vision_feature_select_strategy", "default") == "full"
-    return ModelShape(
-        vision=vision,
-        text=_decoder(_part(config, "text_config")),
-        num_visual=vision.num_patches + (1 if is_full and vision.has_cls else 0),
-        projector_in=vision.hidden_size * taken,
-    )
+    refuse_original(config)
+    family = check_structure(config)
+    model = family.plain(config)
+    return _shape(DecoderShape(**family.decoder_sizes(model)), family.vision(model))
 
 
 def from_bundle(bundle: Path, manifest: Manifest) -> ModelShape:
@@ -234,7 +210,11 @@ def _scorer(path: Path, window: int, width: int) -> ScorerShape:
 
 def from_manifest(manifest: Manifest) -> ModelShape:
     """Read the shape out of a bundle's manifest; the text scorer's is CLIP-L's there."""
-    text, vision = manifest.text, manifest.vision
+    sizes = {field.name: getattr(manifest.text, field.name) for field in fields(DecoderShape)}
+    return _shape(DecoderShape(**sizes), manifest.vision)
+
+
+def _shape(text: DecoderShape, vision: VisionModel) -> ModelShape:
     return ModelShape(
         vision=TowerShape(
             hidden_size=vision.hidden_size,
@@ -245,81 +225,7 @@ def from_manifest(manifest: Manifest) -> ModelShape:
             patch_size=vision.patch_size,
             has_cls=vision.has_cls,
         ),
-        text=DecoderShape(
-            vocab_size=text.vocab_size,
-            hidden_size=text.hidden_size,
-            intermediate_size=text.intermediate_size,
-            num_layers=text.num_layers,
-            num_heads=text.num_heads,
-            num_kv_heads=text.num_kv_heads,
-            head_dim=text.head_dim,
-        ),
+        text=text,
         num_visual=vision.num_visual,
         projector_in=vision.hidden_size * len(vision.feature_layers),
     )
-
-
-def _part(config: dict[str, Any], name: str) -> dict[str, Any] | None:
-    part = config.get(name)
-    if part is not None and not isinstance(part, dict):
-        raise PatchsieveError(f"the config's {name} is no object", found=type(part).__name__)
-    return part
-
-
-def _decoder(config: dict[str, Any] | None) -> DecoderShape:
-    given = config or {}
-    kind = given.get("model_type", "llama")
-    if kind not in _DECODERS:
-        raise UnsupportedModelError(
-            "the cost of this decoder is not known", found=kind, expected=", ".join(_DECODERS)
-        )
-    sizes = _DECODER | _DECODERS[kind] | _present(given)
-    heads = sizes["num_attention_heads"]
-    if type(heads) is not int or heads < 1 or type(sizes["hidden_size"]) is not int:
-        raise PatchsieveError("the config's attention heads cannot be", found=repr(heads))
-    return DecoderShape(
-        vocab_size=sizes["vocab_size"],
-        hidden_size=sizes["hidden_size"],
-        intermediate_size=sizes["intermediate_size"],
-        num_layers=sizes["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=sizes["num_key_value_heads"] or heads,
-        head_dim=sizes.get("head_dim") or sizes["hidden_size"] // heads,
-    )
-
-
-def _tower(config: dict[str, Any] | None, feature_layer: Any) -> tuple[TowerShape, int]:
-    """The tower, and how many of its layers' outputs are laid side by side."""
-    given = config or {}
-    kind = given.get("model_type", "clip_vision_model")
-    if kind not in _TOWERS:
-        raise UnsupportedModelError(
-            "the cost of this vision tower is not known", found=kind, expected=", ".join(_TOWERS)
-        )
-    sizes = _LLAVA_TOWER if config is None else _TOWER | _TOWERS[kind] | _present(given)
-    num_layers = sizes["num_hidden_layers"]
-    taken = feature_layer if isinstance(feature_layer, list) else [feature_layer]
-    is_whole = taken and all(type(i) is int for i in [*taken, num_layers])
-    # hidden_states[0] is the embeddings, so hidden_states[-2] is what num_layers - 1 layers give.
-    run = [i if i >= 0 else num_layers + 1 + i for i in taken] if is_whole else []
-    if not run or not all(0 <= i <= num_layers for i in run) or max(run) == 0:
-        raise PatchsieveError(
-            "the config's vision_feature_layer is no layer of the tower",
-            found=repr(feature_layer),
-            expected=f"a layer of {num_layers}, or a list of them",
-        )
-    tower = TowerShape(
-        hidden_size=sizes["hidden_size"],
-        intermediate_size=sizes["intermediate_size"],
-        num_layers=num_layers,
-        num_layers_run=max(run),
-        image_size=sizes["image_size"],
-        patch_size=sizes["patch_size"],
-        has_cls=kind.startswith("clip"),
-        num_channels=sizes.get("num_channels", 3),
-    )
-    return tower, len(run)
-
-
-def _present(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if value is not None}

@@ -205,4 +205,4 @@ def _naming(request: Request) -> Iterator[None]:
     try:
         yield
     except PatchsieveError as error:
-        raise type(error)(f"{request.where}: {error}") from error
+        raise error.at(request.where) from error

@@ -134,7 +134,7 @@ def ask(
                         seed=done,
                     )
                 except PatchsieveError as error:
-                    raise type(error)(f"question {question.key} of the data: {error}") from error
+                    raise error.at(f"question {question.key} of the data") from error
                 given = _answer(model, question, plan, result)
                 file.add(replace(given, plan_sha256=file.plans.get(plan, "")))
             answers[plan].append(file.known[question.key, plan])

@@ -12,9 +12,9 @@ from typing import Any
 import jinja2
 
 from patchsieve import __version__
-from patchsieve.cli.output import size
 from patchsieve.show import colours, shapes
 from patchsieve.show.shown import Answer, Asked, Picture, Place, Shown
+from patchsieve.tables import size
 
 _DIGITS = 4  # of a score that a reader points at
 

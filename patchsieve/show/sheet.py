@@ -11,11 +11,11 @@ from functools import cache, partial
 
 from PIL import Image, ImageDraw, ImageFont
 
-from patchsieve.cli.output import size
 from patchsieve.show import colours, panels
 from patchsieve.show.colours import Colour
 from patchsieve.show.panels import INK, PANEL, PAPER
 from patchsieve.show.shown import Answer, Asked, Picture, Place, Shown, View, Word
+from patchsieve.tables import size
 
 QUIET, LINE, MARK = (90, 98, 107), (220, 222, 223), (253, 233, 169)
 SMALL, NORMAL, LARGE, TITLE = 20, 24, 30, 44  # pixels

@@ -22,9 +22,8 @@ from patchsieve.contract import names
 from patchsieve.contract.errors import PatchsieveError, UnsupportedModelError
 from patchsieve.contract.plan import Plan, PseudoCls
 from patchsieve.contract.trained import Trained
-from patchsieve.export.families import tower_spec
-from patchsieve.export.graphs.vision import vision_model
-from patchsieve.export.reuse import plan_vision
+from patchsieve.export.families import family_of
+from patchsieve.export.plan_graphs import plan_vision
 from patchsieve.export.source.checkpoint import Checkpoint, locate, read_config
 from patchsieve.export.weights import weights_of
 
@@ -73,31 +72,25 @@ class Reference:
 
         directory = locate(checkpoint, revision, check=read_config)
         self.config = read_config(directory)
-        self.checkpoint = Checkpoint(directory)
+        self.family = family_of(self.config)
+        self.facts = self.family.vision(self.config)
+        self.checkpoint = Checkpoint(directory, self.family)
         self.sections = Trained.of(self.config).rotary_sections
         try:
-            self.processor = transformers.AutoProcessor.from_pretrained(directory, backend="pil")
-            self.llava = transformers.LlavaForConditionalGeneration.from_pretrained(
-                directory,
-                config=self.config,
-                dtype=torch.float32,
-                attn_implementation="eager",
+            self.processor = self.family.processor(directory, self.config)
+            self.model = self.family.load(
+                directory, self.config, dtype=torch.float32, attn_implementation="eager"
             ).eval()
         except (OSError, ValueError) as error:
             raise PatchsieveError(
                 f"transformers {transformers.__version__} does not load {checkpoint}",
                 found=str(error).splitlines()[0],
             ) from error
-        vision = self.config.vision_config
-        if self.processor.patch_size is None:  # older processors leave it to the model's config
-            self.processor.patch_size = vision.patch_size
-        if self.processor.vision_feature_select_strategy is None:
-            strategy = self.config.vision_feature_select_strategy
-            self.processor.vision_feature_select_strategy = strategy
-        self.decoder = self.llava.model.language_model
+        parts = self.family.parts(self.model)
+        self.tower, self.decoder, self.head = parts.tower, parts.decoder, parts.head
         self.cache_name = cache_name(self.decoder.layers[0])
         # Greedy, and without an end, which would hide what follows
-        self.llava.generation_config = transformers.GenerationConfig()
+        self.model.generation_config = transformers.GenerationConfig()
 
     def inputs(
         self, images: list[Image.Image], messages: list[dict[str, Any]] | str
@@ -113,7 +106,7 @@ class Reference:
             text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         made = self.processor(images=images, text=text, return_tensors="pt")
         rows = int((made["input_ids"] == self.config.image_token_id).sum())
-        expected = text.count(self.processor.image_token) * self._num_visual()
+        expected = text.count(self.processor.image_token) * self.facts.num_visual
         if rows != expected:
             raise UnsupportedModelError(
                 "the checkpoint's processor_config.json and config.json disagree about an image",
@@ -126,18 +119,12 @@ class Reference:
             )
         return {key: made[key].numpy() for key in (names.PIXEL_VALUES, "input_ids")}
 
-    def _num_visual(self) -> int:
-        """Rows that the model makes of an image."""
-        tower = tower_spec(self.config.vision_config)
-        is_first_dropped = self.config.vision_feature_select_strategy == "default"
-        return tower.grid[0] * tower.grid[1] + tower.has_cls - is_first_dropped
-
     @torch.no_grad()
     def vision(self, pixel_values: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
         """Projected features [B, N, C], and the tower's rows behind each of its layers."""
         pixels = torch.from_numpy(pixel_values)
-        seen = self.llava.model.vision_tower(pixels, output_hidden_states=True)
-        features = self.llava.model.get_image_features(pixels).pooler_output
+        seen = self.tower(pixels, output_hidden_states=True)
+        features = self.model.model.get_image_features(pixels).pooler_output
         layers = [rows.numpy() for rows in seen.hidden_states[1:]]
         return torch.stack(list(features)).numpy(), layers
 
@@ -160,7 +147,7 @@ class Reference:
         # The space that words are compared in is the scorer's, which the checkpoint does not hold.
         plan = replace(plan, pseudo_cls=PseudoCls("none"))
         size = self.config.text_config.hidden_size
-        module = plan_vision(plan, vision_model(self.config), size, None).eval()
+        module = plan_vision(plan, self.facts, size, None).eval()
         state = {}
         for weight in weights_of(module):
             tensor = self.checkpoint.read(weight.source).float()
@@ -175,14 +162,14 @@ class Reference:
         """Embeddings with the image's features in their places, [1, L, C]."""
         ids = torch.from_numpy(input_ids)
         is_visual = ids == self.config.image_token_id
-        rows = self.llava.get_input_embeddings()(torch.where(is_visual, 0, ids))
+        rows = self.model.get_input_embeddings()(torch.where(is_visual, 0, ids))
         rows[is_visual] = torch.from_numpy(features).reshape(-1, rows.shape[-1])
         return rows.numpy()
 
     @torch.no_grad()
     def embed_text(self, ids: np.ndarray) -> np.ndarray:
         """Input embeddings of tokens [T], [T, C]."""
-        return self.llava.get_input_embeddings()(torch.from_numpy(ids)).numpy()
+        return self.model.get_input_embeddings()(torch.from_numpy(ids)).numpy()
 
     @torch.no_grad()
     def prefill(
@@ -233,7 +220,7 @@ class Reference:
         """Logits of greedy tokens behind a prefill, end tokens or not, [count, V]."""
         logits = [layers.logits]
         while len(logits) < count:
-            x = self.llava.get_input_embeddings()(torch.tensor([[int(logits[-1].argmax())]]))
+            x = self.model.get_input_embeddings()(torch.tensor([[int(logits[-1].argmax())]]))
             for index in range(len(self.decoder.layers)):
                 x, _ = self._layer(index, x, torch.tensor([layers.position]), layers.cache)
             layers.position += 1
@@ -244,7 +231,7 @@ class Reference:
     def generate(self, inputs: Mapping[str, np.ndarray], count: int) -> np.ndarray:
         """Logits of greedy tokens of Hugging Face's `generate`, end tokens or not, [count, V]."""
         tensors: dict[str, Any] = {key: torch.from_numpy(value) for key, value in inputs.items()}
-        made = self.llava.generate(
+        made = self.model.generate(
             **tensors,
             do_sample=False,
             max_new_tokens=count,
@@ -299,7 +286,7 @@ class Reference:
         )
 
     def _logits(self, x: Tensor) -> np.ndarray:
-        return self.llava.lm_head(self.decoder.norm(x[:, -1]))[0].numpy()
+        return self.head(self.decoder.norm(x[:, -1]))[0].numpy()
 
 
 def cache_name(layer: torch.nn.Module) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from patchsieve.contract import names
 from patchsieve.contract.plan import SitePlan
-from patchsieve.export.methods import build_method, layers_read
+from patchsieve.export.methods import build_method
+from patchsieve.export.sites import layers_read
 from patchsieve.pruning.decoder.site import Site
 from patchsieve.pruning.decoder.tome import merge
 from patchsieve.verify.reference import Layers

@@ -25,10 +25,10 @@ from patchsieve.runtime.inputs.images import load_image
 from patchsieve.runtime.inputs.prompt import ExpandedPrompt, Prompt, expand
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.ort.backend import OrtBackend
+from patchsieve.runtime.positions import number_rows
 from patchsieve.runtime.pseudo_cls import cosines, pool
 from patchsieve.runtime.result import Result
-from patchsieve.runtime.rows import number_rows
-from patchsieve.runtime.sampling import PLAIN
+from patchsieve.runtime.sampling_options import PLAIN
 from patchsieve.runtime.target import AUTO, Choice, choose
 from patchsieve.verify import reference as hf
 from patchsieve.verify import sites

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from patchsieve.contract.errors import PatchsieveError, ShapeError
 from patchsieve.pruning.decoder.normalise import MOST_RANKED, NORMALISATIONS, normalise, redundancy
-from patchsieve.pruning.decoder.site import Decision, Site
+from patchsieve.pruning.decoder.site import Decision, Site, key_slots, received_attention
 from patchsieve.pruning.decoder.spatial import check_granularities, gather_patches, spatial_scores
 from patchsieve.pruning.decoder.thresholds import ConstantThresholds
-from patchsieve.pruning.rows import key_slots, mean_over, received_attention
+from patchsieve.pruning.rows import mean_over
 from patchsieve.pruning.select import apply_budget, first_best
 
 # Of which scores S_red is the mean.

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from patchsieve.contract.errors import PatchsieveError
-from patchsieve.pruning.decoder.site import Decision, Site
-from patchsieve.pruning.rows import received_attention
+from patchsieve.pruning.decoder.site import Decision, Site, received_attention
 from patchsieve.pruning.select import check_keep_ratio, keep_fraction
 
 ROWS = ("last", "mean")

@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple, Protocol
 from torch import Tensor
 
 from patchsieve.contract.errors import ShapeError
+from patchsieve.pruning.rows import attention_rows, mean_over
 
 
 @dataclass(frozen=True)
@@ -158,3 +159,25 @@ class Method(Protocol):
             The decision; `keep` holds at most `budget` tokens.
         """
         ...
+
+
+def key_slots(site: Site, rows: Tensor) -> Tensor:
+    """Key index P + m of each row m, int64 [R]."""
+    return rows + site.first_key
+
+
+def received_attention(site: Site, rows: Tensor) -> Tensor:
+    """Mean attention that each visual token receives from chosen rows, over those and all heads.
+
+    Args:
+        site: The image at the site.
+        rows: Rows that look, 0..L-1, int64 [R].
+
+    Returns:
+        Scores, float32 [B, N].
+    """
+    query_rows = site.query.index_select(2, rows)  # [B, H, R, D]
+    attention = attention_rows(query_rows, site.key, key_slots(site, rows))
+    attention = mean_over(attention, 1)  # [B, R, S]
+    attention = mean_over(attention, 1)  # [B, S]
+    return attention.index_select(1, key_slots(site, site.visual_rows))  # [B, N]

@@ -10,10 +10,8 @@ from torch import Tensor
 
 from patchsieve.contract.errors import ShapeError
 from patchsieve.pruning.decoder.site import Decision, Site
-from patchsieve.pruning.encoder.tome import first_best_of_rows
-from patchsieve.pruning.encoder.topk import unit
-from patchsieve.pruning.rows import mean_over
-from patchsieve.pruning.select import LOWEST, check_num_keep, keep_count
+from patchsieve.pruning.rows import mean_over, unit
+from patchsieve.pruning.select import LOWEST, check_num_keep, first_best_of_rows, keep_count
 
 NEVER = 2.0  # score of a token that nothing can merge away: a negated cosine is at most 1
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from patchsieve.contract.errors import PatchsieveError
-from patchsieve.pruning.encoder.topk import unit
 from patchsieve.pruning.encoder.walk import TowerSite, gather_rows, places_of
-from patchsieve.pruning.rows import mean_over
+from patchsieve.pruning.rows import mean_over, unit
 from patchsieve.pruning.schedules import TowerSchedule
-from patchsieve.pruning.select import LOWEST, ascending, first_best, keep_top
+from patchsieve.pruning.select import LOWEST, ascending, first_best_of_rows, keep_top
 
 
 @dataclass(frozen=True)
@@ -126,12 +125,6 @@ class ToMe:
         sizes = torch.ones_like(site.rows[:, :, 0], dtype=torch.float32)  # [B, n]
         sizes = sizes if site.sizes is None else site.sizes
         return Merged(ascending(stays, num_stay), goes_to, onto, sizes, moved)
-
-
-def first_best_of_rows(scores: Tensor) -> Tensor:
-    """Mark the highest of the last axis, the lower index of several, [B, a, b] -> bool."""
-    batch, rows, columns = scores.shape
-    return first_best(scores.reshape(batch * rows, columns)).reshape(batch, rows, columns)
 
 
 def interleave(even: Tensor, first: int) -> Tensor:

@@ -10,11 +10,11 @@ from torch import Tensor
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.pruning.encoder.walk import Kept, TowerSite
 from patchsieve.pruning.rollout import start_row
+from patchsieve.pruning.rows import cosine
 from patchsieve.pruning.schedules import TowerSchedule
 from patchsieve.pruning.select import keep_top
 
 SCORES = ("attention", "cosine")
-_SMALLEST = 1e-12  # of a length, so that a row of zeros has cosine 0
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,3 @@ class TopK:
     def reduce(self, site: TowerSite, count: int) -> Kept:
         """Keep the `count` patches that score highest."""
         return Kept.of(site, keep_top(self.scores(site), count), count)
-
-
-def cosine(rows: Tensor, centre: Tensor) -> Tensor:
-    """Cosine of each row [B, n, C] with [B, 1, C]; 0 where one has no length; [B, n]."""
-    return (unit(rows) * unit(centre)).sum(-1)
-
-
-def unit(rows: Tensor) -> Tensor:
-    """Rows of length 1, float32 [..., C]; a row of zeros stays one."""
-    rows = rows.float()
-    return rows / rows.pow(2).sum(-1, keepdim=True).sqrt().clamp(min=_SMALLEST)

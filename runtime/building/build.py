@@ -226,7 +226,8 @@ class _Job:
                 told=lambda text: self.told(f"{graph}: {text}"),
             )
         except CompilerError as error:
-            raise CompilerError(str(error), do=self._remedy(graph, str(error))) from error
+            remedy = {"do": self._remedy(graph, str(error))}
+            raise CompilerError(**error.fields() | remedy) from error
         file = files.hash_file(path)
         return Engine(
             graph_sha256=self.facts.files[self._source(graph)].sha256,

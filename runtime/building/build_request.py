@@ -68,9 +68,7 @@ def graphs_of(facts: Manifest, target: str) -> dict[str, str]:
 
 def weight_bytes(facts: Manifest) -> int:
     """Bytes of the weights that engines hold: the table of embeddings stays with the host."""
-    return sum(
-        facts.files[path].size for path in facts.weights if path != facts.embeddings.file
-    )
+    return sum(facts.files[path].size for path in facts.weights if path != facts.embeddings.file)
 
 
 def should_stream(facts: Manifest, request: Request, device: Device | None) -> tuple[bool, str]:

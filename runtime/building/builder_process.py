@@ -122,8 +122,8 @@ def _listen(process: subprocess.Popen[bytes], job: Job, progress: Progress) -> D
         if "progress" in message:
             progress(*message["progress"])
         elif "error" in message:
-            kind, text = message["error"]
-            raise _KINDS[kind](text)
+            kind, fields = message["error"]
+            raise _KINDS[kind](**fields)
         else:
             done = read_as(Done, message["done"], "what the build said")
     process.wait()
@@ -166,7 +166,7 @@ def main() -> None:
             progress=_sparingly(lambda *step: say({"progress": step})),
         )
     except PatchsieveError as error:
-        say({"error": [type(error).__name__, str(error)]})
+        say({"error": [type(error).__name__, error.fields()]})
         return
     done = Done(report.seconds, base, memory_of("VmHWM"), report.warnings, report.has_timing_cache)
     say({"done": asdict(done)})

@@ -39,6 +39,11 @@ class Prompt:
     offsets: np.ndarray
     has_question: bool
 
+    @property
+    def num_text(self) -> int:
+        """Tokens that are no images."""
+        return len(self.token_ids) - len(self.image_positions)
+
     def question(self) -> tuple[str, np.ndarray]:
         """The instruction alone: its text, and each of its tokens' places in it, [T', 2].
 

@@ -178,8 +178,13 @@ def misfit(facts: Manifest, graph: str) -> str:
     """Why a decision has no engine: its plan needs more slots than the stages reserve; or ""."""
     entry = facts.graphs[graph]
     plan = entry.identity.plan
-    if plan is None or entry.kind != DECISION or all(
-        needed <= stage.slots for needed, stage in zip(facts.slots(plan), facts.stages, strict=True)
+    if (
+        plan is None
+        or entry.kind != DECISION
+        or all(
+            needed <= stage.slots
+            for needed, stage in zip(facts.slots(plan), facts.stages, strict=True)
+        )
     ):
         return ""
     return (
@@ -228,7 +233,7 @@ def read_record(bundle: Path, target: str) -> Record:
     try:
         engines = read_as(dict[str, Engine], data.get("engines"), "the record's engines")
     except BundleError as error:
-        raise BundleError(str(error), do=empty.command) from error
+        raise BundleError(**error.fields() | {"do": empty.command}) from error
     return Record(bundle, target, engines)
 
 

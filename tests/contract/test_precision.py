@@ -19,6 +19,7 @@ from patchsieve.contract.errors import BundleError, PatchsieveError
 from patchsieve.contract.precision import Precision, stored_as
 from patchsieve.contract.targets import TARGETS
 from patchsieve.export.exporter import ExportOptions, export
+from patchsieve.export.families import FAMILIES
 from patchsieve.export.source.checkpoint import Checkpoint
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.model import Model
@@ -124,9 +125,9 @@ def test_each_part_is_stored_once_and_in_its_own_type(bundle_of, precision: str)
         facts.row_bytes(facts.stages[0]) == 2 * 2 * 16 * np.dtype(stored_as(kinds.decoder)).itemsize
     )
     types = {
-        (graph, tensor["name"]): tensor["dtype"]
-        for graph, sides in facts.tensors.items()
-        for tensor in (*sides["inputs"], *sides["outputs"])
+        (name, tensor.name): tensor.dtype
+        for name, graph in facts.graphs.items()
+        for tensor in (*graph.inputs, *graph.outputs)
     }
     decoder = {"float32": "float"}.get(kinds.decoder, kinds.decoder)
     assert types[names.VISION, names.PIXEL_VALUES] == types["stage_1", names.LOGITS] == "float"
@@ -216,7 +217,7 @@ def test_norms_angles_and_decisions_are_summed_in_float32(bundle_of, precision: 
 def test_the_runtime_hands_bfloat16_over_as_its_bits(bundle_of, small_checkpoint: Path) -> None:
     bundle = Bundle(bundle_of(BFLOAT16), "tensorrt-rtx", check="size")
     found = bundle.embed(np.array([3, 1]))
-    table = Checkpoint(small_checkpoint).read("embed_tokens.weight")[[3, 1]]
+    table = Checkpoint(small_checkpoint, FAMILIES["llava"]).read("embed_tokens.weight")[[3, 1]]
     assert found.dtype == np.uint16
     expected = table.to(torch.bfloat16).view(torch.uint16)
     assert np.array_equal(found, expected.numpy())

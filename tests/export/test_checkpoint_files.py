@@ -14,14 +14,18 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from patchsieve.contract.errors import PatchsieveError
-from patchsieve.export import weights
-from patchsieve.export.exporter import ExportOptions, _Job
-from patchsieve.export.source.checkpoint import Checkpoint, canonical, locate, read_config
+from patchsieve.contract.weights import FOLDER
+from patchsieve.export.exporter import write_weights
+from patchsieve.export.families import FAMILIES
+from patchsieve.export.job import ExportOptions, plan_export
+from patchsieve.export.source.checkpoint import Checkpoint, locate, read_config
 from patchsieve.export.source.weight_files import ORDER
 from patchsieve.verify.reference import Reference
 from tests.support.models import save_checkpoint
 
 ROW = {"structure": "llama", "layers": 2, "vision_layers": 2}
+
+LLAVA = FAMILIES["llava"]
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +91,9 @@ def bin_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def written(checkpoint: Path, folder: Path) -> dict[str, bytes]:
     """The weights files that an export of a checkpoint writes."""
-    job = _Job(checkpoint, read_config(checkpoint), ExportOptions())
-    job._write_weights(folder / weights.DIRECTORY, lambda *_: None)
-    return {path.name: path.read_bytes() for path in (folder / weights.DIRECTORY).iterdir()}
+    job = plan_export(checkpoint, read_config(checkpoint), ExportOptions())
+    write_weights(job, folder, lambda *_: None)
+    return {path.name: path.read_bytes() for path in (folder / FOLDER).iterdir()}
 
 
 @pytest.mark.parametrize("spelling", (in_memory, saved, older, newer))
@@ -106,7 +110,7 @@ def test_spellings_are_really_different(stored: Path) -> None:
     tensors = load_file(stored / "model.safetensors")
     sets = {frozenset(map(spell, tensors)) for spell in (in_memory, older, newer)}
     assert len(sets) == 3
-    assert len({frozenset(map(canonical, names)) for names in sets}) == 1
+    assert len({frozenset(map(LLAVA.canonical, names)) for names in sets}) == 1
 
 
 def test_missing_shard_is_one_line(stored: Path, tmp_path: Path) -> None:
@@ -132,13 +136,13 @@ def test_truncated_weights_are_one_line(stored: Path, tmp_path: Path, store) -> 
 def test_weights_that_torch_wrote_before_1_6_are_read(stored: Path, tmp_path: Path) -> None:
     folder, tensors = base(stored, tmp_path / "checkpoint")
     torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    found = Checkpoint(folder)
-    assert all(torch.equal(found.read(canonical(name)), tensors[name]) for name in tensors)
+    found = Checkpoint(folder, LLAVA)
+    assert all(torch.equal(found.read(LLAVA.canonical(name)), tensors[name]) for name in tensors)
 
 
 def table_of(folder: Path) -> torch.Tensor:
     """The embedding table that export reads."""
-    return Checkpoint(folder).read("embed_tokens.weight")
+    return Checkpoint(folder, LLAVA).read("embed_tokens.weight")
 
 
 def hugging_face_table(folder: Path) -> torch.Tensor:
@@ -180,7 +184,7 @@ def test_a_model_saved_over_shards_is_the_new_one(stored: Path, tmp_path: Path, 
     for shard in folder.glob("model-*"):
         shard.unlink()
     one_safetensors(folder, tensors)
-    assert "embed_tokens.weight" in Checkpoint(folder)
+    assert "embed_tokens.weight" in Checkpoint(folder, LLAVA)
     assert "and not model.safetensors.index.json" in caplog.text
 
 
@@ -250,7 +254,7 @@ def test_verify_reads_float_weights_below_a_left_over_quantisation(
     shutil.copytree(stored, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": NF4}))
-    table = Reference(str(folder)).llava.get_input_embeddings().weight
+    table = Reference(str(folder)).model.get_input_embeddings().weight
     assert torch.equal(table, hugging_face_table(stored))
 
 

@@ -20,8 +20,7 @@ import patchsieve
 from patchsieve.contract import files
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import Plan, SitePlan
-from patchsieve.export import exporter
-from patchsieve.export import reuse as reuse_module
+from patchsieve.export import exporter, plan_graphs
 from patchsieve.export.exporter import export
 from patchsieve.export.reuse import reuse
 from tests.support import damage
@@ -53,7 +52,7 @@ def traced_once() -> Iterator[None]:
         for module, name in (
             (exporter, "trace"),
             (exporter, "compact_graph"),
-            (reuse_module, "decide_graph"),
+            (plan_graphs, "decide_graph"),
         ):
             patch.setattr(module, name, once(getattr(module, name)))
         yield

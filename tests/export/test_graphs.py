@@ -22,6 +22,7 @@ from patchsieve.export.exporter import export
 from patchsieve.export.reuse import reuse
 from tests.support import damage
 from tests.support.models import save_checkpoint
+from tests.support.stages import run_stage
 
 TARGETS = {"cpu": 21, "reference": 24}
 INLINE = 64 << 10  # bytes; a larger tensor lies in a weights file
@@ -171,11 +172,12 @@ def test_every_tensor_and_axis_has_its_name_from_one_place(bundle: Path) -> None
                 assert isinstance(axis, int) or axis in AXES, (graph, value.name, axis)
         inner = {axis for v in model.graph.value_info for axis in shape_of(v)}
         assert not {a for a in inner if isinstance(a, str)} - AXES, graph
-        listed = facts.tensors[graph]
-        for side, values in (("inputs", model.graph.input), ("outputs", model.graph.output)):
-            assert {t["name"]: t["shape"] for t in listed[side]} == {
-                v.name: shape_of(v) for v in values
-            }
+        listed = facts.graphs[graph]
+        for tensors, values in (
+            (listed.inputs, model.graph.input),
+            (listed.outputs, model.graph.output),
+        ):
+            assert {t.name: list(t.shape) for t in tensors} == {v.name: shape_of(v) for v in values}
 
 
 def test_each_layer_output_keeps_the_name_that_verify_asks_for(bundle: Path) -> None:
@@ -399,7 +401,7 @@ def test_fewer_rows_go_on_than_came_in() -> None:
         cache = model.pipeline.new_cache("none")
         keep = np.arange(ratio_rows) * 2
         hidden = np.ones((1, 20, facts.text.hidden_size), np.float32)
-        out = model.pipeline._stage(0, hidden, keep, keep, cache.stages[0])
+        out = run_stage(model, 0, hidden, keep, keep, cache.stages[0])
         outs.add(model.backend.to_numpy(out[names.HIDDEN_OUT]).shape[1])
     assert outs == {1, 3, 8}
     model.close()

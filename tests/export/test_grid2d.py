@@ -27,7 +27,8 @@ from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.reuse import reuse
 from patchsieve.pruning.rotary import angles
 from patchsieve.runtime.model import Model
-from patchsieve.runtime.rows import Rows, number_grid, number_rows
+from patchsieve.runtime.positions import number_grid, number_rows
+from patchsieve.runtime.rows import Rows
 from tests.references import grid2d
 from tests.references.masked_llava import MaskedLlava, answer_message, user_message
 from tests.support.bundles import PHOTO, command, command_json
@@ -144,21 +145,21 @@ def test_a_wrong_position_answers_otherwise(bundle_of, monkeypatch, mistake: str
     model = Model(bundle, threads=1, check="size")
     logits = recorded_logits(model)
     model.generate(pictures(2), "What is it?", max_new_tokens=1)
-    from patchsieve.runtime import rows
+    from patchsieve.runtime import positions
 
-    number = rows.number_grid
+    number = positions.number_grid
 
     def wrong(ids: np.ndarray, vision: Any) -> tuple[np.ndarray, int]:
-        positions, taken = number(ids, vision)
+        found, taken = number(ids, vision)
         if mistake == "following":
-            return positions, taken + 1
+            return found, taken + 1
         if mistake == "flat":
             return np.repeat(np.arange(len(ids))[:, None], 3, axis=1), len(ids)
         axis = ("time", "row", "column").index(mistake)
-        positions[:, axis] = positions[::-1, axis] + 1
-        return positions, taken
+        found[:, axis] = found[::-1, axis] + 1
+        return found, taken
 
-    monkeypatch.setattr(rows, "number_grid", wrong)
+    monkeypatch.setattr(positions, "number_grid", wrong)
     model.generate(pictures(2), "What is it?", max_new_tokens=1)
     assert largest_error(logits[:1], logits[1:]) > 10 * LOGITS_FLOAT32
     model.close()
@@ -257,7 +258,7 @@ def test_the_bundle_says_its_positions(bundle_of) -> None:
     assert {plan.position_rule for plan in facts.plans.values()} == {"grid2d"}
     code, said = command_json("inspect", bundle)
     assert code == 0 and said["plans"]["none"]["position_rule"] == "grid2d"
-    assert facts.tensors["stage_0"]["inputs"][2]["shape"][1] == 3
+    assert facts.graphs["stage_0"].inputs[2].shape[1] == 3
 
 
 @pytest.mark.parametrize("row", ("vicuna-6x6", "qwen2"))

@@ -167,11 +167,11 @@ def test_a_fused_stage_builds_with_its_mask_and_says_so(bundle_of, tmp_path: Pat
 def test_a_bundle_says_how_its_attention_is_spelt(bundle_of) -> None:
     facts = files.read(bundle_of(HALF_DECODER))
     assert facts.attention == names.DECOMPOSED
-    assert not any(facts.has_fused_attention("tensorrt", graph) for graph in facts.tensors)
-    older = replace(facts, attention=None)  # from before there was a choice
-    fused = [graph for graph in facts.tensors if older.has_fused_attention("tensorrt", graph)]
+    assert not any(facts.has_fused_attention("tensorrt", graph) for graph in facts.graphs)
+    other = replace(facts, attention=names.FUSED)
+    fused = [graph for graph in facts.graphs if other.has_fused_attention("tensorrt", graph)]
     assert fused == ["stage_0", "stage_1"]
-    assert not any(older.has_fused_attention("jetpack6", graph) for graph in facts.tensors)
+    assert not any(other.has_fused_attention("jetpack6", graph) for graph in facts.graphs)
     assert files.read(bundle_of("float32")).attention is None
     wrong = replace(facts, attention="flash").to_json()
     with pytest.raises(BundleError, match="found: flash"):

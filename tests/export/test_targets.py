@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import onnxruntime as ort
 import pytest
 
 import patchsieve
-from patchsieve.contract import files, manifest, names, targets, weights
+from patchsieve.contract import files, names, targets, weights
 from patchsieve.contract.errors import BackendMissingError, PatchsieveError
 from patchsieve.contract.manifest import Limits
 from patchsieve.contract.plan import NO_PRUNING, Plan, SitePlan
@@ -24,6 +23,7 @@ from patchsieve.runtime.ort.backend import OrtBackend
 from patchsieve.verify.recorder import Recorder
 from tests.support.bundles import command, command_json
 from tests.support.models import save_checkpoint
+from tests.support.stages import run_stage
 from tests.support.tiny_bundles import largest_error, pictures, recorded_logits
 from tests.support.tolerances import LOWERED_FLOAT32
 
@@ -164,7 +164,7 @@ def test_new_rows_are_written_behind_the_past_and_nowhere_else(
         hidden = rng.standard_normal((1, count, width), np.float32)
         rows = np.arange(count)
         addresses = {name: value.data_ptr() for name, value in stage.buffers.values.items()}
-        model.pipeline._stage(1, hidden, rows, stage.length + rows, stage)
+        run_stage(model, 1, hidden, rows, stage.length + rows, stage)
         for name, value in stage.buffers.values.items():
             held = value.numpy()
             assert value.data_ptr() == addresses[name]
@@ -203,16 +203,16 @@ def test_a_row_sees_what_the_mask_says_and_itself(
 @pytest.mark.parametrize("target", OF_ROWS)
 def test_a_decision_takes_a_cache_as_the_rows_present(bundle: Path, target: str) -> None:
     facts = files.read(bundle)
-    assert (facts.caches(target), facts.caches("cpu")) == (names.NEW_ROWS, names.IN_PLACE)
+    assert (facts.cache_forms[target], facts.cache_forms["cpu"]) == (names.NEW_ROWS, names.IN_PLACE)
     width = facts.text.num_kv_heads * facts.text.head_dim
-    tensors = facts.tensors_of(target)
-    key = next(t for t in tensors["decide.atp.2"]["inputs"] if t["name"] == names.KEY)
-    assert key["shape"] == [1, names.AXIS_PRESENT, width]
-    sides = {t["name"]: t["shape"] for side in tensors["stage_2"].values() for t in side}
-    assert sides[names.key_cache(2)] == [1, names.AXIS_PAST, width]
-    assert sides[names.value_cache(2) + names.NEW] == [1, names.AXIS_ROWS, width]
-    assert set(facts.target_tensors) == set(OF_ROWS)
-    assert names.VISION not in facts.target_tensors[target]
+    key = facts.signature(target, "decide.atp.2").input(names.KEY)
+    assert key is not None and key.shape == (1, names.AXIS_PRESENT, width)
+    stage = facts.signature(target, "stage_2")
+    shapes = {tensor.name: tensor.shape for tensor in (*stage.inputs, *stage.outputs)}
+    assert shapes[names.key_cache(2)] == (1, names.AXIS_PAST, width)
+    assert shapes[names.value_cache(2) + names.NEW] == (1, names.AXIS_ROWS, width)
+    assert set(facts.target_graphs) == set(OF_ROWS)
+    assert names.VISION not in facts.target_graphs[target]
 
 
 # What a bundle says of its targets.
@@ -277,17 +277,6 @@ def test_export_tells_time_size_and_needs_of_every_target(everything: tuple[Any,
     assert sum(said["target_seconds"].values()) < said["seconds"]
 
 
-def test_a_manifest_of_the_first_schema_is_read_as_caches_in_place(bundle: Path) -> None:
-    data = json.loads((bundle / files.FILE_NAME).read_text(encoding="utf-8"))
-    for name in ("needs", "target_tensors"):
-        del data[name]
-    data |= {"schema_version": 1, "targets": {"cpu": data["targets"]["cpu"]}}
-    facts = files.parse(json.dumps(data))
-    assert facts.caches("cpu") == names.IN_PLACE
-    assert not facts.needs
-    assert files.parse(facts.to_json()).schema_version == manifest.SCHEMA_VERSION
-
-
 # Refusals.
 
 
@@ -295,7 +284,7 @@ def test_cuda_without_its_provider_is_refused_with_what_to_install(bundle: Path)
     with pytest.raises(BackendMissingError) as caught:
         patchsieve.load(bundle, target="cuda", check="size")
     assert "CPUExecutionProvider" in str(caught.value)
-    assert "pip uninstall -y onnxruntime; pip install onnxruntime-gpu" in str(caught.value)
+    assert targets.TARGETS["cuda"].install in str(caught.value)
 
 
 def test_a_session_that_fell_back_to_the_cpu_is_refused(

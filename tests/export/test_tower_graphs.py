@@ -15,9 +15,10 @@ import torch
 
 from patchsieve.contract import names
 from patchsieve.contract.plan import Plan
-from patchsieve.export.graphs.vision import vision_graph, vision_model
+from patchsieve.export.families import family_of
+from patchsieve.export.graphs.vision import vision_graph
 from patchsieve.export.lowering import lower, lowering
-from patchsieve.export.reuse import plan_vision
+from patchsieve.export.plan_graphs import plan_vision
 from patchsieve.export.source.checkpoint import Checkpoint, read_config
 from patchsieve.export.weights import weights_of
 from patchsieve.runtime.inputs.prompt import expand
@@ -207,7 +208,8 @@ def test_a_later_turn_continues_behind_the_gaps(towers: Towers) -> None:
 def tower_session(checkpoint: Path, plan: dict[str, Any], dtype: torch.dtype) -> Any:
     """A vision graph alone, its weights inside, in ONNX Runtime."""
     config: Any = read_config(checkpoint)
-    facts, stored = vision_model(config), Checkpoint(checkpoint)
+    family = family_of(config)
+    facts, stored = family.vision(config), Checkpoint(checkpoint, family)
     before = Plan.from_dict(plan)
     module = plan_vision(before, facts, config.text_config.hidden_size, None, dtype)
     state = {}

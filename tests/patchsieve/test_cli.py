@@ -14,7 +14,8 @@ import pytest
 import patchsieve
 from patchsieve import cli
 from patchsieve.cli import COMMANDS, main
-from patchsieve.cli.output import Progress, flops, plural
+from patchsieve.cli.output import Progress
+from patchsieve.tables import flops, plural
 from tests.support.bundles import PHOTO, PROMPT, command, command_json
 
 pytest_plugins = ["tests.support.bundles"]

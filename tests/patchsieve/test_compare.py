@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from patchsieve.runtime import profiles
 from tests.support.bundles import PHOTO, PLAN, PROMPT, command, command_json
 
 pytest_plugins = ["tests.support.bundles"]
@@ -47,6 +48,14 @@ def test_a_profile_equals_itself(two: Any) -> None:
         assert {"ttft", "prefill.0", "per_token", "kv_used", "kv_reserved"} <= set(rows)
         assert {row["ratio"] for row in rows.values()} <= {1.0, None}
         assert all((row["ratio"] is None) == (row["a"] == 0) for row in rows.values())
+
+
+def test_the_command_prints_what_python_users_compare(two: Any) -> None:
+    a, b = two(lambda profile: profile.update(precision="float16"))
+    found = profiles.compare(profiles.read(str(a)), profiles.read(b))
+    assert found.differences == {"precision": [found.a.facts["precision"], "float16"]}
+    printed = json.loads(json.dumps({"schema_version": 1} | found.to_dict()))
+    assert command_json("compare", a, b)[1] == printed
 
 
 def test_ratios_are_those_of_the_second_over_the_first(two: Any, measured: dict[str, Any]) -> None:

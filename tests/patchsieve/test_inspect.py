@@ -12,6 +12,7 @@ from patchsieve import inspection
 from patchsieve.contract import files as bundle_files
 from patchsieve.contract import manifest, model
 from patchsieve.contract.errors import BundleError
+from patchsieve.contract.weights import HEAD, JOINT, SCORER
 from patchsieve.cost import from_bundle
 from tests.support.bundles import PLAN, command, command_json
 
@@ -107,11 +108,11 @@ def test_the_tables_hold_every_stage_plan_and_file(tiny_bundle: Path) -> None:
 def test_the_scorers_files_are_a_part_of_their_own(tiny_bundle: Path) -> None:
     facts = bundle_files.read(tiny_bundle)
     scorer = model.Scorer("clip", "scorer_tokenizer.json", 0, 1, 77, 768)
-    files = {"scorer_tokenizer.json": 1}
-    weights = {"scorer": 20, "joint": 300, "head": 4000}
-    files |= {f"graphs/weights/{name}.safetensors": size for name, size in weights.items()}
+    sizes = {SCORER: 20, JOINT: 300, HEAD: 4000}
+    files = {"scorer_tokenizer.json": 1} | {part.path(): size for part, size in sizes.items()}
     found = {path: manifest.File(size, "") for path, size in files.items()}
-    parts = inspection.parts(replace(facts, scorer=scorer, files=found))
+    weights = {part.path(): part.entry(facts.precision) for part in sizes}
+    parts = inspection.parts(replace(facts, scorer=scorer, files=found, weights=weights))
     assert parts["CLIP scorer"] == 1 + 20 + 300
     assert (parts["output head"], parts["other files"]) == (4000, 0)
     assert "CLIP scorer" not in inspection.parts(facts)

@@ -12,10 +12,10 @@ from patchsieve.contract.errors import PatchsieveError, ShapeError
 from patchsieve.pruning.decoder.atp import ATP
 from patchsieve.pruning.decoder.fastv import FastV
 from patchsieve.pruning.decoder.ivtp import IVTP
+from patchsieve.pruning.decoder.random import Random
 from patchsieve.pruning.decoder.site import Site
 from patchsieve.pruning.decoder.tome import DecoderToMe
 from patchsieve.pruning.decoder.topk import DecoderTopK
-from patchsieve.pruning.encoder.random import Random
 from patchsieve.pruning.table import METHODS, modules, settings
 from tests.support.pruning_cases import CASES, KEEP_ALL, assert_same_choice
 from tests.support.pruning_sites import SITES, make_site

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from transformers import AutoProcessor, DynamicCache, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 from patchsieve.verify.reference import cache_name
 from tests.references import atp, fastv, grid2d, random, tome, topk
@@ -77,7 +77,7 @@ class MaskedLlava:
 
     def __init__(self, checkpoint: Path) -> None:
         self.processor = AutoProcessor.from_pretrained(checkpoint)
-        self.model = LlavaForConditionalGeneration.from_pretrained(
+        self.model = AutoModelForImageTextToText.from_pretrained(
             checkpoint, attn_implementation="eager", dtype=torch.float32
         ).eval()
         self.config = self.model.config

@@ -17,7 +17,9 @@ import pytest
 
 from patchsieve.contract import engine_memory as build_memory
 from patchsieve.contract import files as bundle_files
+from patchsieve.contract import names
 from patchsieve.contract.errors import BackendMissingError, BundleError, PatchsieveError
+from patchsieve.contract.graphs import STAGE, Graph, Tensor
 from patchsieve.runtime.building import build as build_module
 from patchsieve.runtime.building.build import Built, build
 from patchsieve.runtime.building.build_config import TIMING_CACHE
@@ -40,19 +42,32 @@ GIB = 1 << 30
 TARGET = "jetpack6"
 
 
+def growing(graph: Graph) -> Graph:
+    """The graph with axes that grow where its caches have slots."""
+    axis = names.AXIS_PAST if graph.kind == STAGE else names.AXIS_PRESENT
+
+    def change(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(
+            replace(
+                tensor,
+                shape=tuple(axis if each == names.AXIS_SLOTS else each for each in tensor.shape),
+            )
+            for tensor in tensors
+        )
+
+    return replace(graph, inputs=change(graph.inputs), outputs=change(graph.outputs))
+
+
 @pytest.fixture
 def bundle(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundle whose CPU graphs stand for those of every TensorRT, on a machine with an Orin."""
     facts = bundle_files.read(own_bundle)
     graphs = facts.targets["cpu"]
     targets = dict.fromkeys(("cpu", "tensorrt", "tensorrt10", TARGET), graphs)
-    tensors = {
-        graph: json.loads(
-            json.dumps(listed).replace('"slots"', '"past"' if "stage" in graph else '"present"')
-        )
-        for graph, listed in facts.tensors.items()
-    }
-    bundle_files.write(own_bundle, replace(facts, targets=targets, tensors=tensors))
+    grown = {name: growing(graph) for name, graph in facts.graphs.items()}
+    forms = dict.fromkeys(targets, names.IN_PLACE)
+    changed = replace(facts, targets=targets, graphs=grown, cache_forms=forms)
+    bundle_files.write(own_bundle, changed)
     monkeypatch.setattr(build_module, "find_device", lambda: ORIN)
     return own_bundle
 

@@ -12,7 +12,7 @@ from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.chat import Chat
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.ort.backend import OrtBackend
-from patchsieve.runtime.sampling import SamplingOptions
+from patchsieve.runtime.sampling_options import SamplingOptions
 from tests.support.tiny_bundles import pictures
 
 ROW = "llama-gqa-tied-linear-rope"

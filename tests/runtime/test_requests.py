@@ -267,7 +267,9 @@ def test_the_command_line_refuses_in_one_line_with_exit_code_2(tmp_path: Path) -
 def test_the_command_line_gives_errors_as_json_too() -> None:
     done = command("--prompt", "", "--json", "--max-new-tokens", "3")
     assert done.returncode == 2
-    assert set(json.loads(done.stdout)) == {"schema_version", "error"}
+    printed = json.loads(done.stdout)
+    assert set(printed) == {"schema_version", "error", "what", "found", "expected", "do"}
+    assert done.stderr == f"patchsieve: {printed['error']}\n"
 
 
 def test_the_command_line_answers_with_one_json_object(tmp_path: Path) -> None:

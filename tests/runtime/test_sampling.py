@@ -16,7 +16,9 @@ from transformers.generation.logits_process import (
 )
 
 from patchsieve.contract.errors import PatchsieveError, RequestError
-from patchsieve.runtime.sampling import Sampler, SamplingOptions
+from patchsieve.runtime.sampling import Sampler
+from patchsieve.runtime.sampling_options import SamplingOptions
+from patchsieve.runtime.turn import Turn
 
 CASES = [
     {"temperature": 1.0},
@@ -116,7 +118,8 @@ def test_tokens_are_not_drawn_from_the_numbers_that_feed_noise() -> None:
     """One seed, two streams: a method's noise and the draws of tokens are independent."""
     sampler = Sampler(SamplingOptions(temperature=1.0, seed=5))
     drawn = [sampler.next_token(np.zeros(1 << 20, np.float32)) / (1 << 20) for _ in range(3)]
-    noise = np.random.default_rng(5).random(3)  # `Chat` draws it so
+    noise = Turn("none", SamplingOptions(seed=5)).noise.random(3)
+    assert noise.tolist() == np.random.default_rng(5).random(3).tolist()  # as 0.1 drew it
     assert np.abs(np.array(drawn) - noise).min() > 1e-3
 
 

@@ -6,10 +6,10 @@ import torch
 from patchsieve.pruning.decoder.atp import ATP
 from patchsieve.pruning.decoder.fastv import FastV
 from patchsieve.pruning.decoder.ivtp import IVTP
+from patchsieve.pruning.decoder.random import Random
 from patchsieve.pruning.decoder.thresholds import ConstantThresholds, Thresholds
 from patchsieve.pruning.decoder.tome import DecoderToMe
 from patchsieve.pruning.decoder.topk import DecoderTopK
-from patchsieve.pruning.encoder.random import Random
 
 # Scores closer than this may swap between backends and precisions.
 NEAR = 1e-6
