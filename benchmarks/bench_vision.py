@@ -60,7 +60,7 @@ def make_bundle(shape: dict[str, int], methods: list[str], folder: Path) -> Path
 
 
 def measure(model: Model, plans: list[str], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each plan's vision graph in each round, behind one that warms up."""
+    """Milliseconds of each plan's vision graph in each round, after one that warms up."""
     side = model.facts.vision.image_size
     pixels = np.random.default_rng(0).standard_normal((1, 3, side, side), np.float32)
     rng = np.random.default_rng(0)

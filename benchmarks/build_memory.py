@@ -7,10 +7,10 @@ wide with 16 layers; 7b: LLaVA-1.5-7B), exports it cut at two or three sites, an
 in a process of its own, as `patchsieve build` does. With --layers 12, 7b has that model's tower and
 its first and last stage (4 layers; 8 layers and the head) in less than half of the time.
 
-Extra memory is what that process has resident above what it had before it parsed the graph. It is
-told in two parts: memory of its own, and pages of the weights' files, which TensorRT maps and the
-build gives back as it goes (runtime/building/mapped_weights.py). With --limit builds run
-under RLIMIT_DATA: the kernel itself refuses a process more private memory than that, all included.
+Extra memory is what that process has resident above what it had before it parsed the graph. It has
+two parts: memory of its own, and pages of the weights' files, which TensorRT maps and the build
+gives back as it goes (runtime/building/mapped_weights.py). With --limit builds run under
+RLIMIT_DATA: the kernel itself refuses a process more private memory than that, all included.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Shape:
     """Measures of a LLaVA model with a CLIP tower and a Llama decoder.
 
     Attributes:
-        plans: By name, the layers before which tokens are dropped and how many are left behind
+        plans: By name, the layers before which tokens are dropped and how many are left after
             each.
     """
 
@@ -49,7 +49,7 @@ class Shape:
         return tuple(sorted({layer for sites, _ in self.plans.values() for layer in sites}))
 
 
-# ATP-LLaVA's table 2: what is left behind each site.
+# ATP-LLaVA's table 2: what is left after each site.
 LLAVA_7B = Shape(
     name="7b",
     layers=32,

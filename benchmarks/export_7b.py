@@ -23,7 +23,7 @@ from benchmarks.checkpoint import LLAVA_7B, ROOT, write_checkpoint
 
 PROMISE = 2e9  # bytes beside the largest tensor
 # Not ru_maxrss: a child process starts with its parent's.
-MEASURED = "import sys; from patchsieve.cli import main; from patchsieve.cli.output import "
+MEASURED = "import sys; from patchsieve.cli import main; from benchmarks.peak_memory import "
 MEASURED += "peak_memory; code = main(sys.argv[1:]); print('PEAK', peak_memory()); sys.exit(code)"
 
 

@@ -40,6 +40,7 @@ def install(language_model: nn.Module) -> None:
             "the decoder's attention cannot be exchanged",
             found=base,
             expected="eager, sdpa or flash_attention_2",
+            do="correct attn_implementation in the checkpoint's config.json",
         )
     AttentionInterface.register(_PREFIX + base, _with_pass(kernel))
     # Under the same name, or transformers gives the kernel no causal mask.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,38 +10,12 @@ from torch import Tensor, nn
 
 from patchsieve.calibration import dropping
 from patchsieve.calibration.attention import PASS, install
+from patchsieve.calibration.options import Losses
 from patchsieve.calibration.passes import ImageRows, PruningPass
 from patchsieve.calibration.rotary import install_sections
-from patchsieve.contract.errors import PatchsieveError
 from patchsieve.export.families import family_of
 from patchsieve.pruning.decoder.atp import ATP
 from patchsieve.pruning.decoder.training import atp_loss, average_tokens, target_loss
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Weights of the budget losses beside the language model's own (eqs. 12-14).
-
-    Attributes:
-        target_tokens: N_target, mean visual tokens over all layers; None leaves eq. 13 out.
-        lambda_atp: Weight of eq. 12; the paper's lies in [0.01, 0.1].
-        lambda_target: Weight of eq. 13, which counts tokens; the paper's is 0.2.
-        temperature: T of eqs. 9 and 10.
-    """
-
-    target_tokens: float | None = None
-    lambda_atp: float = 0.05
-    lambda_target: float = 0.2
-    temperature: float = 50.0
-
-    def __post_init__(self) -> None:
-        numbers = (self.lambda_atp, self.lambda_target, self.temperature)
-        if not (min(numbers) >= 0 and self.temperature > 0):
-            raise PatchsieveError(
-                "the weights of the losses cannot be used",
-                found=numbers,
-                expected="no negative number, and a temperature above 0",
-            )
 
 
 class PrunedLlava(nn.Module):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,63 @@ from patchsieve.contract.errors import PatchsieveError
 from patchsieve.pruning.decoder.training import average_tokens
 
 Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """Tokens per image that go on at a site.
+
+    Attributes:
+        layer: The site.
+        mean: Mean over the images.
+        fewest: Of the image that keeps fewest.
+        most: Of the image that keeps most.
+        reserved: Tokens that a bundle reserves: a percentile of what the images keep.
+    """
+
+    layer: int
+    mean: float
+    fewest: int
+    most: int
+    reserved: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The site as `calibrate --json` prints it."""
+        return {
+            "layer": self.layer,
+            "mean tokens": round(self.mean, 2),
+            "fewest": self.fewest,
+            "most": self.most,
+            "reserved": self.reserved,
+        }
+
+
+def measure(
+    model: PrunedLlava, samples: Samples, percentile: float, batch_size: int, progress: Progress
+) -> tuple[Survivors, ...]:
+    """Count the survivors of every site, and choose what a bundle reserves for them.
+
+    Args:
+        model: The model.
+        samples: Conversations, better those that it did not learn from.
+        percentile: Share of images, in per cent, whose survivors fit the reserved tokens.
+        batch_size: Samples of one pass.
+        progress: Takes what is done.
+
+    Raises:
+        PatchsieveError: No sample has an image.
+    """
+    counts = count_survivors(model, samples, batch_size, progress)
+    return tuple(
+        Survivors(layer, sum(kept) / len(kept), min(kept), max(kept), reserved)
+        for (layer, kept), reserved in zip(counts.items(), budgets(counts, percentile), strict=True)
+    )
+
+
+def average(model: PrunedLlava, sites: Sequence[Survivors]) -> float:
+    """Mean visual tokens over all layers of a model, those before the first site included."""
+    means, layers = [site.mean for site in sites], [site.layer for site in sites]
+    return average_tokens(means, layers, model.num_layers, len(model.patch_ids))
 
 
 def hard_passes(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,69 +21,39 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME
 
 from patchsieve.calibration.model import PrunedLlava
+from patchsieve.calibration.options import TrainingOptions
 from patchsieve.calibration.samples import Samples, collate
 from patchsieve.pruning.heads import TENSORS
 
 LANGUAGE_MODEL = "language_model.safetensors"  # of a checkpoint from which training resumes
 
 
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How training goes; see `transformers.TrainingArguments` for what they become.
-
-    Attributes:
-        steps: Optimiser steps; None takes the epochs.
-        epochs: Passes over the data.
-        batch_size: Samples of one device at a time.
-        accumulate: Batches that one step sums.
-        learning_rate: Of the heads; the paper's is 1e-4.
-        lm_learning_rate: Of the language model and the projector, where they are trained; the
-            paper's is 2e-5.
-        bf16: Compute in bfloat16; thresholds and losses stay float32.
-        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
-        workers: Processes that load data.
-        save_steps: Steps between checkpoints from which training can resume.
-        seed: Of the data's order and of the heads' first weights.
-    """
-
-    steps: int | None = None
-    epochs: float = 1.0
-    batch_size: int = 4
-    accumulate: int = 1
-    learning_rate: float = 1e-4
-    lm_learning_rate: float = 2e-5
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    workers: int = 0
-    save_steps: int = 500
-    seed: int = 0
-
-    def arguments(self, folder: Path) -> TrainingArguments:
-        """The Trainer's own arguments; checkpoints go to `folder`."""
-        arguments: dict[str, Any] = {}
-        if self.gradient_checkpointing:  # transformers 5.23 warns of the name, so only where wanted
-            arguments["gradient_checkpointing"] = True
-        return TrainingArguments(
-            output_dir=str(folder),
-            max_steps=-1 if self.steps is None else self.steps,
-            num_train_epochs=self.epochs,
-            per_device_train_batch_size=self.batch_size,
-            gradient_accumulation_steps=self.accumulate,
-            learning_rate=self.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.03,
-            bf16=self.bf16,
-            dataloader_num_workers=self.workers,
-            save_steps=self.save_steps,
-            save_total_limit=2,
-            logging_steps=10,
-            seed=self.seed,
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            use_cpu=not torch.cuda.is_available(),
-            **arguments,
-        )
+def arguments(options: TrainingOptions, folder: Path) -> TrainingArguments:
+    """The Trainer's own arguments; checkpoints go to `folder`."""
+    more: dict[str, Any] = {}
+    if options.gradient_checkpointing:  # transformers 5.23 warns of the name, so only where wanted
+        more["gradient_checkpointing"] = True
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=-1 if options.steps is None else options.steps,
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulate,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,
+        bf16=options.bf16,
+        dataloader_num_workers=options.workers,
+        save_steps=options.save_steps,
+        save_total_limit=2,
+        logging_steps=10,
+        seed=options.seed,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+        **more,
+    )
 
 
 class _Reporting(TrainerCallback):
@@ -131,7 +100,7 @@ class HeadsTrainer(Trainer):
     ) -> None:
         super().__init__(
             model=model,
-            args=options.arguments(folder),
+            args=arguments(options, folder),
             train_dataset=samples,
             data_collator=collate,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Any
 
-from patchsieve.contract import names
+from patchsieve.contract import names, reads
 from patchsieve.contract.errors import BundleError
 from patchsieve.contract.graphs import STAGE, Graph, Signature, identify
 from patchsieve.contract.manifest import Manifest
@@ -235,7 +235,19 @@ def _check_graphs(facts: Manifest) -> None:
             )
         _check_tensors(graph, facts.graphs[graph], common.get(graph, {}))
     for graph in decisions:
-        _check_layers_read(facts, graph)
+        _check_reads(facts, graph)
+    common = _tensors(facts, names.IN_PLACE)
+    every = (*common, names.COMPACT, *decisions)
+    for graph in every:
+        if graph not in facts.graphs:
+            raise BundleError(
+                f"the manifest does not list the tensors of {graph}",
+                found="no entry",
+                do="export the bundle again",
+            )
+        _check_tensors(graph, facts.graphs[graph], common.get(graph, {}))
+    for graph in decisions:
+        _check_reads(facts, graph)
     for target, graphs in facts.targets.items():
         form = facts.cache_forms.get(target)
         if form not in names.CACHE_FORMS:
@@ -285,8 +297,8 @@ def _check_tensors(graph: str, listed: Signature, expected: dict[str, _Shape]) -
             )
 
 
-def _check_layers_read(facts: Manifest, graph: str) -> None:
-    """Refuse a decision that reads layers whose queries no stage gives."""
+def _check_reads(facts: Manifest, graph: str) -> None:
+    """Refuse a decision that reads what the runtime cannot give, or layers that no stage gives."""
     given = {
         tensor.name
         for stage in facts.graphs.values()
@@ -294,13 +306,13 @@ def _check_layers_read(facts: Manifest, graph: str) -> None:
         for tensor in stage.outputs
     }
     for tensor in facts.graphs[graph].inputs:
-        what, dot, layer = tensor.name.partition(".")
-        known = what in (names.QUERY, names.KEY) and f"{names.QUERY}.{layer}" in given
-        if dot and not known:
+        what = reads.named(tensor.name)
+        if what is None or (what.layer is not None and names.query(what.layer) not in given):
+            lower = sorted(n for n in given if n.startswith(f"{names.QUERY}."))
             raise BundleError(
                 f"{graph} reads what no stage gives",
                 found=tensor.name[:60],
-                expected=", ".join(sorted(n for n in given if n.startswith(f"{names.QUERY}."))),
+                expected=", ".join([*reads.TABLE, *lower]),
             )
 
 
@@ -316,6 +328,10 @@ def _tensors(facts: Manifest, caches: str) -> dict[str, dict[str, _Shape]]:
         }
         for graph, count in _visual_counts(facts).items()
     }
+    for graph in list(tensors):
+        listed = facts.graphs.get(graph)
+        if listed is not None and listed.output(names.NUM_WANTED) is not None:
+            tensors[graph][names.NUM_WANTED] = [None]  # one number an image, which says how many
     for name, plan in facts.plans.items():
         if plan.pseudo_cls is not None:
             made = tensors[names.vision(name)]

@@ -159,10 +159,14 @@ class Manifest:
         return self.plans[plan].position_rule or self.text.trained_rule
 
     def num_visual(self, plan: str) -> int:
-        """Visual tokens that enter the decoder for each image under a plan."""
+        """Visual tokens of an image that enter the decoder under a plan, or the most of them."""
         features = self.graphs[self.vision_graph(plan)].output(names.IMAGE_FEATURES)
         assert features is not None and isinstance(features.shape[1], int)  # checked when read
         return features.shape[1]
+
+    def has_fixed_count(self, plan: str) -> bool:
+        """Whether every image has `num_visual` tokens; else it decides, and they are the most."""
+        return self.graphs[self.vision_graph(plan)].output(names.NUM_WANTED) is None
 
     def budgets(self, plan: str) -> list[int]:
         """Visual tokens per image that each stage reserves slots for under a plan."""

@@ -10,9 +10,16 @@ from patchsieve.contract.plan import GRID2D, TRAINED_RULES
 
 @dataclass(frozen=True)
 class TextModel:
-    """The decoder's measures: H query heads, G KV heads, D head dim, C hidden, V vocabulary.
+    """The decoder: all that its graphs depend on besides weights.
+
+    H query heads, G KV heads, D head dim, C hidden, V vocabulary.
 
     Attributes:
+        norm_eps: Of the layers' norms. This and what follows it is empty in bundles of schemas 1
+            to 3, whose decisions hold nothing of the decoder.
+        inv_freq: Rotary frequencies in radians per position, D / 2 of them, scaling included.
+        rotary_scale: Factor on cosines and sines (1 but for YaRN).
+        max_rows: Longest sequence for which the structure holds: positions, or a sliding window.
         rotary_sections: Rotary frequencies that turn by each axis of a position, where the decoder
             was trained with the position rule "grid2d"; empty otherwise.
     """
@@ -26,6 +33,14 @@ class TextModel:
     num_kv_heads: int
     head_dim: int
     rotary_sections: tuple[int, ...] = ()
+    norm_eps: float = 0.0
+    activation: str = ""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    inv_freq: tuple[float, ...] = ()
+    rotary_scale: float = 1.0
+    max_rows: int = 0
 
     @property
     def trained_rule(self) -> str:

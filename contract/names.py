@@ -70,6 +70,8 @@ IMAGE_FEATURES = "image_features"  # [B, N, C]
 # are fused (the last), merged or pooled (all of them).
 IMAGE_IDS = "image_ids"
 IMAGE_SOURCES = "image_sources"  # [B, patches] token that each patch went to, -1: dropped
+# NUM_WANTED too, [B], where the number of tokens depends on the image. N is then its bound: the
+# first min(NUM_WANTED, N) tokens of an image count, what follows is padding.
 
 CLS_JOINT = "cls_joint"  # [B, E] class token in the space that the scorer's text lies in
 CLS_FEATURES = "cls_features"  # [B, C] class token through the projector

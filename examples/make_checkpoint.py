@@ -184,7 +184,7 @@ def _sentencepiece_like(vocabulary: int, lines: Sequence[str] | None) -> tokeniz
     """A BPE tokenizer as Llama's: spaces become U+2581, unknown characters fall back to bytes."""
     learner = tokenizers.Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Metaspace()  # keeps a merge inside a word
-    if lines is not None:  # as they stand in a prompt: spaces as written, punctuation apart
+    if lines is not None:  # as in a prompt: spaces as written, punctuation apart
         learner.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Metaspace(prepend_scheme="never"), pre_tokenizers.Punctuation()]
         )

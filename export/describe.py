@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import onnx_ir as ir
@@ -44,7 +45,7 @@ def describe(
         patchsieve_version=__version__,
         checkpoint=checkpoint,
         precision=job.precision,
-        text=_text(job),
+        text=TextModel(model_type=job.config.text_config.model_type, **asdict(job.spec)),
         vision=job.vision,
         tokens=_tokens(job, prompts),
         embeddings=Embeddings(
@@ -69,21 +70,6 @@ def describe(
         scorer=_scorer(job),
         generation=prompts["generation"],
         attention=options.attention_form,
-    )
-
-
-def _text(job: Job) -> TextModel:
-    spec = job.spec
-    return TextModel(
-        model_type=job.config.text_config.model_type,
-        vocab_size=spec.vocab_size,
-        hidden_size=spec.hidden_size,
-        intermediate_size=spec.intermediate_size,
-        num_layers=spec.num_layers,
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        rotary_sections=spec.rotary_sections,
     )
 
 

@@ -171,6 +171,7 @@ def _graphs(job: Job, stored: Stored) -> Iterator[tuple[str, int | None, ir.Mode
     for site, (name, graph) in zip(job.plan.sites, job.decisions.items(), strict=True):
         # A decision reads the cache of the stage that ends at its layer.
         before = next(entry for entry in job.stages if entry.last == site.layer)
+        bind(graph, stored)
         yield name, before.slots, graph
 
 

@@ -256,8 +256,7 @@ def plan_export(directory: Path, config: Any, options: ExportOptions) -> Job:
     plan, decisions = decide_graphs(
         options.plan.with_positions(trained.position_rule),
         options.plan_name,
-        spec.hidden_size,
-        spec.heads,
+        spec,
         vision,
         modules.plan_vision.num_visual,
         DTYPES[precision.decoder][0],

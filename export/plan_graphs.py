@@ -11,7 +11,7 @@ from patchsieve.contract import names
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.model import VisionModel
 from patchsieve.contract.plan import TEXTS, Plan
-from patchsieve.export.families.specs import HeadShape
+from patchsieve.export.families.specs import DecoderSpec
 from patchsieve.export.graphs.decision import decide_graph
 from patchsieve.export.graphs.joint import JointCls
 from patchsieve.export.graphs.vision import Vision
@@ -24,25 +24,21 @@ Progress = Callable[[str, float], None]
 def decide_graphs(
     plan: Plan,
     plan_name: str,
-    size: int,
-    heads: HeadShape,
+    spec: DecoderSpec,
     vision: VisionModel,
     num_visual: int,
     dtype: torch.dtype,
     progress: Progress = lambda *_: None,
 ) -> tuple[Plan, dict[str, ir.Model]]:
-    """Resolve a plan's budgets and trace its decisions on images of `num_visual` tokens.
-
-    The decoder is `size` wide.
-    """
+    """Resolve a plan's budgets and trace its decisions on images of `num_visual` tokens."""
     methods = [build_method(site) for site in plan.sites]
     check_sites(plan, methods)
-    plan = resolve_budgets(plan, methods, num_visual)
+    plan = resolve_budgets(plan, num_visual)
     graphs = {}
     for done, (site, method) in enumerate(zip(plan.sites, methods, strict=True)):
         progress(f"tracing {site.method} at layer {site.layer}", done / len(methods))
         graphs[names.decide(plan_name, site.layer)] = decide_graph(
-            method, site.layer, heads, vision.grid, num_visual, size, dtype
+            method, site.layer, spec, vision.grid, num_visual, dtype
         )
     return plan, graphs
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import onnx_ir as ir
 
-from patchsieve.contract import files, names
+from patchsieve.contract import files, names, reads
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.graphs import STAGE
 from patchsieve.contract.manifest import Manifest
@@ -20,7 +20,7 @@ from patchsieve.contract.targets import known
 from patchsieve.contract.weights import JOINT, TOWER
 from patchsieve.contract.writing import one_line
 from patchsieve.export import card
-from patchsieve.export.families.specs import HeadShape
+from patchsieve.export.families.specs import DecoderSpec
 from patchsieve.export.graphs.trace import bind, fake_weights
 from patchsieve.export.graphs.vision import vision_graph
 from patchsieve.export.heads import HEADS, store_heads
@@ -87,6 +87,7 @@ def _check(bundle: Path, old: Manifest, plan: Plan, plan_name: str) -> None:
     if plan_name == NO_PRUNING and plan.prunes:
         raise PatchsieveError("the plan named none prunes nothing", do="choose another --plan-name")
     check_queries(old, plan)
+    check_next_layers(old, plan)
     files.check_files(bundle, old, hashes=False)
 
 
@@ -118,11 +119,26 @@ def check_queries(old: Manifest, plan: Plan) -> None:
             )
 
 
+def next_layers(plan: Plan) -> list[int]:
+    """Layers whose norm and projections the plan's decisions hold."""
+    return [site.layer for site in plan.sites if reads.NEXT_LAYER in build_method(site).reads]
+
+
+def check_next_layers(old: Manifest, plan: Plan) -> None:
+    """Refuse a plan that needs the decoder's description, if the bundle is from before it."""
+    if not old.text.inv_freq and (layers := next_layers(plan)):
+        raise PatchsieveError(
+            "the bundle does not describe its decoder, whose layers this plan's decisions compute",
+            found=f"sites {layers} that judge by the next layer, schema {old.schema_version}",
+            expected="a bundle of schema 4",
+            do="export a new bundle with this plan",
+        )
+
+
 def _trace(
     bundle: Path, old: Manifest, plan: Plan, plan_name: str, progress: Progress
 ) -> tuple[Plan, dict[str, ir.Model]]:
     """The plan with its budgets, and its graphs, bound to the bundle's weights."""
-    heads = HeadShape(old.text.num_heads, old.text.num_kv_heads, old.text.head_dim)
     dtype = DTYPES[old.precision.decoder][0]
     with fake_weights() as mode, default_dtype(DTYPES[old.precision.tower][0]):
         joint_width = None if old.scorer is None else old.scorer.width
@@ -130,8 +146,7 @@ def _trace(
     plan, graphs = decide_graphs(
         plan,
         plan_name,
-        old.text.hidden_size,
-        heads,
+        DecoderSpec.of_facts(old.text),
         old.vision,
         vision.num_visual,
         dtype,
@@ -139,13 +154,13 @@ def _trace(
     )
     if plan.has_vision:
         progress("tracing the vision tower", 0.8)
-        stored: dict[str, ir.ExternalTensor] = {}
-        for path, entry in old.weights.items():
-            if entry.part in (TOWER.name, JOINT.name):
-                stored |= stored_weights(bundle / path)
-        graph = vision_graph(vision, mode)
+        graphs[names.vision(plan_name)] = vision_graph(vision, mode)
+    read, stored = next_layers(plan), dict[str, ir.ExternalTensor]()
+    for path, entry in old.weights.items():
+        if entry.part in (TOWER.name, JOINT.name) or entry.layer in read:
+            stored |= stored_weights(bundle / path)
+    for graph in graphs.values():
         bind(graph, stored)
-        graphs[names.vision(plan_name)] = graph
     return plan, graphs
 
 

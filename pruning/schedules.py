@@ -12,6 +12,8 @@ from itertools import pairwise
 from typing import Any
 
 from patchsieve.contract.errors import PatchsieveError
+from patchsieve.pruning.catalogue import in_tower
+from patchsieve.pruning.entry import TowerRule
 
 
 def geometric(n0: int, n: int, groups: int) -> list[int]:
@@ -71,9 +73,6 @@ def _check(n0: int, n: int, groups: int) -> None:
         raise PatchsieveError("a schedule needs a pruning", found=f"{groups} groups")
 
 
-# IVTP does not print its schedule. On a log scale the tower takes this share of the way from all
-# tokens to the last count: 576 -> 120 -> 64, which its FLOPs fit.
-IVTP_TOWER_SHARE = 5 / 7
 _FINAL = 1 / 9  # what the papers keep in the end: 64 of 576
 CURVES = {"geometric": geometric, "linear": linear}
 
@@ -133,31 +132,33 @@ class TowerSchedule:
         Raises:
             PatchsieveError: Layers and counts do not pair, or do not fit the tower.
         """
-        layers = self.layers or self._default_layers(method, num_layers)
+        merges, rule = in_tower(method).merges, in_tower(method).tower
+        layers = self.layers or self._default_layers(rule, num_layers)
         if list(layers) != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < num_layers:
             _refuse("layers", list(layers), f"ascending layers from 0 to {num_layers - 1}")
         counts = self.counts
         if counts is None:
-            keep = default_keep(method, num_patches) if self.keep is None else self.keep
+            keep = default_keep(num_patches, rule.share) if self.keep is None else self.keep
             if keep > num_patches:
                 _refuse("keep", keep, f"1 to {num_patches}, the patches of an image")
-            curve = CURVES[self.curve or _CURVE.get(method, "linear")]
+            curve = CURVES[self.curve or rule.curve]
             counts = tuple(curve(num_patches, keep, len(layers)))
         if len(counts) != len(layers):
             _refuse("counts", list(counts), f"{len(layers)}, one for each of the layers {layers}")
-        if any(b > a for a, b in pairwise([num_patches, *counts])) or min(counts) < 1:
-            _refuse("counts", list(counts), f"falling numbers from {num_patches} to 1")
+        if any(b > a for a, b in pairwise([num_patches, *counts])) or min(counts) < rule.fewest:
+            _refuse("counts", list(counts), f"falling numbers from {num_patches} to {rule.fewest}")
+        if merges:
+            for layer, pair in zip(layers, pairwise([num_patches, *counts]), strict=True):
+                check_merging(method, f"tower layer {layer}", *pair)
         return dict(zip(layers, counts, strict=True))
 
-    def _default_layers(self, method: str, num_layers: int) -> tuple[int, ...]:
-        if self.group_layers is None and method == "evit" and num_layers >= 4:
-            # Its published layers 3, 6, 9 of 12: the ends of the first three quarters.
+    def _default_layers(self, rule: TowerRule, num_layers: int) -> tuple[int, ...]:
+        if self.group_layers is None and rule.at_quarters and num_layers >= 4:
+            # EViT's published layers 3, 6, 9 of 12: the ends of the first three quarters.
             return tuple(num_layers * quarter // 4 for quarter in (1, 2, 3))
-        return group_ends(num_layers, self.group_layers or _GROUP.get(method, 1))
+        return group_ends(num_layers, self.group_layers or rule.group_layers)
 
 
-_GROUP = {"gtp": 3}
-_CURVE = {"gtp": "geometric", "evit": "geometric"}
 SCHEDULE_OPTIONS = tuple(field.name for field in fields(TowerSchedule))
 
 
@@ -167,10 +168,30 @@ def group_ends(num_layers: int, group_layers: int) -> tuple[int, ...]:
     return tuple(min(end, num_layers) - 1 for end in ends)
 
 
-def default_keep(method: str, num_patches: int) -> int:
-    """Tokens that a method leaves where nobody says: 64 of 576; 120 with gtp, IVTP's first half."""
-    share = IVTP_TOWER_SHARE if method == "gtp" else 1.0
+def default_keep(num_patches: int, share: float = 1.0) -> int:
+    """Tokens that a method leaves if nobody says how many: 64 of 576; 120 with IVTP's share."""
     return max(1, _half_up(num_patches * _FINAL**share))
+
+
+def fewest_after_merging(num_tokens: int) -> int:
+    """Fewest tokens that merging pairs leaves of so many at one place."""
+    return num_tokens - num_tokens // 2
+
+
+def check_merging(method: str, where: str, before: int, left: int) -> None:
+    """Refuse more merges at one place than there are pairs.
+
+    Raises:
+        PatchsieveError: More than every other token would go.
+    """
+    fewest = fewest_after_merging(before)
+    if left < fewest:
+        raise PatchsieveError(
+            f"{method} merges at most every other token, not so many at {where}",
+            found=f"{before} to {left}",
+            expected=f"at least {fewest} left",
+            do="keep more, or merge at several places (--plan gives each its own count)",
+        )
 
 
 def pooled_side(keep: int | None, grid: tuple[int, int]) -> int:
@@ -180,7 +201,7 @@ def pooled_side(keep: int | None, grid: tuple[int, int]) -> int:
         PatchsieveError: `keep` is no square, or more than the grid holds.
     """
     if keep is None:
-        return max(1, math.isqrt(default_keep("pooling", grid[0] * grid[1])))
+        return max(1, math.isqrt(default_keep(grid[0] * grid[1])))
     side = math.isqrt(keep)
     if side * side != keep or side > min(grid):
         raise PatchsieveError(

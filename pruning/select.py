@@ -11,25 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patchsieve.contract.errors import PatchsieveError
 from patchsieve.pruning.schedules import num_to_keep
 
 LOWEST = torch.finfo(torch.float32).min
-
-
-def check_keep_ratio(keep_ratio: float) -> None:
-    """Refuse a fraction that keeps nothing or more than everything.
-
-    Raises:
-        PatchsieveError: `keep_ratio` is not in (0, 1].
-    """
-    if not 0 < keep_ratio <= 1:
-        raise PatchsieveError(
-            "keep_ratio cannot be used",
-            found=keep_ratio,
-            expected="a number in (0, 1]",
-            do="give the fraction of visual tokens that is kept (a paper's R prunes: keep 1 - R)",
-        )
 
 
 def keep_top(scores: Tensor, num_keep: Tensor | int) -> Tensor:
@@ -120,21 +104,6 @@ def keep_fraction(
         What stays, bool [B, N]; and how many the rule kept, int64 [B].
     """
     return keep_count(scores, num_to_keep(keep_ratio, num_visual), budget)
-
-
-def check_num_keep(num_keep: int) -> None:
-    """Refuse a count that keeps nothing.
-
-    Raises:
-        PatchsieveError: `num_keep` is below 1 or no whole number.
-    """
-    if type(num_keep) is not int or num_keep < 1:
-        raise PatchsieveError(
-            "num_keep cannot be used",
-            found=num_keep,
-            expected="a whole number of at least 1",
-            do="give the number of visual tokens per image that are kept",
-        )
 
 
 def keep_count(scores: Tensor, num_keep: int, budget: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,31 +1,20 @@
-"""Every pruning method by its name. "none" is the absence of a method."""
+"""The class of every method in the catalogue, by place and name, and what a method is made of."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from patchsieve.pruning.decoder.atp import ATP
-from patchsieve.pruning.decoder.fastv import FastV
-from patchsieve.pruning.decoder.ivtp import IVTP
-from patchsieve.pruning.decoder.random import Random
+from patchsieve.pruning.catalogue import ENTRIES
 from patchsieve.pruning.decoder.site import Method
-from patchsieve.pruning.decoder.tome import DecoderToMe
-from patchsieve.pruning.decoder.topk import DecoderTopK
-from patchsieve.pruning.encoder.evit import EViT
-from patchsieve.pruning.encoder.gtp import GTP
-from patchsieve.pruning.encoder.random import RandomPatches
-from patchsieve.pruning.encoder.tome import ToMe
-from patchsieve.pruning.encoder.topk import TopK
-from patchsieve.pruning.projector.pooling import Pooling
+from patchsieve.pruning.entry import DECODER, ENCODER, PROJECTOR
+
+
+def _classes(place: str) -> dict[str, type]:
+    return {entry.name: entry.load() for entry in ENTRIES if entry.place == place}
+
 
 # Of a decoder site; inside the vision tower; between tower and decoder.
-METHODS: dict[str, type] = {
-    method.name: method for method in (Random, FastV, ATP, IVTP, DecoderTopK, DecoderToMe)
-}
-ENCODERS: dict[str, type] = {
-    method.name: method for method in (GTP, TopK, RandomPatches, EViT, ToMe)
-}
-PROJECTORS: dict[str, type] = {method.name: method for method in (Pooling, TopK, RandomPatches)}
+METHODS, ENCODERS, PROJECTORS = (_classes(place) for place in (DECODER, ENCODER, PROJECTOR))
 
 
 def settings(method: Method) -> dict[str, object]:

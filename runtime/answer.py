@@ -135,7 +135,8 @@ class Answer:
     def _rows(self, prompt: Prompt) -> tuple[Rows, np.ndarray]:
         """Rows to feed and their embeddings, [1, L0, C]: pending tokens, then the prompt."""
         facts, pending, seen = self.model.facts, self.state.pending, self.images
-        whole = expand(prompt, facts.num_visual(self.turn.plan))
+        shown = seen.features[len(seen.features) - len(prompt.image_positions) :]
+        whole = expand(prompt, [len(features) for features in shown])
         ahead = len(pending)
         count = ahead + len(whole.token_ids)
         spans = [slice(ahead + begin, ahead + end) for begin, end in whole.image_spans]

@@ -12,8 +12,8 @@ from patchsieve.contract import files
 from patchsieve.contract.errors import BundleError, RequestError
 from patchsieve.contract.links import locate
 from patchsieve.contract.precision import stored_as
+from patchsieve.runtime.inputs.builder import PromptBuilder
 from patchsieve.runtime.inputs.preprocess import Preprocessor
-from patchsieve.runtime.inputs.prompt import PromptBuilder
 from patchsieve.runtime.target import AUTO, Choice, choose
 
 _CHECKS = ("full", "hash", "size")

@@ -62,7 +62,7 @@ class Cache:
     position: int = 0
 
     def mark(self) -> tuple[int, ...]:
-        """Where the cache stands, for `rewind`."""
+        """How far the cache is filled, for `rewind`."""
         return (self.position, *(stage.length for stage in self.stages))
 
     def rewind(self, mark: tuple[int, ...]) -> None:

@@ -13,10 +13,10 @@ from patchsieve.contract.errors import RequestError
 from patchsieve.runtime.answer import Answer
 from patchsieve.runtime.cache import Cache
 from patchsieve.runtime.conversation import Images, State
-from patchsieve.runtime.inputs.chat_template import Message
-from patchsieve.runtime.inputs.prompt import Content, Prompt
+from patchsieve.runtime.inputs.chat_template import Content, Message
+from patchsieve.runtime.inputs.prompt import Prompt
 from patchsieve.runtime.loaded import Loaded
-from patchsieve.runtime.result import ImageResult, Result, since
+from patchsieve.runtime.result import Result, since
 from patchsieve.runtime.room import Need, check_limits, check_room
 from patchsieve.runtime.sampling_options import options_of
 from patchsieve.runtime.turn import Turn
@@ -228,6 +228,12 @@ class Chat:
             self.messages = [*messages, {"role": "assistant", "content": said}]
         result.images, result.sites = list(self._images.reduced), list(state.sites)
         result.notes += [
+            f"the vision graph's bound capped image {one.image}: "
+            f"{one.num_wanted} tokens wanted, {len(one.ids)} kept"
+            for one in result.images
+            if one.is_capped
+        ]
+        result.notes += [
             f"the budget of layer {site.layer} capped image {site.image}: "
             f"{site.num_wanted} tokens wanted, {len(site.kept)} kept"
             for site in result.sites
@@ -260,17 +266,8 @@ class Chat:
         """Run the tower over new images, and keep what it gives for a new prefill."""
         start, images = perf_counter(), self._images
         if pixels is not None:
-            first = len(images.features)
-            seen = self.model.pipeline.see(pixels, turn.plan, turn.noise)
-            images.features += list(seen.features)
-            images.patch_ids += list(seen.ids)
-            images.cls += seen.cls
-            images.reduced += [
-                ImageResult(number, each.tolist(), went.tolist())
-                for number, (each, went) in enumerate(
-                    zip(seen.ids, seen.sources, strict=False), first
-                )
-            ]
+            for seen in self.model.pipeline.see(pixels, turn.plan, turn.noise):
+                images.add(seen)
         turn.result.timings_ms["vision"] = since(start)
 
     def _begin_again(self) -> None:

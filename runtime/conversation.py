@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from patchsieve.runtime.inputs.chat_template import Message
+from patchsieve.runtime.pipeline import Seen
 from patchsieve.runtime.pseudo_cls import VisualCls
 from patchsieve.runtime.result import ImageResult, SiteResult
 
@@ -45,6 +46,17 @@ class Images:
     patch_ids: list[np.ndarray] = field(default_factory=list)
     reduced: list[ImageResult] = field(default_factory=list)
     cls: list[VisualCls] = field(default_factory=list)
+
+    def add(self, seen: Seen) -> None:
+        """Take what the tower gave of one more image."""
+        if seen.sources is not None:
+            ids, sources = seen.ids.tolist(), seen.sources.tolist()
+            number = len(self.features)
+            self.reduced.append(ImageResult(number, ids, sources, seen.num_wanted))
+        self.features.append(seen.features)
+        self.patch_ids.append(seen.ids)
+        if seen.cls is not None:
+            self.cls.append(seen.cls)
 
     def forget(self, count: int) -> None:
         """Keep the first `count` images only."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from patchsieve.contract import names
+from patchsieve.contract import names, reads
 from patchsieve.contract.manifest import Manifest
 from patchsieve.contract.plan import SitePlan
 from patchsieve.runtime.backend import Backend
@@ -70,7 +70,7 @@ class Decider:
         """
         graph = names.decide(turn.plan, site.layer)
         read = self._read(graph, site.layer, given)
-        is_merging = names.HIDDEN in read
+        is_merging = self._is_merging(graph)
         wanted = [
             names.NUM_WANTED,
             *[names.MERGED_INTO] * is_merging,
@@ -79,7 +79,7 @@ class Decider:
         keep: Any = np.ones(len(rows), bool)
         if site.layer == self.facts.side_layer(turn.plan):
             keep = rows.side_of == TEXT  # the last decision that reads side rows: they end here
-        decided: list[dict[str, Any]] = []
+        hidden, decided = given.tensors[names.HIDDEN], list[dict[str, Any]]()
         for image in rows.images():
             # The mask, and the rows of a method that merges, go from image to image where they
             # were computed: a GPU is waited for once a site, not once an image.
@@ -88,7 +88,7 @@ class Decider:
             )
             keep = out[names.KEEP_OUT]
             if is_merging:
-                read[names.HIDDEN] = out[names.HIDDEN_OUT]
+                read[names.HIDDEN] = hidden = out[names.HIDDEN_OUT]
             decided.append({name: out[name] for name in wanted})
         keep_indices, found = self._fetch(keep, decided)
         merged = rows
@@ -100,24 +100,28 @@ class Decider:
             _site_result(site.layer, image, rows, kept, one)
             for image, one in zip(rows.images(), found, strict=True)
         ]
-        hidden = read.get(names.HIDDEN, given.tensors[names.HIDDEN])
         return Survivors(kept, keep_indices, hidden, sites)
 
+    def _is_merging(self, graph: str) -> bool:
+        """Whether a decision gives the rows back, some of them merged."""
+        return self.facts.graphs[graph].output(names.HIDDEN_OUT) is not None
+
     def _read(self, graph: str, layer: int, given: Given) -> dict[str, Any]:
-        """Rows, queries, keys and values that a decision takes, by its names for them."""
+        """What a decision takes of the layers before it, by its names for them."""
         read = {}
         for tensor in self.facts.graphs[graph].inputs:
             name = tensor.name
-            what, _, number = name.partition(".")
-            of = int(number) if number else layer - 1
-            if what == names.QUERY:
-                read[name] = given.tensors[names.query(of)]
-            elif what == names.HIDDEN:
-                read[name] = given.tensors[name]
-            elif what in (names.KEY, names.VALUE):
+            what = reads.named(name)
+            assert what is not None  # the manifest was checked
+            of = layer - 1 if what.layer is None else what.layer
+            if what.read.source == reads.STAGE:
+                is_hidden = what.read.name == names.HIDDEN
+                read[name] = given.tensors[name if is_hidden else names.query(of)]
+            elif what.read.source == reads.CACHE:
                 stages = given.cache.stages
                 stage = next(one for one in stages if one.stage.first <= of < one.stage.last)
-                give = self.backend.key_cache if what == names.KEY else self.backend.value_cache
+                is_key = what.read.name == names.KEY
+                give = self.backend.key_cache if is_key else self.backend.value_cache
                 read[name] = give(stage, of)
         return read | {names.SLOT: np.array([given.slot])}
 
@@ -132,6 +136,7 @@ class Decider:
             names.LAST_ROW: rows.last_row(),
             names.BUDGET: np.array([site.budget or self.facts.num_visual(turn.plan)]),
             names.SIZES: rows.sizes[visual_rows],
+            names.POSITION_IDS: rows.position_ids,
             # Drawn for every decision, so that a site's noise does not hang on the others' methods
             names.NOISE: turn.noise.random((1, len(visual_rows)), np.float32),
         }

@@ -27,23 +27,17 @@ class TextStream:
       for in what the model says, so they may hold special tokens, which the text leaves out.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stop: Collection[str] = (),
-        skip_ids: Collection[int] = (),
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Collection[str] = ()) -> None:
         """Start an answer.
 
         Args:
             tokenizer: The bundle's tokenizer.
             stop: Strings that end the answer, none empty.
-            skip_ids: Tokens without text, besides the tokenizer's special ones.
         """
         self._tokenizer = tokenizer
         self._stop = StopStrings(tokenizer, tuple(stop)) if stop else None
         added = tokenizer.get_added_tokens_decoder()
-        self._skip = {token for token, entry in added.items() if entry.special} | set(skip_ids)
+        self._skip = {token for token, entry in added.items() if entry.special}
         self._byte_ids = _byte_fallback_ids(tokenizer)
         self._window: list[int] = []  # one token of context, then the undecided ones
         self._emitted = 0  # characters of the window's text that left the window

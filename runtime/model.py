@@ -8,7 +8,7 @@ from typing import Any
 
 from patchsieve.contract.errors import CapacityError, RequestError
 from patchsieve.runtime.chat import Chat
-from patchsieve.runtime.inputs.prompt import Content
+from patchsieve.runtime.inputs.chat_template import Content
 from patchsieve.runtime.loaded import Loaded
 from patchsieve.runtime.result import Result
 

@@ -42,20 +42,22 @@ class Prefill:
 
 
 class Seen(NamedTuple):
-    """What the tower gives of B images.
+    """What the vision graph gives of one image.
 
     Attributes:
-        features: Visual tokens, [B, N, C].
-        ids: Their raster ids, [B, N].
-        sources: Token that each patch went to [B, patches], or [0, patches] where nothing prunes
-            before the decoder.
-        cls: Each image as a whole, where the plan asks for it.
+        features: Visual tokens, [N, C].
+        ids: Their raster ids, [N].
+        sources: Token that each patch went to, [patches]; None where nothing prunes before the
+            decoder.
+        num_wanted: Tokens without the bound of a method whose count adapts; None for others.
+        cls: The image as a whole, where the plan asks for it.
     """
 
     features: np.ndarray
     ids: np.ndarray
-    sources: np.ndarray
-    cls: list[VisualCls]
+    sources: np.ndarray | None
+    num_wanted: int | None
+    cls: VisualCls | None
 
 
 class Pipeline:
@@ -73,7 +75,7 @@ class Pipeline:
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle, self.backend, self.facts = bundle, backend, bundle.manifest
         self.spare_images = 0
-        self._seen: dict[tuple[str, bytes], Seen] = {}
+        self._seen: dict[tuple[str, bytes], list[Seen]] = {}
         self._decider = Decider(self.facts, backend)
         self._only_row = np.zeros(1, np.int64)
         self._scorer: TextScorer | None = None
@@ -85,7 +87,7 @@ class Pipeline:
             slots = [stage.slots for stage in self.facts.stages]
         return empty_cache(self.facts, slots, self.backend.allocate)
 
-    def see(self, pixel_values: np.ndarray, plan: str, rng: np.random.Generator) -> Seen:
+    def see(self, pixel_values: np.ndarray, plan: str, rng: np.random.Generator) -> list[Seen]:
         """Turn pixels [B, 3, h, w] into the visual tokens of a plan.
 
         Args:
@@ -104,21 +106,19 @@ class Pipeline:
             self._seen[key] = self._see(graph, pixel_values, None)
         return self._seen[key]
 
-    def _see(self, graph: str, pixel_values: np.ndarray, rng: np.random.Generator | None) -> Seen:
+    def _see(
+        self, graph: str, pixel_values: np.ndarray, rng: np.random.Generator | None
+    ) -> list[Seen]:
         num_patches = self.facts.vision.num_patches
         inputs = {names.PIXEL_VALUES: pixel_values}
         if rng is not None:
             inputs[names.NOISE] = rng.random((len(pixel_values), num_patches), np.float32)
         out = self.backend.run(graph, inputs)
         found = dict(zip(out, self.backend.fetch("image features", *out.values()), strict=True))
-        joint = found.get(names.CLS_JOINT, [None] * len(pixel_values))
-        cls = zip(found.get(names.CLS_FEATURES, ()), joint, strict=False)
-        return Seen(
-            found[names.IMAGE_FEATURES],
-            found[names.IMAGE_IDS],
-            found.get(names.IMAGE_SOURCES, np.empty((0, num_patches), np.int64)),
-            [VisualCls(features, own) for features, own in cls],
-        )
+        return [
+            _seen({name: values[image] for name, values in found.items()})
+            for image in range(len(pixel_values))
+        ]
 
     def score(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """A text's tokens in the space of the image [K, E], and their characters [K, 2]."""
@@ -239,6 +239,18 @@ class Pipeline:
             for stage in cache.stages:
                 self.backend.clear(stage)
             raise
+
+
+def _seen(found: dict[str, np.ndarray]) -> Seen:
+    """One image of a vision graph's outputs, without padding."""
+    features, ids = found[names.IMAGE_FEATURES], found[names.IMAGE_IDS]
+    num_wanted, cls = None, None
+    if names.NUM_WANTED in found:  # rows up to a bound: the tokens, then padding
+        num_wanted = int(found[names.NUM_WANTED])
+        features, ids = features[:num_wanted], ids[:num_wanted]
+    if names.CLS_FEATURES in found:
+        cls = VisualCls(found[names.CLS_FEATURES], found.get(names.CLS_JOINT))
+    return Seen(features, ids, found.get(names.IMAGE_SOURCES), num_wanted, cls)
 
 
 def _finite(logits: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ def number_tokens(ids: np.ndarray, vision: VisionModel, rule: str) -> tuple[np.n
     is_patch = ids >= 0
     if rule == "contiguous" or not is_patch.any():
         return np.arange(len(ids)), len(ids)
-    shift = vision.num_visual - vision.num_patches  # 1 where the class token stands in front
+    shift = vision.num_visual - vision.num_patches  # 1 if the class token comes first
     is_further = ~is_patch
     is_further[0] &= shift != 1
     num_further = int(is_further.sum())
@@ -56,12 +56,12 @@ def number_grid(ids: np.ndarray, vision: VisionModel) -> tuple[np.ndarray, int]:
     front = int(vision.num_visual > vision.num_patches)
     row, column = np.divmod(np.maximum(ids, 0), width)
     positions = front + np.stack((np.zeros_like(ids), row, column), axis=1)
-    behind = np.flatnonzero(~is_patch)
-    if front and behind[:1] == 0:  # the class token, which a method may have dropped
-        positions[0], behind = 0, behind[1:]
+    others = np.flatnonzero(~is_patch)
+    if front and others[:1] == 0:  # the class token, which a method may have dropped
+        positions[0], others = 0, others[1:]
     taken = front + max(height, width)
-    positions[behind] = taken + np.arange(len(behind))[:, None]
-    return positions, taken + len(behind)
+    positions[others] = taken + np.arange(len(others))[:, None]
+    return positions, taken + len(others)
 
 
 def number_rows(
@@ -71,7 +71,7 @@ def number_rows(
     rule: str,
     num_axes: int = 0,
 ) -> np.ndarray:
-    """Positions of `count` rows and of the row behind them, counted from the first.
+    """Positions of `count` rows and of the row after them, counted from the first.
 
     Args:
         count: Rows of text and images.

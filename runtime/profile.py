@@ -14,7 +14,7 @@ import numpy as np
 
 from patchsieve.contract.errors import RequestError
 from patchsieve.runtime.board import machine, power
-from patchsieve.runtime.inputs.prompt import Content
+from patchsieve.runtime.inputs.chat_template import Content
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.result import Result
 
@@ -84,7 +84,7 @@ class Runs:
         }
 
     def _power(self) -> dict[str, Any] | None:
-        """Watts over all runs, joules of an answer; None where nothing measures power."""
+        """Watts over all runs, joules of an answer; None if nothing measures power."""
         if not self.energy:
             return None
         return {
@@ -118,7 +118,7 @@ class Conditions:
         self.throttling.append(power.throttling(self.root))
 
     def measure(self, run: Callable[[], Result]) -> tuple[Result, list[dict[str, float]]]:
-        """Run, and tell watts and joules; none where nothing measures them.
+        """Run, and report watts and joules; none if nothing measures them.
 
         A sample at either end serves a run that is shorter than the interval.
         """
@@ -169,7 +169,7 @@ def profile(
         raw: The prompt is the whole text, without chat template.
         system: The system prompt.
         progress: Told what is being run.
-        root: The file system whose /sys tells power and temperatures.
+        root: The file system whose /sys reports power and temperatures.
 
     Returns:
         Machine, request, and for each plan statistics and raw values, as JSON can hold them.
@@ -177,44 +177,68 @@ def profile(
     Raises:
         RequestError: A count is too small, or the request does not fit the bundle.
     """
-    if runs < 1 or warmup < 0:
-        raise RequestError(
-            "too few runs", found=f"runs {runs}, warmup {warmup}", expected="at least 1 and 0"
-        )
+    _check_counts(warmup, runs)
     plan = plan or model.facts.default_plan
     plans = list(dict.fromkeys([plan, *([against] if against else [])]))
     model.spare_caches = max(model.spare_caches, len(plans))  # no run pays for a new cache
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "ignore_eos": True, "raw": raw}
-    options |= {"stop": (), "system": system}  # a checkpoint's stop strings would end runs early
+    # An answer of fixed length: neither an end token nor a checkpoint's stop strings end it early.
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "ignore_eos": True, "stop": ()}
+    ask = partial(model.generate, image, prompt, raw=raw, system=system, **options)
+    report = _subject(model) | {"plan": plan, "against": against}
+    report |= _measure(ask, model, plans, warmup=warmup, runs=runs, progress=progress, root=root)
+    if len(plans) > 1:
+        report["ratios"] = ratios(*(report["plans"][name] for name in plans))
+    return report
+
+
+def _check_counts(warmup: int, runs: int) -> None:
+    if runs < 1 or warmup < 0:
+        raise RequestError(
+            "a profile of too few runs",
+            found=f"runs {runs}, warmup {warmup}",
+            expected="at least 1 and 0",
+            do="give --runs 1 or more, and --warmup 0 or more",
+        )
+
+
+def _measure(
+    ask: Callable[..., Result],
+    model: Model,
+    plans: Sequence[str],
+    *,
+    warmup: int,
+    runs: int,
+    progress: Callable[[str, float], None],
+    root: Path,
+) -> dict[str, Any]:
+    """Ask with each plan in turn, and sum up what was measured of each."""
     taken = {name: Runs() for name in plans}
     with Conditions(root) as conditions:
         for number in range(warmup + runs):
             for name in plans if number % 2 else plans[::-1]:  # neither always goes first
                 progress(f"run {number + 1}, plan {name}", number / (warmup + runs))
-                result, energy = conditions.measure(
-                    partial(model.generate, image, prompt, plan=name, **options)
-                )
+                result, energy = conditions.measure(partial(ask, plan=name))
                 if number >= warmup:
                     taken[name].add(result, model.facts.plans[name].layers)
                     taken[name].energy += energy
-    measured = {name: made.to_dict() for name, made in taken.items()}
-    report = {
+    return {
+        "warmup": warmup,
+        "runs": runs,
+        "plans": {name: made.to_dict() for name, made in taken.items()},
+        "conditions": conditions.to_dict(),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _subject(model: Model) -> dict[str, Any]:
+    """What is measured, when and where."""
+    return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine.facts() | {"backend": model.backend.describe()},
         "checkpoint": model.facts.checkpoint,
         "precision": str(model.facts.precision),
         "target": model.bundle.target,
-        "warmup": warmup,
-        "runs": runs,
-        "plan": plan,
-        "against": against,
-        "plans": measured,
-        "conditions": conditions.to_dict(),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    if against is not None and against != plan:
-        report["ratios"] = ratios(measured[plan], measured[against])
-    return report
 
 
 def statistics(values: Sequence[float]) -> dict[str, float]:

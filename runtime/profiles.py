@@ -75,7 +75,7 @@ class Comparison:
         a: The first.
         b: The second, whose numbers are divided by the first's.
         plans: By plan ("A / B" where two plans of different names meet), then by part: "a", "b"
-            and their "ratio", None where A has 0.
+            and their "ratio", None if A has 0.
         differences: What is not the same in both, by name, as [A, B].
     """
 

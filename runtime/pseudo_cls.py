@@ -21,7 +21,7 @@ class VisualCls:
 
     Attributes:
         features: Class token through the projector, [C].
-        joint: Class token in the space of the text tower, [E]; None where no plan compares.
+        joint: Class token in the space of the text tower, [E]; None if no plan compares.
     """
 
     features: np.ndarray
@@ -35,7 +35,7 @@ class Words:
     Attributes:
         image: Number of the image in the conversation.
         tokens: The question's tokens as text.
-        relevance: C_i of each token (eq. 7), -inf for none, [T]; None where nothing was compared.
+        relevance: C_i of each token (eq. 7), -inf for none, [T]; None if nothing was compared.
         selected: The tokens whose mean is the pseudo-CLS, bool [T]; where there is none, the
             projected visual CLS is.
     """
@@ -83,7 +83,7 @@ def to_other_tokens(c: np.ndarray, spans: np.ndarray, other: np.ndarray) -> np.n
 
     Args:
         c: Relevance of CLIP's tokens, [K].
-        spans: Their first characters and those behind their last, [K, 2].
+        spans: Their first characters and those after their last, [K, 2].
         other: The same of the other tokens, [T, 2].
 
     Returns:

@@ -26,11 +26,19 @@ class ImageResult:
         image: Number of the image in the conversation.
         ids: Raster id of each token that enters the decoder, -1 for one that is no patch.
         sources: For each patch of the grid the token that it went to, -1 if it was dropped.
+        num_wanted: Tokens that a method would leave without its bound, where their number depends
+            on the image; None where it is fixed.
     """
 
     image: int
     ids: list[int]
     sources: list[int]
+    num_wanted: int | None = None
+
+    @property
+    def is_capped(self) -> bool:
+        """The bound cut what the method would have kept."""
+        return self.num_wanted is not None and self.num_wanted > len(self.ids)
 
     def sizes(self) -> np.ndarray:
         """Patches that each token stands for, at least 1, float32 [N]."""
@@ -39,13 +47,16 @@ class ImageResult:
         return np.maximum(counts, 1).astype(np.float32)
 
     def to_dict(self) -> dict[str, Any]:
-        """The image as `run --json` prints it."""
-        return {
+        """The image as `run --json` prints it; what was wanted only where it may differ."""
+        made = {
             "image": self.image,
             "num_visual": len(self.ids),
             "ids": self.ids,
             "sources": self.sources,
         }
+        if self.num_wanted is None:
+            return made
+        return made | {"num_wanted": self.num_wanted, "capped": self.is_capped}
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ class Rows:
         is_instruction: The row holds a token of the last question, bool [L].
         sizes: Patches that the row stands for, 1 for text, float32 [L].
         side_of: For a side row the image that it judges, TEXT for all others, int64 [L]. Side rows
-            stand behind all others; their `image` is TEXT.
-        next_position: Of the row behind them all, dropped or not, side rows not counted.
+            come after all others; their `image` is TEXT.
+        next_position: Of the row after all of them, dropped or not, side rows not counted.
     """
 
     position_ids: np.ndarray
@@ -51,21 +51,21 @@ class Rows:
         )
 
     def with_side_rows(self) -> Rows:
-        """The rows, and behind them a side row for each image that is fed.
+        """The rows, and after them a side row for each image that is fed.
 
-        Its position is that of the first text behind the image, which it does not shift.
+        Its position is that of the first text after the image, which it does not shift.
         """
         images = self.images()
         none = np.full(len(images), TEXT)
         behind_all = np.full_like(self.position_ids[:1], self.next_position)
         positions = np.concatenate((self.position_ids, behind_all))
         is_text = np.append(self.image == TEXT, True)
-        behind = [
+        following = [
             self.of_image(image)[-1] + np.argmax(is_text[self.of_image(image)[-1] :])
             for image in images
         ]
         return Rows(
-            np.concatenate((self.position_ids, positions[behind])),
+            np.concatenate((self.position_ids, positions[following])),
             np.concatenate((self.image, none)),
             np.concatenate((self.patch_ids, none)),
             np.concatenate((self.places, none)),
@@ -92,11 +92,11 @@ class Rows:
         return int((self.side_of != TEXT).sum())
 
     def side_row(self, image: int) -> np.ndarray:
-        """Index of an image's side row, [1]; none where there is no such row, [0]."""
+        """Index of an image's side row, [1]; [0] if it has none."""
         return np.flatnonzero(self.side_of == image)
 
     def last_seen(self) -> np.ndarray:
-        """The last row that each row sees besides itself, [L]: a side row, its image's last."""
+        """The last row but itself that each row sees, [L]: a side row, its image's last."""
         seen = np.arange(len(self))
         for row in np.flatnonzero(self.side_of != TEXT):
             seen[row] = self.of_image(self.side_of[row])[-1]
@@ -111,14 +111,14 @@ class Rows:
         return np.flatnonzero(self.image == image)
 
     def text_for(self, image: int) -> np.ndarray:
-        """Rows that judge an image: the question behind it, [T].
+        """Rows that judge an image: the question after it, [T].
 
-        Where the question stands before the image, every later text row judges it (the opening of
-        the answer, at least); where no text follows, the last row does.
+        If the question comes before the image, every later text row judges it (the opening of the
+        answer, at least). If no text follows, the last row does.
         """
         last = self.of_image(image)[-1]
-        behind = (np.arange(len(self)) > last) & (self.image == TEXT) & (self.side_of == TEXT)
-        for chosen in (behind & self.is_instruction, behind):
+        later = (np.arange(len(self)) > last) & (self.image == TEXT) & (self.side_of == TEXT)
+        for chosen in (later & self.is_instruction, later):
             if chosen.any():
                 return np.flatnonzero(chosen)
         return self.last_row()

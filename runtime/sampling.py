@@ -92,7 +92,12 @@ class Sampler:
         """
         options = self.options
         if options.temperature == 0:
-            raise RequestError("greedy choice has no distribution", found="temperature 0")
+            raise RequestError(
+                "greedy choice has no distribution",
+                found="temperature 0",
+                expected="a temperature above 0",
+                do="give --temperature a number above 0",
+            )
         scores = self._penalised(logits)
         ids = np.flatnonzero(scores > -np.inf)
         if 0 < options.top_k < ids.size:
@@ -112,7 +117,9 @@ class Sampler:
         """float32 scores after the penalties, [V]: finite, or minus infinity where forbidden."""
         scores = np.asarray(logits, dtype=np.float32)
         if scores.ndim != 1 or scores.size == 0:
-            raise PatchsieveError("bad logits", found=f"shape {scores.shape}", expected="[V]")
+            raise PatchsieveError(
+                "bad logits", found=f"shape {scores.shape}", expected="[V]", do="pass one row"
+            )
         finite = np.isfinite(scores)
         if not finite.all():
             raise PatchsieveError(

@@ -11,6 +11,12 @@ import numpy as np
 from patchsieve.contract.errors import RequestError
 from patchsieve.contract.manifest import Manifest
 
+# Options of `patchsieve run`; Python users have all of them.
+_ON_THE_COMMAND_LINE = (
+    *("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty"),
+    *("no_repeat_ngram_size", "min_new_tokens", "seed", "stop"),
+)
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -64,28 +70,22 @@ class SamplingOptions:
         if self.seed is not None:
             _check_int("seed", self.seed, 0)
         if not _is_real(self.temperature) or self.temperature < 0:
-            raise RequestError("bad temperature", found=repr(self.temperature), expected=">= 0")
+            raise _bad("temperature", self.temperature, "a number >= 0")
         if not _is_real(self.top_p) or not 0 < self.top_p <= 1:
-            raise RequestError("bad top_p", found=repr(self.top_p), expected="0 < top_p <= 1")
+            raise _bad("top_p", self.top_p, "a number above 0 and at most 1")
         if not _is_real(self.repetition_penalty) or self.repetition_penalty <= 0:
-            raise RequestError(
-                "bad repetition_penalty", found=repr(self.repetition_penalty), expected="> 0"
-            )
+            raise _bad("repetition_penalty", self.repetition_penalty, "a number > 0")
         for name in ("suppress_tokens", "begin_suppress_tokens"):
             object.__setattr__(self, name, _tokens(name, getattr(self, name)))
         words = self.bad_words_ids
         if not isinstance(words, (tuple, list)) or not all(words):
-            raise RequestError(
-                "bad bad_words_ids", found=repr(words)[:60], expected="lists of token ids"
-            )
+            raise _bad("bad_words_ids", words, "lists of token ids")
         words = tuple(_tokens("bad_words_ids", word) for word in words)
         object.__setattr__(self, "bad_words_ids", words)
         if not isinstance(self.stop, (tuple, list)) or not all(
             isinstance(text, str) and text for text in self.stop
         ):
-            raise RequestError(
-                "bad stop", found=repr(self.stop), expected="a tuple of strings, none empty"
-            )
+            raise _bad("stop", self.stop, "a tuple of strings, none empty")
         object.__setattr__(self, "stop", tuple(self.stop))
 
 
@@ -111,10 +111,20 @@ def options_of(asked: dict[str, Any], facts: Manifest) -> SamplingOptions:
     unknown = [name for name in asked if name not in known]
     if unknown:
         raise RequestError(
-            "unknown option of a request", found=", ".join(unknown), expected=", ".join(known)
+            "unknown option of a request",
+            found=", ".join(unknown),
+            expected=", ".join(known),
+            do="remove it, or use one of those",
         )
     usual = min(SamplingOptions.max_new_tokens, facts.limits.max_new_tokens)
     return SamplingOptions(**{"max_new_tokens": usual} | facts.generation.options() | asked)
+
+
+def _bad(name: str, value: object, expected: str) -> RequestError:
+    option = f"--{name.replace('_', '-')}" if name in _ON_THE_COMMAND_LINE else name
+    return RequestError(
+        f"bad {name}", found=repr(value)[:60], expected=expected, do=f"give {option} {expected}"
+    )
 
 
 def _is_real(value: object) -> bool:
@@ -130,9 +140,9 @@ def _tokens(name: str, value: object) -> tuple[int, ...]:
         type(token) is int and token >= 0 for token in value
     ):
         return tuple(value)
-    raise RequestError(f"bad {name}", found=repr(value)[:60], expected="token ids")
+    raise _bad(name, value, "token ids")
 
 
 def _check_int(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise RequestError(f"bad {name}", found=repr(value), expected=f"a whole number >= {least}")
+        raise _bad(name, value, f"a whole number >= {least}")

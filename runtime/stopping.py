@@ -51,7 +51,7 @@ class Stop:
 
     Attributes:
         before: Shown bytes of earlier tokens that belong to it.
-        kept: Bytes of the last token that stand before it.
+        kept: Bytes of the last token that come before it.
         cut: Bytes of the last token from its beginning on.
     """
 

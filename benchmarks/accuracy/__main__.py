@@ -6,7 +6,7 @@
         --results /tmp/try --figures /tmp/try             # a try
 
 Heads, bundles and answers are made by patchsieve's own export, calibrate and evaluation, on the CPU
-backend, and kept in --work: an interrupted run goes on, another table asks only what is new. Rows
+backend, and kept in --work: an interrupted run continues, another table asks only what is new. Rows
 whose decoder is trained take some 20 minutes of two cores each, the first time, that with the tower
 100. Each table is printed as Markdown and written to benchmarks/results/accuracy-TABLE.json and
 .md, figures of two of them to docs/.
@@ -62,17 +62,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--figures", type=Path, default=ROOT / "docs", help="where figures go")
     add("--workers", type=int, default=os.cpu_count(), help="processes that ask (all cores)")
     how = Training()
-    add("--steps", type=int, default=how.steps, help=f"of learning ATP's heads ({how.steps})")
-    add("--lm-steps", type=int, default=how.lm_steps, help=f"of decoders ({how.lm_steps})")
+    add("--steps", type=int, default=how.steps, help=f"steps of ATP's heads ({how.steps})")
+    add("--lm-steps", type=int, default=how.lm_steps, help=f"steps of decoders ({how.lm_steps})")
     steps = how.tower_steps
-    add("--tower-steps", type=int, nargs=len(steps), default=steps, help=f"of towers ({steps})")
+    add(
+        "--tower-steps",
+        type=int,
+        nargs=len(steps),
+        default=steps,
+        help=f"steps of towers ({steps})",
+    )
     add(
         "--finish-steps",
         type=int,
         default=how.finish_steps,
-        help=f"of decoders with hard masks, after those ({how.finish_steps})",
+        help=f"further steps of decoders, with hard masks ({how.finish_steps})",
     )
-    add("--learning-rate", type=float, default=how.rate, help=f"of them ({how.rate})")
+    add("--learning-rate", type=float, default=how.rate, help=f"rate of ATP's heads ({how.rate})")
     add("--lambda-atp", type=float, default=how.weight, help=f"weight of eq. 12 ({how.weight})")
     add("--lambda-target", type=float, default=how.pull, help=f"weight of eq. 13 ({how.pull})")
     add("--no-training", action="store_true", help="leave out decoders that are not trained yet")

@@ -48,7 +48,7 @@ def draw_kinds(found: Mapping[str, Any], labels: Sequence[str]) -> str:
 
     Args:
         found: The table.
-        labels: Rows; the first that was run is drawn, of the part where it stands first.
+        labels: Rows; the first that was run is drawn, of the part where it comes first.
     """
     run = {}
     for row in (row for part in found["parts"] for row in part["rows"] if "not_run" not in row):

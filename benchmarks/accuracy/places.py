@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from patchsieve.calibration.checkpoint import Encoder
+from patchsieve.calibration.encoder import Encoder
 from patchsieve.contract.plan import Plan
 from patchsieve.cost import RUNTIME, ModelShape, Schedule, ScorerShape, cost, no_pruning, of_plan
 from patchsieve.cost.config import read_shape

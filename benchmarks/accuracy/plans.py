@@ -51,7 +51,7 @@ class Row:
         plan: What prunes; sites of `atp` without thresholds take those of `heads`.
         heads: Thresholds to make first.
         trains: The decoder is trained with the plan first, and its checkpoint asked.
-        trains_tower: Tower, projector and decoder are trained together before, behind the plan's
+        trains_tower: Tower, projector and decoder are trained together before, after the plan's
             first stage.
         finishes: How many times it is trained further then: with hard masks, or without `heads`
             on what the plan leaves in a bundle of the training before.

@@ -32,7 +32,7 @@ class Table:
         name: What `--tables` calls it.
         title: What it shows.
         parts: Its parts.
-        kinds: Tell tokens and accuracy by kind of question too.
+        kinds: Report tokens and accuracy by kind of question too.
     """
 
     name: str

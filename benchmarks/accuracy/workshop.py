@@ -28,7 +28,7 @@ from patchsieve.pruning.heads import CONFIG, TENSORS
 from patchsieve.pruning.recipes import Size
 
 _GREY = (122, 116, 104)  # CLIP's mean: what normalises to zero
-_FRESH = 1_000_000  # scenes of a tower's training begin here, behind all that others took
+_FRESH = 1_000_000  # scenes of a tower's training begin here, after all that others took
 # Of kinds of questions, from the second round on: relations have stopped to learn, and are noise.
 _LATE = ("--weights", "count=2,shape=2,texture=2,relation=0.3")
 _ROUNDS = ((1.0, ()), (0.5, _LATE), (0.5, (*_LATE, "--falls", "plan")))  # rate's factor, options
@@ -56,12 +56,12 @@ class Training:
         lm_steps: Optimiser steps of a decoder and its heads.
         lm_batch: Questions of such a step, all processes together.
         lm_rate: Of a decoder; the paper's 2e-5 is for one of 7 billion weights.
-        tower_steps: Optimiser steps of tower, projector and decoder together, of each round; what
-            rounds do differently stands in `_ROUNDS`.
+        tower_steps: Optimiser steps of tower, projector and decoder together, of each round;
+            `_ROUNDS` says what differs between rounds.
         tower_batch: Pictures of such a step, twenty questions each, all processes together.
         tower_rate: Learning rate of these steps.
         lm_heads_rate: Of the heads that learn with it.
-        finish_steps: Optimiser steps of a decoder with hard masks, behind those; a second time
+        finish_steps: Optimiser steps of a decoder with hard masks, after those; a second time
             at half the rate.
         finish_batch: Questions of such a step, all processes together; a multiple of `lm_batch`.
         finish_heads_rate: Of the heads meanwhile, which keep the target.
@@ -133,7 +133,7 @@ class Workshop:
         return Budgets(size, tower.num_layers_run)
 
     def questions(self, split: str, count: int, per_image: int = 8) -> Path:
-        """A file of questions, drawn anew where it is not there."""
+        """A file of questions, drawn again if it is not there."""
         folder = self.data / f"{split}-{count}-{per_image}"
         path = folder / "questions.jsonl"
         if not path.exists():
@@ -238,7 +238,7 @@ class Workshop:
         return [*words, "--bundle", str(base.bundle), "--plan", base.plan]
 
     def _tower(self, plan: Plan, rounds: int) -> Path:
-        """A checkpoint whose tower learned with the rest, behind a plan's first stage."""
+        """A checkpoint whose tower learned with the rest, after a plan's first stage."""
         if rounds == 0:
             return self.checkpoint
         how, (factor, options) = self.training, _ROUNDS[rounds - 1]
@@ -261,7 +261,7 @@ class Workshop:
         return f"{name}_tower_{steps}x{how.tower_batch}-{how.tower_rate:g}"
 
     def _finishing(self, row: Row) -> list[str]:
-        """The command that trains it further: with hard masks, or on the plan's choices anew."""
+        """The command that trains it further: with hard masks, or on the plan's new choices."""
         how, start = self.training, self.trained(replace(row, finishes=row.finishes - 1))
         data = self.questions("calibration", row.finishes * how.finish_steps * how.finish_batch)
         if row.heads is None:
@@ -300,7 +300,7 @@ class Workshop:
         return path
 
     def _words(self, wanted: Heads, rate: float) -> list[str]:
-        """What `calibrate` must be told of thresholds."""
+        """The options of `calibrate` that thresholds need."""
         words = ["--method", wanted.method, "--sites", ",".join(map(str, wanted.sites))]
         if "--counts" not in wanted.options:
             words += ["--target-tokens", str(wanted.target)]
@@ -311,7 +311,7 @@ class Workshop:
         return [*words, *wanted.options]
 
     def _plan_words(self, plan: Plan, name: str) -> list[str]:
-        """What `export` must be told of a plan."""
+        """The options of `export` that a plan needs."""
         path = self.folder / "plans" / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(plan.to_dict(), indent=1), encoding="utf-8")
@@ -328,7 +328,7 @@ class Workshop:
 
 
 def _resuming(words: list[str], path: Path) -> list[str]:
-    """What `calibrate` must be told besides where an earlier run was interrupted."""
+    """What continues a `calibrate` that an earlier run interrupted; nothing for other commands."""
     is_there = path.with_name(path.name + ".partial").is_dir()
     return ["--resume"] if "calibrate" in words and is_there else []
 
@@ -338,7 +338,7 @@ def _weights(checkpoint: Path) -> list[bytes]:
 
 
 def launched(words: list[str]) -> None:
-    """Run a module of Python in a process of its own; its words are told."""
+    """Run a module of Python in a process of its own, and print its words."""
     log(f"python -m {shlex.join(words)}")
     start = time.monotonic()
     threads = {"OMP_NUM_THREADS": "1"}  # a process each core
@@ -351,7 +351,7 @@ def launched(words: list[str]) -> None:
 def run(words: list[str]) -> str:
     """Run a patchsieve command in this process, and return what it prints.
 
-    Its words are told, so that a reader can run it too.
+    Its words are printed, so that a reader can run it too.
     """
     log(f"patchsieve {shlex.join(words)}")
     start, said = time.monotonic(), io.StringIO()

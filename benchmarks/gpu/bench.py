@@ -1,8 +1,8 @@
 """LLaVA-1.5-7B's shape with random weights: unpruned beside ATP's published survivors.
 
-Weights are random and survivors are drawn by lot, exactly as many as the paper tells: times and
+Weights are random and survivors are drawn by lot, exactly as many as the paper reports: times and
 bytes depend on counts and not on which tokens survive. The steps leave their results in a folder,
-so that a second call goes on where the first one had no time left.
+so that a second call continues where the first one had no time left.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Bench:
         return facts
 
     def build(self) -> None:
-        """Compile what is not compiled yet, in a process of its own; it goes on where it ended."""
+        """Compile what is not compiled yet, in a process of its own, from where it ended."""
         if self.target not in ENGINES:
             return
         self._needs("build")
@@ -176,7 +176,7 @@ class _Timed:
 
 
 def fixed_plan(shape: Shape, name: str) -> Plan:
-    """A plan that keeps exactly so many tokens behind each site, whatever the picture.
+    """A plan that keeps exactly so many tokens after each site, whatever the picture.
 
     `random` keeps floor(keep_ratio * N + 1/2) tokens, which is n where keep_ratio is n / N.
     """
@@ -259,7 +259,7 @@ def paper(shape: Shape, plans: dict[str, Any], least: dict[str, Floor]) -> dict[
     """Table 6 of ATP-LLaVA beside what was measured; only at the paper's shape.
 
     KV memory follows from counts. The paper's FLOPs do not follow from its own equations
-    (docs/papers.md), and its CUDA time tells no GPU: they are shown, not expected.
+    (docs/papers.md), and its CUDA time names no GPU: they are shown, not expected.
     """
     if shape.name != LLAVA_7B.name or shape.layers != LLAVA_7B.layers:
         return {}

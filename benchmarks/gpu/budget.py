@@ -26,7 +26,7 @@ class Budget:
 
     @property
     def left_s(self) -> float:
-        """Seconds until the end; none is left behind it."""
+        """Seconds until the end; none is left after it."""
         return max(0.0, self._start + 60 * self.minutes - self.clock())
 
     def needs(self, seconds: float, what: str) -> None:

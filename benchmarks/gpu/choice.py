@@ -38,7 +38,7 @@ def choose(report: dict[str, Any], wanted: str | None) -> str:
         if report["targets"][target]["run"]["can"]:
             return target
     if report["libraries"]["tensorrt_rtx"] is not None:
-        return "tensorrt-rtx"  # doctor knows a reason against it; a run will tell
+        return "tensorrt-rtx"  # doctor knows a reason against it; a run will show
     raise BackendMissingError("no GPU target runs here")
 
 

@@ -51,7 +51,7 @@ class Floor:
 
 
 def peak_of(device: str) -> tuple[float, float] | None:
-    """Peak of a device by its name; None where it is not in the table."""
+    """Peak of a device by its name; None if it is not in the table."""
     return next((peak for name, peak in PEAKS.items() if name in device), None)
 
 

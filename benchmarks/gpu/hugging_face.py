@@ -45,7 +45,7 @@ def measure(
         device: "cuda" or "cpu".
         precision: Of the weights.
         new_tokens: Tokens of every answer, at least 2.
-        runs: Runs that count; the median is told.
+        runs: Runs that count; the median is reported.
 
     Returns:
         By form ("sdpa", on a GPU also "sdpa, static cache, compiled"): ttft_ms, per_token_ms,

@@ -16,9 +16,9 @@ from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.choice import CPU_TARGETS, ENGINES
 from patchsieve.contract.errors import BackendMissingError, PatchsieveError
 
-PARITY_TESTS = ROOT / "tests" / "test_on_gpu.py"
+PARITY_TESTS = ROOT / "tests" / "runtime" / "test_on_gpu.py"
 NEEDS_S = 60  # neither part says anything in less
-GRACE_S = 30  # between the end that settle is told and the one that it is given
+GRACE_S = 30  # between the end that settle works to and the one at which it is stopped
 
 
 Keep = Callable[[dict[str, Any]], None]

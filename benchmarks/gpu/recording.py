@@ -1,4 +1,4 @@
-"""The logits behind each token of an answer, which a result does not carry."""
+"""The logits of each token of an answer, which a result does not carry."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ class _Answer:
 
 
 def _growth(model: Any, plan: str) -> int:
-    """Device memory that short answers leave behind; a first one takes what all of them need."""
+    """Device memory that short answers keep; a first one takes what all of them need."""
     driver = model.backend.driver
 
     def ask() -> None:

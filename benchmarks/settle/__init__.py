@@ -1,1 +1,1 @@
-"""What only a GPU can tell of the engines that we build, asked one question a process."""
+"""What only a GPU can answer about the engines that we build, asked one question a process."""

@@ -1,4 +1,4 @@
-"""Settle on an NVIDIA GPU what documentation and a build alone cannot tell.
+"""Settle on an NVIDIA GPU what documentation and a build alone cannot.
 
     python -m benchmarks.settle --json settle.json        # on a GPU, under ten minutes
     python -m benchmarks.settle --build-only              # anywhere: do the graphs compile
@@ -113,7 +113,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def gpu_facts(cuda: Cuda) -> dict[str, str]:
-    """Compute capability, CUDA versions, and name and driver where nvidia-smi tells them.
+    """Compute capability, CUDA versions, and name and driver if nvidia-smi reports them.
 
     Raises:
         BackendMissingError: No GPU answers.

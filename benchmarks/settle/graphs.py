@@ -30,8 +30,8 @@ Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 class StageSize:
     """Sizes of the stage under test.
 
-    The defaults hold 5.5 million parameters: enough that weights stored twice cannot hide behind
-    the 1.7 MB that each profile of a TensorRT-RTX engine carries anyway.
+    The defaults hold 5.5 million parameters: enough that weights stored twice show beside the
+    1.7 MB that each profile of a TensorRT-RTX engine carries anyway.
     """
 
     layers: int = 2

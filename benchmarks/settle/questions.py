@@ -1,4 +1,4 @@
-"""What only a GPU can tell: one function a question, each on engines that it builds itself.
+"""What only a GPU can answer: one function a question, each on engines that it builds itself.
 
 A function returns its Answer; a PatchsieveError that it raises is the answer "no". References are
 NumPy in float64 (reference.py).
@@ -40,7 +40,7 @@ COMPACTION_ROWS, GATHER_WIDTH = 12, 64
 
 @dataclass
 class Answer:
-    """One question's answer: yes, no or not-run, a sentence, and the numbers behind it."""
+    """One question's answer: yes, no or not-run, a sentence, and its numbers."""
 
     status: str
     text: str
@@ -428,7 +428,7 @@ def fused_attention_is_right(setup: Setup) -> Answer:
     """Settle (i): is half-precision attention as one operator right, and is it faster.
 
     A form that cannot be built, or whose compiler crashes, is wrong. What was found before a crash
-    of the engine itself stands on stderr.
+    of the engine itself is on stderr.
     """
     facts: dict[str, dict[str, Any]] = {}
     for name in ATTENTIONS:
@@ -480,8 +480,8 @@ def _attention_feed(
 
     Args:
         size: Of the attention.
-        rows: L; they stand behind the prefix, and slots behind them hold zeros.
-        is_apart: The row stands in the last slot, and sees the prefix and itself.
+        rows: L; they come after the prefix, and slots after them hold zeros.
+        is_apart: The row is in the last slot, and sees the prefix and itself.
     """
     rng = np.random.default_rng(rows)
     query = 2 * rng.standard_normal((1, size.heads, rows, size.head_dim))

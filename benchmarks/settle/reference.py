@@ -13,7 +13,7 @@ Array = np.ndarray
 
 @dataclass
 class Feed:
-    """What one call of a stage is fed besides its caches."""
+    """What one call of a stage is fed, its caches apart."""
 
     hidden: Array  # [1, L0, C]
     keep_indices: Array  # [L]
@@ -44,7 +44,7 @@ def make_feed(
         entering: L0, rows before the gather.
         slot: First slot written.
         seed: Seed of rows and survivors.
-        last_key: Last slot that each row sees besides its own, [L]; its own where not given.
+        last_key: Last slot that each row sees apart from its own, [L]; its own if not given.
 
     """
     rng = np.random.default_rng(seed)

@@ -89,35 +89,35 @@ class PrunedPrefix:
         rows = torch.cat([text[:, :first], visual.to(text.dtype), text[:, first + 1 :]], 1)
         places = torch.arange(len(self._words.prefix) - 1 + patches).expand(len(images), -1)
         places = torch.cat([places[:, :first], first + ids, places[:, first + patches :]], 1)
-        behind = first + ids.shape[1]
+        after = first + ids.shape[1]
         if self._is_random:
             kept = self._draw(ids)
         else:
             with torch.autocast("cpu", enabled=False):
-                kept = self._choose(rows, places, cls, behind)
+                kept = self._choose(rows, places, cls, after)
         bias = torch.zeros(len(self._language.layers), *rows.shape[:2])
         for layer, alive in kept.items():
-            bias[layer:, :, first:behind] = ~alive * GONE
+            bias[layer:, :, first:after] = ~alive * GONE
         return rows, bias, places, ids
 
     def _draw(self, ids: Tensor) -> dict[int, Tensor]:
-        """What is left behind each site, by chance, bool [B, N]."""
+        """What is left after each site, by chance, bool [B, N]."""
         order = torch.rand(ids.shape, generator=self._generator).argsort(1)
         return {layer: order < count for layer, count in self._counts.items()}
 
     @torch.no_grad()
-    def _choose(self, rows: Tensor, places: Tensor, cls: Tensor, behind: int) -> dict[int, Tensor]:
-        """What a bundle leaves behind each site, where no word guides it, bool [B, N].
+    def _choose(self, rows: Tensor, places: Tensor, cls: Tensor, after: int) -> dict[int, Tensor]:
+        """What a bundle leaves after each site, if no word guides it, bool [B, N].
 
         Args:
             rows: The prefix, [B, P, C].
             places: Its positions, [B, P].
             cls: Projected CLS of each picture, [B, C], which becomes the side row.
-            behind: The first row behind the picture.
+            after: The first row after the picture.
         """
-        first, num_visual, kept = self._words.image, behind - self._words.image, {}
+        first, num_visual, kept = self._words.image, after - self._words.image, {}
         hidden = torch.cat([rows, cls[:, None].to(rows.dtype)], 1)
-        places = torch.cat([places, places[:, behind : behind + 1]], 1)
+        places = torch.cat([places, places[:, after : after + 1]], 1)
         alive = torch.arange(num_visual).expand(len(rows), -1)  # places among the image's tokens
         below: list[tuple[Tensor, Tensor, Tensor]] = []
         for layer, block in enumerate(self._language.layers):

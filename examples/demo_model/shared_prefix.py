@@ -43,8 +43,8 @@ def run_questions(
     hidden = torch.cat([prefix, asked.to(prefix.dtype)], 1)  # [B, P + Q*T, C]
     if places is None:
         places = torch.arange(rows)[None]
-    behind = places[:, -1:] + 1 + torch.arange(length)  # [B or 1, T]
-    places = torch.cat([places, behind.repeat(1, ids.shape[1])], 1)
+    after = places[:, -1:] + 1 + torch.arange(length)  # [B or 1, T]
+    places = torch.cat([places, after.repeat(1, ids.shape[1])], 1)
     cos, sin = language.rotary_emb(hidden, places)  # [B or 1, P + Q*T, D]
     if prefix_bias is None:
         prefix_bias = torch.zeros(len(language.layers), len(ids), rows)
@@ -123,7 +123,7 @@ def run_rows(
         sees: Which row (axis 1) a row (axis 0) sees, bool [L, L].
 
     Returns:
-        The rows behind it; rotated queries, rotated keys and values, [B, H, L, D] each.
+        The rows after it; rotated queries, rotated keys and values, [B, H, L, D] each.
     """
     before, qkv, out, after, gate_up, down = weights
     dim = cos.shape[-1]

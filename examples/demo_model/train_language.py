@@ -123,7 +123,7 @@ def accuracy(
 
 
 class Looks(nn.Module):
-    """What the rows of objects tell linearly of how they look; thrown away after training.
+    """How objects look, read linearly from their rows; thrown away after training.
 
     Without this loss the projector lets go of what is asked late (textures), and finds no way back.
     """
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=70, help="how long (70)")
     parser.add_argument("--batch", type=int, default=8, help="images a process and step (8)")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate (3e-3)")
-    parser.add_argument("--warm", type=Path, help="a language.pt to go on from")
+    parser.add_argument("--warm", type=Path, help="a language.pt to continue from")
     parser.add_argument("--first", type=int, default=0, help="number of the first scene (0)")
     options = parser.parse_args()
     rank, ranks = start_process()

@@ -4,9 +4,9 @@
         --bundle BUNDLE --plan PLAN --data demo/calibration/questions.jsonl
 
 Which tokens survive, and what the tower makes of them, is what the bundle of the untrained model
-says, question by question; tower and projector stand still. The choices of the trained model's own
-bundle differ a little, for its attention moved. Plans that merge tokens in the decoder cannot be
-followed. The same command goes on where it was interrupted.
+says, question by question; tower and projector stay as they are. The choices of the trained
+model's own bundle differ a little, because its attention moved. Plans that merge tokens in the
+decoder cannot be followed. The same command continues where it was interrupted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaForConditionalGeneration
 
 from patchsieve.calibration.attention import PASS, install
-from patchsieve.calibration.checkpoint import Encoder
+from patchsieve.calibration.encoder import Encoder
 from patchsieve.calibration.passes import GONE
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.evaluation.questions import questions_of
@@ -87,10 +87,10 @@ class Pruner:
             files, question.content, system=question.system, plan=self.plan, max_new_tokens=1
         )
         noise = np.random.default_rng(0)
-        seen = self.model.pipeline.see(sample.pixel_values.numpy(), self.plan, noise)
+        (seen,) = self.model.pipeline.see(sample.pixel_values.numpy(), self.plan, noise)
         patches = torch.from_numpy(self.encode.patch_ids)
         is_kept = torch.ones(len(sample.input_ids), dtype=torch.bool)
-        is_kept[sample.visual[0]] = torch.isin(patches, torch.from_numpy(seen.ids[0]))
+        is_kept[sample.visual[0]] = torch.isin(patches, torch.from_numpy(seen.ids))
         places = torch.nonzero(is_kept)[:, 0]
         visual = torch.nonzero(torch.isin(places, sample.visual[0]))[:, 0]
         gone = {}
@@ -98,7 +98,7 @@ class Pruner:
             gone[site.layer] = torch.zeros(len(places), dtype=torch.bool)
             gone[site.layer][visual] = True
             gone[site.layer][visual[site.places]] = False
-        features = torch.from_numpy(np.array(seen.features[0], np.float32))
+        features = torch.from_numpy(np.array(seen.features, np.float32))
         ids, labels = sample.input_ids[is_kept], sample.labels[is_kept]
         return Pruned(ids, labels, places, features, visual, gone)
 
@@ -122,7 +122,7 @@ class Known:
 
 
 def read_answers(model: Any, samples: Sequence[Pruned]) -> tuple[Tensor, Tensor]:
-    """What the model would say where the T tokens of a batch's answers stand.
+    """What the model would say at each of the T answer tokens of a batch.
 
     Returns:
         Logits, [T, V], and the tokens themselves, [T].
@@ -152,7 +152,7 @@ def read_answers(model: Any, samples: Sequence[Pruned]) -> tuple[Tensor, Tensor]
 def batches(
     pruner: Pruner, rank: int, ranks: int, size: int, done: int = 0
 ) -> Iterator[list[Pruned]]:
-    """Endless batches behind the first `done`; every process takes records of its own."""
+    """Endless batches after the first `done`; every process takes records of its own."""
     order, rest = np.random.default_rng(rank), np.arange(rank, len(pruner.questions), ranks)
     if len(rest) < size:
         raise PatchsieveError(

@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1100, help="steps (1100)")
     parser.add_argument("--batch", type=int, default=32, help="images a process and step (32)")
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate (2e-3)")
-    parser.add_argument("--warm", type=Path, help="a tower.pt to go on from")
+    parser.add_argument("--warm", type=Path, help="a tower.pt to continue from")
     options = parser.parse_args()
     rank, ranks = start_process()
     options.path.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,8 @@
 The tower is the module that export traces, so that its choices are those of a bundle; they have no
 gradient, what the kept rows hold has. In the decoder tokens fall as --falls says: at random, or as
 IVTP chooses them by the picture's own CLS. Either way all questions about a picture share what is
-left (`train_pruned` goes on with the choices for each question). No scene is seen twice. The same
-command goes on where it was interrupted.
+left (`train_pruned` continues with the choices for each question). No scene is seen twice. The same
+command continues where it was interrupted.
 """
 
 from __future__ import annotations
@@ -56,7 +56,12 @@ def main() -> None:
         default="random",
         help="what decides which tokens fall in the decoder: chance, or the plan's ivtp (random)",
     )
-    add("--weights", type=weights_in, default="count=2", help="of kinds of questions (count=2)")
+    add(
+        "--weights",
+        type=weights_in,
+        default="count=2",
+        help="weights of kinds of questions (default: count=2)",
+    )
     options = parser.parse_args()
     check_free(options.out)
     rank, ranks = start_process()

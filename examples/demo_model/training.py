@@ -70,13 +70,13 @@ class Optimiser:
         return [part.state_dict() for part in self._parts]
 
     def load_state_dict(self, state: list[Any]) -> None:
-        """Go on from it."""
+        """Continue from it."""
         for part, own in zip(self._parts, state, strict=True):
             part.load_state_dict(own)
 
 
 class State:
-    """What an interrupted training goes on from: a file beside the checkpoint that it makes.
+    """What an interrupted training continues from: a file beside the checkpoint that it makes.
 
     Args:
         options: The command line; `out` is the checkpoint.
@@ -97,7 +97,7 @@ class State:
         self._model, self._optimiser = model, optimiser
 
     def restore(self) -> int:
-        """Go on from the file, where there is one: steps done."""
+        """Continue from the file, if there is one: steps done."""
         if not self._path.exists():
             return 0
         kept = torch.load(self._path)
@@ -111,7 +111,7 @@ class State:
         return int(kept["done"])
 
     def keep(self, done: int) -> None:
-        """Write the file now and then, behind `done` steps."""
+        """Write the file now and then, after `done` steps."""
         if self._is_writer and done % self._EVERY == 0:
             model, optimiser = self._model.state_dict(), self._optimiser.state_dict()
             facts = {"done": done, "options": self._options}

@@ -149,5 +149,8 @@ class Family(ABC):
             return CONFIG_MAPPING[self.model_type].from_dict(raw)
         except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise UnsupportedModelError(
-                f"transformers does not accept {path}", found=str(error)[:300], expected=str(self)
+                f"transformers does not accept {path}",
+                found=str(error)[:300],
+                expected=str(self),
+                do="correct that file",
             ) from error

@@ -30,7 +30,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 ROTARY_KINDS = ("default", "linear", "llama3", "yarn")  # those that do not depend on the length
 
 
-def sizes(config: Any) -> dict[str, int]:
+def sizes(config: Any) -> dict[str, Any]:
     """The sizes of a text config, by the names of `DecoderSpec`."""
     heads = config.num_attention_heads
     return {
@@ -71,6 +71,7 @@ def _rotary(config: Any) -> tuple[tuple[float, ...], float]:
             "this rotary scaling is not supported",
             found=f"rope_type {kind}",
             expected=", ".join(ROTARY_KINDS),
+            do="give a checkpoint without this scaling",
         )
     if kind == "default":
         inv_freq, scale = LlamaRotaryEmbedding.compute_default_rope_parameters(config)

@@ -5,22 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from patchsieve.contract.model import VisionModel
-
-
-@dataclass(frozen=True)
-class HeadShape:
-    """How attention divides a row, which is all that a decision needs to know of a decoder.
-
-    Attributes:
-        num_heads: Query heads, H.
-        num_kv_heads: Key and value heads, G; G divides H.
-        head_dim: Width of a head, D.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+from patchsieve.contract.model import TextModel, VisionModel
 
 
 @dataclass(frozen=True)
@@ -52,10 +37,10 @@ class DecoderSpec:
     max_rows: int
     rotary_sections: tuple[int, ...] = ()
 
-    @property
-    def heads(self) -> HeadShape:
-        """How attention divides a row."""
-        return HeadShape(self.num_heads, self.num_kv_heads, self.head_dim)
+    @classmethod
+    def of_facts(cls, facts: TextModel) -> DecoderSpec:
+        """Read what a manifest says of a decoder."""
+        return cls(**{f.name: getattr(facts, f.name) for f in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -63,7 +48,7 @@ class TowerSpec:
     """A vision transformer.
 
     Attributes:
-        has_cls: A class token stands before the patches.
+        has_cls: A class token comes before the patches.
         has_pre_norm: A layer norm follows the embeddings (CLIP).
         patch_bias: The patch embedding has a bias (SigLIP).
     """

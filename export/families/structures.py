@@ -66,5 +66,6 @@ def _module(config: Any, known: Mapping[str, ModuleType], what: str) -> ModuleTy
             f"this {what} is not supported",
             found=config.model_type,
             expected=", ".join(sorted(known)) + (" (Vicuna is llama)" if known is DECODERS else ""),
+            do="give a checkpoint of one of these structures",
         )
     return known[config.model_type]

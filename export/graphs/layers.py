@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from patchsieve.contract.errors import UnsupportedModelError
+from patchsieve.export.families.specs import DecoderSpec
 from patchsieve.export.graphs import ops
+from patchsieve.pruning.rotary import angles
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": nn.functional.silu,
@@ -53,3 +55,20 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[1, L, C] -> [1, L, C]."""
         return ops.rms_norm(x, self.weight, self.eps)
+
+
+def rotary_tables(
+    position_ids: Tensor, inv_freq: Tensor, spec: DecoderSpec, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rows' angles, [1, L, D / 2] each.
+
+    Args:
+        position_ids: int64 [L]; with A rotary sections [L, A].
+        inv_freq: Radians per position, float32 [D / 2].
+        spec: The decoder.
+        dtype: Of the rows.
+    """
+    turn = angles(position_ids, inv_freq, spec.rotary_sections)  # [L, D / 2]
+    cos = (turn.cos() * spec.rotary_scale).to(dtype).unsqueeze(0)
+    sin = (turn.sin() * spec.rotary_scale).to(dtype).unsqueeze(0)
+    return cos, sin

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from patchsieve.contract import names
 from patchsieve.export.families.specs import DecoderSpec
 from patchsieve.export.graphs import ops
-from patchsieve.export.graphs.layers import Linear, RMSNorm, activation
+from patchsieve.export.graphs.layers import Linear, RMSNorm, activation, rotary_tables
 from patchsieve.export.graphs.trace import Input
-from patchsieve.pruning.rotary import angles
 
 
 class Attention(nn.Module):
@@ -148,9 +147,7 @@ class Stage(nn.Module):
             decisions may read, [1, L, H * D] each; then the caches.
         """
         x = hidden.index_select(1, keep_indices)  # [1, L, C]
-        turn = angles(position_ids, self.inv_freq, self.spec.rotary_sections)  # [L, D / 2]
-        cos = (turn.cos() * self.spec.rotary_scale).to(x.dtype).unsqueeze(0)  # [1, L, D / 2]
-        sin = (turn.sin() * self.spec.rotary_scale).to(x.dtype).unsqueeze(0)
+        cos, sin = rotary_tables(position_ids, self.inv_freq, self.spec, x.dtype)
         queries: list[Tensor] = []
         updated: list[Tensor] = []
         for (number, layer), cache in zip(self.layers.items(), caches, strict=True):

@@ -29,7 +29,7 @@ class Input:
 
 @contextlib.contextmanager
 def fake_weights() -> Iterator[FakeTensorMode]:
-    """Modules built inside hold no memory; `trace` takes them all the same."""
+    """Modules built inside take no memory; `trace` accepts them too."""
     with FakeTensorMode() as mode:
         yield mode
 
@@ -83,7 +83,12 @@ def trace(
             output_names=output_names,
         )
     assert converted is not None  # torch returns None only for its old exporter
-    model = converted.model
+    _name_axes(converted.model, leaves)
+    return converted.model
+
+
+def _name_axes(model: ir.Model, leaves: list[Input]) -> None:
+    """Give the axes of inputs and outputs our names for torch's symbols; drop all other symbols."""
     named = {
         str(axis): name
         for leaf, value in zip(leaves, model.graph.inputs, strict=True)
@@ -100,11 +105,10 @@ def trace(
                 value.shape = None
         node.metadata_props.clear()
     model.metadata_props.clear()
-    return model
 
 
 def bind(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol]) -> None:
-    """Give each initializer that stands in `tensors` its stored tensor."""
+    """Give each initializer that `tensors` names its stored tensor."""
     for name, value in model.graph.initializers.items():
         if name in tensors:
             value.const_value = tensors[name]

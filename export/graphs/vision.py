@@ -16,6 +16,7 @@ from patchsieve.export.families.specs import TowerSpec
 from patchsieve.export.graphs import ops
 from patchsieve.export.graphs.layers import Linear, activation
 from patchsieve.export.graphs.trace import Input, trace
+from patchsieve.pruning.counts import check_adapting
 from patchsieve.pruning.encoder.walk import NOWHERE, Tower, TowerMethod, Walk
 from patchsieve.pruning.projector.pooling import Pooling
 from patchsieve.pruning.rollout import Layer
@@ -124,8 +125,9 @@ class Vision(nn.Module):
         joint: Makes the class token's counterpart in the space of a text tower.
 
     Attributes:
-        num_visual: Visual tokens of one image that enter the decoder.
+        num_visual: Visual tokens of one image that enter the decoder, at most where `adapts`.
         reads_noise: A method draws.
+        adapts: How many tokens are left depends on the image.
     """
 
     def __init__(
@@ -159,6 +161,7 @@ class Vision(nn.Module):
         chosen = [m for m in (encoder, projector) if m is not None and m is not self.pooling]
         self.methods = cast(tuple[TowerMethod, ...], tuple(chosen))
         self.reads_noise = any("noise" in method.reads for method in self.methods)
+        self.adapts = any(method.adapts for method in self.methods)
         self.num_visual = tokens_left(facts, self.methods, self.pooling)
 
     @property
@@ -175,7 +178,8 @@ class Vision(nn.Module):
 
         Returns:
             image_features [B, N, C], image_ids [B, N]; where something prunes, image_sources
-            [B, patches]; where they are asked for, cls_features [B, C] and cls_joint [B, E].
+            [B, patches]; where the count adapts, num_wanted [B], of which N is the bound: further
+            rows are padding; where they are asked for, cls_features [B, C] and cls_joint [B, E].
         """
         weight = cast(Linear, self.multi_modal_projector["linear_1"]).weight
         walk = Walk(self.tower, self.methods, noise)
@@ -193,7 +197,10 @@ class Vision(nn.Module):
             return self._project(rows[:, first:]), ids.expand(rows.shape[0], -1)
         tokens = walk.finish(rows)
         sources = torch.where(tokens.sources < 0, NOWHERE, tokens.sources - first)
-        return self._project(tokens.rows[:, first:]), tokens.ids[:, first:], sources
+        made = self._project(tokens.rows[:, first:]), tokens.ids[:, first:], sources
+        if tokens.num_wanted is None:
+            return made
+        return (*made, tokens.num_wanted + (int(self.facts.has_cls) - first))
 
     def _cls(self, rows: Tensor, walk: Walk) -> tuple[Tensor, ...]:
         """The class token of rows [B, n, F * C], projected, and in the joint space.
@@ -202,7 +209,7 @@ class Vision(nn.Module):
         """
         if not self.has_cls_outputs:
             return ()
-        cls = rows[:, 0] if self.facts.has_cls else rows.sum(1) / rows.shape[1]  # [B, F * C]
+        cls = rows[:, 0] if self.facts.has_cls else walk.mean(rows)  # [B, F * C]
         features = (self._project(cls),)
         if self.joint is None:
             return features
@@ -248,10 +255,14 @@ def tokens_left(
             found=f"{methods[0].name} in the tower before it",
             do="remove one of them",
         )
-    for method in methods:
-        places = method.places(facts.num_patches, facts.num_layers_run)
+    pruned = [method.places(facts.num_patches, facts.num_layers_run) for method in methods]
+    check_adapting(
+        [(method.entry, len(each)) for method, each in zip(methods, pruned, strict=True)]
+    )
+    for method, places in zip(methods, pruned, strict=True):
         last = min(places.values())
-        if last > left or (last == left and method is not methods[0]):
+        drops_nothing = last == left and method is not methods[0] and not method.adapts
+        if last > left or drops_nothing:
             raise PatchsieveError(
                 f"{method.name} would drop nothing behind {methods[0].name}",
                 found=f"{last} to keep of {left}",
@@ -274,6 +285,8 @@ def vision_graph(vision: Vision, mode: FakeTensorMode | None = None) -> ir.Model
     outputs = [names.IMAGE_FEATURES, names.IMAGE_IDS]
     if not vision.is_plain:
         outputs.append(names.IMAGE_SOURCES)
+    if vision.adapts:
+        outputs.append(names.NUM_WANTED)
     if vision.has_cls_outputs:
         outputs.append(names.CLS_FEATURES)
     if vision.joint is not None:

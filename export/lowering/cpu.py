@@ -33,7 +33,7 @@ class Cpu(Lowering):
         """The angles serve as the operator's table, each row its own entry."""
         states, cos, sin = inputs_of(node)
         first = self.constant([0])
-        rows = self.once("row_numbers", self._row_numbers)
+        rows = self._row_numbers(cos)
         tables = [self.op("Squeeze", table, first) for table in (cos, sin)]
         return [self.op("RotaryEmbedding", states, rows, *tables, domain=MICROSOFT)]
 
@@ -173,12 +173,18 @@ class Cpu(Lowering):
         numbers = self.op("Range", first, last, self.constant(1))
         return self.op("Unsqueeze", numbers, self.constant([0, 1, 3]))
 
-    def _row_numbers(self) -> ir.Value:
-        length = self.op(
-            "Squeeze", self.op("Shape", self.inputs[names.LAST_KEY]), self.constant([0])
-        )
-        numbers = self.op("Range", self.constant(0), length, self.constant(1))
-        return self.op("Unsqueeze", numbers, self.constant([0]))  # [1, L]
+    def _row_numbers(self, table: ir.Value) -> ir.Value:
+        """0 to L - 1, [1, L], for a table of L rows."""
+        last_key = self.inputs.get(names.LAST_KEY)
+        if last_key is not None:  # a stage, all of whose tables have a row for each of its keys
+            return self.once("row_numbers", lambda: self._numbers(self.op("Shape", last_key)))
+        return self._numbers(self.op("Shape", table, start=1, end=2))
+
+    def _numbers(self, length: ir.Value) -> ir.Value:
+        """0 to L - 1, [1, L], from L as [1]."""
+        end = self.op("Squeeze", length, self.constant([0]))
+        numbers = self.op("Range", self.constant(0), end, self.constant(1))
+        return self.op("Unsqueeze", numbers, self.constant([0]))
 
     def _total(self) -> ir.Value:
         """Rows present once the new ones are written, [1]."""

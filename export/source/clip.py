@@ -25,7 +25,7 @@ class Tensors(Protocol):
     def read(self, name: str) -> Tensor:
         """Read one tensor."""
 
-    def require(self, wanted: dict[str, tuple[int, ...]], of: str) -> None:
+    def require(self, wanted: dict[str, tuple[int, ...]], model: str) -> None:
         """Refuse a source that lacks a tensor or holds one of another shape."""
 
 
@@ -89,7 +89,11 @@ def _from_hugging_face(source: str) -> ClipSource:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise PatchsieveError(f"cannot read {path}", found=error) from error
+        raise PatchsieveError(
+            f"cannot read {path}",
+            found=error,
+            do="give --scorer a directory that holds a CLIP, or open_clip",
+        ) from error
     model_type = raw.get("model_type") if isinstance(raw, dict) else None
     if model_type != "clip":
         raise UnsupportedModelError(
@@ -105,7 +109,9 @@ def _from_hugging_face(source: str) -> ClipSource:
         tokenizer = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError) as error:
         raise PatchsieveError(
-            f"the scorer {source} has no tokenizer", found=str(error).splitlines()[0]
+            f"the scorer {source} has no tokenizer",
+            found=str(error).splitlines()[0],
+            do="copy its tokenizer's files into the directory of --scorer",
         ) from error
     spec = TextSpec(
         vocab_size=text.vocab_size,
@@ -135,15 +141,16 @@ class _Table:
         """Read one tensor."""
         return self.tensors[name]
 
-    def require(self, wanted: dict[str, tuple[int, ...]], of: str) -> None:
+    def require(self, wanted: dict[str, tuple[int, ...]], model: str) -> None:
         """Refuse a source that lacks a tensor or holds one of another shape."""
         for name, shape in wanted.items():
             found = self.tensors.get(name)
             if found is None or tuple(found.shape) != shape:
                 raise UnsupportedModelError(
-                    f"{name} is not what {of} should hold",
+                    f"{name} is not what {model} should hold",
                     found="no such tensor" if found is None else list(found.shape),
                     expected=list(shape),
+                    do="give --scorer the weights of this model",
                 )
 
 
@@ -168,6 +175,7 @@ def _from_open_clip(source: str, name: str, pretrained: str) -> ClipSource:
             f"open_clip does not load {name} with {pretrained}",
             found=" ".join(str(error).split())[:200],
             expected="one of open_clip.list_pretrained(), or a file of weights",
+            do="correct --scorer open_clip:MODEL:TAG",
         ) from error
     tower = getattr(model, "text", model)  # some models hold it as a part
     _check_open_clip(source, tower, tokenizer)
@@ -297,5 +305,6 @@ def _checked(
             f"the scorer {source} has a tokenizer that does not fit it",
             found=f"ids {ids} of the marks",
             expected=f"two ids below {spec.vocab_size}",
+            do="give --scorer a CLIP with its own tokenizer",
         )
     return ClipSource(source, spec, tokenizer, *ids, tensors)

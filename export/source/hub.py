@@ -21,9 +21,12 @@ from patchsieve.export.source.weight_files import (
 
 Result = TypeVar("Result")
 ADAPTER = "adapter_config.json"
-# What a checkpoint may hold besides weights that export, calibrate and verify read.
+# Files of a checkpoint, other than weights, that export, calibrate and verify read.
 _SMALL = (
     "README.md",  # its card names the licence
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
     "config.json",
     "generation_config.json",
     "processor_config.json",
@@ -79,6 +82,7 @@ def locate(
             "there is no such checkpoint",
             found=repr(checkpoint),
             expected="a directory with config.json, or a hub id such as llava-hf/llava-1.5-7b-hf",
+            do="correct the path or the id",
         )
     return _reached(lambda: _download(checkpoint, revision, check), checkpoint, revision)
 

@@ -45,7 +45,7 @@ _DEFAULTS = {
     "SiglipImageProcessor": _SIGLIP,
     "LlavaImageProcessor": _CLIP,
 }
-# What stands for a null in a step that is switched off; the padding's colour is then black.
+# What takes the place of a null in a step that is off; the padding's colour is then black.
 _UNUSED = (
     ("do_resize", "resample", 3),
     ("do_rescale", "rescale_factor", 1 / 255),

@@ -1,6 +1,6 @@
 """Whether a checkpoint's weights are quantised. The tensors decide, not what config.json says.
 
-Trainers leave `quantization_config` behind in checkpoints whose weights were merged into floats.
+Trainers leave `quantization_config` in checkpoints whose weights were merged into floats.
 """
 
 from __future__ import annotations
@@ -113,6 +113,6 @@ def _method(entry: Any) -> str:
 
 
 def _replaces(name: str, names: set[str]) -> bool:
-    """Whether a quantised layer's tensor stands in the place of its weight."""
+    """Whether a quantised layer's tensor takes the place of its weight."""
     end = next(end for end in _SIGNS if name.endswith(end))
     return f"{name.removesuffix(end)}.weight" not in names

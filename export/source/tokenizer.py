@@ -56,18 +56,10 @@ def write_tokenizer(
             "the checkpoint has no config.json", found=str(checkpoint), do="give a model directory"
         )
     tokenizer = _load(checkpoint)
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    # Not backend.save, whose error on a full disk is no OSError.
-    (out / "tokenizer.json").write_text(backend.to_str(pretty=False), encoding="utf-8")
-    special = tokenizer.special_tokens_map
     chat_template = _chat_template(checkpoint, tokenizer)
-    if chat_template is not None:
-        # No newline translation: the template's text is part of the prompt
-        (out / "chat_template.jinja").write_bytes(chat_template.encode("utf-8"))
+    _write_files(out, tokenizer.backend_tokenizer, chat_template)
+    special, ids = tokenizer.special_tokens_map, tokenizer.backend_tokenizer.get_vocab()
     image_token_id = config.get("image_token_id", config.get("image_token_index"))
-    ids = backend.get_vocab()
     settings = _read_json(checkpoint / "tokenizer_config.json")
     _compare_bos(settings, _read_json(out / "tokenizer.json"), special.get("bos_token"))
     image_token = _image_token(checkpoint, tokenizer, image_token_id, ids, image_token)
@@ -84,6 +76,17 @@ def write_tokenizer(
     }
 
 
+def _write_files(out: Path, backend: Any, chat_template: str | None) -> None:
+    """Write a tokenizer of the tokenizers library, and the template of a chat."""
+    backend.no_truncation()
+    backend.no_padding()
+    # Not backend.save, whose error on a full disk is no OSError.
+    (out / "tokenizer.json").write_text(backend.to_str(pretty=False), encoding="utf-8")
+    if chat_template is not None:
+        # No newline translation: the template's text is part of the prompt
+        (out / "chat_template.jinja").write_bytes(chat_template.encode("utf-8"))
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     """The file's object, empty if there is no file."""
     if not path.is_file():
@@ -95,7 +98,11 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path.name} cannot be read", found=str(error), do="download the checkpoint again"
         ) from error
     if not isinstance(value, dict):
-        raise UnsupportedModelError(f"{path.name} cannot be read", expected="a JSON object")
+        raise UnsupportedModelError(
+            f"{path.name} cannot be read",
+            expected="a JSON object",
+            do="download the checkpoint again",
+        )
     return value
 
 

@@ -56,7 +56,10 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict):
         raise PatchsieveError(
-            f"cannot use {path}", found=type(value).__name__, expected="a JSON object"
+            f"cannot use {path}",
+            found=type(value).__name__,
+            expected="a JSON object",
+            do="download it again",
         )
     return value
 
@@ -238,7 +241,10 @@ class WeightsFile:
             (RuntimeError, OSError, ValueError, EOFError, KeyError, pickle.UnpicklingError),
         )
         if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-            raise PatchsieveError(f"the weights file {self.path} is not a table of tensors")
+            raise PatchsieveError(
+                f"the weights file {self.path} is not a table of tensors",
+                do="download it again, or save the model as safetensors",
+            )
         return loaded
 
     def _open(self) -> Any:

@@ -74,29 +74,7 @@ def main(argv: Sequence[str] | None = None, called: str | None = None) -> int:
         argv: The words; by default those of the command line.
         called: What the user typed for `patchsieve COMMAND`, if another program passes them on.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(
-        prog="patchsieve",
-        description=_ABOUT,
-        epilog=_ORDER,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    version = f"patchsieve {__version__}"
-    parser.add_argument("-v", "--version", action="version", version=version)
-    commands = parser.add_subparsers(
-        dest="command", metavar="COMMAND", required=True, title="commands"
-    )
-    named = next((word for word in argv if not word.startswith("-")), None)
-    for name, what in COMMANDS.items():
-        program = called if name == named else None
-        command = commands.add_parser(name, help=what, description=what, prog=program)
-        command.as_json = "--json" in argv
-        command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-        if name == named:  # only the command that is called is imported
-            importlib.import_module(f"{__name__}.{name}").add_arguments(command)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    args = _parse(list(sys.argv[1:] if argv is None else argv), called)
     module = importlib.import_module(f"{__name__}.{args.command}")
     with _signals() as received:
         try:
@@ -120,6 +98,33 @@ def main(argv: Sequence[str] | None = None, called: str | None = None) -> int:
             # Not only KeyboardInterrupt: torch turns one inside a trace into errors of its own.
             print("patchsieve: interrupted", file=sys.stderr)
             return INTERRUPTED
+
+
+def _parse(argv: list[str], called: str | None) -> argparse.Namespace:
+    """The command and its options; only the file of the command that is called is imported."""
+    parser = _Parser(
+        prog="patchsieve",
+        description=_ABOUT,
+        epilog=_ORDER,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    version = f"patchsieve {__version__}"
+    parser.add_argument("-v", "--version", action="version", version=version)
+    commands = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, title="commands"
+    )
+    named = next((word for word in argv if not word.startswith("-")), None)
+    for name, what in COMMANDS.items():
+        program = called if name == named else None
+        command = commands.add_parser(name, help=what, description=what, prog=program)
+        command.as_json = "--json" in argv
+        command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+        if name == named:
+            importlib.import_module(f"{__name__}.{name}").add_arguments(command)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
 
 
 @contextlib.contextmanager

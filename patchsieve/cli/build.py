@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         code = _dry_run(args, request)
         say_target(args, choice)
         return code
-    progress = Progress(args.quiet)
+    progress = Progress.of(args)
 
     def told(text: str) -> None:
         progress.done()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from patchsieve.cli.arguments import count
 from patchsieve.cli.loading import add_run_options, load, say_target
 from patchsieve.cli.output import Progress, print_json
 from patchsieve.tables import size, table
 
-USUAL = 32  # new tokens of an answer
+if TYPE_CHECKING:
+    from patchsieve.evaluation.run import Evaluation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,69 +42,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask, mark, print."""
-    from patchsieve.contract.errors import CapacityError, RequestError
-    from patchsieve.contract.files import hash_file
-    from patchsieve.contract.plan import NO_PRUNING
     from patchsieve.contract.writing import check_file
-    from patchsieve.evaluation.answers import AnswerFile, ask, depends_on
-    from patchsieve.evaluation.questions import questions_of
-    from patchsieve.evaluation.report import report
+    from patchsieve.evaluation.run import EvaluationOptions, evaluate
     from patchsieve.runtime.records import Records
 
+    options = EvaluationOptions(
+        tuple(args.plan or ()), args.limit, args.max_new_tokens, args.answers
+    )
     if args.answers is not None:
         check_file(args.answers)
     records = Records(args.data, args.image_folder)
     model = load(args)
-    plans = list(dict.fromkeys([NO_PRUNING, *(args.plan or [model.facts.default_plan])]))
-    unknown = [plan for plan in plans if plan not in model.facts.plans]
-    if unknown:
-        raise RequestError(
-            "the bundle holds no such plan",
-            found=", ".join(unknown),
-            expected=", ".join(model.facts.plans),
-        )
-    most = model.facts.limits.max_new_tokens
-    asked = min(USUAL, most) if args.max_new_tokens is None else args.max_new_tokens
-    if asked > most:
-        raise CapacityError(
-            "the bundle cannot hold answers of this length",
-            found=f"--max-new-tokens {asked}",
-            expected=f"at most {most}",
-            do=f"give --max-new-tokens {most}, or export with --max-new-tokens {asked}",
-        )
-    model.spare_caches = len(plans)  # each plan's own, since they take turns
-    questions = questions_of(records, model.facts.tokens.image_token, args.limit)
-    shared, own = depends_on(model.facts, model.bundle.target)
-    about = {
-        "model": shared,
-        "data": hash_file(args.data).sha256,
-        "target": model.bundle.target,
-        "max_new_tokens": asked,
-    }
-    progress = Progress(args.quiet or args.json)
-    answers = ask(
-        model,
-        questions,
-        plans,
-        AnswerFile(args.answers, about, own),
-        max_new_tokens=asked,
-        progress=progress,
-    )
+    progress = Progress.of(args)
+    done = evaluate(model, records, options, progress=progress)
     progress.done()
     model.close()
-    found = report(questions, answers)
     if args.json:
-        told = {"bundle": str(args.bundle), "data": str(args.data), "max_new_tokens": asked}
-        print_json(told | {"target": model.bundle.target, "plans": found})
+        print_json({"bundle": str(args.bundle), "data": str(args.data), **asdict(done)})
         return 0
-    print(_table(found))
-    why = " (what the bundle reserves)" if args.max_new_tokens is None and asked < USUAL else ""
-    print(f"answers of at most {asked} new tokens{why}")
+    print(_report(done, is_length_given=args.max_new_tokens is not None))
     say_target(args, model.bundle.choice)
-    kinds = next(iter(found.values())).get("categories")
-    if kinds:
-        print(f"\n{_categories(found, list(kinds))}")
     return 0
+
+
+def _report(done: Evaluation, is_length_given: bool) -> str:
+    from patchsieve.evaluation.run import USUAL
+
+    is_less = not is_length_given and done.max_new_tokens < USUAL
+    why = " (what the bundle reserves)" if is_less else ""
+    blocks = [f"{_table(done.plans)}\nanswers of at most {done.max_new_tokens} new tokens{why}"]
+    if kinds := next(iter(done.plans.values())).get("categories"):
+        blocks.append(_categories(done.plans, list(kinds)))
+    return "\n\n".join(blocks)
 
 
 def _table(found: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tensors:
         facts |= inspection.tensors(args.bundle)
     if args.check:
-        progress = Progress(args.quiet or args.json)
+        progress = Progress.of(args)
         facts["checked_files"] = inspection.check(args.bundle, progress)
         progress.done()
     if args.json:

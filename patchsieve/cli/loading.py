@@ -13,13 +13,20 @@ if TYPE_CHECKING:
     from patchsieve.runtime.target import Choice
 
 
-def add_system(parser: argparse.ArgumentParser) -> None:
-    """The system prompt, for each command that asks."""
-    parser.add_argument(
+def add_request_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that asks a question."""
+    add = parser.add_argument
+    add(
         "--system",
         metavar="TEXT",
-        help="the system prompt, placed by the chat template; it judges no visual token (default: "
-        "what the template writes without one)",
+        help="the system prompt, which the chat template places; it judges no visual token "
+        "(default: what the template writes without one)",
+    )
+    add("--plan", metavar="NAME", help="the plan to follow (default: the bundle's own)")
+    add(
+        "--raw",
+        action="store_true",
+        help="take each prompt as the whole text, without the chat template",
     )
 
 
@@ -27,20 +34,20 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Options of every command that runs a bundle."""
     add = parser.add_argument
     add_target(parser)
-    add("--threads", type=int, help="threads of the CPU backend")
+    add("--threads", type=int, help="the threads of the CPU backend (default: one for each core)")
     add(
         "--no-hash",
         action="store_true",
-        help="check files by size, not by content",
+        help="check the bundle's files by size only, not by content",
     )
-    add("--quiet", action="store_true", help="only the answer")
+    add("--quiet", action="store_true", help="print the result only, with no progress and no notes")
 
 
 def load(args: argparse.Namespace) -> Any:
     """Load the bundle that the options name."""
     from patchsieve.runtime.model import Model
 
-    progress = Progress(args.quiet or args.json)
+    progress = Progress.of(args)
     files = 0
 
     def step(path: str) -> None:

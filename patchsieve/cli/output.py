@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from patchsieve.contract.errors import BackendMissingError, PatchsieveError
@@ -35,27 +35,24 @@ def require(libraries: Sequence[str], extra: str, what: str) -> None:
         )
 
 
-def peak_memory() -> int | None:
-    """Most bytes that this process had resident; None where the system does not tell."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return None
-    lines = (line.split() for line in status.splitlines())
-    kilobytes = next((words[1] for words in lines if words[:1] == ["VmHWM:"]), None)
-    return None if kilobytes is None else int(kilobytes) * 1024  # gVisor has no such line
-
-
 class Progress:
     """A bar on a terminal, a line per step elsewhere; silent with `--quiet`.
 
-    Off a terminal a percentage is printed once, and blanks stand before the further steps at it.
+    Off a terminal a percentage is printed once; later steps at the same one begin with blanks.
     """
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
         self.is_terminal = sys.stderr.isatty()
         self._last = self._percent = ""
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Progress:
+        """The progress of a command; with `--json` a bar on a terminal, which is cleared, or none.
+
+        Programs that read the JSON object read stderr for errors.
+        """
+        return cls(args.quiet or (args.json and not sys.stderr.isatty()))
 
     def __call__(self, what: str, fraction: float) -> None:
         """Say what is being done and how much is done, 0 to 1."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from patchsieve.cli import USER_ERROR
 from patchsieve.cli.inputs import take_inputs
-from patchsieve.cli.loading import add_run_options, add_system, load, say_target
+from patchsieve.cli.loading import add_request_options, add_run_options, load, say_target
 from patchsieve.cli.output import Progress, error_json, print_json
 from patchsieve.cli.picture import picture
 from patchsieve.contract.errors import PatchsieveError
@@ -24,23 +24,48 @@ PROMPT = "Describe the image."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
-    add("bundle", type=Path)
-    add("--image", action="append", default=[], metavar="FILE", help="a generated one by default")
-    add("--prompt", default=PROMPT, metavar="TEXT", help=f"the question, or - for stdin ({PROMPT})")
-    add_system(parser)
-    add("--raw", action="store_true", help="the prompt is the whole text, without chat template")
-    add("--plan", metavar="NAME", help="which of the bundle's plans; its default otherwise")
-    add("--against", default=NO_PRUNING, metavar="NAME", help="plan to compare with (none)")
-    add("--alone", action="store_true", help="compare with nothing")
-    add("--warmup", type=int, default=3, metavar="N", help="runs that do not count (3)")
-    add("--runs", type=int, default=10, metavar="N", help="runs that do (10)")
+    add("bundle", type=Path, help="the bundle's directory")
+    add(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an image file; repeat it for several (default: a generated picture)",
+    )
+    add(
+        "--prompt",
+        default=PROMPT,
+        metavar="TEXT",
+        help=f"the question, or - for stdin (default: {PROMPT})",
+    )
+    add_request_options(parser)
+    add(
+        "--against",
+        default=NO_PRUNING,
+        metavar="NAME",
+        help="the plan to compare with (default: none, which prunes nothing)",
+    )
+    add("--alone", action="store_true", help="measure one plan, and compare it with nothing")
+    add(
+        "--warmup",
+        type=int,
+        default=3,
+        metavar="N",
+        help="the runs before those that count (default: 3)",
+    )
+    add("--runs", type=int, default=10, metavar="N", help="the runs that count (default: 10)")
     add(
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help="tokens of each answer (32, or what the bundle reserves if that is fewer)",
+        help="the tokens of each answer (default: 32, or what the bundle reserves if fewer)",
     )
-    add("--output", type=Path, metavar="FILE", help="write the JSON object there too")
+    add(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="also write the JSON object to this file, for `patchsieve compare`",
+    )
     add_run_options(parser)
 
 
@@ -52,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         check_file(args.output)
     take_inputs(args)
     model = load(args)
-    progress = Progress(args.quiet or args.json)
+    progress = Progress.of(args)
     plan = args.plan or model.facts.default_plan
     report = profile(
         model,
@@ -126,7 +151,7 @@ def _board(machine: dict[str, Any]) -> list[str]:
 
 
 def _times(report: dict[str, Any]) -> str:
-    """Milliseconds of each part; the other plan's median and the ratio of medians behind them."""
+    """Milliseconds of each part, then the median of the plan compared with, and the ratio."""
     plan, against = report["plan"], report["against"]
     ours = report["plans"][plan]["times_ms"]
     theirs = report["plans"][against]["times_ms"] if against else {}

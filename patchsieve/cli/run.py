@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve.cli.inputs import images_of_turns, take_inputs
-from patchsieve.cli.loading import add_run_options, add_system, load, say_target
+from patchsieve.cli.loading import add_request_options, add_run_options, load, say_target
 from patchsieve.cli.output import print_json
 from patchsieve.contract.errors import RequestError
 from patchsieve.contract.manifest import Manifest
@@ -21,7 +21,7 @@ _GIVEN = ("max_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "min_n
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
-    add("bundle", type=Path)
+    add("bundle", type=Path, help="the bundle's directory")
     add(
         "--image",
         action="append",
@@ -38,27 +38,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "<image>, in the order of all turns, places the next --image; images without one come "
         "before the first question",
     )
-    add_system(parser)
-    add("--plan", help="which of the bundle's plans; its default otherwise")
-    add("--raw", action="store_true", help="the prompt is the whole text, without chat template")
-    add("--repick", action="store_true", help="each turn chooses the visual tokens again")
+    add_request_options(parser)
+    add("--repick", action="store_true", help="choose the visual tokens again in each turn")
     add_run_options(parser)
-    sampling = parser.add_argument_group("sampling")
-    add = sampling.add_argument
-    add("--max-new-tokens", type=int, help="default: 128, or what the bundle reserves")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    add("--top-k", type=int, default=0, help="sample among the K likeliest tokens (0: all)")
-    add("--top-p", type=float, default=1.0)
-    add("--repetition-penalty", type=float, help="default: what the checkpoint asks, or 1")
-    add("--no-repeat-ngram-size", type=int, help="default: what the checkpoint asks, or 0")
-    add("--min-new-tokens", type=int, help="default: what the checkpoint asks, or 0")
-    add("--seed", type=int, help="seed of the sampling (default: another for each run)")
-    add(
-        "--stop",
-        action="append",
-        metavar="TEXT",
-        help="end the answer before this text, which may hold special tokens; repeatable",
-    )
+    _add_sampling(parser)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """How tokens are chosen, and when an answer ends."""
+    add = parser.add_argument_group("sampling").add_argument
+    whole: dict[str, Any] = {"type": int, "metavar": "N"}
+    real: dict[str, Any] = {"type": float, "metavar": "X"}
+    most = "the most tokens of an answer (default: 128, or what the bundle reserves if fewer)"
+    add("--max-new-tokens", **whole, help=most)
+    divisor = "divide the logits by X; 0 takes the likeliest token (default: 0)"
+    add("--temperature", **real, default=0.0, help=divisor)
+    add("--top-k", **whole, default=0, help="sample among the N likeliest tokens; 0: all (default)")
+    nucleus = "sample among the fewest tokens whose probabilities reach X (default: 1, all tokens)"
+    add("--top-p", **real, default=1.0, help=nucleus)
+    penalty = "make earlier tokens less likely, if above 1 (default: the checkpoint's, or 1)"
+    add("--repetition-penalty", **real, help=penalty)
+    ngrams = "let no N tokens in a row come twice; 0 lets them (default: the checkpoint's, or 0)"
+    add("--no-repeat-ngram-size", **whole, help=ngrams)
+    least = "the fewest tokens of an answer (default: the checkpoint's, or 0)"
+    add("--min-new-tokens", **whole, help=least)
+    seed = "the seed of sampling and of methods that draw (default: a new one each run)"
+    add("--seed", **whole, help=seed)
+    stop = "end the answer before this text, which may hold special tokens; repeat it for several "
+    stop += "(default: the checkpoint's)"
+    add("--stop", action="append", metavar="TEXT", help=stop)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from patchsieve.cli.arguments import whole
 from patchsieve.cli.inputs import take_inputs
-from patchsieve.cli.loading import add_run_options, add_system, load, say_target
+from patchsieve.cli.loading import add_request_options, add_run_options, load, say_target
 from patchsieve.cli.output import Progress, print_json
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.writing import check_file, write_result
@@ -21,7 +21,7 @@ TIMED_RUNS = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
-    add("bundle", type=Path)
+    add("bundle", type=Path, help="the bundle's directory")
     add(
         "--image",
         action="append",
@@ -37,18 +37,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the question, or - for stdin; repeat it to compare prompts about the same images; "
         "<image> places an image",
     )
-    add_system(parser)
+    add_request_options(parser)
     add(
         "-o",
         "--output",
         type=Path,
         required=True,
         metavar="FILE",
-        help="a page (.html) or a picture (.png)",
+        help="the file to write: a page (.html) or a picture (.png)",
     )
-    add("--plan", metavar="NAME", help="which of the bundle's plans; its default otherwise")
-    add("--raw", action="store_true", help="the prompts are whole texts, without chat template")
-    add("--max-new-tokens", type=int, metavar="N", help="default: 128, or what the bundle reserves")
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="the most tokens of an answer (default: 128, or what the bundle reserves if fewer)",
+    )
     add(
         "--timed-runs",
         type=whole,
@@ -65,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     out: Path = args.output
     if out.suffix.lower() not in SUFFIXES:
         raise PatchsieveError(
-            "what to draw is chosen by the output's suffix",
+            "show cannot draw a file of this suffix",
             found=out.name,
             expected=" or ".join(SUFFIXES),
             do="give -o FILE.html, or -o FILE.png",
@@ -75,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
     take_inputs(args)
     model = load(args)
-    progress = Progress(args.quiet or args.json)
+    progress = Progress.of(args)
     options = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
     shown = collect(
         model,

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from patchsieve.cli.arguments import add_target
 from patchsieve.cli.loading import say_target
@@ -14,6 +14,11 @@ from patchsieve.cli.output import Progress, print_json, require
 from patchsieve.cli.picture import picture
 from patchsieve.contract.targets import CHECKABLE
 from patchsieve.tables import table
+
+if TYPE_CHECKING:
+    from patchsieve.contract.manifest import Manifest
+    from patchsieve.verify.parts import Part
+    from patchsieve.verify.verification import Verification
 
 DEPARTS = 1  # exit code
 PROMPT = "Describe the image."
@@ -23,21 +28,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add = parser.add_argument
     add("bundle", type=Path)
-    add("--against", required=True, metavar="CHECKPOINT", help="Hugging Face directory or hub id")
-    add("--revision", help="branch, tag or commit of a hub id (default: its main branch)")
+    add(
+        "--against",
+        required=True,
+        metavar="CHECKPOINT",
+        help="the Hugging Face directory or hub id of the model",
+    )
+    add("--revision", help="branch, tag or commit of the hub id (default: its main branch)")
     add(
         "--image",
         action="append",
         metavar="FILE",
-        help="an image, or - for stdin; repeated for several; a generated one by default",
+        help="an image file, or - for stdin; may be repeated (default: a generated image)",
     )
-    add("--prompt", default=PROMPT, metavar="TEXT", help=f"the question, or - for stdin ({PROMPT})")
-    add("--raw", action="store_true", help="the prompt is the whole text, without chat template")
-    add("--plan", metavar="NAME", help='the pruned plan beside "none"; the default one otherwise')
-    add("--max-new-tokens", type=int, default=32, metavar="N", help="greedy tokens to compare (32)")
+    add(
+        "--prompt",
+        default=PROMPT,
+        metavar="TEXT",
+        help=f"the question, or - for stdin (default: {PROMPT})",
+    )
+    add(
+        "--raw",
+        action="store_true",
+        help="take the prompt as the whole text, without a chat template",
+    )
+    add("--plan", metavar="NAME", help='plan to compare beside "none" (default: the bundle\'s own)')
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=32,
+        metavar="N",
+        help="greedy tokens to compare (default: 32)",
+    )
     add_target(parser, f"the only one of {', '.join(CHECKABLE)}, else as for run")
-    add("--threads", type=int, help="threads of the bundle's side")
-    add("--quiet", action="store_true", help="only the table and the verdict")
+    add("--threads", type=int, help="threads that run the bundle (default: ONNX Runtime's choice)")
+    add("--quiet", action="store_true", help="print the table and the verdict only")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,12 +70,10 @@ def run(args: argparse.Namespace) -> int:
     libraries = ("torch", "transformers", "onnx", "onnxruntime")
     require(libraries, "cpu,export", "verify")
     from patchsieve.cli.inputs import take_inputs
-    from patchsieve.contract.errors import RequestError
-    from patchsieve.contract.plan import NO_PRUNING
     from patchsieve.verify.verification import Verification
 
     take_inputs(args)
-    progress = Progress(args.quiet or args.json)
+    progress = Progress.of(args)
     progress("loading both", 0.0)
     with _quiet_libraries():
         both = Verification(
@@ -60,12 +83,8 @@ def run(args: argparse.Namespace) -> int:
             threads=args.threads,
             revision=args.revision,
         )
-    plans = dict.fromkeys((NO_PRUNING, args.plan or both.facts.default_plan))
-    if not set(plans) <= set(both.facts.plans):
-        raise RequestError(
-            "the bundle holds no such plan", found=args.plan, expected=", ".join(both.facts.plans)
-        )
-    parts: list[Any] = []
+    plans = _plans(args.plan, both.facts)
+    parts: list[Part] = []
     for done, plan in enumerate(plans):
         progress(f"comparing plan {plan}", (done + 1) / (len(plans) + 1))
         shown = args.image or [picture()]
@@ -75,28 +94,9 @@ def run(args: argparse.Namespace) -> int:
     progress.done()
     first = next((part for part in parts if part.departs), None)
     if args.json:
-        print_json(
-            {
-                "bundle": str(args.bundle),
-                "against": args.against,
-                "target": both.model.bundle.target,
-                "precision": str(both.facts.precision),
-                "plans": list(plans),
-                "passed": first is None,
-                "first_departure": None if first is None else first.to_dict(),
-                "parts": [part.to_dict() for part in parts],
-            }
-        )
+        print_json(_as_json(args, both, plans, parts, first))
     else:
-        seen: set[Any] = set()
-        for plan in plans:
-            shown = [part for part in parts if part.plan == plan]
-            rows = [part for part in shown if (part.name, part.max_error, part.note) not in seen]
-            as_above = (
-                f", {len(shown) - len(rows)} parts as above" if len(rows) < len(shown) else ""
-            )
-            print(f"plan {plan}{as_above}\n{_table(rows)}\n")
-            seen |= {(part.name, part.max_error, part.note) for part in shown}
+        _print_tables(plans, parts)
         if first is None:
             print(f"{len(parts)} parts compared with {args.against}: the bundle agrees")
         else:
@@ -105,7 +105,54 @@ def run(args: argparse.Namespace) -> int:
     return 0 if first is None else DEPARTS
 
 
-def _table(parts: list[Any]) -> str:
+def _plans(wanted: str | None, facts: Manifest) -> list[str]:
+    """The plans to compare: "none" and the one that is wanted."""
+    from patchsieve.contract.errors import RequestError
+    from patchsieve.contract.plan import NO_PRUNING
+
+    plan = wanted or facts.default_plan
+    if plan not in facts.plans:
+        raise RequestError(
+            "the bundle holds no such plan",
+            found=plan,
+            expected=", ".join(facts.plans),
+            do="choose one of these with --plan",
+        )
+    return list(dict.fromkeys((NO_PRUNING, plan)))
+
+
+def _as_json(
+    args: argparse.Namespace,
+    both: Verification,
+    plans: list[str],
+    parts: list[Part],
+    first: Part | None,
+) -> dict[str, Any]:
+    """All parts, and the first that departs."""
+    return {
+        "bundle": str(args.bundle),
+        "against": args.against,
+        "target": both.model.bundle.target,
+        "precision": str(both.facts.precision),
+        "plans": plans,
+        "passed": first is None,
+        "first_departure": None if first is None else first.to_dict(),
+        "parts": [part.to_dict() for part in parts],
+    }
+
+
+def _print_tables(plans: list[str], parts: list[Part]) -> None:
+    """A table for each plan; what a plan before it has shown with the same numbers is left out."""
+    seen: set[tuple[str, float | None, str]] = set()
+    for plan in plans:
+        shown = [part for part in parts if part.plan == plan]
+        rows = [part for part in shown if (part.name, part.max_error, part.note) not in seen]
+        more = f", {len(shown) - len(rows)} parts as above" if len(rows) < len(shown) else ""
+        print(f"plan {plan}{more}\n{_table(rows)}\n")
+        seen |= {(part.name, part.max_error, part.note) for part in shown}
+
+
+def _table(parts: list[Part]) -> str:
     rows = [
         (
             part.name,

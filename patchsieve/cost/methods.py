@@ -6,36 +6,22 @@ functions before it count what the papers' tables need and no plan says.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 from patchsieve.contract.errors import PatchsieveError, ShapeError
-from patchsieve.contract.plan import MethodPlan, Plan, SitePlan
+from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.cost.config import ModelShape
 from patchsieve.cost.flops import Schedule
+from patchsieve.pruning import counts as token_counts
 from patchsieve.pruning import recipes
-from patchsieve.pruning.heads import load_config
-from patchsieve.pruning.schedules import (
-    SCHEDULE_OPTIONS,
-    TowerSchedule,
-    group_ends,
-    linear,
-    num_to_keep,
-    pooled_side,
-)
+from patchsieve.pruning.catalogue import entry
+from patchsieve.pruning.counts import BeforeDecoder, Left, left_by_sites
+from patchsieve.pruning.entry import DECODER, ENCODER, PROJECTOR
+from patchsieve.pruning.schedules import linear
 
 PLACEMENTS = ("start", "mid", "end")
-# Decoder methods by what they leave: a fraction or a number that is fixed, or what an image needs.
-DEFAULT_KEEP_RATIO, DEFAULT_NUM_KEEP = 0.5, 64
-FIXED_RATIO = ("random", "fastv")
-FIXED_NUMBER = ("topk", "tome", "ivtp")
-ADAPTIVE = ("atp",)
-# Methods that `export` has, and where in its tower layer each of them acts.
-TOWER_PLACEMENTS = {"gtp": "end", "topk": "end", "random": "end", "evit": "mid", "tome": "mid"}
-OUTPUT_METHODS = ("pooling", "topk", "random")
 
 
 def no_pruning(shape: ModelShape) -> Schedule:
@@ -118,7 +104,7 @@ def in_decoder(
 
 def ivtp(
     shape: ModelShape,
-    num_kept: int = DEFAULT_NUM_KEEP,
+    num_kept: int = 64,
     *,
     counts: Sequence[int] | None = None,
     group_layers: int = 3,
@@ -138,33 +124,9 @@ def ivtp(
     Raises:
         PatchsieveError: The decoder is too shallow, or the counts cannot be.
     """
-    plan = ivtp_plan(shape, num_kept, counts, group_layers, decoder_layers)
-    return of_plan(shape, plan, text_tokens=text_tokens)[0]
-
-
-def ivtp_plan(
-    shape: ModelShape,
-    num_kept: int = DEFAULT_NUM_KEEP,
-    counts: Sequence[int] | None = None,
-    group_layers: int = 3,
-    decoder_layers: int | None = None,
-) -> Plan:
-    """The plan that `export --method ivtp` makes for a model of this shape (see `ivtp`)."""
     size = recipes.Size(shape.vision.num_patches, shape.text.num_layers)
-    plan = recipes.ivtp(size, num_kept, group=group_layers, layers=decoder_layers)
-    if counts is None:
-        return plan
-    ends = len(group_ends(shape.vision.num_layers_run, group_layers))
-    if len(counts) != ends + len(plan.sites):
-        raise ShapeError(
-            "IVTP's groups and their counts do not pair",
-            found=f"{len(counts)} counts",
-            expected=f"{ends} of the tower and {len(plan.sites)} of the decoder",
-        )
-    encoder = MethodPlan("gtp", {"counts": list(counts[:ends]), "group_layers": group_layers})
-    pairs = zip(plan.sites, counts[ends:], strict=True)
-    sites = [replace(site, params=site.params | {"num_keep": count}) for site, count in pairs]
-    return replace(plan, encoder=encoder, sites=tuple(sites))
+    plan = recipes.ivtp(size, num_kept, group=group_layers, layers=decoder_layers, counts=counts)
+    return of_plan(shape, plan, text_tokens=text_tokens)[0]
 
 
 def of_plan(
@@ -189,63 +151,35 @@ def of_plan(
             cannot be, or the cost of a method is not known.
     """
     schedule = before_decoder(shape, plan, placement)
-    is_exact = True
+    is_exact = _before_decoder(shape, plan).is_exact
     if plan.sites:
-        counts, is_exact = list(survivors or ()), True
+        counts = list(survivors or ())
         if survivors is None:
-            counts, is_exact = _left_by_sites(plan.sites, schedule.llm[0])
+            left = left_by_sites(plan.sites, schedule.llm[0])
+            _check_given(plan.sites, left)
+            counts = [each.count for each in left]
+            is_exact = is_exact and all(each.is_exact for each in left)
         schedule = in_decoder(shape, counts, plan.layers, schedule)
     return _with_pseudo_cls(shape, plan, schedule, text_tokens), is_exact
 
 
-def reads_side_row(site: SitePlan) -> bool:
-    """Whether a site judges by the pseudo-CLS, a row of its own that is fed up to there."""
-    return site.method == "ivtp" or (
-        site.method == "topk" and site.params.get("row", "cls") == "cls"
-    )
-
-
-def _left_by_sites(sites: Sequence[SitePlan], entering: int) -> tuple[list[int], bool]:
-    """Tokens left at each site of `entering`, and whether none of them adapts to the image."""
-    n, counts = entering, []
-    for site in sites:
-        _check_known("in the decoder", site.method, (*FIXED_RATIO, *FIXED_NUMBER, *ADAPTIVE))
-        budget = _budget(site)
-        if site.method in FIXED_RATIO:
-            kept = num_to_keep(site.params.get("keep_ratio", DEFAULT_KEEP_RATIO), entering)
-        elif site.method in FIXED_NUMBER:
-            kept = site.params.get("num_keep", DEFAULT_NUM_KEEP)
-            _check_number(site, kept)
-        elif budget is None:
+def _check_given(sites: Sequence[SitePlan], left: Sequence[Left]) -> None:
+    """Refuse to count a plan that does not say how many tokens a site leaves."""
+    for site, each in zip(sites, left, strict=True):
+        if not each.is_given:
             raise PatchsieveError(
                 f"{site.method} at layer {site.layer} keeps as many tokens as the image needs",
                 expected="how many it keeps",
                 do="give --survivors, one for each site, as `run --json` reports them, or --budget "
                 "for an upper bound",
             )
-        else:
-            kept = n
-        left = min(n, kept, budget or n)
-        if site.method == "tome":
-            _check_merging(f"decoder layer {site.layer}", n, left)
-        n = left
-        counts.append(n)
-    return counts, not any(site.method in ADAPTIVE for site in sites)
-
-
-def _budget(site: SitePlan) -> int | None:
-    """The budget of a site, or what its heads propose; None if neither says."""
-    if site.budget is not None or "heads" not in site.params:
-        return site.budget
-    heads = load_config(Path(site.params["heads"]))
-    return dict(zip(heads.sites, heads.budgets, strict=False)).get(site.layer)
 
 
 def _with_pseudo_cls(
     shape: ModelShape, plan: Plan, schedule: Schedule, text_tokens: int
 ) -> Schedule:
     """Add what makes the row that sites judge by, and feeds it up to the last of them."""
-    side_layers = max((site.layer for site in plan.sites if reads_side_row(site)), default=0)
+    side_layers = max((site.layer for site in plan.sites if _is_judged_by_cls(site)), default=0)
     judge = plan.pseudo_cls
     if (side_layers > 0) != (judge is not None):
         raise PatchsieveError(
@@ -261,7 +195,7 @@ def _with_pseudo_cls(
         return schedule
     further = shape.vision.num_layers - shape.vision.num_layers_run if judge.cls == "last" else 0
     left = schedule.llm[0] - (shape.num_visual - shape.vision.num_patches)
-    pools = plan.projector is not None and plan.projector.method == "pooling"
+    pools = plan.projector is not None and entry(PROJECTOR, plan.projector.method).is_grid
     rows = (shape.vision.num_patches if pools else left) + shape.vision.has_cls
     return replace(
         schedule,
@@ -272,85 +206,36 @@ def _with_pseudo_cls(
     )
 
 
+def _is_judged_by_cls(site: SitePlan) -> bool:
+    """Whether a site judges by the pseudo-CLS, a row of its own that is fed up to there."""
+    return entry(DECODER, site.method).is_judged_by_cls(site.params)
+
+
 def before_decoder(shape: ModelShape, plan: Plan, placement: str | None = None) -> Schedule:
     """Tokens per layer of what a plan prunes inside the tower and behind it.
 
     Raises:
-        PatchsieveError: The cost of a method is not known, or its options do not fit.
+        PatchsieveError: A method is not known, or its options do not fit.
     """
-    run, patches = shape.vision.num_layers_run, shape.vision.num_patches
-    schedule, further, left = no_pruning(shape), shape.num_visual - patches, patches
+    left, schedule = _before_decoder(shape, plan), no_pruning(shape)
     if plan.encoder is not None:
-        method, params = plan.encoder.method, plan.encoder.params
-        _check_known("inside the tower", method, TOWER_PLACEMENTS)
-        options = {name: params[name] for name in SCHEDULE_OPTIONS if name in params}
-        places = TowerSchedule(**options).places(method, patches, run)
-        if method == "tome":
-            for layer, (n, count) in zip(
-                places, pairwise([patches, *places.values()]), strict=True
-            ):
-                _check_merging(f"tower layer {layer}", n, count)
-        where = TOWER_PLACEMENTS[method] if placement is None else placement
-        schedule = in_tower(shape, list(places.values()), list(places), where)
-        left = min(places.values())
+        is_inside = entry(ENCODER, plan.encoder.method).tower.is_inside
+        where = placement or ("mid" if is_inside else "end")
+        schedule = in_tower(shape, list(left.in_tower.values()), list(left.in_tower), where)
     if plan.projector is None:
         return schedule
-    method, params = plan.projector.method, plan.projector.params
-    _check_known("after the tower", method, OUTPUT_METHODS)
-    keep = params.get("keep")
-    if method == "pooling":
-        if plan.encoder is not None:
-            raise PatchsieveError(
-                "pooling needs every patch of the grid",
-                found=f"{plan.encoder.method} in the tower before it",
-                do="remove one of them",
-            )
-        side = math.isqrt(patches)
-        count = pooled_side(keep, (side, side)) ** 2
-    else:
-        places = TowerSchedule(keep=keep, layers=(run - 1,)).places(method, patches, run)
-        count = places[run - 1]
-        if plan.encoder is not None and count >= left:
-            raise PatchsieveError(
-                f"{method} after {plan.encoder.method} would drop nothing",
-                found=f"{count} to keep of {left}",
-                expected=f"fewer than {left}",
-            )
-    is_late = params.get("place") == "after"  # pooled behind the projector
+    # A method may act on what the projector has made: then that takes all that leave the tower.
+    is_late = plan.projector.params.get("place") == "after"
+    further = shape.num_visual - shape.vision.num_patches
     return replace(
         schedule,
-        llm=(count + further,) * shape.text.num_layers,
+        llm=(left.count + further,) * shape.text.num_layers,
         projected=schedule.llm[0] if is_late else 0,
     )
 
 
-def _check_number(site: SitePlan, num_keep: object) -> None:
-    """Refuse a number of tokens that keeps none; a method says the same in its own words."""
-    if type(num_keep) is not int or num_keep < 1:
-        raise PatchsieveError(
-            f"{site.method} at layer {site.layer} cannot keep this many tokens",
-            found=repr(num_keep)[:80],
-            expected="a whole number of at least 1",
-            do="correct num_keep",
-        )
-
-
-def _check_merging(where: str, before: int, left: int) -> None:
-    """Refuse more merges at one place than there are pairs."""
-    if before - left > before // 2:
-        raise PatchsieveError(
-            f"tome merges at most every other token, not so many at {where}",
-            found=f"{before} to {left}",
-            expected=f"at least {before - before // 2} left",
-            do="keep more, or merge at several places",
-        )
-
-
-def _check_known(where: str, method: str, known: Iterable[str]) -> None:
-    if method not in known:
-        raise PatchsieveError(
-            f"the cost of this method {where} is not known", found=method, expected=", ".join(known)
-        )
+def _before_decoder(shape: ModelShape, plan: Plan) -> BeforeDecoder:
+    return token_counts.before_decoder(plan, shape.vision.num_patches, shape.vision.num_layers_run)
 
 
 def _at(

@@ -40,7 +40,8 @@ class Account:
 
     def add(self, facts: Manifest, result: Result) -> None:
         """Count one answer."""
-        images = result.visual_tokens // facts.num_visual(result.plan)
+        # Without a plan before the decoder `images` is empty, and all have one number of tokens.
+        images = len(result.images) or result.visual_tokens // facts.num_visual(result.plan)
         full = images * facts.num_visual(NO_PRUNING)
         rows = result.prompt_tokens - result.visual_tokens + full + len(result.token_ids) - 1
         self.questions += 1

@@ -79,11 +79,17 @@ class Benchmark:
         limit = self.model.facts.limits.max_new_tokens
         if self.oversized not in OVERSIZED:
             raise RequestError(
-                "bad oversized", found=self.oversized, expected=" or ".join(OVERSIZED)
+                "questions that do not fit the bundle cannot be treated so",
+                found=f"oversized={self.oversized}",
+                expected=" or ".join(OVERSIZED),
+                do="correct oversized in --model_args",
             )
         if self.max_new_tokens is not None and not 0 < self.max_new_tokens <= limit:
             raise RequestError(
-                "bad max_new_tokens", found=self.max_new_tokens, expected=f"1 to {limit}"
+                "the bundle cannot hold answers of this length",
+                found=f"max_new_tokens={self.max_new_tokens}",
+                expected=f"1 to {limit}",
+                do="correct max_new_tokens in --model_args, or export with --max-new-tokens",
             )
         self.model.chat(plan=self.plan).close()  # refuses an unknown plan
 
@@ -135,7 +141,12 @@ class Benchmark:
         told = {key: value for key, value in arguments.items() if value is not None}
         self.not_followed |= set(told) - _FOLLOWED
         if told.get("num_beams", 1) != 1:
-            raise RequestError("bad num_beams", found=told["num_beams"], expected="1")
+            raise RequestError(
+                "a bundle does not search over several beams",
+                found=f"num_beams {told['num_beams']}",
+                expected="1",
+                do="set num_beams to 1 in --gen_kwargs",
+            )
         limit = self.model.facts.limits.max_new_tokens
         most = told.get("max_new_tokens", limit)
         if self.max_new_tokens is not None:
@@ -195,7 +206,12 @@ def _stop(until: object) -> tuple[str, ...]:
     """Stop strings; lmms-eval writes one as a string, and none as an empty one."""
     texts = (until,) if isinstance(until, str) else until
     if not isinstance(texts, (list, tuple)):
-        raise RequestError("bad until", found=repr(until), expected="a string or a list of them")
+        raise RequestError(
+            "the task's until holds no stop strings",
+            found=repr(until),
+            expected="a string or a list of them",
+            do="correct until in the task or in --gen_kwargs",
+        )
     return tuple(text for text in texts if text)
 
 

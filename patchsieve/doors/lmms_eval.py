@@ -54,12 +54,18 @@ class PatchsieveModel(lmms):
         super().__init__()
         if bundle is None or unknown:
             raise RequestError(
-                "bad --model_args",
+                "--model_args cannot be used",
                 found=", ".join(unknown) or "no bundle",
                 expected=f"bundle=DIR, and of {_ARGUMENTS}",
+                do="correct --model_args",
             )
         if str(batch_size) not in ("1", "auto"):
-            raise RequestError("bad --batch_size", found=batch_size, expected="1")
+            raise RequestError(
+                "a bundle answers one question at a time",
+                found=f"--batch_size {batch_size}",
+                expected="1",
+                do="set --batch_size 1",
+            )
         if target in ("auto", "cpu") and str(device or "cpu") != "cpu":
             raise RequestError(
                 "--device does not choose where a bundle runs",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patchsieve.contract.errors import PatchsieveError
-from patchsieve.runtime.inputs.prompt import Content
+from patchsieve.runtime.inputs.chat_template import Content
 from patchsieve.runtime.records import Record, Records
 
 
@@ -88,11 +88,14 @@ def _questions(record: Record, index: int, image_token: str) -> list[Question]:
             f"{record.where} is not questions and answers in turn",
             found=", ".join(roles)[:80],
             expected="user, assistant, user, assistant ..., after at most one system turn",
+            do="correct that record, or remove it",
         )
     if sum(part["type"] == "image" for part in messages[0]["content"]) != len(record.images):
         raise PatchsieveError(
             f"{record.where} shows an image after its first question",
+            found=f"{len(record.images)} images in all",
             expected="every image in the first question: its survivors are chosen there",
+            do="move the image to the first question, or divide the record",
         )
     answered = range(1, len(roles), 2)
     out = []

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -53,58 +54,76 @@ def collect(
     Raises:
         RequestError: An image, a prompt or an option cannot be used, or does not fit the bundle.
     """
-    facts = model.facts
-    plan = plan or facts.default_plan
-    options = {"raw": raw} | options
-    notes: list[str] = []
-    asked = []
-    for number, prompt in enumerate(prompts):
-        progress(f"prompt {number + 1}, plan {plan}", number / len(prompts))
-        result = model.generate(list(images), prompt, plan=plan, scores=True, **options)
-        answers = [_answer(result)]
-        if facts.plans[plan].prunes:
-            progress(f"prompt {number + 1}, unpruned", (number + 0.5) / len(prompts))
-            answers += _unpruned(model, images, prompt, options, notes)
-
-        def again(name: str, prompt: str = prompt, number: int = number) -> Result:
-            progress(f"prompt {number + 1}, timing", (number + 0.9) / len(prompts))
-            return model.generate(list(images), prompt, plan=name, **options)
-
-        answers = timed(answers, again, timed_runs)
-        views = [view(facts, result, prompt, number) for number in range(len(images))]
-        unpruned = answers[1] if len(answers) > 1 else None
-        asked.append(Asked(prompt, answers[0], unpruned, tuple(views)))
-        notes += result.notes
-    if not facts.plans[plan].prunes:
-        notes.append(f"the plan {plan} prunes nothing: every token reaches every layer")
-    pixels = model.preprocess(images)  # [M, 3, h, w]
-    device = model.backend.describe()
-    pictures = tuple(
-        _picture(model, source, values) for source, values in zip(images, pixels, strict=True)
-    )
+    plan = plan or model.facts.default_plan
+    asker = _Asker(model, list(images), plan, {"raw": raw} | options, timed_runs)
+    asked = [
+        asker.ask(prompt, partial(_say, progress, number, len(prompts)))
+        for number, prompt in enumerate(prompts)
+    ]
+    pictures = tuple(map(partial(_picture, model), images, model.preprocess(images)))
     return Shown(
         bundle=model.bundle.path.resolve().name,
-        checkpoint=facts.checkpoint,
-        machine=f"{model.bundle.target}, {facts.precision}, {device['library']}, "
-        f"{device['device']}",
+        checkpoint=model.facts.checkpoint,
+        machine=_machine(model),
         plan=plan,
-        num_visual=facts.vision.num_visual,
+        num_visual=model.facts.vision.num_visual,
         pictures=pictures,
         asked=tuple(asked),
-        notes=tuple(dict.fromkeys([*notes, *sentences(asked, pictures)])),
+        notes=tuple(dict.fromkeys([*asker.notes, *sentences(asked, pictures)])),
         timed_runs=timed_runs,
     )
 
 
-def _unpruned(
-    model: Model, images: Sequence[Any], prompt: str, options: dict[str, Any], notes: list[str]
-) -> list[Answer]:
-    """The answer without pruning; none and a note where engines reserve too little for it."""
-    try:
-        return [_answer(model.generate(list(images), prompt, plan=NO_PRUNING, **options))]
-    except CapacityError as error:
-        notes.append(f"the unpruned model was not asked: {error}")
-        return []
+def _say(
+    progress: Callable[[str, float], None], number: int, count: int, what: str, part: float
+) -> None:
+    """Report what is run for one of some prompts, and which part of it is done."""
+    progress(f"prompt {number + 1}, {what}", (number + part) / count)
+
+
+@dataclass
+class _Asker:
+    """Asks about the same images, pruned and unpruned; `notes` are for the reader of the page."""
+
+    model: Model
+    images: list[Any]
+    plan: str
+    options: dict[str, Any]
+    timed_runs: int
+    notes: list[str] = field(default_factory=list)
+
+    def ask(self, prompt: str, say: Callable[[str, float], None]) -> Asked:
+        """Answer a prompt with the plan and without pruning; `say` hears what is being run."""
+        facts = self.model.facts
+        say(f"plan {self.plan}", 0.0)
+        result = self._generate(prompt, self.plan, scores=True)
+        answers = [_answer(result)]
+        if facts.plans[self.plan].prunes:
+            say("unpruned", 0.5)
+            answers += self._unpruned(prompt)
+        else:
+            note = f"the plan {self.plan} prunes nothing: every token reaches every layer"
+            self.notes.append(note)
+
+        def again(plan: str) -> Result:
+            say("timing", 0.9)
+            return self._generate(prompt, plan)
+
+        answers = timed(answers, again, self.timed_runs)
+        views = [view(facts, result, prompt, number) for number in range(len(self.images))]
+        self.notes += result.notes
+        return Asked(prompt, answers[0], answers[1] if len(answers) > 1 else None, tuple(views))
+
+    def _unpruned(self, prompt: str) -> list[Answer]:
+        """The answer without pruning; none and a note if engines reserve too little for it."""
+        try:
+            return [_answer(self._generate(prompt, NO_PRUNING))]
+        except CapacityError as error:
+            self.notes.append(f"the unpruned model was not asked: {error}")
+            return []
+
+    def _generate(self, prompt: str, plan: str, **more: Any) -> Result:
+        return self.model.generate(self.images, prompt, plan=plan, **self.options, **more)
 
 
 def timed(answers: Sequence[Answer], ask: Callable[[str], Result], runs: int) -> list[Answer]:
@@ -126,6 +145,12 @@ def timed(answers: Sequence[Answer], ask: Callable[[str], Result], runs: int) ->
         )
         for answer, own in zip(answers, zip(*rounds, strict=True), strict=True)
     ]
+
+
+def _machine(model: Model) -> str:
+    device = model.backend.describe()
+    where = f"{device['library']}, {device['device']}"
+    return f"{model.bundle.target}, {model.facts.precision}, {where}"
 
 
 def _answer(result: Result) -> Answer:
@@ -152,7 +177,7 @@ def view(facts: Manifest, result: Result, prompt: str, image: int) -> View:
     """
     plan, vision = facts.plans[result.plan], facts.vision
     reduced = next((one for one in result.images if one.image == image), None)
-    # The token that each patch is part of; a class token may stand in front of them.
+    # The token that each patch is part of; a class token may come first.
     owner = np.arange(vision.num_patches) + vision.num_visual - vision.num_patches  # [R * C]
     kept = owner >= 0
     places = []
@@ -173,8 +198,8 @@ def view(facts: Manifest, result: Result, prompt: str, image: int) -> View:
 def _before_the_decoder(plan: Plan, reduced: ImageResult, num_visual: int) -> Place:
     """What the tower and the projector left of an image.
 
-    Where some tokens are still patches, only these go on by themselves, and the rest is fused into
-    others; where none is, every patch that is part of a token goes on.
+    If some tokens are still patches, only these count as kept, and the rest is fused into others.
+    If none is, every patch that is part of a token counts as kept.
     """
     ids, sources = np.array(reduced.ids), np.array(reduced.sources)
     own = ids[ids >= 0]
@@ -186,7 +211,7 @@ def _before_the_decoder(plan: Plan, reduced: ImageResult, num_visual: int) -> Pl
         method=" and ".join(methods),
         num_before=num_visual,
         num_after=len(ids),
-        num_wanted=len(ids),
+        num_wanted=len(ids) if reduced.num_wanted is None else reduced.num_wanted,
         kept=tuple(kept.tolist()),
         groups=tuple(reduced.sources) if is_merged else None,
     )
@@ -219,13 +244,13 @@ def _place(site: SiteResult, method: str, owner: np.ndarray, alive: np.ndarray) 
 
 
 def _merged(owner: np.ndarray, site: SiteResult) -> np.ndarray:
-    """Token that each patch is part of behind a site, [R * C]."""
+    """Token that each patch is part of after a site, [R * C]."""
     into = dict(site.merged or [])
     return np.array([into.get(token, token) for token in owner.tolist()])
 
 
 def _words(prompt: str, words: Words) -> tuple[Word, ...]:
-    """The prompt in pieces: the question's tokens where they stand in it, and what lies between.
+    """The prompt in pieces: the question's tokens at their places, and the text between them.
 
     A token that is not found (a byte of a character, say) is part of the text around it.
     """

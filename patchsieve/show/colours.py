@@ -9,7 +9,7 @@ import numpy as np
 from patchsieve.show.shown import Place
 
 # Ten points of viridis (van der Walt and Smith, CC0): its lightness rises evenly, for eyes that do
-# not tell red from green too, and in grey.
+# not distinguish red from green either, and in grey.
 _SCALE = (
     *((68, 1, 84), (72, 40, 120), (62, 74, 137), (49, 104, 142), (38, 130, 142)),
     *((31, 158, 137), (53, 183, 121), (110, 206, 88), (181, 222, 43), (253, 231, 37)),
@@ -70,7 +70,7 @@ def levels(scores: Sequence[float | None]) -> dict[Colour, list[int]]:
 
 
 def quantiles(scores: Sequence[float | None]) -> tuple[float, float, float] | None:
-    """Least, middle and largest score; None where there is none."""
+    """Least, middle and largest score; None if there is no score."""
     found = [score for score in scores if score is not None and np.isfinite(score)]
     if not found:
         return None

@@ -175,7 +175,7 @@ def _tints(place: Place, columns: int) -> list[tuple[colours.Colour, list[int]]]
 
 
 def _data(shown: Shown) -> dict[str, Any]:
-    """What the script tells of a patch that the reader points at."""
+    """What the script says about a patch that the reader points at."""
     return {
         "places": [place.name for place in shown.places],
         "grids": [picture.grid for picture in shown.pictures],

@@ -27,7 +27,7 @@ function showPlace() {
 }
 
 // What became of a patch at the place shown, in words.
-function tell(places, patch, columns) {
+function describe(places, patch, columns) {
   const words = [`row ${Math.floor(patch / columns) + 1}, column ${(patch % columns) + 1}`];
   const number = current();
   const end = number === 0 ? places.length : number;
@@ -42,7 +42,7 @@ function tell(places, patch, columns) {
     words.push(size > 1 ? `merged, ${size} patches in one token` : "not merged");
   }
   if (places.length) {
-    words.push(lost < 0 ? (number === 0 ? "in every layer" : "goes on") : `dropped: ${data.places[lost]}`);
+    words.push(lost < 0 ? (number === 0 ? "in every layer" : "kept") : `dropped: ${data.places[lost]}`);
   }
   return words.join(" · ");
 }
@@ -61,7 +61,7 @@ function showPatch() {
     }
     const readout = view.querySelector(".readout");
     readout.textContent = isHere
-      ? tell(data.views[prompt][picture], pointed.patch, columns)
+      ? describe(data.views[prompt][picture], pointed.patch, columns)
       : view === views[0] ? "Point at a patch, or use the arrow keys in a figure." : "";
   }
 }

@@ -28,14 +28,14 @@ def pixels(picture: Picture) -> Image.Image:
 
 
 def survivors(picture: Picture, place: Place) -> Image.Image:
-    """The picture; patches that do not go on are pale."""
+    """The picture; dropped patches are pale."""
     kept = _kept(picture, place)
     paper = np.tile(np.array(PAPER), (picture.num_patches, 1))
     return _outlined(_blend(picture, paper, _VEIL * ~kept), picture, kept.tolist())
 
 
 def heat(picture: Picture, place: Place) -> Image.Image | None:
-    """The scores by rank, patches that go on outlined; None where there are no scores."""
+    """The scores by rank, kept patches outlined; None if there are no scores."""
     if colours.quantiles(place.scores or ()) is None:
         return None
     colour = np.tile(np.array(PAPER), (picture.num_patches, 1))
@@ -46,7 +46,7 @@ def heat(picture: Picture, place: Place) -> Image.Image | None:
 
 
 def groups(picture: Picture, place: Place) -> Image.Image | None:
-    """The picture, each merged group in a colour; None where nothing merges."""
+    """The picture, each merged group in a colour; None if nothing merges."""
     if place.groups is None:
         return None
     colour, share = np.zeros((picture.num_patches, 3)), np.zeros(picture.num_patches)

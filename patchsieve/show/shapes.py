@@ -45,6 +45,6 @@ def path(lines: Iterable[Line]) -> str:
 
 
 def _stretches(flags: np.ndarray) -> list[tuple[int, int]]:
-    """First index and the one behind the last of each stretch of true flags."""
+    """First index, and the one after the last, of each stretch of true flags."""
     edges = np.flatnonzero(np.diff(np.concatenate(([0], flags.astype(np.int8), [0]))))
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]

@@ -198,7 +198,7 @@ def _place(sheet: _Sheet, shown: Shown, picture: Picture, place: Place) -> None:
 def _wrap(
     pieces: Sequence[Piece], length: Callable[[str], float], width: float
 ) -> list[list[Piece]]:
-    """Pieces in lines of at most a width, broken behind a space, or anywhere in a longer word."""
+    """Pieces in lines of at most a width, broken after a space, or anywhere in a longer word."""
     lines: list[list[Piece]] = [[]] if pieces else []
     used = 0.0
     for text, is_marked in pieces:

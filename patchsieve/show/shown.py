@@ -47,12 +47,12 @@ class Place:
             what follows it.
         method: Name of the method.
         num_before: Tokens that were alive. More than patches where a CLS token counts.
-        num_after: Tokens that go on.
-        num_wanted: Tokens that would go on without a budget.
-        kept: Raster ids of the patches that go on, in a token of their own or merged, ascending.
+        num_after: Tokens that are kept.
+        num_wanted: Tokens that would be kept without a budget.
+        kept: Raster ids of the patches that are kept, in a token of their own or merged, ascending.
         scores: What the decision compared, per patch, [R * C]; None for a patch without a score;
             None in all where the method has none.
-        groups: Token that each patch is part of, [R * C], -1 for none; None where nothing merges.
+        groups: Token that each patch is part of, [R * C], -1 for none; None if nothing merges.
     """
 
     layer: int | None
@@ -87,6 +87,7 @@ class Place:
                 f"what was kept {self.name} does not fit the image's patches",
                 found=f"ids {self.kept[:3]}..., lists of {sorted(lengths)}",
                 expected=f"ascending ids below {num_patches}, lists of {num_patches}",
+                do="give views and pictures of one bundle",
             )
 
 
@@ -96,7 +97,7 @@ class Word:
 
     Attributes:
         text: The pieces of an instruction, joined, are its text.
-        weight: How much it says of the image, in the method's own measure; None where unknown.
+        weight: How much it says of the image, in the method's own measure; None if unknown.
         is_selected: The method let it judge the image.
     """
 
@@ -140,7 +141,7 @@ class Answer:
 class Asked:
     """One prompt: its answer with the plan, that without pruning, and a view of each picture.
 
-    `unpruned` is None where the plan prunes nothing, or where it could not run (see the notes).
+    `unpruned` is None if the plan prunes nothing, or if it could not run (see the notes).
     """
 
     prompt: str
@@ -156,7 +157,7 @@ class Shown:
     Attributes:
         bundle: Name of the bundle.
         checkpoint: What it was made from.
-        machine: Target, precision, library and device, for the eye.
+        machine: Target, precision, library and device, for people.
         plan: Name of the plan.
         num_visual: Tokens of an image before any pruning.
         pictures: The images of every prompt.
@@ -183,10 +184,14 @@ class Shown:
                     "a prompt does not show every picture",
                     found=len(asked.views),
                     expected=len(self.pictures),
+                    do="give each prompt a view of each picture",
                 )
             for picture, view in zip(self.pictures, asked.views, strict=True):
                 if [place.name for place in view.places] != [p.name for p in self.places]:
-                    raise ShapeError("the views of a page go through different places")
+                    raise ShapeError(
+                        "the views of a page go through different places",
+                        do="give views of one plan",
+                    )
                 for place in view.places:
                     place.check(picture.num_patches)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from patchsieve.contract import names
+from patchsieve.contract import names, reads
 from patchsieve.runtime.cache import StageCache
 from patchsieve.runtime.ort.backend import OrtBackend
 
@@ -43,9 +43,8 @@ class Recorder:
         out = self.inner.run(graph, inputs)
         if graph in self.inputs and names.decided(graph) is None:
             return out
-        caches = (names.KEY, names.VALUE)
         run = Run(
-            {k: self._copy(v) for k, v in inputs.items() if k.partition(".")[0] not in caches},
+            {name: self._copy(value) for name, value in inputs.items() if not _is_cache(name)},
             {name: self._copy(value) for name, value in out.items()},
         )
         self.runs.setdefault(graph, []).append(run)
@@ -111,3 +110,9 @@ class Recorder:
     def _copy(self, tensor: Any) -> np.ndarray:
         array = np.array(self.inner.to_numpy(tensor))
         return array.astype(np.float32) if array.dtype == np.float16 else array
+
+
+def _is_cache(name: str) -> bool:
+    """Whether a graph's input is a cache of a decoder layer."""
+    what = reads.named(name)
+    return what is not None and what.read.source == reads.CACHE

@@ -7,7 +7,7 @@ rows: a row that is dropped leaves the list of rows and keeps its position.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Layers:
         logits: Of the last row, [V].
         cache: For `decode`.
         position: Of the next row.
+        row_positions: Of the rows that the last layer was fed, [L]; with A rotary sections [L, A].
     """
 
     hidden: list[np.ndarray] = field(default_factory=list)
@@ -49,6 +50,7 @@ class Layers:
     logits: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     cache: Any = None
     position: int = 0
+    row_positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 # Asked before a layer, given what the layers so far made: the rows that go on, and all rows
@@ -131,7 +133,7 @@ class Reference:
     @torch.no_grad()
     def reduced(
         self, plan: Plan, pixel_values: np.ndarray, noise: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
         """Run a plan's vision module in torch, on the checkpoint's weights in float32.
 
         Hugging Face has no tower that prunes: `vision` holds the tower itself against it.
@@ -142,7 +144,7 @@ class Reference:
             noise: [B, patches], where a method draws.
 
         Returns:
-            image_features [B, N, C], image_ids [B, N] and the projected CLS [B, C].
+            Features [N, C] and raster ids [N] of each image, and the projected CLS [B, C].
         """
         # The space that words are compared in is the scorer's, which the checkpoint does not hold.
         plan = replace(plan, pseudo_cls=PseudoCls("none"))
@@ -154,8 +156,10 @@ class Reference:
             state[weight.name] = tensor.t() if weight.transposed else tensor
         module.load_state_dict(state)
         drawn = () if noise is None else (torch.from_numpy(noise),)
-        features, ids, _, cls = module(torch.from_numpy(pixel_values), *drawn)
-        return features.numpy(), ids.numpy(), cls.numpy()
+        features, ids, _, *wanted, cls = module(torch.from_numpy(pixel_values), *drawn)
+        counts = wanted[0].tolist() if wanted else [module.num_visual] * len(features)
+        tokens, places = (without_padding(each.numpy(), counts) for each in (features, ids))
+        return tokens, places, cls.numpy()
 
     @torch.no_grad()
     def embed(self, input_ids: np.ndarray, features: np.ndarray) -> np.ndarray:
@@ -203,8 +207,9 @@ class Reference:
                 kept, hidden = judges[index](index, out)
                 x, row = torch.from_numpy(hidden)[:, kept], row[kept]
             seen_by = (row <= last_seen[row, None]) | (row == row[:, None])  # [L, L]
-            places_left = torch.from_numpy(places[row])
-            x, query = self._layer(index, x, places_left, out.cache, torch.from_numpy(seen_by))
+            out.row_positions = places[row]
+            at = torch.from_numpy(out.row_positions)
+            x, query = self._layer(index, x, at, out.cache, torch.from_numpy(seen_by))
             made = out.cache.layers[index]
             out.hidden.append(x.numpy())
             out.query.append(query.numpy())
@@ -214,6 +219,18 @@ class Reference:
             made.keys, made.values = made.keys[:, :, :stays], made.values[:, :, :stays]
         out.logits = self._logits(x)
         return out
+
+    @torch.no_grad()
+    def next_layer(self, layer: int, made: Layers) -> tuple[Tensor, Tensor]:
+        """Rotated queries [1, H, L, D] and keys [1, G, L, D] that a layer would make of all rows.
+
+        Args:
+            layer: Not yet run.
+            made: What the layers before it made.
+        """
+        x = torch.from_numpy(made.hidden[layer - 1])
+        angles = self._angles(x, torch.from_numpy(made.row_positions))
+        return self._rotated(layer, x, angles)
 
     @torch.no_grad()
     def decode(self, layers: Layers, count: int) -> np.ndarray:
@@ -247,19 +264,12 @@ class Reference:
 
         `seen` tells which rows a row sees, bool [L, L]; None: all that are there.
         """
-        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
         angles = self._angles(x, positions)
-        rows = x.shape[1]
         mask = None
         if seen is not None:
             mask = torch.where(seen, 0.0, torch.finfo(x.dtype).min)[None, None]  # [1, 1, L, L]
-        layer = self.decoder.layers[index]
-        attention = layer.self_attn
-        states = attention.q_proj(layer.input_layernorm(x))
-        heads = states.view(1, rows, -1, attention.head_dim).transpose(1, 2)  # [1, H, L, D]
-        query = apply_rotary_pos_emb(heads, heads, *angles)[0].transpose(1, 2).reshape(1, rows, -1)
-        x = layer(
+        query = self._rotated(index, x, angles)[0].transpose(1, 2).flatten(2)  # [1, L, H * D]
+        x = self.decoder.layers[index](
             x,
             attention_mask=mask,
             position_embeddings=angles,
@@ -267,6 +277,18 @@ class Reference:
             **{self.cache_name: cache},
         )
         return x, query
+
+    def _rotated(self, index: int, x: Tensor, angles: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """A layer's queries [1, H, L, D] and keys [1, G, L, D] of rows [1, L, C]."""
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        layer = self.decoder.layers[index]
+        attention, rows = layer.self_attn, layer.input_layernorm(x)
+        query, key = (
+            projection(rows).view(1, rows.shape[1], -1, attention.head_dim).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj)
+        )
+        return apply_rotary_pos_emb(query, key, *angles)
 
     def _angles(self, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Cosines and sines of rows, [1, L, D] each; positions: [L] or [L, A]."""
@@ -296,6 +318,11 @@ def cache_name(layer: torch.nn.Module) -> str:
     """
     taken = inspect.signature(layer.forward).parameters
     return "cache" if "cache" in taken else "past_key_values"
+
+
+def without_padding(values: np.ndarray, counts: Iterable[int]) -> list[np.ndarray]:
+    """The first rows of each image, of [B, N, ...] as many as `counts` says."""
+    return [rows[:count] for rows, count in zip(values, counts, strict=True)]
 
 
 def side_rows(positions: np.ndarray, image_index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchsieve.contract import names
+from patchsieve.contract import names, reads
 from patchsieve.contract.plan import SitePlan
 from patchsieve.export.methods import build_method
 from patchsieve.export.sites import layers_read
@@ -33,6 +33,26 @@ class Decided(NamedTuple):
     moved: np.ndarray | None
 
 
+class NextLayer(NamedTuple):
+    """Queries and keys that the checkpoint's layer at the site makes of all rows.
+
+    Attributes:
+        queries: Rotated, [1, H, L, D].
+        keys: Rotated, [1, G, L, D].
+    """
+
+    queries: Tensor
+    keys: Tensor
+
+    def query(self, rows: Tensor) -> Tensor:
+        """Those of chosen rows [R], [1, H, R, D]."""
+        return self.queries.index_select(2, rows)
+
+    def key(self) -> Tensor:
+        """Those of all rows, [1, G, L, D]."""
+        return self.keys
+
+
 @torch.no_grad()
 def decide(
     bundle: Path,
@@ -41,6 +61,7 @@ def decide(
     fed: Mapping[str, np.ndarray],
     grid: tuple[int, int],
     num_visual: int,
+    next_layer: Callable[[int], tuple[Tensor, Tensor]],
 ) -> Decided:
     """Run a site's method in torch on given activations.
 
@@ -48,38 +69,32 @@ def decide(
         bundle: Where learned heads lie.
         plan: The site.
         made: What the layers before it made.
-        fed: What the bundle's decision was fed besides: rows, patch ids, budget, noise.
+        fed: What the host fed to the bundle's decision: rows, patch ids, budget, noise.
         grid: Patch rows and columns.
         num_visual: Tokens of the image that entered the decoder.
+        next_layer: Queries and keys that a layer would make of the rows.
     """
-    method, head_dim = build_method(plan, bundle), made.key[-1].shape[-1]
-    tensor = {name: torch.from_numpy(np.asarray(value)) for name, value in fed.items()}
-
-    def states(layer: int) -> tuple[Tensor, Tensor]:
-        query = torch.from_numpy(made.query[layer])  # [1, L, H * D]
-        heads = query.view(1, query.shape[1], -1, head_dim).transpose(1, 2)
-        return heads, torch.from_numpy(made.key[layer])
-
-    top = plan.layer - 1
-    query, key = states(top)
-    side = tensor[names.SIDE_ROW]
-    site = Site(
-        query=query,
-        key=key,
-        value=torch.from_numpy(made.value[top]),
-        lower=tuple(states(layer) for layer in layers_read(method, plan.layer)[1:]),
-        visual_rows=tensor[names.VISUAL_ROWS],
-        text_rows=tensor[names.TEXT_ROWS],
-        patch_ids=tensor[names.PATCH_IDS],
-        side_row=side if len(side) else None,
-        last_row=tensor[names.LAST_ROW],
-        grid=grid,
-        num_visual=num_visual,
-        noise=tensor.get(names.NOISE),
-        hidden=torch.from_numpy(made.hidden[top]),
-        sizes=tensor[names.SIZES][None],
+    method, top = build_method(plan, bundle), plan.layer - 1
+    below = layers_read(method, plan.layer)[1:]
+    given = {name: torch.from_numpy(np.asarray(value)) for name, value in fed.items()}
+    if not len(given[names.SIDE_ROW]):
+        del given[names.SIDE_ROW]
+    del given[names.SLOT]  # caches here end with the rows present
+    own = {names.QUERY: made.query, names.KEY: made.key, names.VALUE: made.value}
+    states = {name: layers[top] for name, layers in own.items()} | {names.HIDDEN: made.hidden[top]}
+    states |= {names.query(k): made.query[k] for k in below}
+    states |= {names.key(k): made.key[k] for k in below}
+    given |= {name: torch.from_numpy(value) for name, value in states.items()}
+    reads_next = reads.NEXT_LAYER in method.reads
+    site = Site.of(
+        given,
+        below,
+        made.key[top].shape[-1],
+        grid,
+        num_visual,
+        NextLayer(*next_layer(plan.layer)) if reads_next else None,
     )
-    decision = method.decide(site, tensor[names.BUDGET])
+    decision = method.decide(site, given[names.BUDGET])
     moved = None if decision.moved is None else decision.moved[0].numpy()
     return Decided(decision.keep[0].numpy(), decision.scores[0].numpy(), moved)
 

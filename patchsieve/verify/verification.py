@@ -113,18 +113,23 @@ class Verification:
         result, failure = self._answer(images, prompt, plan, raw, count)
         inputs = self._hf_inputs(images, prompt, raw)
         built = self._prompt(prompt, len(images), raw)
-        rows = expand(built, self.facts.num_visual(plan))
+        our_features, our_ids = self._seen(plan)
+        rows = expand(built, [len(ids) for ids in our_ids])
         cls: np.ndarray | None = None
-        features, layers_seen = self.reference.vision(inputs[names.PIXEL_VALUES])
+        whole, layers_seen = self.reference.vision(inputs[names.PIXEL_VALUES])
+        features = list(whole)
         yield from self._inputs(plan, rows.token_ids, inputs)
         if self.facts.plans[plan].has_vision:
             features, patch_ids, cls = self._reduced(plan, inputs[names.PIXEL_VALUES])
             yield self._patches(plan, patch_ids)
         else:
-            patch_ids = self._seen(plan)[1]
+            patch_ids = our_ids
             yield from self._tower(plan, layers_seen)
-        yield self._part(plan, names.IMAGE_FEATURES, self._seen(plan)[0], features)
-        embeddings = self.reference.embed(rows.token_ids[None], features)
+        theirs = np.concatenate(features)  # the tokens of all images, [N, C]
+        yield self._part(plan, names.IMAGE_FEATURES, np.concatenate(our_features), theirs)
+        if len(theirs) != sum(map(len, our_features)):
+            return  # other tokens: nothing after them can be compared
+        embeddings = self.reference.embed(rows.token_ids[None], theirs)
         fed = self.recorder.inputs[names.stage(0)][names.HIDDEN]
         num_rows = len(rows.token_ids)
         yield self._part(plan, "embeddings", fed[:, :num_rows], embeddings)
@@ -145,7 +150,11 @@ class Verification:
         yield compare_tokens(plan, result.token_ids, said, by, self.tolerance)
 
     def _decoder(
-        self, plan: str, embeddings: np.ndarray, rows: ExpandedPrompt, patch_ids: np.ndarray
+        self,
+        plan: str,
+        embeddings: np.ndarray,
+        rows: ExpandedPrompt,
+        patch_ids: list[np.ndarray],
     ) -> Iterator[Part]:
         """Every layer of the decoder, its decisions, and the logits of the last row.
 
@@ -153,7 +162,7 @@ class Verification:
             plan: The plan.
             embeddings: Rows, side rows behind them, [1, L0 + M, C].
             rows: What the L0 are.
-            patch_ids: Raster ids of each image's tokens, [M, N].
+            patch_ids: Raster ids of each image's tokens, [N].
         """
         decisions: dict[int, list[Part]] = {}
         facts, judge = self.facts, self._judge(plan, decisions)
@@ -183,8 +192,8 @@ class Verification:
     ) -> tuple[Result, str]:
         """The bundle's answer, or why it gave none although its graphs ran."""
         result = Result()
-        options = {"plan": plan, "raw": raw, "max_new_tokens": count} | PLAIN
-        answer = self.model.stream(images, prompt, result=result, ignore_eos=True, **options)
+        options: dict[str, Any] = {"raw": raw, "max_new_tokens": count, "ignore_eos": True} | PLAIN
+        answer = self.model.stream(images, prompt, plan=plan, result=result, **options)
         try:
             deque(answer, maxlen=0)
             return result, ""
@@ -205,19 +214,23 @@ class Verification:
             return prompts.build_raw(prompt, num_images)
         return prompts.build([prompts.user_message(prompt, num_images)], num_images)
 
-    def _seen(self, plan: str) -> tuple[np.ndarray, np.ndarray]:
-        """Image features and raster ids that the bundle's graph returned."""
-        graph, values = self.facts.vision_graph(plan), self.recorder.values
-        return values[f"{graph}/{names.IMAGE_FEATURES}"], values[f"{graph}/{names.IMAGE_IDS}"]
+    def _seen(self, plan: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Features [N, C] and raster ids [N] of each image that the bundle's graph returned."""
+        values, graph = self.recorder.values, self.facts.vision_graph(plan)
+        features, ids = (values[f"{graph}/{n}"] for n in (names.IMAGE_FEATURES, names.IMAGE_IDS))
+        counts = values.get(f"{graph}/{names.NUM_WANTED}", [ids.shape[1]] * len(ids))
+        return hf.without_padding(features, counts), hf.without_padding(ids, counts)
 
-    def _reduced(self, plan: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _reduced(
+        self, plan: str, pixels: np.ndarray
+    ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
         """The same and the CLS by the plan's methods in torch, on the noise that was drawn."""
         fed = self.recorder.inputs[self.facts.vision_graph(plan)]
         return self.reference.reduced(self.facts.plans[plan], pixels, fed.get(names.NOISE))
 
-    def _patches(self, plan: str, theirs: np.ndarray) -> Part:
+    def _patches(self, plan: str, given: list[np.ndarray]) -> Part:
         """Survivors of the tower; the features say of those that are no patches."""
-        ours = self._seen(plan)[1]
+        ours, theirs = np.concatenate(self._seen(plan)[1]), np.concatenate(given)
         common = len(np.intersect1d(ours, theirs))
         note = f"{common} ids in common of {len(np.unique(ours))} and {len(np.unique(theirs))}"
         # float16 may swap patches whose scores are as good as equal; float32 seldom does.
@@ -293,7 +306,9 @@ class Verification:
         facts = self.facts
         site = next(site for site in facts.plans[plan].sites if site.layer == layer)
         folder, sizes = self.model.bundle.path, (facts.vision.grid, facts.num_visual(plan))
-        return sites.decide(folder, site, made, fed, *sizes)
+        return sites.decide(
+            folder, site, made, fed, *sizes, lambda number: self.reference.next_layer(number, made)
+        )
 
     def _side_rows(
         self, plan: str, cls: np.ndarray, result: Result, prompt: Prompt

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from patchsieve.contract.errors import PatchsieveError, ShapeError
-from patchsieve.pruning.decoder.normalise import MOST_RANKED, NORMALISATIONS, normalise, redundancy
+from patchsieve.pruning.decoder.normalise import MOST_RANKED, normalise, redundancy
+from patchsieve.pruning.decoder.rule import DecoderMethod
 from patchsieve.pruning.decoder.site import Decision, Site, key_slots, received_attention
 from patchsieve.pruning.decoder.spatial import check_granularities, gather_patches, spatial_scores
 from patchsieve.pruning.decoder.thresholds import ConstantThresholds
@@ -39,7 +40,7 @@ class Scores(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ATP:
+class ATP(DecoderMethod):
     """Keep what is important enough or spatially sampled, by thresholds that fit the instance.
 
     A token stays if S_red > theta_r or S_spatial > theta_s (section 3.4: "below the threshold
@@ -86,27 +87,7 @@ class ATP:
                 expected="Thresholds or ConstantThresholds",
                 do="wrap fixed numbers as ConstantThresholds(theta_r, theta_s)",
             )
-        if self.normalisation not in NORMALISATIONS:
-            raise PatchsieveError(
-                "ATP does not know this normalisation",
-                found=self.normalisation,
-                expected=", ".join(NORMALISATIONS),
-                do="use minmax, the default",
-            )
-        if self.modality not in MODALITIES:
-            raise PatchsieveError(
-                "ATP does not know this modality",
-                found=self.modality,
-                expected=", ".join(MODALITIES),
-                do="use both, the default",
-            )
-        if self.parts not in PARTS:
-            raise PatchsieveError(
-                "ATP does not know these parts",
-                found=self.parts,
-                expected=", ".join(PARTS),
-                do="use both, the default",
-            )
+        super().__post_init__()
         object.__setattr__(self, "granularities", tuple(self.granularities))
         check_granularities(self.granularities, self.spatial_lambda)
 

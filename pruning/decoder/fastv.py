@@ -8,15 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from patchsieve.contract.errors import PatchsieveError
-from patchsieve.pruning.decoder.site import Decision, Site, received_attention
-from patchsieve.pruning.select import check_keep_ratio, keep_fraction
-
-ROWS = ("last", "mean")
+from patchsieve.pruning.decoder.rule import KeepRatio
+from patchsieve.pruning.decoder.site import Site, received_attention
 
 
 @dataclass(frozen=True)
-class FastV:
+class FastV(KeepRatio):
     """Keep a fixed fraction: the tokens that the text looks at most, in the layer before the site.
 
     The paper's K is the site (its default 2: layer 1 scores, layer 2 gets the survivors); its R is
@@ -28,35 +25,17 @@ class FastV:
     where the code's `round`, which goes to the even number, keeps 24. Of 576 both keep 288.
 
     Attributes:
-        keep_ratio: Fraction kept of the image's tokens as they enter the decoder, in (0, 1].
         rows: "last" or "mean".
-
-    Raises:
-        PatchsieveError: `keep_ratio` is out of range or `rows` is unknown.
     """
 
     name: ClassVar[str] = "fastv"
     reads: ClassVar[tuple[str, ...]] = ("query", "key", "last_row")
 
-    keep_ratio: float = 0.5
     rows: str = "last"
 
-    def __post_init__(self) -> None:
-        """Check the options."""
-        check_keep_ratio(self.keep_ratio)
-        if self.rows not in ROWS:
-            raise PatchsieveError(
-                "FastV does not know these rows",
-                found=self.rows,
-                expected=" or ".join(ROWS),
-                do='use "last", which is what the authors\' code does',
-            )
-
-    def decide(self, site: Site, budget: Tensor) -> Decision:
-        """Keep the tokens that receive most attention (see `Method.decide`)."""
-        scores = last_row_score(site) if self.rows == "last" else mean_row_score(site)
-        keep, num_wanted = keep_fraction(scores, self.keep_ratio, site.num_visual, budget)
-        return Decision(keep, scores, num_wanted)
+    def scores(self, site: Site) -> Tensor:
+        """Attention that each visual token receives, float32 [B, N]."""
+        return last_row_score(site) if self.rows == "last" else mean_row_score(site)
 
 
 def last_row_score(site: Site) -> Tensor:

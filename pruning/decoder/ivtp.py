@@ -14,17 +14,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from patchsieve.contract.errors import PatchsieveError, ShapeError
-from patchsieve.pruning.decoder.site import Decision, Site
+from patchsieve.contract.errors import ShapeError
+from patchsieve.pruning.decoder.rule import KeepNumber
+from patchsieve.pruning.decoder.site import Site
 from patchsieve.pruning.rollout import Layer, importance, rollout_row, start_row, value_norms
-from patchsieve.pruning.select import check_num_keep, keep_count
-
-FUSIONS = ("rollout", "single", "mean", "max", "multiply")
-BLOCKS = ("visual", "prefix")
 
 
 @dataclass(frozen=True)
-class IVTP:
+class IVTP(KeepNumber):
     """Keep the tokens that the pseudo-CLS attends to through a group of layers.
 
     A group is the `group` layers that end at the site. S_i = R[cls, i] ||V_i|| / sum_j (eq. 4),
@@ -35,7 +32,6 @@ class IVTP:
     the norm of V (over all heads side by side).
 
     Attributes:
-        num_keep: Tokens kept of each image.
         group: Layers of the group.
         fusion: "rollout" is eq. 3. The paper's ablations: "single" takes the CLS row of the top
             layer only; "mean", "max" and "multiply" join the CLS rows of the group's layers entry
@@ -44,37 +40,14 @@ class IVTP:
             again. "prefix": the rows as they are, so that what stands before the image keeps its
             share of the attention.
         identity_first: Add the identity at the group's first layer too; for "rollout".
-
-    Raises:
-        PatchsieveError: An option cannot be used.
     """
 
     name: ClassVar[str] = "ivtp"
 
-    num_keep: int = 64
     group: int = 3
     fusion: str = "rollout"
     block: str = "visual"
     identity_first: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        check_num_keep(self.num_keep)
-        for name, known in (("fusion", FUSIONS), ("block", BLOCKS)):
-            if getattr(self, name) not in known:
-                raise PatchsieveError(
-                    f"ivtp does not know this {name}",
-                    found=getattr(self, name),
-                    expected=", ".join(known),
-                    do=f"remove it: then it is {known[0]!r}, the paper's own",
-                )
-        if self.group < 1:
-            raise PatchsieveError(
-                "ivtp needs a group of layers",
-                found=self.group,
-                expected="at least 1",
-                do="give the number of layers that each pruning looks back on (the paper's is 3)",
-            )
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -83,8 +56,8 @@ class IVTP:
         below = tuple(f"{what}.{k}" for k in range(1, depth) for what in ("query", "key"))
         return ("query", "key", "value", "side_row", *below)
 
-    def decide(self, site: Site, budget: Tensor) -> Decision:
-        """Keep the `num_keep` tokens of the highest scores (see `Method.decide`).
+    def scores(self, site: Site) -> Tensor:
+        """Share of each visual token in attention times value, float32 [B, N] (eq. 4).
 
         Raises:
             ShapeError: The site lacks values, a side row or the group's lower layers.
@@ -98,9 +71,7 @@ class IVTP:
         visual = site.visual_rows + site.first_key
         assert site.value is not None  # `_layers` has looked
         norms = value_norms(site.value.index_select(2, visual))  # [B, N]
-        scores = importance(row[:, :-1], norms)  # [B, N], the pseudo-CLS itself left out
-        keep, num_wanted = keep_count(scores, self.num_keep, budget)
-        return Decision(keep, scores, num_wanted)
+        return importance(row[:, :-1], norms)  # the pseudo-CLS itself left out
 
     def _layers(self, site: Site) -> list[Layer]:
         """The group over the block's rows, the lowest layer first."""

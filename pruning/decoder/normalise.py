@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NORMALISATIONS = ("minmax", "rank", "softmax", "none")
 # rank() sorts keys up to N^2 as float32 (TensorRT 10.3 sorts no integers): exact up to 2**24.
 MOST_RANKED = 4096
 

@@ -8,34 +8,22 @@ from typing import ClassVar
 from torch import Tensor
 
 from patchsieve.contract.errors import ShapeError
-from patchsieve.pruning.decoder.site import Decision, Site
-from patchsieve.pruning.select import check_keep_ratio, keep_fraction
+from patchsieve.pruning.decoder.rule import KeepRatio
+from patchsieve.pruning.decoder.site import Site
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(KeepRatio):
     """Keep tokens drawn uniformly without replacement, by noise that comes in with the site.
 
     The caller draws the noise, so a seed gives the same tokens on every backend.
-
-    Attributes:
-        keep_ratio: Fraction kept of the image's tokens as they enter the decoder, in (0, 1].
-
-    Raises:
-        PatchsieveError: `keep_ratio` is out of range.
     """
 
     name: ClassVar[str] = "random"
     reads: ClassVar[tuple[str, ...]] = ("noise",)
 
-    keep_ratio: float = 0.5
-
-    def __post_init__(self) -> None:
-        """Check the fraction."""
-        check_keep_ratio(self.keep_ratio)
-
-    def decide(self, site: Site, budget: Tensor) -> Decision:
-        """Keep the tokens with the highest noise (see `Method.decide`).
+    def scores(self, site: Site) -> Tensor:
+        """The noise of each visual token, float32 [B, N].
 
         Raises:
             ShapeError: The site brings no noise.
@@ -47,6 +35,4 @@ class Random:
                 do="draw it from the request's seed and feed it to the decision",
             )
         # A clone, because an output that is an input would lend that input its name in the graph.
-        scores = site.noise.float().clone()  # [B, N]
-        keep, num_wanted = keep_fraction(scores, self.keep_ratio, site.num_visual, budget)
-        return Decision(keep, scores, num_wanted)
+        return site.noise.float().clone()

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
+from patchsieve.contract import names
 from patchsieve.contract.errors import ShapeError
 from patchsieve.pruning.rows import attention_rows, mean_over
+
+
+class NextLayer(Protocol):
+    """The layer at the site, asked what it would make of the rows before any of them is dropped.
+
+    It computes only what it is asked for. Rows that were cached before this prefill are not among
+    its own: the cache of that layer holds what earlier decisions left of them.
+    """
+
+    def query(self, rows: Tensor) -> Tensor:
+        """Rotated queries of chosen rows, int64 [R], as [B, H, R, D]."""
+        ...
+
+    def key(self) -> Tensor:
+        """Rotated keys of all rows fed, [B, G, L, D]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,9 +56,10 @@ class Site:
         side_row: Row of this image's pseudo-CLS, behind all ordinary rows, int64 [1]. It sees the
             keys up to the image's last token, and its own.
         last_row: The last ordinary row, int64 [1]; None where no side row follows it.
-        hidden: The rows themselves, behind the layer before the site, for methods that merge,
-            [B, L, C].
+        hidden: The rows themselves, after the layer before the site, [B, L, C].
         sizes: Patches that each of the image's tokens stands for, float32 [B, N].
+        position_ids: Rotary positions of the rows fed, int64 [L]; with A rotary sections [L, A].
+        next_layer: The layer at the site, for methods that judge by its queries and keys.
 
     Raises:
         ShapeError: A rank, the heads or the grid cannot be.
@@ -61,6 +80,55 @@ class Site:
     last_row: Tensor | None = None
     hidden: Tensor | None = None
     sizes: Tensor | None = None
+    position_ids: Tensor | None = None
+    next_layer: NextLayer | None = None
+
+    @classmethod
+    def of(
+        cls,
+        given: Mapping[str, Tensor],
+        below: Sequence[int],
+        head_dim: int,
+        grid: tuple[int, int],
+        num_visual: int,
+        next_layer: NextLayer | None = None,
+    ) -> Site:
+        """The site of one image from the tensors of its decision.
+
+        Args:
+            given: By the names and in the shapes of `patchsieve.contract.reads`. What no method
+                reads may be absent.
+            below: Layers that are read besides the one before the site, the nearest first.
+            head_dim: D.
+            grid: Height and width of the original grid, in patches.
+            num_visual: Tokens of the image that entered the decoder.
+            next_layer: The layer at the site.
+        """
+
+        def heads(rows: Tensor) -> Tensor:
+            """[1, L, H * D] -> [1, H, L, D]."""
+            return rows.view(1, -1, rows.shape[2] // head_dim, head_dim).transpose(1, 2)
+
+        sizes = given.get(names.SIZES)
+        return cls(
+            query=heads(given[names.QUERY]),
+            key=given[names.KEY],
+            value=given.get(names.VALUE),
+            lower=tuple((heads(given[names.query(k)]), given[names.key(k)]) for k in below),
+            slot=given.get(names.SLOT),
+            visual_rows=given[names.VISUAL_ROWS],
+            text_rows=given[names.TEXT_ROWS],
+            patch_ids=given[names.PATCH_IDS],
+            side_row=given.get(names.SIDE_ROW),
+            last_row=given.get(names.LAST_ROW),
+            grid=grid,
+            num_visual=num_visual,
+            noise=given.get(names.NOISE),
+            hidden=given.get(names.HIDDEN),
+            sizes=None if sizes is None else sizes[None],
+            position_ids=given.get(names.POSITION_IDS),
+            next_layer=next_layer,
+        )
 
     def __post_init__(self) -> None:
         """Check what is static; the dynamic sizes are the caller's, a check would freeze them."""
@@ -130,22 +198,19 @@ class Decision(NamedTuple):
 
 
 class Method(Protocol):
-    """A pruning method of a decoder site: a frozen dataclass with these three.
+    """A pruning method of a decoder site: a frozen dataclass with these four.
 
     Attributes:
         name: How plans and the command line call it.
+        merges: Its decisions hold `hidden` and `moved`.
     """
 
     name: ClassVar[str]
+    merges: ClassVar[bool]
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """What it uses beside the rows and ids; a graph need not feed the rest.
-
-        "query", "key" and "value" of the layer before the site, "query.1" and "key.1" of the layer
-        below that one, and so on; "side_row"; "last_row"; "noise"; "hidden" and "sizes", which
-        only methods that merge read.
-        """
+        """What it uses beside the rows and ids, in the words of `patchsieve.contract.reads`."""
         ...
 
     def decide(self, site: Site, budget: Tensor) -> Decision:
@@ -178,6 +243,34 @@ def received_attention(site: Site, rows: Tensor) -> Tensor:
     """
     query_rows = site.query.index_select(2, rows)  # [B, H, R, D]
     attention = attention_rows(query_rows, site.key, key_slots(site, rows))
-    attention = mean_over(attention, 1)  # [B, R, S]
-    attention = mean_over(attention, 1)  # [B, S]
+    attention = _mean_of_rows(attention)
     return attention.index_select(1, key_slots(site, site.visual_rows))  # [B, N]
+
+
+def received_at_next_layer(site: Site, rows: Tensor) -> Tensor:
+    """The same in the layer at the site, over the rows of this prefill.
+
+    Args:
+        site: The image at the site.
+        rows: Rows that look, 0..L-1, int64 [R].
+
+    Returns:
+        Scores, float32 [B, N].
+
+    Raises:
+        ShapeError: The site has no next layer.
+    """
+    if site.next_layer is None:
+        raise ShapeError(
+            "a decision got no next layer",
+            expected="Site.next_layer",
+            do='name "next_layer" in the `reads` of the method',
+        )
+    attention = attention_rows(site.next_layer.query(rows), site.next_layer.key(), rows)
+    return _mean_of_rows(attention).index_select(1, site.visual_rows)  # [B, N]
+
+
+def _mean_of_rows(attention: Tensor) -> Tensor:
+    """Mean over heads and rows, [B, H, R, S] -> [B, S]."""
+    attention = mean_over(attention, 1)  # [B, R, S]
+    return mean_over(attention, 1)

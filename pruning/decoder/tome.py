@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from patchsieve.contract.errors import ShapeError
+from patchsieve.pruning.decoder.rule import DecoderMethod
 from patchsieve.pruning.decoder.site import Decision, Site
 from patchsieve.pruning.rows import mean_over, unit
-from patchsieve.pruning.select import LOWEST, check_num_keep, first_best_of_rows, keep_count
+from patchsieve.pruning.schedules import fewest_after_merging
+from patchsieve.pruning.select import LOWEST, first_best_of_rows, keep_count
 
 NEVER = 2.0  # score of a token that nothing can merge away: a negated cosine is at most 1
 
 
 @dataclass(frozen=True)
-class DecoderToMe:
+class DecoderToMe(DecoderMethod):
     """Merge the tokens of an image that are most alike, until `num_keep` are left.
 
     Tokens are divided by place into A (even) and B (odd); each of A looks for the most similar of
@@ -42,13 +44,9 @@ class DecoderToMe:
 
     num_keep: int = 64
 
-    def __post_init__(self) -> None:
-        """Check the options."""
-        check_num_keep(self.num_keep)
-
     def fewest_left(self, num_tokens: int) -> int:
         """Fewest tokens that one site can leave of so many: those of B, and one."""
-        return num_tokens - num_tokens // 2
+        return fewest_after_merging(num_tokens)
 
     def decide(self, site: Site, budget: Tensor) -> Decision:
         """Merge all but `num_keep` tokens (see `Method.decide`).

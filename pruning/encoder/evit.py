@@ -8,10 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from patchsieve.contract.errors import PatchsieveError
-from patchsieve.pruning.encoder.walk import TowerSite, gather_rows, places_of
+from patchsieve.pruning.encoder.walk import TowerMethod, TowerSite, gather_rows, places_of
 from patchsieve.pruning.rollout import start_row
-from patchsieve.pruning.schedules import TowerSchedule
 from patchsieve.pruning.select import ascending, keep_top
 
 
@@ -30,6 +28,7 @@ class Fused:
     moved: Tensor
     num_fused: int = 1
     sizes: None = None
+    num_wanted: Tensor | None = None
 
     def rows(self, rows: Tensor) -> Tensor:
         """[B, n, C] -> [B, K, C]."""
@@ -38,7 +37,7 @@ class Fused:
 
 
 @dataclass(frozen=True)
-class EViT:
+class EViT(TowerMethod):
     """Keep what the class token attends to, and fuse the rest into one row by its attention.
 
     Acts between attention and MLP. The fused row is sum(a_i x_i) over what is dropped, not
@@ -54,24 +53,6 @@ class EViT:
     """
 
     name: ClassVar[str] = "evit"
-    reads: ClassVar[tuple[str, ...]] = ()
-    is_inside: ClassVar[bool] = True
-    is_merging: ClassVar[bool] = False
-    is_proportional: ClassVar[bool] = False
-
-    schedule: TowerSchedule = TowerSchedule()
-
-    def places(self, num_patches: int, num_layers: int) -> dict[int, int]:
-        """See `TowerMethod.places`."""
-        places = self.schedule.places(self.name, num_patches, num_layers)
-        if min(places.values()) < 2:
-            raise PatchsieveError(
-                "evit leaves a patch and the fused row at least",
-                found=list(places.values()),
-                expected="2 tokens or more at each layer",
-                do="keep more",
-            )
-        return places
 
     def reduce(self, site: TowerSite, count: int) -> Fused:
         """Keep `count` - 1 patches and fuse the rest, the fused row of before included."""

@@ -8,17 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from patchsieve.contract.errors import PatchsieveError
-from patchsieve.pruning.encoder.walk import Kept, TowerSite
-from patchsieve.pruning.rollout import HEADS, importance, rollout_row, start_row, value_norms
-from patchsieve.pruning.schedules import TowerSchedule
-from patchsieve.pruning.select import keep_top
-
-FUSIONS = ("rollout", "single", "mean", "max", "multiply")
+from patchsieve.pruning.encoder.walk import TowerMethod, TowerSite
+from patchsieve.pruning.rollout import importance, rollout_row, start_row, value_norms
 
 
 @dataclass(frozen=True)
-class GTP:
+class GTP(TowerMethod):
     """Drop patches behind each group of layers, by the class token's rollout row over the group.
 
     Each score is the rollout attention of the class token (eq. 3) times the length of the patch's
@@ -30,41 +25,18 @@ class GTP:
     its layer a group prunes. Here behind it, so that a layer stays whole.
 
     Attributes:
-        schedule: Where, and to how many.
         fusion: How the group's layers become one row: "rollout" (eq. 3); the class token's row of
             the top layer alone ("single"), or the "mean", "max" or product ("multiply") of the
             rows of all layers of the group (table 5). With groups of one layer all are layer-wise.
         identity_first: Add the identity in a group's lowest layer too, as Abnar & Zuidema do.
         value_heads: "concatenated" or "summed" (see `value_norms`).
-
-    Raises:
-        PatchsieveError: An option is unknown.
     """
 
     name: ClassVar[str] = "gtp"
-    reads: ClassVar[tuple[str, ...]] = ()
-    is_inside: ClassVar[bool] = False
-    is_merging: ClassVar[bool] = False
-    is_proportional: ClassVar[bool] = False
 
-    schedule: TowerSchedule = TowerSchedule()
     fusion: str = "rollout"
     identity_first: bool = False
     value_heads: str = "concatenated"
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        for option, known in (("fusion", FUSIONS), ("value_heads", HEADS)):
-            if getattr(self, option) not in known:
-                raise PatchsieveError(
-                    f"gtp does not know this {option}",
-                    found=repr(getattr(self, option))[:80],
-                    expected=", ".join(known),
-                )
-
-    def places(self, num_patches: int, num_layers: int) -> dict[int, int]:
-        """See `TowerMethod.places`."""
-        return self.schedule.places(self.name, num_patches, num_layers)
 
     def scores(self, site: TowerSite) -> Tensor:
         """Score of each candidate, float32 [B, N] (eq. 4)."""
@@ -76,10 +48,6 @@ class GTP:
         assert value is not None  # a tower's layers bring theirs
         norms = value_norms(value, self.value_heads)
         return importance(site.candidates(row), site.candidates(norms))
-
-    def reduce(self, site: TowerSite, count: int) -> Kept:
-        """Keep the `count` patches that score highest."""
-        return Kept.of(site, keep_top(self.scores(site), count), count)
 
     def _fused(self, site: TowerSite) -> Tensor:
         """Rows of single layers, fused without products of maps, [B, n]."""

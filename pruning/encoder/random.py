@@ -5,37 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from patchsieve.contract.errors import ShapeError
-from patchsieve.pruning.encoder.walk import Kept, TowerSite
-from patchsieve.pruning.schedules import TowerSchedule
-from patchsieve.pruning.select import keep_top
+from patchsieve.pruning.encoder.walk import TowerMethod, TowerSite
 
 
 @dataclass(frozen=True)
-class RandomPatches:
+class RandomPatches(TowerMethod):
     """Keep patches drawn uniformly without replacement, inside the tower or right behind it.
 
     Each patch has one number of noise; the lowest go first, whatever the schedule, so that the last
     survivors are the same draw.
-
-    Attributes:
-        schedule: Where, and to how many.
     """
 
     name: ClassVar[str] = "random"
     reads: ClassVar[tuple[str, ...]] = ("noise",)
-    is_inside: ClassVar[bool] = False
-    is_merging: ClassVar[bool] = False
-    is_proportional: ClassVar[bool] = False
 
-    schedule: TowerSchedule = TowerSchedule()
-
-    def places(self, num_patches: int, num_layers: int) -> dict[int, int]:
-        """See `TowerMethod.places`."""
-        return self.schedule.places(self.name, num_patches, num_layers)
-
-    def reduce(self, site: TowerSite, count: int) -> Kept:
-        """Keep the `count` patches with the highest noise.
+    def scores(self, site: TowerSite) -> Tensor:
+        """The noise of each candidate, float32 [B, N].
 
         Raises:
             ShapeError: The site brings no noise.
@@ -46,4 +34,4 @@ class RandomPatches:
                 expected="TowerSite.noise [B, n], uniform in [0, 1)",
                 do="draw it from the request's seed and feed it to the vision graph",
             )
-        return Kept.of(site, keep_top(site.candidates(site.noise.float()), count), count)
+        return site.candidates(site.noise.float())

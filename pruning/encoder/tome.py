@@ -9,10 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from patchsieve.contract.errors import PatchsieveError
-from patchsieve.pruning.encoder.walk import TowerSite, gather_rows, places_of
+from patchsieve.pruning.encoder.walk import TowerMethod, TowerSite, gather_rows, places_of
 from patchsieve.pruning.rows import mean_over, unit
-from patchsieve.pruning.schedules import TowerSchedule
 from patchsieve.pruning.select import LOWEST, ascending, first_best_of_rows, keep_top
 
 
@@ -36,6 +34,7 @@ class Merged:
     old_sizes: Tensor
     moved: Tensor
     num_fused: int = 0
+    num_wanted: None = None
 
     def rows(self, rows: Tensor) -> Tensor:
         """Means weighted by size, [B, n, C] -> [B, K, C]."""
@@ -54,7 +53,7 @@ class Merged:
 
 
 @dataclass(frozen=True)
-class ToMe:
+class ToMe(TowerMethod):
     """Merge the most similar rows between attention and MLP, a fixed number in each layer.
 
     Rows are divided by place into A (even) and B (odd); each of A looks for the most similar of B,
@@ -63,41 +62,17 @@ class ToMe:
     (proportional attention).
 
     Attributes:
-        schedule: Where, and to how many.
         proportional: Add log(size) to the attention's products.
     """
 
     name: ClassVar[str] = "tome"
-    reads: ClassVar[tuple[str, ...]] = ()
-    is_inside: ClassVar[bool] = True
-    is_merging: ClassVar[bool] = True
 
-    schedule: TowerSchedule = TowerSchedule()
     proportional: bool = True
 
     @property
     def is_proportional(self) -> bool:
         """See `TowerMethod.is_proportional`."""
         return self.proportional
-
-    def places(self, num_patches: int, num_layers: int) -> dict[int, int]:
-        """See `TowerMethod.places`.
-
-        Raises:
-            PatchsieveError: A layer would merge more rows than set A holds beside a class token.
-        """
-        places = self.schedule.places(self.name, num_patches, num_layers)
-        before = num_patches
-        for layer, count in places.items():
-            if before - count > before // 2:
-                raise PatchsieveError(
-                    f"tome merges at most every other token in a layer, not at layer {layer}",
-                    found=f"{before} to {count}",
-                    expected=f"at least {before - before // 2} left",
-                    do="keep more, merge in more layers, or let the counts fall geometrically",
-                )
-            before = count
-        return places
 
     def reduce(self, site: TowerSite, count: int) -> Merged:
         """Merge until `count` tokens are left."""

@@ -1,8 +1,11 @@
-"""The seam of methods that prune or merge patches inside a vision tower, or right behind it.
+"""The seam of methods that prune or merge patches inside a vision tower, or right after it.
 
-Every count is fixed when the graph is made (`patchsieve.pruning.schedules`), so every shape is. A
-method chooses; `Walk` applies what it chose to all that a tower carries, and remembers where each
-original patch went.
+Every count, or its bound, is fixed when the graph is made (`patchsieve.pruning.schedules`), so
+every shape is. A method chooses; `Walk` applies what it chose to all that a tower carries, and
+remembers where each original patch went.
+
+Where the count depends on the image, rows up to the bound leave the tower: the tokens, in raster
+order, then padding. A layer after such a method hides the padding from its attention.
 
 Letters: B images, N patches of an image, n rows at the moment (the class token first where there is
 one, then the tokens, last a fused row where a method made one), H heads, D head dim, C width.
@@ -17,9 +20,13 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from patchsieve.pruning.catalogue import Catalogued, in_tower
+from patchsieve.pruning.entry import ENCODER
 from patchsieve.pruning.rollout import Layer
-from patchsieve.pruning.select import ascending
+from patchsieve.pruning.schedules import TowerSchedule
+from patchsieve.pruning.select import ascending, keep_top
 
+HIDDEN = -6e4  # bias of a key that no row may see; fits float16
 NOWHERE = -1  # where a dropped patch went, and the raster id of a token that is no patch
 
 
@@ -30,7 +37,7 @@ class Tower:
     Attributes:
         grid: Patch rows and columns of an image.
         num_layers: Layers that run.
-        has_cls: A class token stands before the patches.
+        has_cls: A class token comes before the patches.
     """
 
     grid: tuple[int, int]
@@ -98,37 +105,17 @@ class Reduction(Protocol):
         """Patches that each new row stands for, float32 [B, K]; None where nothing merges."""
         ...
 
+    @property
+    def num_wanted(self) -> Tensor | None:
+        """Tokens that the method would leave without a bound, int64 [B]; None if it is fixed.
+
+        The class token is not counted. Of the K rows the tokens come first, as many as wanted and
+        the bound allow, then padding, which repeats any row; fused rows come last.
+        """
+        ...
+
     def rows(self, rows: Tensor) -> Tensor:
         """Apply it to rows, [B, n, C] -> [B, K, C]."""
-        ...
-
-
-class TowerMethod(Protocol):
-    """A method inside the tower: a frozen dataclass with these.
-
-    Attributes:
-        name: How plans and the command line call it.
-        reads: "noise", where it draws.
-        is_inside: It acts between attention and MLP of its layer, as published; else behind it.
-        is_merging: Tokens that reach the decoder are no patches of the grid any more.
-    """
-
-    name: ClassVar[str]
-    reads: ClassVar[tuple[str, ...]]
-    is_inside: ClassVar[bool]
-    is_merging: ClassVar[bool]
-
-    @property
-    def is_proportional(self) -> bool:
-        """A row counts in attention as often as it has patches."""
-        ...
-
-    def places(self, num_patches: int, num_layers: int) -> dict[int, int]:
-        """Tokens that each pruning layer leaves, the class token not counted."""
-        ...
-
-    def reduce(self, site: TowerSite, count: int) -> Reduction:
-        """Choose `count` tokens, fewer than there are."""
         ...
 
 
@@ -144,6 +131,7 @@ class Kept:
     indices: Tensor
     moved: Tensor
     num_fused: int = 0
+    num_wanted: Tensor | None = None
     sizes: None = None
 
     @classmethod
@@ -153,9 +141,66 @@ class Kept:
         indices = ascending(mask, count + site.has_cls + site.num_fused)
         return cls(indices, places_of(mask), site.num_fused)
 
+    @classmethod
+    def up_to(cls, site: TowerSite, keep: Tensor, num_wanted: Tensor, count: int) -> Kept:
+        """Keep at most `count` of the candidates, whose number depends on the image.
+
+        Args:
+            site: The rows, none of them fused.
+            keep: What stays, at least one and at most `count` of each image, bool [B, N].
+            num_wanted: How many the rule kept before it was cut to `count`, int64 [B].
+            count: The bound.
+        """
+        mask = site.whole(keep, is_fused_kept=True)  # [B, n]
+        indices = ascending(mask, count + site.has_cls)
+        indices = indices.clamp(max=mask.shape[1] - 1)  # the padding repeats the last row
+        return cls(indices, places_of(mask), num_wanted=num_wanted)
+
     def rows(self, rows: Tensor) -> Tensor:
         """[B, n, C] -> [B, K, C]."""
         return gather_rows(rows, self.indices)
+
+
+@dataclass(frozen=True)
+class TowerMethod(Catalogued):
+    """The base of methods inside the tower: a score for each candidate, and the highest stay.
+
+    A method writes `scores`; one that does more than keep tokens writes `reduce`.
+
+    Attributes:
+        reads: "noise", where it draws.
+        schedule: Where it prunes, and to how many tokens.
+    """
+
+    acts_at = ENCODER
+    reads: ClassVar[tuple[str, ...]] = ()
+
+    schedule: TowerSchedule = TowerSchedule()
+
+    @property
+    def is_inside(self) -> bool:
+        """It acts between attention and MLP of its layer, as published; else after it."""
+        return in_tower(self.name).tower.is_inside
+
+    @property
+    def is_proportional(self) -> bool:
+        """A row counts in attention as often as it has patches."""
+        return False
+
+    def places(self, num_patches: int, num_layers: int) -> dict[int, int]:
+        """Tokens that each pruning layer leaves at most, the class token not counted."""
+        return self.schedule.places(self.name, num_patches, num_layers)
+
+    def scores(self, site: TowerSite) -> Tensor:
+        """Score of each candidate, higher is kept, float32 [B, N]."""
+        raise NotImplementedError
+
+    def reduce(self, site: TowerSite, count: int) -> Reduction:
+        """Choose `count` tokens, fewer than there are: here those that score highest.
+
+        A method whose count adapts to the image chooses at most as many (`Reduction.num_wanted`).
+        """
+        return Kept.of(site, keep_top(self.scores(site), count), count)
 
 
 class Tokens(NamedTuple):
@@ -165,11 +210,14 @@ class Tokens(NamedTuple):
         rows: Features, [B, n, F * C], the class token first where there is one.
         ids: Raster id of each row, NOWHERE for one that is no patch, int64 [B, n].
         sources: Row that each patch went to, NOWHERE if it was dropped, int64 [B, N].
+        num_wanted: Tokens that the method would leave without its bound, the class token not
+            counted, int64 [B]; rows after them are padding. None if the count is fixed.
     """
 
     rows: Tensor
     ids: Tensor
     sources: Tensor
+    num_wanted: Tensor | None = None
 
 
 class Walk:
@@ -192,16 +240,31 @@ class Walk:
         self.carried: dict[int, Tensor] = {}  # hidden rows that the projector reads, by layer
         self.num_fused = 0
         self.sources: Tensor | None = None  # [B, N], None while nothing has moved
+        self.num_wanted: Tensor | None = None  # [B], of a method whose count adapts
+        self._is_padding: Tensor | None = None  # [B, n], None where no row is
         self._group: tuple[Layer, ...] = ()
         self._sizes: Tensor | None = None  # [B, n], None while each row is one patch
         # The layer of the last pruning at the rows that are left, made only where it is asked for.
         self._last: Callable[[], tuple[Layer, ...]] = tuple
 
     def bias(self) -> Tensor | None:
-        """Bias of the next attention, log(size) where that is proportional, [B, 1, 1, n]."""
-        if self._sizes is None or not any(method.is_proportional for method in self.methods):
-            return None
-        return self._sizes.log()[:, None, None]
+        """Bias of the next attention, [B, 1, 1, n].
+
+        It is log(size) where attention is proportional, and hides padding.
+        """
+        bias = None
+        if self._sizes is not None and any(method.is_proportional for method in self.methods):
+            bias = self._sizes.log()  # [B, n]
+        if self._is_padding is not None:
+            bias = torch.where(self._is_padding, HIDDEN, 0.0 if bias is None else bias)
+        return None if bias is None else bias[:, None, None]
+
+    def mean(self, rows: Tensor) -> Tensor:
+        """Mean of rows, padding left out, [B, n, C] -> [B, C]."""
+        if self._is_padding is None:
+            return rows.sum(1) / rows.shape[1]
+        counts = (~self._is_padding).to(rows.dtype)[:, :, None]  # [B, n, 1]
+        return (rows * counts).sum(1) / counts.sum(1)
 
     def remember(self, layer: Layer) -> None:
         """Take note of a layer's queries, keys and values."""
@@ -215,16 +278,16 @@ class Walk:
         for method, places in zip(self.methods, self.places, strict=True):
             if method.is_inside != is_inside or index not in places:
                 continue
-            if places[index] < rows.shape[1] - self.tower.has_cls:
+            if method.adapts or places[index] < rows.shape[1] - self.tower.has_cls:
                 rows = self._apply(method, rows, places[index])
             else:
                 self._end_group()
         return rows
 
     def finish(self, rows: Tensor) -> Tokens:
-        """Put the features [B, n, F * C] behind the last layer into raster order.
+        """Put the features [B, n, F * C] after the last layer into raster order.
 
-        A merged token stands where its first patch stood; a fused row stands last.
+        A merged token takes the place of its first patch; a fused row comes last, padding after it.
         """
         tower, place = self.tower, torch.arange(rows.shape[1], device=rows.device)  # [n]
         patches = torch.arange(tower.num_patches, device=rows.device)  # [N]
@@ -234,11 +297,15 @@ class Walk:
         first = torch.where(place < int(tower.has_cls), NOWHERE, first)
         is_fused = place >= rows.shape[1] - self.num_fused  # [n]
         first = torch.where(is_fused, tower.num_patches, first)  # no two are equal
+        if self._is_padding is not None:
+            first = torch.where(self._is_padding, tower.num_patches + 1 + place, first)
         rank = (first[:, None] < first[:, :, None]).float().sum(-1).to(torch.int64)  # [B, n]
         order = torch.zeros_like(rank).scatter(1, rank, place.expand(rank.shape))
-        has_no_ids = is_fused | any(method.is_merging for method in self.methods)
+        has_no_ids = is_fused | any(method.merges for method in self.methods)
+        if self._is_padding is not None:
+            has_no_ids = has_no_ids | self._is_padding
         ids = torch.where(has_no_ids, NOWHERE, first).gather(1, order)  # [B, n]
-        return Tokens(gather_rows(rows, order), ids, follow(sources, rank))
+        return Tokens(gather_rows(rows, order), ids, follow(sources, rank), self.num_wanted)
 
     def _apply(self, method: TowerMethod, rows: Tensor, count: int) -> Tensor:
         group = self._group or self._last()
@@ -251,7 +318,17 @@ class Walk:
         self._group, self._last = (), lambda: (_pruned(group[-1], chosen),)
         self.sources = follow(self._sources(rows), chosen.moved)
         self.num_fused, self._sizes = chosen.num_fused, chosen.sizes
+        if chosen.num_wanted is not None:
+            self.num_wanted = chosen.num_wanted
+            self._is_padding = self._padding(chosen.num_wanted, count)
         return chosen.rows(rows)
+
+    def _padding(self, num_wanted: Tensor, count: int) -> Tensor:
+        """Rows that are no tokens, once at most `count` tokens are left, bool [B, n]."""
+        has_cls, fused = int(self.tower.has_cls), self.num_fused
+        place = torch.arange(count + has_cls, device=num_wanted.device)  # [n]
+        stop = num_wanted.clamp(max=count) - fused + has_cls  # [B]
+        return (place >= stop[:, None]) & (place < count + has_cls - fused)
 
     def _end_group(self) -> None:
         """Begin a new group of layers at the same rows."""

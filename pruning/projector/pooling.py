@@ -8,14 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from patchsieve.contract.errors import PatchsieveError
+from patchsieve.pruning.catalogue import Catalogued
+from patchsieve.pruning.entry import PROJECTOR
 from patchsieve.pruning.schedules import pooled_side
-
-PLACES = ("before", "after")
 
 
 @dataclass(frozen=True)
-class Pooling:
+class Pooling(Catalogued):
     """Average the patches of each cell of a k x k grid (adaptive average pooling).
 
     The paper leaves open: before or after the projector.
@@ -23,30 +22,13 @@ class Pooling:
     Attributes:
         keep: Tokens left, a square number; by default the square nearest below 1/9 of the patches.
         place: "before" the projector, which then has fewer rows to project, or "after" it.
-
-    Raises:
-        PatchsieveError: An option is unknown.
     """
 
     name: ClassVar[str] = "pooling"
+    acts_at = PROJECTOR
 
     keep: int | None = None
     place: str = "before"
-
-    def __post_init__(self) -> None:
-        """Check each option by itself."""
-        if self.place not in PLACES:
-            raise PatchsieveError(
-                "pooling does not know this place",
-                found=repr(self.place)[:80],
-                expected=" or ".join(PLACES),
-            )
-        if self.keep is not None and (type(self.keep) is not int or self.keep < 1):
-            raise PatchsieveError(
-                "pooling cannot leave this many tokens",
-                found=repr(self.keep)[:80],
-                expected="a whole number of at least 1",
-            )
 
     def side(self, grid: tuple[int, int]) -> int:
         """Cells of a row and of a column, k (see `pooled_side`)."""

@@ -21,6 +21,8 @@ _RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticE
 _PROBE_LEFT, _PROBE_RIGHT = "qleftq", "qrightq"
 
 Message = Mapping[str, Any]
+# What a turn says: its words, or the parts of a message.
+Content = str | Sequence[Mapping[str, str]]
 
 
 class ChatTemplate:
@@ -153,7 +155,12 @@ def _check_messages(messages: Sequence[Message]) -> None:
         raise RequestError("the conversation is empty", do="add a user message")
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RequestError("bad message", found=repr(message)[:80], expected="role and content")
+            raise RequestError(
+                "bad message",
+                found=repr(message)[:80],
+                expected="role and content",
+                do='write {"role": "user", "content": "..."}',
+            )
         content = message.get("content")
         if isinstance(content, str):
             continue
@@ -162,6 +169,7 @@ def _check_messages(messages: Sequence[Message]) -> None:
                 "bad message content",
                 found=repr(content)[:80],
                 expected='a string or a list of {"type": "image"} and {"type": "text", "text": ..}',
+                do="write the content as one of them",
             )
 
 

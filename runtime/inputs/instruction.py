@@ -1,4 +1,4 @@
-"""Where the user's question stands in a rendered conversation."""
+"""Where the user's question is in a rendered conversation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def instruction_spans(
 ) -> list[tuple[int, int]]:
     """Find the text of the last user message in a rendered conversation.
 
-    A second render with marks around the text tells exactly, even where the text is a letter that
+    A second render with marks around the text finds it exactly, even if the text is a letter that
     the role markers hold too. Where the marks change the result (a template that looks into its
     messages), the text is searched from the right.
 
@@ -29,7 +29,7 @@ def instruction_spans(
         image_token: The placeholder of an image, which is no part of the instruction.
 
     Returns:
-        Spans of characters, ascending; none where the message has no text or the template rewrites
+        Spans of characters, ascending; none if the message has no text or the template rewrites
         it beyond recognition.
     """
     number = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)

@@ -172,7 +172,7 @@ class Preprocessor:
         return np.stack([table[c][pixels[..., c]] for c in range(3)])  # [3, h, w]
 
     def to_image(self, pixel_values: np.ndarray) -> Image.Image:
-        """The picture behind `pixel_values`: resized, padded and cropped, as the model sees it.
+        """The picture of `pixel_values`: resized, padded and cropped, as the model sees it.
 
         Args:
             pixel_values: What `__call__` returned, [3, h, w].

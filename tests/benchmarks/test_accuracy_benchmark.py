@@ -212,12 +212,12 @@ def test_an_image_is_seen_once_for_all_its_questions(
     pipeline, runs, rng = model.pipeline, [], np.random.default_rng(0)
     run = pipeline.backend.run
     monkeypatch.setattr(pipeline.backend, "run", lambda *a: (runs.append(a[0]), run(*a))[1])
-    plain = pipeline.see(one, "none", rng).features
+    plain = pipeline.see(one, "none", rng)[0].features
     pipeline.see(one, "none", rng)
     assert len(runs) == 2  # every request pays for its own, unless told otherwise
     pipeline.spare_images = 1
     for pixels, expected in ((one, 3), (one, 3), (other, 4), (other, 4), (one, 5)):
-        features = pipeline.see(pixels.copy(), "none", rng).features
+        features = pipeline.see(pixels.copy(), "none", rng)[0].features
         assert len(runs) == expected
         assert np.array_equal(features, plain) == (pixels is one)
     model.close()

@@ -367,6 +367,10 @@ def test_the_budget_refuses_what_will_not_end() -> None:
     assert budget.left_s == 0
 
 
+def test_the_parity_part_finds_its_tests() -> None:
+    assert parts.PARITY_TESTS.is_file()
+
+
 def test_the_parity_part_tells_what_passed_failed_and_was_left_out(tmp_path: Path) -> None:
     file = tmp_path / "test_little.py"
     file.write_text(

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
 from patchsieve.calibration.attention import biased
-from patchsieve.calibration.checkpoint import Encoder
-from patchsieve.calibration.model import Losses, PrunedLlava
+from patchsieve.calibration.encoder import Encoder
+from patchsieve.calibration.model import PrunedLlava
+from patchsieve.calibration.options import Losses
 from patchsieve.calibration.passes import GONE
 from patchsieve.calibration.samples import Samples, collate
 from patchsieve.calibration.survivors import budgets, geometric_counts
@@ -565,11 +566,11 @@ def test_a_system_turn_is_trained_with_and_judges_no_token(checkpoint: Path, dat
     assert begun.input_ids[begun.text[0]].tolist() == plain.input_ids[plain.text[0]].tolist()
 
 
-def test_an_image_behind_the_first_question_is_refused(checkpoint: Path, data: Path) -> None:
+def test_an_image_after_the_first_question_is_refused(checkpoint: Path, data: Path) -> None:
     record = Records(data)[0]
     later = [*record.messages[:2], record.messages[0], record.messages[1]]
     twice = replace(record, messages=later, images=record.images * 2)
-    with pytest.raises(PatchsieveError, match="behind its first question"):
+    with pytest.raises(PatchsieveError, match="after its first question"):
         Encoder(str(checkpoint))(twice)
 
 

@@ -18,10 +18,11 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from patchsieve.calibration import attention, train
 from patchsieve.calibration import checkpoint as calibrate_module
-from patchsieve.calibration.checkpoint import Encoder
-from patchsieve.calibration.model import Losses, PrunedLlava
+from patchsieve.calibration import run as run_module
+from patchsieve.calibration.encoder import Encoder
+from patchsieve.calibration.model import PrunedLlava
+from patchsieve.calibration.options import Losses, TrainingOptions
 from patchsieve.calibration.samples import Sample, Samples, collate
-from patchsieve.cli import calibrate as command
 from patchsieve.cli import main
 from patchsieve.pruning.decoder.atp import ATP
 from patchsieve.pruning.decoder.thresholds import Thresholds
@@ -31,6 +32,7 @@ from patchsieve.runtime.records import Records
 from tests.support.conversations import last_epoch, make_conversations
 from tests.support.models import save_checkpoint
 
+FRONT_MATTER = "---\nlicense: some-licence\ntags:\n- a---b\n---\n"
 GRID, NUM_VISUAL, COUNT = (6, 6), 36, 8
 # Few steps at high rates: they move every weight, and the thresholds into the scores.
 TRAIN = ("--hidden", "8", "--batch-size", "3", "--target-tokens", "16", "--lambda-target", "1")
@@ -39,9 +41,12 @@ TRAIN += ("--learning-rate", "0.005", "--lm-learning-rate", "1e-3", "--percentil
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny LLaVA of 36 visual tokens and three layers."""
+    """A tiny LLaVA of 36 visual tokens and three layers, with a card and a licence."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    return save_checkpoint(folder / "checkpoint", "vicuna-6x6", layers=3)
+    path = save_checkpoint(folder / "checkpoint", "vicuna-6x6", layers=3)
+    (path / "README.md").write_text(f"{FRONT_MATTER}\n# A model\n")
+    (path / "LICENSE.txt").write_text("Be kind.\n")
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +166,7 @@ def test_heads_and_language_model_have_rates_of_their_own(
 ) -> None:
     encoder = Encoder(str(checkpoint))
     model = pruned(checkpoint, encoder, train_lm=train_lm)
-    options = train.TrainingOptions(learning_rate=3e-4, lm_learning_rate=7e-6)
+    options = TrainingOptions(learning_rate=3e-4, lm_learning_rate=7e-6)
     samples = Samples(Records(data), encoder)
     made = train.HeadsTrainer(model, samples, options, tmp_path).create_optimizer()
     rates = {id(p): group["lr"] for group in made.param_groups for p in group["params"]}
@@ -234,11 +239,11 @@ def run(
 ) -> Run:
     """Positions on a grid, float32; or in a row, bfloat16, with less memory; or a hard finish."""
     folder, models = tmp_path_factory.mktemp(request.param), []
-    measure = command._measure
+    measure = run_module.measure
 
-    def keep(args: Any, model: PrunedLlava, *rest: Any) -> Any:
+    def keep(model: PrunedLlava, *rest: Any) -> Any:
         models.append(model)
-        return measure(args, model, *rest)
+        return measure(model, *rest)
 
     more = ("--sites", "1,2", "--steps", "12")
     if request.param == "original":
@@ -250,7 +255,7 @@ def run(
         capture(lambda: calibrate(checkpoint, data, start, *soft))
         more += ("--hard",)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "_measure", keep)
+        patch.setattr(run_module, "measure", keep)
         said = capture(lambda: calibrate(start, data, folder / "trained", *more))
     small = ("--max-text-tokens", "64", "--max-new-tokens", "16", "--quiet")
     argv = ["export", str(folder / "trained"), "-o", str(folder / "bundle"), "--method", "atp"]
@@ -323,7 +328,7 @@ def test_the_checkpoint_is_whole_and_says_its_positions(run: Run, checkpoint: Pa
             assert part.pop("dtype", "float32") == "float32"
         each.pop("transformers_version")
     assert config == before | {"patchsieve": config["patchsieve"]}
-    for name in ("tokenizer.json", "processor_config.json", "chat_template.jinja"):
+    for name in ("tokenizer.json", "processor_config.json", "chat_template.jinja", "LICENSE.txt"):
         assert (run.checkpoint / name).read_bytes() == (checkpoint / name).read_bytes()
     assert LlavaConfig.from_pretrained(run.checkpoint).patchsieve["heads"] == "heads"
     weights, old = (load_file(p / "model.safetensors") for p in (run.checkpoint, checkpoint))
@@ -334,6 +339,13 @@ def test_the_checkpoint_is_whole_and_says_its_positions(run: Run, checkpoint: Pa
     assert not run.checkpoint.with_name("trained.partial").exists()
     first = json.loads((run.checkpoint / "log.jsonl").read_text().splitlines()[0])
     assert {"loss", "average_tokens"} <= set(first)
+
+
+def test_the_card_of_the_checkpoint_follows_a_note_and_its_licence_goes_on(run: Run) -> None:
+    card = (run.checkpoint / "README.md").read_text()
+    assert card.startswith(f"{FRONT_MATTER}> Trained by `patchsieve calibrate`")
+    assert card.endswith("\n\n# A model\n")
+    assert "\nlicense: some-licence\n" in (run.bundle / "README.md").read_text()
 
 
 def test_a_hard_finish_needs_thresholds_and_keeps_positions(
@@ -398,7 +410,7 @@ def test_training_again_and_training_interrupted_give_the_same_model(
     assert "was interrupted" in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
     for other in (("--positions", "original"), ("--seed", "9"), ("--target-tokens", "17")):
         assert calibrate(checkpoint, data, two, *short, *other, "--resume") == 2
-        assert "was another" in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
+        assert "other options" in json.loads(capsys.readouterr().out.splitlines()[-1])["error"]
     monkeypatch.setattr(calibrate_module, "save_heads", full)
     assert calibrate(checkpoint, data, two, *short, "--resume") == 2
     assert not two.exists() and sorted(p.name for p in tmp_path.iterdir()) == ["one", partial.name]
@@ -419,7 +431,7 @@ def test_training_again_and_training_interrupted_give_the_same_model(
         (("--sections", "2d"), "keeps the positions"),
         (("--train-lm", "--method", "quantile"), "changes the scores"),
         (("--method", "fixed", "--modality", "self"), "both scores"),
-        (("--train-lm", "--positions", "original", "--sections", "2d"), "--sections is of"),
+        (("--train-lm", "--positions", "original", "--sections", "2d"), "no sections"),
     ],
 )
 def test_options_without_effect_are_refused(

@@ -176,12 +176,24 @@ def test_every_question_to_the_hub_names_the_revision(hub, revision: str | None)
         ["export", NAME, "-o", "{out}"],
         ["export", NAME, "-o", "{out}", "--method", "ivtp"],
         ["export", NAME, "-o", "{out}", "--method", "atp", "--sites", "1"],
-        ["calibrate", NAME, "-o", "{out}", "--data", "x", "--sites", "1", "--target-tokens", "8"],
+        [
+            "calibrate",
+            NAME,
+            "-o",
+            "{out}",
+            "--data",
+            "{folder}/data.json",
+            "--sites",
+            "1",
+            "--target-tokens",
+            "8",
+        ],
     ],
 )
 def test_every_command_asks_for_the_revision(hub, command: list[str], tmp_path: Path) -> None:
     remote = hub(SMALL | {"config.json": '{"model_type": "llava_next"}'})
-    words = [word.format(out=tmp_path / "out") for word in command]
+    (tmp_path / "data.json").write_text("[{}]")
+    words = [word.format(out=tmp_path / "out", folder=tmp_path) for word in command]
     assert main([*words, "--revision", "v1.0"]) == 2
     assert set(remote.revisions) == {"v1.0"}
 
@@ -222,5 +234,5 @@ def test_without_a_connection_the_cached_snapshot_serves(hub) -> None:
 
 
 def test_a_trained_checkpoint_gets_every_small_file_that_is_downloaded() -> None:
-    others = {"README.md", "config.json", downloads.ADAPTER, "additional_chat_templates/*.jinja"}
+    others = {calibrate.CARD, "config.json", downloads.ADAPTER}
     assert set(downloads._SMALL) - others <= set(calibrate._CARRIED)

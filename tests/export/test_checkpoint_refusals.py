@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from patchsieve.calibration.checkpoint import Encoder
+from patchsieve.calibration.encoder import Encoder
 from patchsieve.contract.errors import PatchsieveError, UnsupportedModelError
 from patchsieve.contract.manifest import Limits
 from patchsieve.contract.plan import MethodPlan, Plan, SitePlan

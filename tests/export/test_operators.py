@@ -18,13 +18,14 @@ from onnx import TensorProto, helper, numpy_helper
 from patchsieve.contract import files, manifest, names
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.targets import TARGETS
-from patchsieve.export.families.specs import HeadShape
 from patchsieve.export.graphs.decision import decide_graph
+from patchsieve.export.graphs.trace import bind
 from patchsieve.export.lowering import lower
 from patchsieve.export.operators import load, problems
 from patchsieve.export.writer import GraphWriter
 from tests.support.pruning_cases import CASES
 from tests.support.target_bundles import BFLOAT16, MIXED
+from tests.support.test_only_methods import TEST_ONLY, tiny_spec
 
 pytest_plugins = ["tests.support.target_bundles"]
 
@@ -60,10 +61,19 @@ def test_every_node_of_a_bundle_is_taken(bundle_of, target: str) -> None:
         assert seen["MatMul"] > 10 and seen["CumSum"] and seen["Conv"]
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if name not in NOTHING_NEW])
+DECISIONS = CASES | {name: kind() for name, kind in TEST_ONLY.items()}
+
+
+@pytest.mark.parametrize("case", [name for name in DECISIONS if name not in NOTHING_NEW])
 def test_every_node_of_a_decision_is_taken(case: str) -> None:
     # A decision widens what it reads at once, so that its other nodes are the same in every type.
-    traced = decide_graph(CASES[case], 3, HeadShape(4, 2, 16), (6, 6), 36, 64, torch.float16)
+    traced = decide_graph(DECISIONS[case], 3, tiny_spec(), (6, 6), 36, torch.float16)
+    stored = {
+        name: ir.tensor(np.zeros(value.shape, np.float16))
+        for name, value in traced.graph.initializers.items()
+        if name.startswith("layers.") and not name.endswith("inv_freq")
+    }
+    bind(traced, stored)
     for name, target in CHECKED.items():
         model = ir.to_proto(lower(traced, target, 64))
         assert found_in(model, name) == [], name

@@ -11,7 +11,8 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, 
 from patchsieve.contract.errors import BackendMissingError, UnsupportedModelError
 from patchsieve.contract.model import Generation
 from patchsieve.export.source.tokenizer import write_tokenizer
-from patchsieve.runtime.inputs.prompt import PromptBuilder, expand
+from patchsieve.runtime.inputs.builder import PromptBuilder
+from patchsieve.runtime.inputs.prompt import expand
 from tests.support.models import tiny_llava
 from tests.support.tiny_tokenizers import (
     IMAGE,
@@ -441,7 +442,9 @@ def test_a_tokenizer_file_that_transformers_cannot_read_is_refused(
         write_tokenizer(checkpoint, out)
 
 
-@pytest.mark.parametrize("module", ["prompt", "sampling", "detokenize", "chat_template"])
+@pytest.mark.parametrize(
+    "module", ["inputs.builder", "sampling", "detokenize", "inputs.chat_template"]
+)
 def test_the_runtime_side_needs_no_training_library(module: str) -> None:
     code = (
         f"import sys, patchsieve.runtime.{module};"

@@ -90,8 +90,8 @@ def test_a_bound_shortens_only_what_asks_for_more(model: Model) -> None:
     ("asked", "kind", "said"),
     [
         (request(max_new_tokens=1024), CapacityError, "max_new_tokens=32 in --model_args"),
-        (request(num_beams=3), RequestError, "bad num_beams | found: 3"),
-        (request(until=5), RequestError, "bad until"),
+        (request(num_beams=3), RequestError, "several beams | found: num_beams 3"),
+        (request(until=5), RequestError, "no stop strings | found: 5"),
         (request("word " * 70), CapacityError, "oversized=empty in --model_args"),
     ],
 )
@@ -108,9 +108,9 @@ def test_no_plan_no_bound_and_no_rule_of_another_kind(model: Model) -> None:
     with pytest.raises(RequestError, match="no such plan"):
         Benchmark(model, plan="nope")
     for wrong in (0, 33):
-        with pytest.raises(RequestError, match="bad max_new_tokens"):
+        with pytest.raises(RequestError, match=f"found: max_new_tokens={wrong}"):
             Benchmark(model, max_new_tokens=wrong)
-    with pytest.raises(RequestError, match="bad oversized"):
+    with pytest.raises(RequestError, match="found: oversized=skip"):
         Benchmark(model, oversized="skip")
 
 

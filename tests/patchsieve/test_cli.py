@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -94,6 +95,16 @@ def test_off_a_terminal_each_percentage_is_printed_once(
         "  1% writing 3",
         "100% done",
     ]
+
+
+def test_progress_beside_json_is_for_terminals_only(monkeypatch) -> None:
+    asked = argparse.Namespace(quiet=False, json=True)
+    assert (
+        Progress.of(asked).quiet
+        and not Progress.of(argparse.Namespace(quiet=False, json=False)).quiet
+    )
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert not Progress.of(asked).quiet
 
 
 def test_numbers_for_people_have_their_unit() -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from benchmarks import papers
-from patchsieve.cli import cost as command
-from patchsieve.cli import export, main
+from patchsieve.cli import main, plan_options
+from patchsieve.cli.cost_spellings import COSTS_ONLY, places_of
 from patchsieve.contract import files, manifest, model
 from patchsieve.contract.errors import PatchsieveError, ShapeError, UnsupportedModelError
+from patchsieve.contract.graphs import Graph, Tensor, identify
 from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.contract.precision import Precision
 from patchsieve.cost import (
@@ -39,15 +40,9 @@ from patchsieve.cost import (
     shape_of_config,
 )
 from patchsieve.cost.flops import decoder_layer, tower_layer
-from patchsieve.cost.methods import (
-    ADAPTIVE,
-    DEFAULT_KEEP_RATIO,
-    DEFAULT_NUM_KEEP,
-    FIXED_NUMBER,
-    FIXED_RATIO,
-    layerwise,
-    reads_side_row,
-)
+from patchsieve.cost.methods import layerwise
+from patchsieve.pruning import catalogue
+from patchsieve.pruning.entry import DECODER, ENCODER, PROJECTOR, RECIPE
 from patchsieve.pruning.recipes import Size
 from patchsieve.pruning.schedules import num_to_keep
 
@@ -301,28 +296,6 @@ def test_placement_in_a_tower_layer_orders_the_cost() -> None:
     assert flops[1] / 1e12 == pytest.approx(0.1968, abs=2e-4)
 
 
-def test_help_says_which_methods_exist() -> None:
-    from patchsieve.pruning import table
-
-    made = {"decoder": table.METHODS, "tower": table.ENCODERS, "output": table.PROJECTORS}
-    for place, methods in made.items():
-        assert set(command.EXPORTED[place]) == set(methods)
-
-
-def test_what_a_decoder_method_leaves_and_reads_is_what_its_class_says() -> None:
-    from patchsieve.pruning import table
-
-    assert {*FIXED_RATIO, *FIXED_NUMBER, *ADAPTIVE} == set(table.METHODS)
-    for name in FIXED_RATIO:
-        assert table.METHODS[name]().keep_ratio == DEFAULT_KEEP_RATIO
-    for name in FIXED_NUMBER:
-        assert table.METHODS[name]().num_keep == DEFAULT_NUM_KEEP
-    for name, kind in table.METHODS.items():
-        for params in ({"row": "last"}, {"row": "cls"}) if name == "topk" else ({},):
-            reads = kind(**params).reads
-            assert reads_side_row(SitePlan(1, name, dict(params))) == ("side_row" in reads)
-
-
 def test_plan_costs_its_ratio_its_budget_or_its_survivors() -> None:
     plan = Plan((SitePlan(2, "fastv", {"keep_ratio": 0.5}), SitePlan(8, "random")))
     schedule, is_exact = of_plan(LLAVA, plan)
@@ -431,26 +404,31 @@ def test_command_prints_one_json_object(config: str, capsys: pytest.CaptureFixtu
     assert told["ratio"] == told["flops"]["total"] / told["unpruned"]["flops"]["total"]
 
 
-@pytest.mark.parametrize("method", sorted(command.METHODS))
+EVERYWHERE = [(entry.name, entry.place) for entry in catalogue.ENTRIES if entry.place != RECIPE]
+EVERYWHERE += [("ivtp", RECIPE), ("none", RECIPE), *((n, PROJECTOR) for n in COSTS_ONLY)]
+WORDS = {ENCODER: "tower", PROJECTOR: "output", DECODER: "decoder"}
+
+
+@pytest.mark.parametrize(("method", "place"), [p for p in EVERYWHERE if p != ("ivtp", DECODER)])
 @pytest.mark.parametrize("convention", ["papers", "runtime"])
 def test_command_counts_every_method_at_every_place(
-    config: str, method: str, convention: str, capsys: pytest.CaptureFixture[str]
+    config: str, method: str, place: str, convention: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for place in command.METHODS[method]:
-        words = ["cost", "--config", config, "--method", method, "--convention", convention]
-        if place in ("tower", "output", "decoder"):
-            words += ["--place", place]
-        if place == "decoder":
-            words += ["--sites", "2", "--survivors", "64"]
-        assert main([*words, "--json"]) == 0
-        told = json.loads(capsys.readouterr().out)
-        assert told["ratio"] < 1 or method == "none"
-        is_exported = method in command.EXPORTED[place]
-        assert told["is_costs_only"] is not is_exported
-        left = {"none": 576, "gtp": 120}.get(method, 64)  # as export has it
-        assert told["tokens_per_layer"]["llm"][-1] == left
-        assert main(words) == 0
-        assert "unpruned" in capsys.readouterr().out
+    words = ["cost", "--config", config, "--method", method, "--convention", convention]
+    if place in WORDS:
+        assert WORDS[place] in places_of(method)
+        words += ["--place", WORDS[place]]
+    if place == DECODER:
+        words += ["--sites", "2", "--survivors", "64"]
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["ratio"] < 1 or method == "none"
+    is_exported = method == "none" or catalogue.find(place, method) is not None
+    assert told["is_costs_only"] is not is_exported
+    left = {"none": 576, "gtp": 120}.get(method, 64)  # as export has it
+    assert told["tokens_per_layer"]["llm"][-1] == left
+    assert main(words) == 0
+    assert "unpruned" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -546,8 +524,10 @@ def test_the_options_of_export_and_their_older_spellings_count_alike(
     lines = [*SPELLINGS[case]]
     if "atp" not in case:
         parser = argparse.ArgumentParser()
-        export.add_arguments(parser)
-        plan = export.plan_of(parser.parse_args(lines[0].split()), Size(576, 32))
+        parser.add_argument("--plan")
+        plan_options.add_arguments(parser)
+        args = parser.parse_args(lines[0].split())
+        plan = plan_options.plan_of(args, lambda: Size(576, 32))
         (tmp_path / "plan.json").write_text(json.dumps(plan.to_dict()))
         lines.append(f"--plan {tmp_path / 'plan.json'}")
     told = []
@@ -572,6 +552,14 @@ def test_the_demo_models_ivtp_has_the_sites_of_its_export(
     assert "do not fit the decoder" in capsys.readouterr().err
 
 
+def graph(name: str) -> tuple[str, Graph]:
+    """A graph of a manifest, of which the cost reads the number of visual tokens."""
+    features = Tensor("image_features", "float", ("images", 9, 8))
+    identity = identify(name)
+    assert identity is not None
+    return name, Graph((), (features,), identity, ())
+
+
 def make_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A manifest without graphs: the cost of a bundle needs nothing else."""
     text = model.TextModel("llama", 17, 8, 12, 3, 4, 2, 3)
@@ -594,7 +582,10 @@ def make_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         default_plan="half",
         preprocessor="preprocessor.json",
         targets={},
-        tensors={"vision": {"outputs": [{"name": "image_features", "shape": ["images", 9, 8]}]}},
+        graphs=dict(map(graph, ("vision", "decide.half.1", "decide.adaptive.1"))),
+        cache_forms={},
+        cache_type="float32",
+        weights={},
     )
     folder.mkdir()
     files.write(folder, facts)

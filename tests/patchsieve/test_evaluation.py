@@ -28,7 +28,7 @@ from patchsieve.evaluation.metrics import (
 from patchsieve.evaluation.questions import Question, questions_of
 from patchsieve.evaluation.report import report
 from patchsieve.export.reuse import reuse
-from patchsieve.runtime.inputs.prompt import PromptBuilder
+from patchsieve.runtime.inputs.builder import PromptBuilder
 from patchsieve.runtime.records import Records
 from tests.runtime.test_prompt import CHATML, LLAVA
 from tests.support import damage
@@ -230,6 +230,7 @@ RECORDS = [
     chat([WORDS, IMAGE, WORDS], system=[{"type": "text", "text": "Be brief."}]),
     chat("What is it?<image>", image="a.png", system="Be brief."),
     chat([IMAGE, WORDS], [{"type": "text", "text": "And why?"}], system="Be brief."),
+    llava("<image>\nWhat is it?", "And why?") | {"system": "Be brief."},  # as ShareGPT has it
 ]
 
 
@@ -279,6 +280,7 @@ def test_a_system_turn_is_asked_with_and_one_with_an_image_is_refused(
     for record in (
         llava("What is it? <image>", system="Be brief.", image=PHOTO),
         chat("What is it?", system="Be brief.", image=PHOTO),
+        llava("What is it? <image>", image=PHOTO) | {"system": "Be brief."},
     ):
         data.write_text(json.dumps([record]))
         assert main([*argv, "--plan", "none", "--max-new-tokens", "4"]) == 0

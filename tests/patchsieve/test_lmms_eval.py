@@ -148,9 +148,9 @@ def test_what_the_public_tasks_say_of_generation_is_followed(name: str, tiny_bun
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({}, "bad --model_args | found: no bundle"),
-        ({"pretrained": "x"}, "bad --model_args | found: pretrained"),
-        ({"batch_size": "8"}, "bad --batch_size | found: 8 | expected: 1"),
+        ({}, "--model_args cannot be used | found: no bundle"),
+        ({"pretrained": "x"}, "--model_args cannot be used | found: pretrained"),
+        ({"batch_size": "8"}, "found: --batch_size 8 | expected: 1"),
         ({"device": "cuda:0"}, "what to do: remove it"),
         ({"plan": 50}, "no such plan | found: 50"),
     ],

@@ -230,7 +230,7 @@ def test_a_patch_tells_its_score_to_pointer_and_keys(
     told = browser.evaluate("document.querySelector('.readout').textContent")
     count = sum(score is not None for score in place.scores or ())
     assert told.startswith(f"row {row + 1}, column {column + 1} · score ")
-    assert f"rank 1 of {count} · goes on" in told
+    assert f"rank 1 of {count} · kept" in told
     on = "[...document.querySelectorAll('.cursor.is-on')].filter(e => e.checkVisibility()).length"
     assert browser.evaluate(on) == 2
     browser.move_to(1, 1)

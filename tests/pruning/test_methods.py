@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from patchsieve.contract import reads
 from patchsieve.contract.errors import PatchsieveError, ShapeError
 from patchsieve.pruning.decoder.atp import ATP
 from patchsieve.pruning.decoder.fastv import FastV
@@ -66,7 +67,7 @@ def test_every_method_has_a_case():
     assert {method.name for method in CASES.values()} == set(METHODS) == set(KEEP_ALL)
     for name, method in METHODS.items():
         assert method.name == name
-    known = {"query", "key", "value", "side_row", "last_row", "noise", "hidden", "sizes"}
+    known = {*reads.TABLE, reads.NEXT_LAYER}
     assert {w.partition(".")[0] for m in CASES.values() for w in m.reads} <= known
 
 
@@ -182,7 +183,7 @@ def test_a_method_reads_only_what_it_says(method):
     assert torch.equal(blind.keep, decide(method, site).keep)
 
 
-MERGING = {name: method for name, method in CASES.items() if "hidden" in method.reads}
+MERGING = {name: method for name, method in CASES.items() if method.merges}
 
 
 @pytest.mark.parametrize("options", SITES.values(), ids=SITES)

@@ -111,7 +111,7 @@ def test_thresholds_on_the_meta_device_trace_without_their_weights():
 
 def test_fake_weights_trace():
     with FakeTensorMode():
-        graph = DecisionGraph(ATP(Thresholds()), (6, 6), 36)
+        graph = DecisionGraph(ATP(Thresholds()), make_site(1))
         program = torch.export.export(graph, (feeds(make_site(1), 5),))
     assert "parts.thresholds.trunk.weight" in program.state_dict
 
@@ -129,8 +129,8 @@ def test_graphs_build_in_tensorrt_rtx(graphs, case):
         parser.get_error(i).desc() for i in range(parser.num_errors)
     ]
     sizes = {
-        **dict.fromkeys(("query", "query_1", "query_2"), (3, 700, 4000)),
-        **dict.fromkeys(("key", "value", "key_1", "key_2"), (3, 700, 4500)),
+        **dict.fromkeys(("query", "query.1", "query.2"), (3, 700, 4000)),
+        **dict.fromkeys(("key", "value", "key.1", "key.2"), (3, 700, 4500)),
         "visual_rows": (1, 576, TOPK_LIMIT),
         "text_rows": (1, 40, 500),
         "patch_ids": (1, 576, TOPK_LIMIT),

@@ -170,4 +170,33 @@ def tome(image, count):
     return np.array(score)
 
 
-METHODS = {"gtp": gtp, "topk": topk, "random": random, "evit": evit, "tome": tome}
+def above(image, count, factor=1.0, fuse=False):
+    """The tests' own: what gets `factor` times the mean attention, at most `count` tokens.
+
+    How many it wanted is noted in `image.wanted`.
+    """
+    attention = image.row_of(image.maps[-1])
+    scores = attention[image.candidates]
+    wanted = [row for row in image.candidates if attention[row] >= factor * scores.mean()]
+    wanted = wanted or [image.candidates[int(np.argmax(scores))]]
+    best = sorted(wanted, key=lambda row: (-attention[row], row))[: count - fuse]
+    image.wanted = len(wanted) + fuse
+    stays = list(range(image.has_cls)) + sorted(best)
+    matrix, goes = keep_rows(image, stays)
+    if fuse:
+        fused = attention.copy()
+        fused[stays] = 0
+        matrix = np.concatenate((matrix, fused[None]))
+        goes = [len(stays) if new is None else new for new in goes]
+    image.prune(matrix, goes, int(fuse))
+    return attention
+
+
+METHODS = {
+    "gtp": gtp,
+    "topk": topk,
+    "random": random,
+    "evit": evit,
+    "tome": tome,
+    "above": above,
+}

@@ -7,8 +7,9 @@ from PIL import Image
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 from patchsieve.contract.errors import BundleError, RequestError
+from patchsieve.runtime.inputs.builder import PromptBuilder
 from patchsieve.runtime.inputs.chat_template import ChatTemplate
-from patchsieve.runtime.inputs.prompt import Prompt, PromptBuilder, expand
+from patchsieve.runtime.inputs.prompt import Prompt, expand
 from tests.support.tiny_tokenizers import IMAGE, KINDS, special_tokens, tokenizer, tokenizer_json
 
 # LLaVA-1.5's own: images of a message first, then its texts
@@ -276,7 +277,6 @@ def test_a_bad_request_is_one_clear_line(builder, call, message: str) -> None:
 
 def test_a_bundle_without_a_template_takes_raw_prompts_only(builder) -> None:
     made = builder("llama", None)
-    assert not made.has_chat_template
     with pytest.raises(RequestError, match="no chat template .* raw"):
         made.build([made.user_message("What?", 0)], 0)
     assert made.build_raw("USER: <image>\nWhat? ASSISTANT:", 1).text.startswith("USER:")
@@ -336,6 +336,19 @@ def test_the_next_turn_continues_the_cache_with_the_tokens_of_the_whole_text(
     assert expand(tail, 5).image_spans == [
         (int(tail.image_positions[0]), int(tail.image_positions[0]) + 5)
     ]
+
+
+def test_images_may_have_a_count_of_rows_each(builder) -> None:
+    prompt = builder("qwen", CHATML).build_raw("<image> and <image>: which?", 2)
+    first, second = (int(place) for place in prompt.image_positions)
+    each = expand(prompt, [3, 1])
+    assert each.image_spans == [(first, first + 3), (second + 2, second + 3)]
+    assert each.image_index.tolist().count(0) == 3 and each.image_index.tolist().count(1) == 1
+    assert each.token_ids[each.instruction_rows].tolist() == (
+        prompt.token_ids[prompt.instruction].tolist()
+    )
+    alike, one = expand(prompt, [4, 4]), expand(prompt, 4)
+    assert (alike.token_ids == one.token_ids).all() and alike.image_spans == one.image_spans
 
 
 def test_a_conversation_that_does_not_begin_with_the_cache_is_prefilled_again(builder) -> None:

@@ -60,6 +60,30 @@ def test_chat_messages_name_their_images_in_the_parts_or_beside_them(tmp_path: P
         assert record.messages[0]["content"] == [{"type": "image"}, question]
 
 
+def test_a_system_prompt_beside_the_turns_is_a_turn(tmp_path: Path) -> None:
+    """As ShareGPT writes it; an empty one is none."""
+    turn = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    message = {"role": "user", "content": "What?"}
+    chat = [message, {"role": "assistant", "content": "A cup."}]
+    path = write(
+        tmp_path,
+        [
+            llava("What?", system="Be brief."),
+            {"messages": chat, "system": "Be brief.", "image": "a.jpg"},
+            llava("What?", system=""),
+            llava("What?", system=None),
+            {"messages": [{"role": "system", "content": "Be long."}, *chat], "system": "Be brief."},
+        ],
+    )
+    records = Records(path)
+    assert records[0].messages[0] == records[1].messages[0] == turn
+    assert records[1].messages[1]["content"][0] == {"type": "image"}
+    assert [m["role"] for m in records[2].messages] == ["user", "assistant"]
+    assert records[2].messages == records[3].messages == records[0].messages[1:]
+    with pytest.raises(PatchsieveError, match="record 4 has two system prompts"):
+        records[4]
+
+
 @pytest.mark.parametrize(
     ("record", "says"),
     [
@@ -71,6 +95,9 @@ def test_chat_messages_name_their_images_in_the_parts_or_beside_them(tmp_path: P
         ({"messages": [{"role": "user", "content": "x"}]}, "does not end in an answer"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "neither text nor an"),
         ({"messages": [{"role": "user", "content": 7}]}, "without content"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "nobody"),
+        (llava("What?", system=["Be brief."]), "no text"),
+        (llava("What?", system="Look: <image>"), "an image in its system turn"),
     ],
 )
 def test_a_record_that_cannot_be_used_is_refused_by_its_number(

@@ -62,7 +62,7 @@ def install(folder: Path, kind: Kind) -> Path:
         FIRST_LINE,
         "import sys",
         f"sys.path.append({str(root)!r})",
-        "from tests import tensorrt_double",
+        "from tests.support import tensorrt_double",
         f"kind = tensorrt_double.Kind(**{asdict(kind)!r})",
         "vars().update(tensorrt_double.names(kind))",
     ]

@@ -102,11 +102,20 @@ def reference_vision(
     features, ids, sources = [], [], []
     for number, one in enumerate(pixels):
         drawn = None if noise is None else noise[number]
-        rows, its_ids, its_sources = _one(llava, torch.from_numpy(one)[None].double(), plan, drawn)
-        features.append(_project(llava)(rows))
+        made, its_ids, its_sources = reference_image(llava, one, plan, drawn)
+        features.append(made)
         ids.append(its_ids)
         sources.append(its_sources)
     return np.stack(features), ids, np.stack(sources)
+
+
+@torch.no_grad()
+def reference_image(
+    llava: Any, pixels: np.ndarray, plan: dict[str, Any], noise: np.ndarray | None = None
+) -> tuple[np.ndarray, list[int], np.ndarray]:
+    """Features [N, C], ids and sources of one image [3, h, w], of which each has its own N."""
+    rows, ids, sources = _one(llava, torch.from_numpy(pixels)[None].double(), plan, noise)
+    return _project(llava)(rows), ids, sources
 
 
 def _one(llava: Any, pixels: Any, plan: dict[str, Any], noise: Any) -> Any:
@@ -154,8 +163,9 @@ def _behind(image: Any, plan: dict[str, Any], name: str, has_cls: bool) -> Any:
     """What acts between tower and decoder, then raster order without the class token."""
     projector = plan.get("projector")
     first = int(has_cls)
-    if projector and projector["method"] == "topk":
-        reference.METHODS["topk"](image, projector["params"]["keep"])
+    if projector and projector["method"] in reference.METHODS:
+        params = dict(projector["params"])
+        reference.METHODS[projector["method"]](image, params.pop("keep"), **params)
     if projector and projector["method"] == "pooling":
         side, k = int(len(image.rows) ** 0.5), int(projector["params"]["keep"] ** 0.5)
         grid = torch.from_numpy(image.rows[first:]).T.reshape(1, -1, side, side)

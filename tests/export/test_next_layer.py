@@ -1,0 +1,178 @@
+"""A decision may judge by the layer that its survivors enter, with that layer's own weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from patchsieve.contract import files, manifest, names, reads
+from patchsieve.contract.errors import BundleError, PatchsieveError
+from patchsieve.contract.graphs import Tensor
+from patchsieve.contract.plan import Plan, SitePlan
+from patchsieve.export.exporter import ExportOptions, export
+from patchsieve.export.reuse import reuse
+from patchsieve.pruning.table import METHODS
+from patchsieve.runtime.model import Model
+from patchsieve.verify.verification import Verification
+from tests.support.models import save_checkpoint
+from tests.support.test_only_methods import TEST_ONLY
+from tests.support.tiny_bundles import pictures
+
+LIMITS = manifest.Limits(64, 16, 2)
+AHEAD = Plan((SitePlan(2, "ahead", {"num_keep": 9}), SitePlan(3, "ahead", {"num_keep": 4})))
+TARGETS = ("cpu", "reference", "jetpack6", "tensorrt-rtx")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known() -> Iterator[None]:
+    """The test-only methods, among those of the product."""
+    METHODS.update(TEST_ONLY)
+    yield
+    for name in TEST_ONLY:
+        del METHODS[name]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Biases, KV heads that query heads share, and scaled angles."""
+    folder = tmp_path_factory.mktemp("ahead") / "checkpoint"
+    return save_checkpoint(folder, "qwen2", text={"rope_parameters": ROPE})
+
+
+ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path) -> Path:
+    """The plan on all targets that this machine can check."""
+    out = checkpoint.parent / "bundle"
+    export(str(checkpoint), out, options(plan=AHEAD, plan_name="ahead"))
+    return out
+
+
+def options(**changes: Any) -> ExportOptions:
+    return ExportOptions(**{"targets": TARGETS, "limits": LIMITS, "cuts": (2, 3)} | changes)
+
+
+def departures(bundle: Path, checkpoint: Path, target: str, images: int = 1) -> list[str]:
+    """What departs from Hugging Face, which computes the layer's queries and keys by itself."""
+    both = Verification(bundle, str(checkpoint), target=target, threads=1)
+    asked = (pictures(images), "What is on the table?", both.facts.default_plan)
+    parts = list(both.compare(*asked, count=4))
+    both.close()
+    survivors = [part for part in parts if part.name.startswith("survivors")]
+    assert len(survivors) == images * len(both.facts.plans[asked[2]].sites)
+    return [part.name for part in parts if part.departs]
+
+
+@pytest.mark.parametrize(("target", "images"), [("cpu", 2), ("reference", 1), ("jetpack6", 1)])
+def test_the_survivors_are_those_of_hugging_face(bundle, checkpoint, target, images) -> None:
+    assert departures(bundle, checkpoint, target, images) == []
+
+
+def test_the_weights_are_stored_once_and_shared_with_the_stage(bundle: Path) -> None:
+    facts = files.read(bundle)
+    for target in TARGETS:
+        graphs = facts.targets[target]
+        decision, stage = (
+            places(bundle / graphs[graph]) for graph in (names.decide("ahead", 2), names.stage(1))
+        )
+        assert set(decision) == {
+            "layers.2.input_layernorm.weight",
+            *(f"layers.2.self_attn.{p}_proj.{w}" for p in "qk" for w in ("weight", "bias")),
+        }
+        assert decision.items() <= stage.items()
+
+
+def places(file: Path) -> dict[str, dict[str, str]]:
+    """Where each weight of a graph lies."""
+    model = onnx.load(file, load_external_data=False)
+    return {
+        tensor.name: {entry.key: entry.value for entry in tensor.external_data}
+        for tensor in model.graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    }
+
+
+def test_another_queries_matrix_of_the_next_layer_changes_who_survives(
+    bundle: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    for file in bundle.rglob("*"):
+        target = own / file.relative_to(bundle)
+        target.mkdir(parents=True, exist_ok=True) if file.is_dir() else target.write_bytes(
+            file.read_bytes()
+        )
+    path = "graphs/weights/layers.2.safetensors"
+    data = bytearray((own / path).read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    a, b = json.loads(data[8:start])["layers.2.self_attn.q_proj.weight"]["data_offsets"]
+    values = -np.frombuffer(data[start + a : start + b], np.float32)
+    data[start + a : start + b] = values.tobytes()
+    (own / path).write_bytes(data)
+    facts = files.read(own)
+    files.write(own, replace(facts, files=facts.files | {path: files.hash_file(own / path)}))
+    assert departures(own, checkpoint, "cpu")[0] == "survivors at layer 2"
+
+
+def test_reuse_makes_the_same_decisions_from_the_bundle_alone(
+    bundle: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    plain = tmp_path / "plain"
+    export(str(checkpoint), plain, options())
+    old = files.read(plain)
+    reuse(plain, AHEAD, "ahead")
+    for target in TARGETS:
+        for site in AHEAD.layers:
+            graph = names.decide("ahead", site)
+            made, expected = (
+                each / files.read(each).targets[target][graph] for each in (plain, bundle)
+            )
+            assert made.read_bytes() == expected.read_bytes(), (target, graph)
+    before = replace(old, text=replace(old.text, inv_freq=()))  # as schema 3 has it
+    files.write(plain, before)
+    with pytest.raises(PatchsieveError, match="does not describe its decoder.*sites \\[2, 3\\]"):
+        reuse(plain, AHEAD, "again")
+    reuse(plain, Plan((SitePlan(2, "fastv", {"keep_ratio": 0.5}),)), "half")
+
+
+def test_a_decision_that_reads_hidden_rows_need_not_merge_them(
+    bundle: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    plan = Plan((SitePlan(2, "longest", {"num_keep": 5}),))
+    out = tmp_path / "longest"
+    export(str(checkpoint), out, options(targets=("cpu",), plan=plan, plan_name="longest"))
+    graph = files.read(out).graphs[names.decide("longest", 2)]
+    assert graph.input(names.HIDDEN) is not None
+    assert graph.output(names.HIDDEN_OUT) is None
+    model = Model(out, threads=1)
+    result = model.generate(pictures(2), "What is on the table?", max_new_tokens=2)
+    model.close()
+    assert [site.merged for site in result.sites] == [None, None]
+    assert departures(out, checkpoint, "cpu") == []
+
+
+def test_a_decision_that_reads_what_is_not_in_the_table_is_refused(bundle: Path) -> None:
+    facts = files.read(bundle)
+    graph = names.decide("ahead", 2)
+    for name in ("weather", "hidden.1", "query.x", "query.0"):
+        entry = facts.graphs[graph]
+        changed = replace(entry, inputs=(*entry.inputs, Tensor(name, "int64", (1,))))
+        wrong = replace(facts, graphs=facts.graphs | {graph: changed})
+        with pytest.raises(BundleError, match="reads what no stage gives"):
+            files.parse(wrong.to_json())
+
+
+def test_every_row_of_the_table_names_a_source_and_known_axes() -> None:
+    for name, read in reads.TABLE.items():
+        assert read.name == name
+        assert read.source in (reads.STAGE, reads.CACHE, reads.HOST)
+        assert reads.named(name) == (read, None)
