@@ -8,7 +8,7 @@ before there was a choice: it has the single operator.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from patchsieve.contract import names
@@ -59,6 +59,7 @@ def modernise(data: dict[str, Any], precision: Precision, plans: dict[str, Plan]
     entries = {path: of_path(path) for path in sizes}
     first = names.stage(0)
     return data | {
+        "vision": _vision(data.get("vision")),
         "graphs": graphs,
         "target_graphs": own,
         "cache_forms": {
@@ -73,6 +74,44 @@ def modernise(data: dict[str, Any], precision: Precision, plans: dict[str, Plan]
         },
         "attention": data.get("attention") or _attention(targets or {}, precision),
     }
+
+
+def _vision(vision: Any) -> Any:
+    """The tower of a manifest of schema 1, which says too little to trace it again.
+
+    An empty `activation` marks that: `export --reuse` refuses plans that prune in such a tower.
+    """
+    if not isinstance(vision, dict) or "activation" in vision:
+        return vision
+    read = read_as(_OldVision, vision, f"{_CONTENT}.vision")
+    has_cls = read.model_type == "clip_vision_model"
+    return vision | {
+        "num_dropped": max(0, read.grid[0] * read.grid[1] + has_cls - read.num_visual),
+        "has_cls": has_cls,
+        "has_pre_norm": has_cls,
+        "patch_bias": not has_cls,
+        "norm_eps": 0.0,
+        "activation": "",
+        "feature_layers": [read.num_layers_run],
+        "projector_activation": "",
+        "projector_bias": True,
+    }
+
+
+@dataclass(frozen=True)
+class _OldVision:
+    """What schema 1 says of the tower."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_layers_run: int
+    num_heads: int
+    image_size: int
+    patch_size: int
+    grid: tuple[int, int]
+    num_visual: int
 
 
 def _weights(data: dict[str, Any]) -> _Sizes:

@@ -86,6 +86,13 @@ def _check(bundle: Path, old: Manifest, plan: Plan, plan_name: str) -> None:
         )
     if plan_name == NO_PRUNING and plan.prunes:
         raise PatchsieveError("the plan named none prunes nothing", do="choose another --plan-name")
+    if plan.has_vision and not old.vision.activation:
+        raise PatchsieveError(
+            "the bundle does not describe its vision tower, in which the plan prunes",
+            found=f"schema {old.schema_version}",
+            expected="a bundle of schema 2 or later",
+            do="export a new bundle with this plan",
+        )
     check_queries(old, plan)
     check_next_layers(old, plan)
     files.check_files(bundle, old, hashes=False)
@@ -140,19 +147,21 @@ def _trace(
 ) -> tuple[Plan, dict[str, ir.Model]]:
     """The plan with its budgets, and its graphs, bound to the bundle's weights."""
     dtype = DTYPES[old.precision.decoder][0]
-    with fake_weights() as mode, default_dtype(DTYPES[old.precision.tower][0]):
-        joint_width = None if old.scorer is None else old.scorer.width
-        vision = plan_vision(plan, old.vision, old.text.hidden_size, joint_width, dtype)
+    mode, vision = None, None
+    if plan.has_vision:
+        with fake_weights() as mode, default_dtype(DTYPES[old.precision.tower][0]):
+            joint_width = None if old.scorer is None else old.scorer.width
+            vision = plan_vision(plan, old.vision, old.text.hidden_size, joint_width, dtype)
     plan, graphs = decide_graphs(
         plan,
         plan_name,
         DecoderSpec.of_facts(old.text),
         old.vision,
-        vision.num_visual,
+        old.vision.num_visual if vision is None else vision.num_visual,
         dtype,
         progress,
     )
-    if plan.has_vision:
+    if vision is not None:
         progress("tracing the vision tower", 0.8)
         graphs[names.vision(plan_name)] = vision_graph(vision, mode)
     read, stored = next_layers(plan), dict[str, ir.ExternalTensor]()
