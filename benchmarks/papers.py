@@ -136,7 +136,7 @@ BY_TEXT = {
     "Qwen-VL": (2.9, 4.6, 8.1, 15.3),
     "IVTP": (3.0, 4.7, 8.2, 15.5),
 }
-# IVTP, table 9: TFLOPs (7B) by part; None where the paper has a dash.
+# IVTP, table 9: TFLOPs (7B) by part; None if the paper has a dash.
 BY_PART: dict[str, tuple[float, float, float | None, float]] = {
     "LLaVA-1.5": (0.361, 15.003, None, 15.364),
     "TopK": (0.190, 7.772, None, 7.962),
@@ -144,7 +144,7 @@ BY_PART: dict[str, tuple[float, float, float | None, float]] = {
     "Qwen-VL": (0.360, 7.772, 0.003, 8.135),
     "IVTP": (0.202, 7.946, 0.080, 8.228),
 }
-# ATP-LLaVA, table 2: sites, tokens behind each, and the mean over 32 layers as printed.
+# ATP-LLaVA, table 2: sites, tokens after each, and the mean over 32 layers as printed.
 RETAINED: dict[str, tuple[tuple[int, ...], tuple[int, ...], int]] = {
     "ratio 3/4": ((1,), (130,), 144),
     "ratio 2/3": ((4, 14, 24), (162, 54, 18), 144),
@@ -159,7 +159,7 @@ STORAGE = {
     "ATP 144": (144, 75.6),
     "ATP 88": (88, 46.2),
 }
-# ATP-LLaVA, table 6: TFLOPs and the fraction saved. The text length is not told: several are tried.
+# ATP-LLaVA, table 6: TFLOPs and the fraction saved, by several text lengths: none is given.
 UPPER_BOUND = 9.6
 SAVED = {"ATP 144": (2.1, 0.781), "ATP 88": (1.5, 0.844)}
 TEXT_TRIED = (0, 40, 64, 128)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import GRID2D, TRAINED_RULES
+from patchsieve.pruning import catalogue
+from patchsieve.pruning.entry import DECODER
 
 METHODS = ("atp", "quantile", "fixed")
 
@@ -46,6 +48,10 @@ class ScoreOptions:
     modality: str = "both"
     parts: str = "both"
     causal: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what ATP does not know."""
+        catalogue.entry(DECODER, "atp").check(vars(self))
 
 
 @dataclass(frozen=True)

@@ -236,18 +236,6 @@ def _check_graphs(facts: Manifest) -> None:
         _check_tensors(graph, facts.graphs[graph], common.get(graph, {}))
     for graph in decisions:
         _check_reads(facts, graph)
-    common = _tensors(facts, names.IN_PLACE)
-    every = (*common, names.COMPACT, *decisions)
-    for graph in every:
-        if graph not in facts.graphs:
-            raise BundleError(
-                f"the manifest does not list the tensors of {graph}",
-                found="no entry",
-                do="export the bundle again",
-            )
-        _check_tensors(graph, facts.graphs[graph], common.get(graph, {}))
-    for graph in decisions:
-        _check_reads(facts, graph)
     for target, graphs in facts.targets.items():
         form = facts.cache_forms.get(target)
         if form not in names.CACHE_FORMS:

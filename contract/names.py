@@ -1,6 +1,6 @@
 """Names of graphs, tensors and axes: the one place where export and runtime agree on them.
 
-The cache of a layer reaches a graph in one of two forms. A stage's outputs tell which; the manifest
+The cache of a layer reaches a graph in one of two forms. A stage's outputs show which; the manifest
 names it too (`Manifest.cache_forms`).
 
 In place. `key_cache.{i} [1, G, S, D]` comes in whole and `key_cache.{i}.out`, of the same shape, is
@@ -8,11 +8,11 @@ the same buffer with the new rows written at `slot`. A decision reads `key [1, G
 
 New rows. The runtime holds `[1, S, G * D]`, the heads of a row side by side, so that the first P
 rows are one piece of memory. `key_cache.{i} [1, P, G * D]` comes in as a view of that piece, where
-P = `slot` and is 0 for an empty cache; `key_cache.{i}.new [1, L, G * D]` gives the rows to stand
-behind it, P * G * D elements from the start. A runtime may bind the output right there, if that
+P = `slot` and is 0 for an empty cache; `key_cache.{i}.new [1, L, G * D]` gives the rows that
+follow it, P * G * D elements from the start. A runtime may bind the output right there, if that
 address is aligned as its library asks (TensorRT: 256 bytes, so if a row's bytes are a multiple of
 it), and copies the rows there otherwise. A decision reads `key [1, P + L, G * D]`, the same view
-behind the write, and so does every other cache that a decision takes.
+after the write, and so does every other cache that a decision takes.
 
 `slot`, `last_key` and all other tensors are the same in both forms.
 """
@@ -87,7 +87,7 @@ KEEP_INDICES = "keep_indices"  # [L] rows of `hidden` that this stage keeps, asc
 # [L] rotary position of each kept row; [L, A] for a model with A rotary sections.
 POSITION_IDS = "position_ids"
 SLOT = "slot"  # [1] cache slot of the first kept row
-LAST_KEY = "last_key"  # [L] last slot that a row sees, besides its own
+LAST_KEY = "last_key"  # [L] last slot that a row sees, apart from its own
 LOGITS_ROW = "logits_row"  # [1] kept row whose logits are wanted (last stage)
 HIDDEN_OUT = "hidden_out"  # [1, L, C]
 LOGITS = "logits"  # [1, 1, V]
@@ -114,12 +114,12 @@ def key(layer: int) -> str:
 
 
 def layer_output(layer: int) -> str:
-    """Inner value of a stage graph: the hidden rows behind a layer, [1, L, C]."""
+    """Inner value of a stage graph: the hidden rows after a layer, [1, L, C]."""
     return f"layers.{layer}.output"
 
 
-OUT = ".out"  # behind the name of a cache: the same buffer after the update, [1, G, S, D]
-NEW = ".new"  # behind the name of a cache: the rows to be written behind the past, [1, L, G * D]
+OUT = ".out"  # after the name of a cache: the same buffer, updated, [1, G, S, D]
+NEW = ".new"  # after the name of a cache: the rows to be written after the past, [1, L, G * D]
 
 # Tensors of `decide`. It runs once per image over the L rows of the stage before the site. Of the
 # layer before the site it reads QUERY, KEY and VALUE; of layers below that, `query` and `key`.
@@ -129,7 +129,7 @@ VALUE = "value"  # the same of its values
 SIDE_ROW = "side_row"  # [1] row of the image's pseudo-CLS
 LAST_ROW = "last_row"  # [1] the last ordinary row
 VISUAL_ROWS = "visual_rows"  # [N] rows of the image's tokens that are alive
-TEXT_ROWS = "text_rows"  # [T] rows of the instruction behind the image
+TEXT_ROWS = "text_rows"  # [T] rows of the instruction after the image
 PATCH_IDS = "patch_ids"  # [N] raster index of each of `visual_rows`
 NOISE = "noise"  # [1, N] uniform numbers in [0, 1), one for each token
 SIZES = "sizes"  # [N] patches that each of the image's tokens stands for, float32
@@ -139,10 +139,10 @@ KEEP_OUT = "keep_out"
 SCORES = "scores"  # [N]
 NUM_WANTED = "num_wanted"  # [1] tokens that the method would keep without a budget
 # A method that merges takes HIDDEN too, the rows of the stage before the site [1, L, C], and gives
-# them back as HIDDEN_OUT, the image's tokens merged where they stand.
+# them back as HIDDEN_OUT, the image's tokens merged in their places.
 MERGED_INTO = "merged_into"  # [N] the image's token that each merged into, or its own place
 
-# Tensors of `compact`, besides KEEP and KEEP_INDICES.
+# Tensors of `compact`, apart from KEEP and KEEP_INDICES.
 NUM_KEEP = "num_keep"  # [1]
 
 # Axes.

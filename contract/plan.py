@@ -45,6 +45,7 @@ class MethodPlan:
                 "a method of a plan is not well formed",
                 found=f"method {self.method!r}, params {self.params!r}"[:120],
                 expected="a method's name and an object of its parameters",
+                do="correct the plan",
             )
 
     @classmethod
@@ -54,7 +55,9 @@ class MethodPlan:
             return None
         if not isinstance(data, dict) or "method" not in data:
             raise PatchsieveError(
-                f"a plan's {place} is null or an object with a method", found=repr(data)[:80]
+                f"a plan's {place} is neither null nor an object with a method",
+                found=repr(data)[:80],
+                do="correct the plan",
             )
         _refuse_unknown(place, data, {"method", "params"})
         return cls(**data)
@@ -80,21 +83,24 @@ class SitePlan:
     def __post_init__(self) -> None:
         if not isinstance(self.layer, int) or isinstance(self.layer, bool) or self.layer < 1:
             raise PatchsieveError(
-                "a pruning site is the index of a decoder layer whose input is pruned",
+                "a pruning site is not the index of a decoder layer whose input is pruned",
                 found=repr(self.layer)[:80],
                 expected="a whole number from 1 to the number of layers less one",
+                do="correct --sites",
             )
         if not isinstance(self.method, str) or not isinstance(self.params, dict):
             raise PatchsieveError(
                 f"the site at layer {self.layer} is not well formed",
                 found=f"method {self.method!r}, params {self.params!r}"[:120],
                 expected="a method's name and an object of its parameters",
+                do="correct the plan",
             )
         if self.budget is not None and (type(self.budget) is not int or self.budget < 1):
             raise PatchsieveError(
                 f"the budget of the site at layer {self.layer} is not a number of tokens",
                 found=repr(self.budget)[:80],
                 expected="a whole number of at least 1",
+                do="correct --budget",
             )
 
 
@@ -107,8 +113,8 @@ class PseudoCls:
             finds like the image (eqs. 5-7); "similarity": those whose own embedding is like the
             projected visual CLS; "all"; or "none": it is the projected visual CLS itself.
         tau: Least cosine of a token that counts, for "clip" and "similarity".
-        cls: Where the visual CLS of eq. 6 leaves the tower. "last": behind its last layer, which
-            CLIP was trained with; "penultimate": behind the layer that the projector reads.
+        cls: Where the visual CLS of eq. 6 leaves the tower. "last": after its last layer, which
+            CLIP was trained with; "penultimate": after the layer that the projector reads.
     """
 
     text: str = "clip"
@@ -122,12 +128,14 @@ class PseudoCls:
                     f"a plan's pseudo_cls has an unknown {name}",
                     found=repr(getattr(self, name))[:80],
                     expected=", ".join(known),
+                    do=f"correct --{'visual-cls' if name == 'cls' else name}",
                 )
         if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)):
             raise PatchsieveError(
                 "a plan's pseudo_cls has no threshold",
                 found=f"tau {self.tau!r}"[:80],
                 expected="a number; the paper's is 0.2",
+                do="correct --tau",
             )
 
     @property
@@ -149,7 +157,7 @@ class Plan:
             "contiguous": every token by its place. "grid2d": a patch by its row and column, for a
             model that was trained so. What the decoder drops renumbers nothing. None until export
             has taken what the checkpoint says.
-        pseudo_cls: The side row that some sites judge by; None where none does.
+        pseudo_cls: The side row that some sites judge by; None if none does.
     """
 
     sites: tuple[SitePlan, ...] = ()
@@ -165,12 +173,14 @@ class Plan:
                 "a plan's sites are out of order or repeated",
                 found=layers,
                 expected="ascending layers, each once",
+                do="correct --sites",
             )
         if self.position_rule not in (None, *POSITION_RULES):
             raise PatchsieveError(
                 "unknown position rule",
                 found=repr(self.position_rule)[:80],
                 expected=" or ".join(POSITION_RULES),
+                do="correct --positions",
             )
 
     def with_positions(self, trained: str) -> Plan:
@@ -222,23 +232,33 @@ class Plan:
     def from_dict(cls, data: Any) -> Plan:
         """Read a plan from its JSON object, refusing what it does not know."""
         if not isinstance(data, dict):
-            raise PatchsieveError("a plan is a JSON object", found=type(data).__name__)
+            raise PatchsieveError(
+                "this plan is not a JSON object", found=type(data).__name__, do="correct the plan"
+            )
         known = {"sites", *PLACES, "position_rule", "pseudo_cls"}
         _refuse_unknown("plan", data, known)
         sites = data.get("sites", [])
         if not isinstance(sites, list) or not all(isinstance(site, dict) for site in sites):
-            raise PatchsieveError("a plan's sites are a list of objects", found=repr(sites)[:80])
+            raise PatchsieveError(
+                "a plan's sites are not a list of objects",
+                found=repr(sites)[:80],
+                do="correct the plan",
+            )
         for site in sites:
             _refuse_unknown("site", site, {"layer", "method", "params", "budget"})
             if "layer" not in site or "method" not in site:
                 raise PatchsieveError(
-                    "a site needs a layer and a method", found=", ".join(site) or "nothing"
+                    "a site of the plan lacks its layer or its method",
+                    found=", ".join(site) or "nothing",
+                    do="add them to the plan",
                 )
         pseudo_cls = data.get("pseudo_cls")
         if pseudo_cls is not None:
             if not isinstance(pseudo_cls, dict):
                 raise PatchsieveError(
-                    "a plan's pseudo_cls is not an object", found=repr(pseudo_cls)[:80]
+                    "a plan's pseudo_cls is not an object",
+                    found=repr(pseudo_cls)[:80],
+                    do="correct the plan",
                 )
             _refuse_unknown("plan's pseudo_cls", pseudo_cls, {"text", "tau", "cls"})
         return cls(
@@ -255,7 +275,10 @@ class Plan:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
             raise PatchsieveError(
-                f"cannot read the plan {path}", found=error, expected="a JSON object"
+                f"cannot read the plan {path}",
+                found=error,
+                expected="a JSON object",
+                do="correct --plan",
             ) from error
 
 
@@ -263,9 +286,10 @@ def check_plan_name(name: str) -> str:
     """Refuse a plan's name that cannot be part of a file's name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
         raise PatchsieveError(
-            "a plan's name becomes part of file names",
+            "a plan's name cannot be part of file names",
             found=repr(name)[:80],
             expected="letters, digits, - and _, at most 64",
+            do="choose another --plan-name",
         )
     return name
 
@@ -274,5 +298,8 @@ def _refuse_unknown(what: str, data: dict[str, Any], known: set[str]) -> None:
     unknown = sorted(set(data) - known)
     if unknown:
         raise PatchsieveError(
-            f"a {what} has unknown entries", found=", ".join(unknown)[:80], expected=sorted(known)
+            f"a {what} has unknown entries",
+            found=", ".join(unknown)[:80],
+            expected=sorted(known),
+            do="correct the plan (docs/plan.md lists the entries)",
         )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.contract.writing import write_whole
+from patchsieve.pruning.catalogue import entry
 from patchsieve.pruning.decoder.atp import ATP
 from patchsieve.pruning.decoder.thresholds import ConstantThresholds, Thresholds
+from patchsieve.pruning.entry import DECODER
 from patchsieve.pruning.heads import CONFIG, TENSORS, HeadsConfig, load_heads
 
 HEADS = "heads"  # folder of a bundle
@@ -74,7 +76,8 @@ def build_atp(site: SitePlan, folder: Path) -> ATP:
         if given:
             return ATP(thresholds=ConstantThresholds(**given), **params)
         config, thresholds = _learned(folder / heads, site.layer)
-        trained = {k: config.scores.get(k, _default(k)) for k in params}
+        options = entry(DECODER, site.method)
+        trained = {k: config.scores.get(k, options.option(k).default) for k in params}
         other = {k: v for k, v in params.items() if _plain(v) != _plain(trained[k])}
         if other:
             raise PatchsieveError(
@@ -86,7 +89,9 @@ def build_atp(site: SitePlan, folder: Path) -> ATP:
         return ATP(thresholds=thresholds, **config.scores)
     except TypeError as error:
         raise PatchsieveError(
-            f"the parameters of atp at layer {site.layer} do not fit", found=error
+            f"the parameters of atp at layer {site.layer} do not fit",
+            found=error,
+            do="correct the parameters in the plan, or learn the heads again",
         ) from error
 
 
@@ -105,15 +110,11 @@ def _learned(directory: Path, layer: int) -> tuple[HeadsConfig, Thresholds]:
         module.load_state_dict(state)
     except RuntimeError as error:
         raise PatchsieveError(
-            f"the tensors in {directory} do not fit its config", found=str(error)
+            f"the tensors in {directory} do not fit its config",
+            found=str(error),
+            do="copy the heads again, or learn them with patchsieve calibrate",
         ) from error
     return config, module.eval().requires_grad_(False)
-
-
-def _default(name: str) -> object:
-    """What ATP takes for an option that is not given."""
-    defaults = {f.name: f.default for f in fields(ATP)}
-    return defaults.get(name)
 
 
 def _plain(value: object) -> object:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from patchsieve.contract.plan import MethodPlan, SitePlan
 from patchsieve.export.heads import build_atp
 from patchsieve.pruning import catalogue
-from patchsieve.pruning.counts import once_behind, schedule_of
+from patchsieve.pruning.counts import once_after, schedule_of
 from patchsieve.pruning.entry import DECODER, ENCODER, PROJECTOR
 from patchsieve.pruning.projector.pooling import Pooling
 from patchsieve.pruning.schedules import SCHEDULE_OPTIONS
@@ -61,7 +61,7 @@ def build_projector(plan: MethodPlan | None, num_layers: int) -> TowerMethod | P
     found.check(plan.params)
     if found.is_grid:
         return found.load()(**plan.params)  # type: ignore[no-any-return]
-    schedule = once_behind(plan, num_layers)
+    schedule = once_after(plan, num_layers)
     return found.load()(schedule=schedule, **_own(plan))  # type: ignore[no-any-return]
 
 

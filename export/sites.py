@@ -23,10 +23,9 @@ def layers_read(method: Method, layer: int) -> list[int]:
     back = reads.depths(method.reads)
     if back and back[-1] >= layer:
         raise PatchsieveError(
-            f"{method.name} at layer {layer} looks back on layers that are not there",
-            found=f"a group of {back[-1] + 1} layers",
-            expected=f"at most {layer}",
-            do="lower group, or prune at a later layer",
+            f"{method.name} at layer {layer} needs {back[-1] + 1} layers before it, but only "
+            f"{layer} exist",
+            do="lower group in the plan, or correct --sites",
         )
     return [layer - 1 - k for k in back]
 
@@ -46,7 +45,7 @@ def check_sites(plan: Plan, methods: list[Method]) -> None:
                 f"the group of {site.method} at layer {site.layer} reaches over another site",
                 found=f"layers {read[-1]} to {site.layer - 1}, with a site at {before}",
                 expected=f"at most {site.layer - before} layers",
-                do="lower group, or move the sites apart",
+                do="lower group in the plan, or move the sites apart",
             )
         before = site.layer
     is_read = side_layer(plan, methods) > 0
@@ -66,7 +65,7 @@ def side_layer(plan: Plan, methods: list[Method]) -> int:
 
 
 def resolve_budgets(plan: Plan, num_visual: int) -> Plan:
-    """Give each site the number of tokens per image that the layers behind it reserve.
+    """Give each site the number of tokens per image that the layers after it reserve.
 
     Args:
         plan: The plan.

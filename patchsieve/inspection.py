@@ -49,13 +49,33 @@ def inspect(
     facts = read(bundle)
     if plan is not None and plan not in facts.plans:
         raise RequestError(
-            "the bundle holds no such plan", found=plan, expected=", ".join(facts.plans)
+            "the bundle holds no such plan",
+            found=plan,
+            expected=", ".join(facts.plans),
+            do="correct --plan",
         )
     text_tokens = facts.limits.max_text_tokens if text_tokens is None else text_tokens
     images = facts.limits.max_images if images is None else images
     shape = cost.from_bundle(bundle, facts)
+    plans = {
+        name: plan_costs(facts, name) | plan_flops(shape, facts.plans[name], text_tokens, images)
+        for name in ([plan] if plan else facts.plans)
+    }
+    return {"bundle": str(bundle), **_model(facts)} | {
+        "text_tokens": text_tokens,
+        "images": images,
+        "plans": plans,
+        "targets": targets(facts),
+        "files": {name: file.size for name, file in facts.files.items()},
+        "bytes": sum(file.size for file in facts.files.values()),
+        "parts": parts(facts),
+        "engines": engines(bundle),
+    }
+
+
+def _model(facts: Manifest) -> dict[str, Any]:
+    """What a bundle was made of and how it is divided."""
     return {
-        "bundle": str(bundle),
         "bundle_schema": facts.schema_version,
         "patchsieve_version": facts.patchsieve_version,
         "checkpoint": facts.checkpoint,
@@ -75,18 +95,6 @@ def inspect(
             for stage in facts.stages
         ],
         "default_plan": facts.default_plan,
-        "text_tokens": text_tokens,
-        "images": images,
-        "plans": {
-            name: plan_costs(facts, name)
-            | plan_flops(shape, facts.plans[name], text_tokens, images)
-            for name in ([plan] if plan else facts.plans)
-        },
-        "targets": targets(facts),
-        "files": {name: file.size for name, file in facts.files.items()},
-        "bytes": sum(file.size for file in facts.files.values()),
-        "parts": parts(facts),
-        "engines": engines(bundle),
     }
 
 

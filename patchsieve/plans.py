@@ -46,7 +46,7 @@ def build(
         method: What prunes in the decoder, or a whole recipe such as "ivtp"; None or "none" for
             nothing.
         sites: Decoder layers at whose input it prunes; by default those of its heads.
-        budget: Visual tokens of an image to reserve behind the sites, one number or one per site;
+        budget: Visual tokens of an image to reserve after the sites, one number or one per site;
             by default what the method keeps.
         encoder: What prunes inside the vision tower.
         projector: What prunes between the tower and the decoder.
@@ -58,14 +58,7 @@ def build(
     Raises:
         PatchsieveError: A method or an option is unknown, missing or without effect.
     """
-    given = {name: value for name, value in options.items() if value is not None}
-    if unknown := [name for name in given if name not in KEYWORDS]:
-        raise PatchsieveError(
-            "no method has such options",
-            found=", ".join(unknown),
-            expected=", ".join(sorted(KEYWORDS)),
-            do="correct their names (docs/methods.md lists them)",
-        )
+    given = _known(options)
     if method is not None and catalogue.find(RECIPE, method):
         others = {"sites": sites, "budget": budget, "encoder": encoder, "projector": projector}
         return _recipe(method, size, given, others | {"positions": positions})
@@ -86,6 +79,19 @@ def build(
             do="remove --positions",
         )
     return plan
+
+
+def _known(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are given, each of which some method has."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if unknown := [name for name in given if name not in KEYWORDS]:
+        raise PatchsieveError(
+            "no method has such options",
+            found=", ".join(unknown),
+            expected=", ".join(sorted(KEYWORDS)),
+            do="correct their names (docs/methods.md lists them)",
+        )
+    return given
 
 
 def _recipe(
@@ -141,7 +147,7 @@ def _sites(
 
 
 def _method(place: str, name: str | None, given: Mapping[str, Any]) -> MethodPlan | None:
-    """What prunes inside the tower, or behind it."""
+    """What prunes inside the tower, or after it."""
     own = {k: v for k, v in given.items() if k.startswith(f"{place}_")}
     entry = _chosen(place, name, own)
     return None if entry is None else MethodPlan(entry.name, _params(entry, own))

@@ -6,7 +6,8 @@ Export reserves slots by these numbers and the cost model counts by them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,11 +25,12 @@ from patchsieve.pruning.schedules import (
 )
 
 
-class Left(NamedTuple):
+@dataclass(frozen=True)
+class Left:
     """What a decoder site leaves of an image.
 
     Attributes:
-        count: Most tokens that go on.
+        count: Most tokens that stay.
         budget: Tokens that the layers from here on reserve slots for; at least `count`.
         is_exact: Every image keeps `count`; else the image decides, and that is the most.
         is_given: The plan says how many; else it is simply all that enter.
@@ -40,7 +42,8 @@ class Left(NamedTuple):
     is_given: bool
 
 
-class BeforeDecoder(NamedTuple):
+@dataclass(frozen=True)
+class BeforeDecoder:
     """What a plan leaves of an image's patches before the decoder.
 
     Attributes:
@@ -49,9 +52,21 @@ class BeforeDecoder(NamedTuple):
         is_exact: Every image has so many; else the image decides, and that is the most.
     """
 
-    in_tower: dict[int, int]
+    in_tower: Mapping[int, int]
     count: int
     is_exact: bool
+
+
+class Pruned(NamedTuple):
+    """A method before the decoder.
+
+    Attributes:
+        entry: What the catalogue says of it.
+        places: Patches, or tokens made of them, left at each tower layer at which it prunes.
+    """
+
+    entry: Entry
+    places: Mapping[int, int]
 
 
 def left_by_sites(sites: Sequence[SitePlan], num_visual: int) -> list[Left]:
@@ -85,7 +100,7 @@ def left_by_sites(sites: Sequence[SitePlan], num_visual: int) -> list[Left]:
 
 
 def before_decoder(plan: Plan, num_patches: int, num_layers: int) -> BeforeDecoder:
-    """Patches that a plan leaves inside the tower and behind it.
+    """Patches that a plan leaves inside the tower and after it.
 
     Args:
         plan: The plan.
@@ -96,50 +111,79 @@ def before_decoder(plan: Plan, num_patches: int, num_layers: int) -> BeforeDecod
         PatchsieveError: A method is unknown, its options do not fit the tower, or the second of two
             methods would drop nothing.
     """
-    in_tower: dict[int, int] = {}
-    left, is_exact = num_patches, True
-    chain: list[tuple[Entry, int]] = []
+    chain: list[Pruned] = []
     if plan.encoder is not None:
         found = catalogue.entry(ENCODER, plan.encoder.method)
-        in_tower = schedule_of(plan.encoder).places(found.name, num_patches, num_layers)
-        left, is_exact = min(in_tower.values()), found.leaves != ADAPTS
-        chain.append((found, len(in_tower)))
+        found.check(plan.encoder.params)
+        places = schedule_of(plan.encoder).places(found.name, num_patches, num_layers)
+        chain.append(Pruned(found, places))
+    in_tower = chain[0].places if chain else {}
     if plan.projector is not None:
         found = catalogue.entry(PROJECTOR, plan.projector.method)
-        is_exact = is_exact and found.leaves != ADAPTS
-        chain.append((found, 1))
-        left = _after_tower(plan.projector, plan.encoder, left, num_patches, num_layers)
-    check_adapting(chain)
-    return BeforeDecoder(in_tower, left, is_exact)
+        found.check(plan.projector.params)
+        if found.is_grid:
+            side = math.isqrt(num_patches)
+            cells = pooled_side(plan.projector.params.get("keep"), (side, side))
+            places = {num_layers - 1: cells**2}
+        else:
+            schedule = once_after(plan.projector, num_layers)
+            places = schedule.places(found.name, num_patches, num_layers)
+        chain.append(Pruned(found, places))
+    is_exact = not any(each.entry.leaves == ADAPTS for each in chain)
+    return BeforeDecoder(in_tower, left_by_chain(chain, num_patches), is_exact)
 
 
-def check_adapting(chain: Sequence[tuple[Entry, int]]) -> None:
+def left_by_chain(chain: Sequence[Pruned], num_patches: int) -> int:
+    """Patches that methods before the decoder leave, one after the other, at most.
+
+    Raises:
+        PatchsieveError: One of them cannot follow the one before it, or would drop nothing.
+    """
+    left = num_patches
+    for place, (found, places) in enumerate(chain):
+        last = min(places.values())
+        _check_adapting(found, places, chain[place + 1 :])
+        if place and found.is_grid:
+            raise PatchsieveError(
+                f"{found.name} needs every patch of the grid",
+                found=f"{chain[0].entry.name} in the tower before it",
+                do="remove --encoder or --projector",
+            )
+        is_idle = last == left and place and found.leaves != ADAPTS
+        if last > left or is_idle:
+            raise PatchsieveError(
+                f"{found.name} after {chain[0].entry.name} would drop nothing",
+                found=f"{last} to keep of {left}",
+                expected=f"fewer than {left}",
+                do=f"lower --{found.place}-keep",
+            )
+        left = last
+    return left
+
+
+def _check_adapting(found: Entry, places: Mapping[int, int], later: Sequence[Pruned]) -> None:
     """Refuse methods before the decoder that would prune padding.
 
     Where a method's count adapts to the image, rows up to its bound leave it, the last of which are
     padding. So it prunes once, and nothing prunes after it in the vision graph.
-
-    Args:
-        chain: The methods in their order, each with how many layers prune by it.
     """
-    for place, (found, num_layers) in enumerate(chain):
-        if found.leaves != ADAPTS:
-            continue
-        if place + 1 < len(chain):
-            raise PatchsieveError(
-                f"{chain[place + 1][0].name} cannot prune after {found.name}, whose number of "
-                "tokens depends on the image",
-                expected=f"{found.name} as the last method before the decoder",
-                do="remove --encoder or --projector",
-            )
-        if num_layers > 1:
-            raise PatchsieveError(
-                f"{found.name} cannot prune at several layers, because its number of tokens "
-                "depends on the image",
-                found=f"{num_layers} layers",
-                expected="one",
-                do="give --encoder-layers one layer",
-            )
+    if found.leaves != ADAPTS:
+        return
+    if later:
+        raise PatchsieveError(
+            f"{later[0].entry.name} cannot prune after {found.name}, whose number of tokens "
+            "depends on the image",
+            expected=f"{found.name} as the last method before the decoder",
+            do="remove --encoder or --projector",
+        )
+    if len(places) > 1:
+        raise PatchsieveError(
+            f"{found.name} cannot prune at several layers, because its number of tokens depends "
+            "on the image",
+            found=f"{len(places)} layers",
+            expected="one",
+            do="give --encoder-layers one layer",
+        )
 
 
 def schedule_of(method: MethodPlan) -> TowerSchedule:
@@ -148,13 +192,13 @@ def schedule_of(method: MethodPlan) -> TowerSchedule:
     return TowerSchedule(**given)
 
 
-def once_behind(method: MethodPlan, num_layers: int) -> TowerSchedule:
-    """The schedule of a method that acts once, behind the last of the tower's layers."""
+def once_after(method: MethodPlan, num_layers: int) -> TowerSchedule:
+    """The schedule of a method that acts once, after the last of the tower's layers."""
     return TowerSchedule(keep=method.params.get("keep"), layers=(num_layers - 1,))
 
 
 def _kept(site: SitePlan, num_visual: int) -> int | None:
-    """Tokens that a site's rule keeps; None where the image decides."""
+    """Tokens that a site's rule keeps; None if the image decides."""
     found = catalogue.entry(DECODER, site.method, f" at layer {site.layer}")
     found.check(site.params, f" at layer {site.layer}")
     if found.leaves == RATIO:
@@ -168,29 +212,3 @@ def _proposed(site: SitePlan) -> int | None:
         return None
     heads = load_config(Path(site.params["heads"]))
     return dict(zip(heads.sites, heads.budgets, strict=False)).get(site.layer)
-
-
-def _after_tower(
-    method: MethodPlan, encoder: MethodPlan | None, left: int, num_patches: int, num_layers: int
-) -> int:
-    """Patches that a method leaves of the `left` that come out of the tower."""
-    if catalogue.entry(PROJECTOR, method.method).is_grid:
-        if encoder is not None:
-            raise PatchsieveError(
-                f"{method.method} needs every patch of the grid",
-                found=f"{encoder.method} in the tower before it",
-                do="remove --encoder or --projector",
-            )
-        side = math.isqrt(num_patches)
-        return pooled_side(method.params.get("keep"), (side, side)) ** 2
-    count = once_behind(method, num_layers).places(method.method, num_patches, num_layers)
-    last = count[num_layers - 1]
-    adapts = catalogue.entry(PROJECTOR, method.method).leaves == ADAPTS
-    if encoder is not None and (last > left or (last == left and not adapts)):
-        raise PatchsieveError(
-            f"{method.method} after {encoder.method} would drop nothing",
-            found=f"{last} to keep of {left}",
-            expected=f"fewer than {left}",
-            do="lower --projector-keep",
-        )
-    return last

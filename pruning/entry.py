@@ -58,9 +58,9 @@ class Option:
         name: In a plan's parameters and in Python.
         kind: A key of KINDS.
         help: What it sets, for people; neither its values nor its default.
-        default: The method's own; None where `shown` says what happens.
+        default: The method's own; None if `shown` says what happens.
         choices: All values of a text, where they are few.
-        word: On the command line, behind the dashes and the place; by default its name. None: only
+        word: On the command line, after the dashes and the place; by default its name. None: only
             plans and Python set it.
         metavar: What stands for its value in the help.
         shown: The default in words.
@@ -118,7 +118,7 @@ class TowerRule:
     """Where and how far a method prunes inside the vision tower, if its options do not say.
 
     Attributes:
-        is_inside: It acts between attention and MLP of its layer, as published; else behind it.
+        is_inside: It acts between attention and MLP of its layer, as published; else after it.
         group_layers: Layers of a group, whose last one prunes.
         at_quarters: It prunes at the ends of the first three quarters of the layers instead.
         curve: How its counts fall, a key of `schedules.CURVES`.
@@ -150,6 +150,7 @@ class Entry:
         example: Options of `patchsieve.plans.build` that fit LLaVA-1.5-7B.
         merges: Tokens become means of several, so at most every other goes at one place.
         is_grid: It needs every patch of the grid, and leaves a smaller grid.
+        draws: Chance decides, whatever the image shows.
         judges: Values of its options with which it judges by the pseudo-CLS, a row of its own;
             empty for always, None for never.
         tower: Where and how far it prunes inside the tower; of methods before the decoder.
@@ -165,12 +166,13 @@ class Entry:
     example: Mapping[str, Any] = field(default_factory=dict)
     merges: bool = False
     is_grid: bool = False
+    draws: bool = False
     judges: Mapping[str, Any] | None = None
     tower: TowerRule = TowerRule()
 
     @property
     def prefix(self) -> str:
-        """What stands before its options' words: "encoder-", "projector-" or nothing."""
+        """What comes before its options' words: "encoder-", "projector-" or nothing."""
         return f"{self.place}-" if self.place in (ENCODER, PROJECTOR) else ""
 
     @property

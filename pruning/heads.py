@@ -3,7 +3,7 @@
     config.json        format, version, sites, the options of the scores and of the modules
     heads.safetensors  for each site: layer.{site}.trunk.{weight,bias}, .head_r.*, .head_s.*
 
-Everything that the thresholds were learned with stands in config.json, so that export decides as
+Everything that the thresholds were learned with is in config.json, so that export decides as
 training did. `budgets` is optional: tokens per image and site that calibration proposes to reserve.
 """
 
@@ -36,7 +36,7 @@ class HeadsConfig:
         activation: Of the modules: None, "relu" or "gelu".
         scores: Options of the ATP method: normalisation, causal, granularities, spatial_lambda,
             modality, and parts where not both.
-        budgets: Proposed tokens per image to reserve behind each site; empty if unknown.
+        budgets: Proposed tokens per image to reserve after each site; empty if unknown.
     """
 
     sites: tuple[int, ...]
@@ -50,25 +50,29 @@ class HeadsConfig:
         """Check what a hand-written file could get wrong."""
         if not self.sites or any(a >= b for a, b in zip(self.sites, self.sites[1:], strict=False)):
             raise PatchsieveError(
-                "the heads' sites are not ascending layers", found=list(self.sites)
+                "the heads' sites are not ascending layers",
+                found=list(self.sites),
+                do="correct sites in config.json",
             )
         numbers = (*self.sites, *self.grid, self.hidden, *self.budgets)
         if len(self.grid) != 2 or not all(type(n) is int and 0 < n < _LARGEST for n in numbers):
             raise PatchsieveError(
-                "the heads' sizes are not whole numbers that can be",
+                "the heads' sizes are no possible whole numbers",
                 found=f"sites {self.sites}, grid {self.grid}, hidden {self.hidden}"[:120],
                 expected=f"1 to {_LARGEST - 1}",
+                do="correct config.json, or learn the heads again",
             )
         if self.budgets and len(self.budgets) != len(self.sites):
             raise PatchsieveError(
                 "the heads propose budgets for other sites than they have",
                 found=f"{len(self.budgets)} budgets",
                 expected=f"{len(self.sites)}, or none",
+                do="correct budgets in config.json, or remove them",
             )
 
 
 def save_heads(directory: Path, config: HeadsConfig, tensors: dict[str, Tensor]) -> None:
-    """Write a heads directory; `tensors` by the names that stand above."""
+    """Write a heads directory; `tensors` by the names above."""
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -99,13 +103,20 @@ def load_config(directory: Path) -> HeadsConfig:
     found = (data.pop("format", None), data.pop("version", None)) if is_object else "no object"
     if found != (FORMAT, VERSION):
         raise PatchsieveError(
-            f"{directory} holds no heads of this version", found=found, expected=(FORMAT, VERSION)
+            f"{directory} holds no heads of this version",
+            found=found,
+            expected=(FORMAT, VERSION),
+            do="correct --heads, or learn them again with patchsieve calibrate",
         )
     try:
         tuples = {k: tuple(data[k]) for k in ("sites", "grid", "budgets") if k in data}
         return HeadsConfig(**(data | tuples))
     except TypeError as error:
-        raise PatchsieveError(f"{directory / CONFIG} is not well formed", found=error) from error
+        raise PatchsieveError(
+            f"{directory / CONFIG} is not well formed",
+            found=error,
+            do="copy the heads again, or learn them with patchsieve calibrate",
+        ) from error
 
 
 def _unreadable(directory: Path, error: Exception) -> PatchsieveError:
@@ -113,4 +124,5 @@ def _unreadable(directory: Path, error: Exception) -> PatchsieveError:
         f"cannot read the heads in {directory}",
         found=error,
         expected=f"a directory with {CONFIG} and {TENSORS}",
+        do="correct --heads",
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import MethodPlan, Plan, PseudoCls, SitePlan
-from patchsieve.pruning.catalogue import IVTP_TOWER_SHARE
+from patchsieve.pruning.entries import IVTP_TOWER_SHARE
 from patchsieve.pruning.schedules import geometric
 
 IVTP_LAYERS = 12  # of the decoder, from its first, among which IVTP prunes
@@ -42,19 +42,14 @@ def ivtp(
     The paper leaves open: the counts (see `IVTP_TOWER_SHARE`). The tower takes 576 tokens to 120,
     four sites in the decoder take them to 103, 88, 75 and 64.
 
-    A decoder of 13 layers or more has sites at 3, 6, 9 and 12. A shorter one has as many groups as
-    end before its last layer: 12 layers have sites at 3, 6 and 9. A group longer than that is one
-    group of all.
-
     Args:
         size: The model.
-        num_keep: Tokens of an image behind the last site.
+        num_keep: Tokens of an image after the last site.
         group: Layers of a group, in tower and decoder; 1 is layer-wise.
         fusion: How a group's attention is joined (see `patchsieve.pruning.decoder.ivtp.IVTP`).
         block: Rows of its maps in the decoder.
         pseudo_cls: Which words judge; the paper's by default.
-        layers: First layers of the decoder that are grouped; by default 12, or all but the last of
-            a decoder that has no more.
+        layers: First layers of the decoder that are grouped (see `_ivtp_sites`).
         counts: Tokens left by each group of the tower, then of the decoder, instead of `num_keep`.
 
     Raises:
@@ -62,18 +57,9 @@ def ivtp(
     """
     sites = _ivtp_sites(size, group, layers)
     if counts is None:
-        in_tower, left = _ivtp_counts(size.num_patches, num_keep, len(sites))
-        encoder: dict[str, object] = {"keep": in_tower}
+        encoder, left = _ivtp_counts(size.num_patches, num_keep, len(sites))
     else:
-        ends = len(counts) - len(sites)
-        encoder, left = {"counts": list(counts[:ends])}, list(counts[ends:])
-        if ends < 1:
-            raise PatchsieveError(
-                "IVTP's groups and their counts do not pair",
-                found=f"{len(counts)} counts",
-                expected=f"one for each group of the tower, and {len(sites)} of the decoder",
-                do="give more counts (--survivors)",
-            )
+        encoder, left = _ivtp_given(counts, len(sites))
     params = {"group": sites.step, "fusion": fusion, "block": block}
     return Plan(
         tuple(
@@ -86,7 +72,18 @@ def ivtp(
 
 
 def _ivtp_sites(size: Size, group: int, layers: int | None) -> range:
-    """The decoder layers at whose input IVTP prunes: the ends of its groups."""
+    """The decoder layers at whose input IVTP prunes: the ends of its groups.
+
+    A decoder of 13 layers or more has sites at 3, 6, 9 and 12. A shorter one has as many groups as
+    end before its last layer: 12 layers have sites at 3, 6 and 9. A group longer than that is one
+    group of all.
+
+    Args:
+        size: The model.
+        group: Layers of a group.
+        layers: First layers that are grouped; by default 12, or all but the last of a decoder that
+            has no more.
+    """
     most = min(IVTP_LAYERS, size.num_layers - 1) if layers is None else layers
     if not 1 <= most < size.num_layers:
         asked = "" if layers is None else f"{layers} grouped layers of "
@@ -101,8 +98,10 @@ def _ivtp_sites(size: Size, group: int, layers: int | None) -> range:
     return range(min(group, most), most + 1, min(group, most))
 
 
-def _ivtp_counts(num_patches: int, num_keep: int, groups: int) -> tuple[int, list[int]]:
-    """Tokens that leave the tower, and those left by each group of the decoder."""
+def _ivtp_counts(
+    num_patches: int, num_keep: int, groups: int
+) -> tuple[dict[str, object], list[int]]:
+    """What says how many tokens leave the tower, and those left by each group of the decoder."""
     if not 1 <= num_keep <= num_patches:
         raise PatchsieveError(
             "ivtp cannot keep this many tokens",
@@ -111,4 +110,16 @@ def _ivtp_counts(num_patches: int, num_keep: int, groups: int) -> tuple[int, lis
             do="change --num-keep",
         )
     in_tower = max(num_keep, round(num_patches * (num_keep / num_patches) ** IVTP_TOWER_SHARE))
-    return in_tower, geometric(in_tower, num_keep, groups)
+    return {"keep": in_tower}, geometric(in_tower, num_keep, groups)
+
+
+def _ivtp_given(counts: Sequence[int], groups: int) -> tuple[dict[str, object], list[int]]:
+    """The same from given counts, of which the last `groups` are the decoder's."""
+    if len(counts) <= groups:
+        raise PatchsieveError(
+            "IVTP's groups and their counts do not pair",
+            found=f"{len(counts)} counts",
+            expected=f"one for each group of the tower, and {groups} of the decoder",
+            do="give more counts to --survivors",
+        )
+    return {"counts": list(counts[:-groups])}, list(counts[-groups:])

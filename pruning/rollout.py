@@ -17,7 +17,7 @@ from torch import Tensor
 from patchsieve.pruning.rows import HIDDEN_LOGIT
 
 HEADS = ("concatenated", "summed")
-_SMALLEST = 1e-30  # stands for a sum of 0, so that nothing is divided by it
+_SMALLEST = 1e-30  # in the place of a sum of 0, so that nothing is divided by it
 
 
 class Layer(NamedTuple):
@@ -78,7 +78,7 @@ def start_row(layer: Layer, row: int | Tensor | None) -> Tensor:
 
     Args:
         layer: The top layer of the group.
-        row: The row whose attention counts, a number or an int64 [1]; None where no row stands
+        row: The row whose attention counts, a number or an int64 [1]; None if no row stands
             for the image (a tower without a class token): then every row counts alike.
 
     Returns:

@@ -53,9 +53,10 @@ def num_to_keep(keep_ratio: float, num_visual: int) -> int:
     """
     if not 0 < keep_ratio <= 1:
         raise PatchsieveError(
-            "a keep ratio is the fraction that is kept",
+            "this keep ratio cannot be used",
             found=keep_ratio,
             expected="above 0, up to 1",
+            do="correct --keep-ratio",
         )
     return max(1, _half_up(keep_ratio * num_visual))
 
@@ -67,10 +68,15 @@ def _half_up(value: float) -> int:
 def _check(n0: int, n: int, groups: int) -> None:
     if not 1 <= n <= n0:
         raise PatchsieveError(
-            "a schedule cannot end with this many tokens", found=n, expected=f"1 to {n0}"
+            "a schedule cannot end with this many tokens",
+            found=n,
+            expected=f"1 to {n0}",
+            do="keep fewer tokens, and at least one",
         )
     if groups < 1:
-        raise PatchsieveError("a schedule needs a pruning", found=f"{groups} groups")
+        raise PatchsieveError(
+            "a schedule needs a pruning", found=f"{groups} groups", do="give at least one group"
+        )
 
 
 _FINAL = 1 / 9  # what the papers keep in the end: 64 of 576
@@ -84,7 +90,7 @@ class TowerSchedule:
     Attributes:
         keep: Tokens left by the last pruning, the class token not counted.
         counts: Tokens left by each pruning, instead of `keep` and `curve`.
-        layers: Tower layers that prune, from 0; a method acts inside its layer or right behind it.
+        layers: Tower layers that prune, from 0; a method acts inside its layer or right after it.
         group_layers: Layers of a group, whose last one prunes, instead of `layers`; as many as the
             tower runs, or more, make one group.
         curve: "geometric" (one ratio) or "linear" (one number) for each pruning.
@@ -218,4 +224,5 @@ def _refuse(name: str, found: Any, expected: str) -> None:
         f"the option {name} of a tower method cannot be used",
         found=repr(found)[:80],
         expected=expected,
+        do=f"correct {name} (docs/methods.md lists the options)",
     )

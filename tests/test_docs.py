@@ -179,3 +179,15 @@ def test_the_data_of_the_page_are_read(name: str, tmp_path: Path) -> None:
     (record,) = (Records(path)[i] for i in range(len(Records(path))))
     assert [path.name for path in record.images] == ["photo.jpg"]
     assert record.messages[-1]["role"] == "assistant"
+
+
+def test_the_intervals_of_the_accuracy_page_are_those_that_were_measured() -> None:
+    number = r"[+-]?(\d+\.\d)"  # a difference may be read from either side
+    measured = set()
+    for path in (*(ROOT / "benchmarks/results").glob("*.md"), ROOT / "benchmarks" / "LOG.md"):
+        text = path.read_text(encoding="utf-8")
+        for mean, *edges in re.findall(rf"{number} \[{number}, {number}\]", text):
+            measured.add((mean, *sorted(edges)))
+    said = re.findall(rf"{number}(?: \|)? \[{number}, {number}\]", page("accuracy.md"))
+    assert len(said) > 20
+    assert not [each for each in said if (each[0], *sorted(each[1:])) not in measured]

@@ -52,7 +52,7 @@ class Decide(nn.Module):
         self.layers = nn.ModuleDict(next_layers)
 
     def forward(self, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        """Decide which of one image's rows go on.
+        """Decide which of one image's rows enter the site's layer.
 
         Args:
             given: What decisions may read, by the names and in the shapes of
@@ -100,7 +100,7 @@ class Compact(nn.Module):
         kept = keep.to(torch.int64)
         # In float32, exact up to 2**24 rows: TensorRT 10 documents CumSum for floats only.
         place = torch.cumsum(keep.float(), dim=0).to(torch.int64) - 1
-        # Dropped rows write into a place behind all others, which is cut off.
+        # Dropped rows write into a place after all others, which is cut off.
         place = torch.where(keep, place, kept.shape[0])
         padded = torch.zeros_like(torch.cat((kept, kept[:1])))  # [L + 1]
         rows = torch.arange(kept.shape[0])

@@ -20,13 +20,13 @@ from patchsieve.pruning.encoder.walk import Walk
 class JointCls(nn.Module):
     """visual_projection(post_layernorm(CLS)), as CLIP makes its image embedding.
 
-    The paper leaves open: that space begins behind the tower's last layer, which a LLaVA does not
+    The paper leaves open: that space begins after the tower's last layer, which a LLaVA does not
     run. By default that layer runs here, on the rows that are left; or it is left out.
 
     Args:
         facts: The tower's measures.
         width: Of the joint space, E.
-        has_last: Run the layers behind those that the projector reads.
+        has_last: Run the layers after those that the projector reads.
     """
 
     def __init__(self, facts: VisionModel, width: int, *, has_last: bool = True) -> None:
@@ -38,7 +38,7 @@ class JointCls(nn.Module):
         self.visual_projection = Linear(spec.hidden_size, width, bias=False)
 
     def forward(self, rows: Tensor, walk: Walk) -> Tensor:
-        """Rows behind the last layer that the projector reads, [B, n, C] -> float32 [B, E]."""
+        """Rows after the last layer that the projector reads, [B, n, C] -> float32 [B, E]."""
         for index, layer in self.layers.items():
             rows = cast(TowerLayer, layer)(rows, int(index), walk)
         return self.visual_projection(self.post_layernorm(rows[:, 0])).float()

@@ -25,7 +25,10 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     """Find an activation by its Hugging Face name."""
     if name not in ACTIVATIONS:
         raise UnsupportedModelError(
-            "this activation is not supported", found=name, expected=", ".join(ACTIVATIONS)
+            "this activation is not supported",
+            found=name,
+            expected=", ".join(ACTIVATIONS),
+            do="choose a checkpoint with one of these, or add it to export/graphs/layers.py",
         )
     return ACTIVATIONS[name]
 

@@ -117,7 +117,7 @@ def cached_attention(
         key_cache: Keys so far, [1, G, S, D].
         value_cache: Values so far, [1, G, S, D].
         slot: Slot of the first new row, [1].
-        last_key: Last slot that each row sees besides its own, [L].
+        last_key: Last slot that each row sees apart from its own, [L].
         num_heads: H.
         num_kv_heads: G.
         scale: Factor on the products, 1 / sqrt(D).

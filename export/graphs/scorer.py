@@ -74,7 +74,7 @@ class TextTower(nn.Module):
 class TextScorer(nn.Module):
     """CLIP's text tower and its projection, at every position (IVTP eq. 5).
 
-    The tower is causal: what a window is filled up with behind its end changes nothing before it.
+    The tower is causal: what a window is filled up with after its end changes nothing before it.
     """
 
     def __init__(self, spec: TextSpec) -> None:

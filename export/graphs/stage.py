@@ -95,7 +95,7 @@ class Stage(nn.Module):
     Args:
         spec: The decoder.
         first: Its first layer.
-        last: The layer behind its last.
+        last: The layer after its last.
         head_dtype: Of the last norm and the output matrix; by default that of the layers.
         queries: Layers, of any stage, whose queries decisions read. Those of the layer before a cut
             are always given.
@@ -134,11 +134,11 @@ class Stage(nn.Module):
         """Feed the kept rows through the layers.
 
         Args:
-            hidden: Rows behind the stage before, [1, L0, C].
-            keep_indices: Those of them that go on, ascending, [L].
+            hidden: Rows of the stage before, [1, L0, C].
+            keep_indices: Those of them that this stage keeps, ascending, [L].
             position_ids: Rotary positions of the kept rows, [L]; with A rotary sections [L, A].
             slot: Cache slot of the first kept row, [1].
-            last_key: Last slot that each row sees besides its own, [L].
+            last_key: Last slot that each row sees apart from its own, [L].
             caches: Keys and values of each layer, [1, G, S, D] twice.
             logits_row: The kept row whose logits are wanted, [1]; last stage only.
 

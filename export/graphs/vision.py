@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from patchsieve.contract import names
-from patchsieve.contract.errors import PatchsieveError, UnsupportedModelError
+from patchsieve.contract.errors import UnsupportedModelError
 from patchsieve.contract.model import VisionModel
 from patchsieve.export.families.specs import TowerSpec
 from patchsieve.export.graphs import ops
 from patchsieve.export.graphs.layers import Linear, activation
 from patchsieve.export.graphs.trace import Input, trace
-from patchsieve.pruning.counts import check_adapting
+from patchsieve.pruning.counts import Pruned, left_by_chain
 from patchsieve.pruning.encoder.walk import NOWHERE, Tower, TowerMethod, Walk
 from patchsieve.pruning.projector.pooling import Pooling
 from patchsieve.pruning.rollout import Layer
@@ -247,31 +247,13 @@ def tokens_left(
         raise UnsupportedModelError(
             "this model drops the first patch of a tower without a class token",
             expected='vision_feature_select_strategy "full" where something prunes the patches',
+            do="remove --encoder and --projector, or correct config.json",
         )
-    left = facts.num_patches
-    if pooling is not None and methods:
-        raise PatchsieveError(
-            "pooling needs every patch of the grid",
-            found=f"{methods[0].name} in the tower before it",
-            do="remove one of them",
-        )
-    pruned = [method.places(facts.num_patches, facts.num_layers_run) for method in methods]
-    check_adapting(
-        [(method.entry, len(each)) for method, each in zip(methods, pruned, strict=True)]
-    )
-    for method, places in zip(methods, pruned, strict=True):
-        last = min(places.values())
-        drops_nothing = last == left and method is not methods[0] and not method.adapts
-        if last > left or drops_nothing:
-            raise PatchsieveError(
-                f"{method.name} would drop nothing behind {methods[0].name}",
-                found=f"{last} to keep of {left}",
-                expected=f"fewer than {left}",
-            )
-        left = last
+    last = facts.num_layers_run - 1
+    chain = [Pruned(m.entry, m.places(facts.num_patches, last + 1)) for m in methods]
     if pooling is not None:
-        left = pooling.side(facts.grid) ** 2
-    return left + facts.has_cls - facts.num_dropped
+        chain.append(Pruned(pooling.entry, {last: pooling.side(facts.grid) ** 2}))
+    return left_by_chain(chain, facts.num_patches) + facts.has_cls - facts.num_dropped
 
 
 def vision_graph(vision: Vision, mode: FakeTensorMode | None = None) -> ir.Model:

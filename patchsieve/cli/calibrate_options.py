@@ -15,9 +15,12 @@ from patchsieve.calibration.options import (
     ScoreOptions,
     TrainingOptions,
 )
+from patchsieve.cli import plan_options
 from patchsieve.cli.arguments import integers, numbers
 from patchsieve.contract.plan import TRAINED_RULES
 from patchsieve.contract.trained import LAYOUTS
+from patchsieve.pruning import catalogue
+from patchsieve.pruning.entry import DECODER
 
 Kind = TypeVar("Kind")
 _KINDS = (CalibrationOptions, ScoreOptions, LanguageModelOptions, TrainingOptions)
@@ -128,20 +131,11 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_scores(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--normalisation",
-        help="how ATP scales its scores: minmax (default), rank, softmax, none",
+    for field in fields(ScoreOptions):  # options of ATP, as plans have them
+        plan_options.add_option(group, catalogue.entry(DECODER, "atp"), field.name)
+    group.add_argument(
+        "--hidden", type=int, help="width of a threshold module (default: %(default)s)"
     )
-    add("--modality", help="scores in S_red: both (default), self or cross")
-    add(
-        "--parts",
-        choices=("both", "redundant", "spatial"),
-        help="atp: which rule keeps a token: redundant (S_red above theta_r), spatial (S_spatial "
-        "above theta_s), or both (default: either is enough)",
-    )
-    add("--causal", action="store_true", help="eq. 3 over causal pairs only (default: all pairs)")
-    add("--hidden", type=int, help="width of a threshold module (default: %(default)s)")
 
 
 def _add_training(group: argparse._ArgumentGroup) -> None:

@@ -6,6 +6,7 @@ import argparse
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from patchsieve import plans
 from patchsieve.cli import plan_options
@@ -21,6 +22,8 @@ from patchsieve.contract.targets import TARGETS, USUAL, WITH_ATTENTION_FORMS, th
 from patchsieve.contract.trained import Trained
 from patchsieve.contract.writing import check_new_bundle
 from patchsieve.export.card import next_commands
+from patchsieve.pruning import catalogue
+from patchsieve.pruning.entry import DECODER
 from patchsieve.pruning.recipes import Size
 from patchsieve.runtime.board.abilities import EXPORT
 from patchsieve.tables import size
@@ -94,8 +97,14 @@ def _add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"how {', '.join(WITH_ATTENTION_FORMS)} get float16 and bfloat16 attention: "
         "decomposed (default) in parts, its scores in float32; fused as one operator, which may be "
         "faster and which TensorRT 10.16 to 11.2 refuses or gets wrong in some shapes "
-        "(python -m benchmarks.settle --only i tells on your GPU); fused-tower: the tower alone",
+        "(python -m benchmarks.settle --only i tries it on your GPU); fused-tower: the tower alone",
     )
+    _add_limits(bundle)
+    add("--quiet", action="store_true", help="no progress")
+
+
+def _add_limits(group: Any) -> None:
+    add = group.add_argument
     add(
         "--max-text-tokens",
         type=int,
@@ -110,7 +119,6 @@ def _add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
         help="most new tokens of an answer (default: 256)",
     )
     add("--max-images", type=int, metavar="N", help="most images in a conversation (default: 1)")
-    add("--quiet", action="store_true", help="no progress")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -184,9 +192,11 @@ def _size_of(args: argparse.Namespace) -> Size:
 
 def _heads(args: argparse.Namespace) -> Path | None:
     """Where learned thresholds lie: as asked, or inside a checkpoint that was trained with them."""
+    found = catalogue.find(DECODER, args.method or "")
     has_constants = args.theta_r is not None or args.theta_s is not None
-    if args.heads is not None or args.method != "atp" or has_constants or args.checkpoint is None:
-        return args.heads
+    is_asked = found is not None and found.has("heads") and not has_constants
+    if args.heads is not None or not is_asked or args.checkpoint is None:
+        return args.heads  # type: ignore[no-any-return]
     from patchsieve.export.source.checkpoint import locate, read_config
 
     directory = locate(args.checkpoint, args.revision, check=read_config)
@@ -209,73 +219,76 @@ def _report(
     seconds: float,
     spent: dict[str, float],
 ) -> None:
-    plan = facts.default_plan
-    total = sum(file.size for file in facts.files.values())
-    per_target = {
-        target: sum(facts.files[path].size for path in graphs.values())
-        for target, graphs in facts.targets.items()
+    made = _facts(bundle, facts) | {
+        "seconds": round(seconds, 3),
+        "target_seconds": {target: round(spent[target], 3) for target in facts.targets},
     }
+    if args.json:
+        print_json(made)
+    else:
+        _print(made, facts)
 
+
+def _facts(bundle: Path, facts: Manifest) -> dict[str, Any]:
+    """What the default plan of a new or changed bundle leaves and reserves."""
+    plan = facts.default_plan
     is_fixed = any(TARGETS[target].has_fixed_slots for target in facts.targets)
     slots, full = facts.slots(plan), facts.slots(NO_PRUNING)
     bytes_of = [facts.row_bytes(stage) for stage in facts.stages]
-    reserved = sum(a * b for a, b in zip(slots, bytes_of, strict=True))
-    unpruned = sum(a * b for a, b in zip(full, bytes_of, strict=True))
-    building = build_memory.expectations(facts)
     photo = Path(__file__).resolve().parents[2] / "examples" / "photo.jpg"  # of a clone
-    following = next_commands(bundle, facts, photo if photo.is_file() else "photo.jpg")
-    fits = not is_fixed or all(
-        needed <= stage.slots for needed, stage in zip(slots, facts.stages, strict=True)
-    )
-    if args.json:
-        print_json(
-            {
-                "bundle": str(bundle),
-                "plan": plan,
-                "plans": list(facts.plans),
-                "num_visual": facts.num_visual(plan),
-                "cuts": facts.cuts,
-                "budgets": facts.budgets(plan),
-                "slots": slots,
-                "fits_engines": fits,
-                "build_memory_bytes": building,
-                "kv_bytes_reserved": reserved,
-                "kv_bytes_reserved_unpruned": unpruned,
-                "bytes": total,
-                "graph_bytes": per_target,
-                "seconds": round(seconds, 3),
-                "target_seconds": {target: round(spent[target], 3) for target in per_target},
-                "needs": {target: asdict(needs) for target, needs in facts.needs.items()},
-                "next": following,
-            }
-        )
-        return
-    print(f"{bundle}: plan {plan}, {size(total)}, {seconds:.1f} s")
-    for target, count in per_target.items():
+    return {
+        "bundle": str(bundle),
+        "plan": plan,
+        "plans": list(facts.plans),
+        "num_visual": facts.num_visual(plan),
+        "cuts": facts.cuts,
+        "budgets": facts.budgets(plan),
+        "slots": slots,
+        "fits_engines": not is_fixed
+        or all(needed <= stage.slots for needed, stage in zip(slots, facts.stages, strict=True)),
+        "build_memory_bytes": build_memory.expectations(facts),
+        "kv_bytes_reserved": sum(a * b for a, b in zip(slots, bytes_of, strict=True)),
+        "kv_bytes_reserved_unpruned": sum(a * b for a, b in zip(full, bytes_of, strict=True)),
+        "bytes": sum(file.size for file in facts.files.values()),
+        "graph_bytes": {
+            target: sum(facts.files[path].size for path in graphs.values())
+            for target, graphs in facts.targets.items()
+        },
+        "needs": {target: asdict(needs) for target, needs in facts.needs.items()},
+        "next": next_commands(bundle, facts, photo if photo.is_file() else "photo.jpg"),
+    }
+
+
+def _print(made: dict[str, Any], facts: Manifest) -> None:
+    """The same for people."""
+    plan = made["plan"]
+    print(f"{made['bundle']}: plan {plan}, {size(made['bytes'])}, {made['seconds']:.1f} s")
+    for target, count in made["graph_bytes"].items():
         needs = f"; needs {facts.needs[target]}" if target in facts.needs else ""
-        took = f"{spent[target]:.1f} s"
+        took = f"{made['target_seconds'][target]:.1f} s"
         print(f"  {target}: graphs of {size(count)} on the shared weights, {took}{needs}")
     if facts.plans[plan].prunes_before:
-        left, full_count = facts.num_visual(plan), facts.vision.num_visual
+        left, full_count = made["num_visual"], facts.vision.num_visual
         most = "" if facts.has_fixed_count(plan) else "at most "
         print(f"  tower: {most}{left} of {full_count} visual tokens an image enter the decoder")
-    for stage, budget, count in zip(facts.stages, facts.budgets(plan), slots, strict=True):
+    for stage, budget, count in zip(facts.stages, made["budgets"], made["slots"], strict=True):
         print(
             f"  layers {stage.first}-{stage.last - 1}: "
             f"at most {budget} visual tokens an image, {count} KV slots"
         )
+    reserved, unpruned = made["kv_bytes_reserved"], made["kv_bytes_reserved_unpruned"]
     print(f"  KV reservation {size(reserved)}, unpruned {size(unpruned)}")
-    if building:
+    if building := made["build_memory_bytes"]:
         largest = max(building, key=lambda graph: building[graph])
         print(
             f"  building engines takes at most about {size(building[largest])} of memory, for "
             f"{largest} ({build_memory.source(facts)}; --build-memory sets it)"
         )
-    if not fits:
+    if not made["fits_engines"]:
         engines = [stage.slots for stage in facts.stages]
         print(
             f"  engines of fixed size reserve {engines}: this plan runs on the other targets only"
         )
     if reserved == unpruned and facts.plans[plan].prunes:
         print("  the plan reserves as much as no pruning: lower it with --budget")
-    print("\n".join(["next:", *(f"  {command}" for command in following)]))
+    print("\n".join(["next:", *(f"  {command}" for command in made["next"])]))

@@ -108,7 +108,7 @@ def _plan(facts: dict[str, Any], name: str, costs: dict[str, Any]) -> str:
     lines = [f"plan {name}" + (" (default)" if name == facts["default_plan"] else "")]
     if name != NO_PRUNING:
         lines[0] += f", positions: {costs['position_rule']}"
-    where = {"encoder": "inside the tower", "projector": "behind the tower"}
+    where = {"encoder": "inside the tower", "projector": "after the tower"}
     pruning = [(text, costs[place]) for place, text in where.items() if costs[place]]
     pruning += [(f"before layer {site['layer']}", site) for site in costs["sites"]]
     for text, method in pruning:

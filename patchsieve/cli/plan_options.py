@@ -37,7 +37,7 @@ def add_arguments(group: Any) -> None:
         "--budget",
         type=integers,
         metavar="N",
-        help="visual tokens of an image to reserve behind the sites, one number or one per site "
+        help="visual tokens of an image to reserve after the sites, one number or one per site "
         "(default: what the method keeps)",
     )
     _add_options(group, (RECIPE, DECODER))
@@ -91,15 +91,26 @@ def plan_of(args: argparse.Namespace, size: Callable[[], Size], **further: Any) 
 
 def _add_options(group: Any, places: tuple[str, ...]) -> None:
     """Declare the options of all methods of some places, each once."""
-    for _, pairs in _by_keyword(places):
-        entry, option = pairs[0]
-        words: dict[str, Any] = {"help": _help(pairs)}
-        if option.kind == "flag":
-            words |= {"action": "store_true", "default": None}
-        else:
-            words |= {"type": _TYPES[option.kind], "choices": option.choices or None}
-            words |= {"metavar": option.metavar}
-        group.add_argument(entry.flag(option), **words)
+    for keyword, pairs in _by_keyword(places):
+        _add(group, flag_of(keyword), pairs[0][1], _help(pairs))
+
+
+def add_option(group: Any, entry: Entry, name: str) -> None:
+    """Declare one option of one method, for a command of that method alone."""
+    option = entry.option(name)
+    default = default_of(option)
+    help = option.help + (f" (default: {default})" if default else "")
+    _add(group, flag_of(name), option, help)
+
+
+def _add(group: Any, flag: str, option: Option, help: str) -> None:
+    words: dict[str, Any] = {"help": help}
+    if option.kind == "flag":
+        words |= {"action": "store_true", "default": None}
+    else:
+        words |= {"type": _TYPES[option.kind], "choices": option.choices or None}
+        words |= {"metavar": option.metavar}
+    group.add_argument(flag, **words)
 
 
 def _by_keyword(places: tuple[str, ...]) -> Iterator[tuple[str, list[tuple[Entry, Option]]]]:

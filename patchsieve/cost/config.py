@@ -27,6 +27,7 @@ def _check_sizes(shape: Any) -> None:
                 f"a model cannot have this {field.name}",
                 found=repr(value),
                 expected="a whole number of at least 1",
+                do="correct config.json",
             )
 
 
@@ -37,7 +38,7 @@ class TowerShape:
     Attributes:
         num_layers: Layers that it has.
         num_layers_run: Layers up to the last whose output the projector takes; 23 of CLIP-L's 24.
-        has_cls: A class token stands before the patches.
+        has_cls: A class token comes before the patches.
     """
 
     hidden_size: int
@@ -56,12 +57,14 @@ class TowerShape:
                 "the tower runs more layers than it has",
                 found=self.num_layers_run,
                 expected=f"at most {self.num_layers}",
+                do="correct config.json",
             )
         if self.patch_size > self.image_size:
             raise PatchsieveError(
                 "a patch is larger than the image",
                 found=self.patch_size,
                 expected=f"at most {self.image_size}",
+                do="correct config.json",
             )
 
     @property
@@ -89,6 +92,7 @@ class DecoderShape:
                 "query heads do not divide among the KV heads",
                 found=f"{self.num_heads} and {self.num_kv_heads}",
                 expected="a multiple",
+                do="correct config.json",
             )
 
 
@@ -111,7 +115,10 @@ class ScorerShape:
         _check_sizes(self)
         if self.window < 3:
             raise PatchsieveError(
-                "a window holds no text", found=self.window, expected="at least 3"
+                "a window holds no text",
+                found=self.window,
+                expected="at least 3",
+                do="correct the config.json of the CLIP",
             )
 
     def windows(self, text_tokens: int) -> int:

@@ -31,7 +31,10 @@ class Convention:
     def __post_init__(self) -> None:
         if self.lm_head not in ("all", "last"):
             raise PatchsieveError(
-                "unknown convention for lm_head", found=self.lm_head, expected="all or last"
+                "unknown convention for lm_head",
+                found=self.lm_head,
+                expected="all or last",
+                do="correct lm_head",
             )
 
 
@@ -74,16 +77,19 @@ class Schedule:
                     f"a schedule's {name} counts are no tokens",
                     found=list(counts),
                     expected="at least one token at each layer",
+                    do="correct the counts",
                 )
         if len(self.vision) != len(self.vision_mlp):
             raise ShapeError(
                 "a schedule counts attention and MLP at different tower layers",
                 found=f"{len(self.vision)} and {len(self.vision_mlp)}",
+                do="give both as many counts",
             )
         if not 0 <= self.side_layers <= len(self.llm) or self.windows < 0 or self.queries < 0:
             raise ShapeError(
                 "a schedule's side work cannot be",
                 found=f"{self.side_layers} layers, {self.windows} windows, {self.queries} queries",
+                do="correct side_layers, windows or queries",
             )
 
 
@@ -166,7 +172,12 @@ def scorer_window(scorer: ScorerShape, convention: Convention = PAPERS) -> int:
 def kv_bytes_per_token(decoder: DecoderShape, precision: str = "float16") -> int:
     """Bytes of one token's keys and values in one layer."""
     if precision not in BYTES:
-        raise PatchsieveError("unknown precision", found=precision, expected=" or ".join(BYTES))
+        raise PatchsieveError(
+            "unknown precision",
+            found=precision,
+            expected=" or ".join(BYTES),
+            do="correct --precision",
+        )
     return 2 * decoder.num_kv_heads * decoder.head_dim * BYTES[precision]
 
 
@@ -236,6 +247,7 @@ def _check(shape: ModelShape, schedule: Schedule, text_tokens: int, images: int)
             "the schedule is for another decoder",
             found=f"{len(schedule.llm)} layers",
             expected=shape.text.num_layers,
+            do="make it for this shape",
         )
     run, most = shape.vision.num_layers_run, shape.vision.num_layers
     if not run <= len(schedule.vision) <= most:  # one more than `run` where CLS needs the last
@@ -243,10 +255,12 @@ def _check(shape: ModelShape, schedule: Schedule, text_tokens: int, images: int)
             "the schedule is for another tower",
             found=f"{len(schedule.vision)} layers",
             expected=f"{run} to {most}",
+            do="make it for this shape",
         )
     if text_tokens < 0 or images < 1:
         raise PatchsieveError(
-            "a request has text and images",
+            "a request without text or images cannot be counted",
             found=f"{text_tokens} text tokens, {images} images",
             expected="no negative number, at least one image",
+            do="correct --text-tokens or --images",
         )

@@ -1,6 +1,6 @@
 """Tokens per layer under each pruning method: what a method costs, not how it chooses.
 
-`of_plan` counts a plan, the same whether it stands in a bundle, in a file or in options. The
+`of_plan` counts a plan, the same whether it is in a bundle, in a file or in options. The
 functions before it count what the papers' tables need and no plan says.
 """
 
@@ -53,7 +53,12 @@ def in_tower(
     run = shape.vision.num_layers_run
     layers = range(run) if layers is None else layers
     if placement not in PLACEMENTS:
-        raise PatchsieveError("unknown placement", found=placement, expected=", ".join(PLACEMENTS))
+        raise PatchsieveError(
+            "unknown placement",
+            found=placement,
+            expected=", ".join(PLACEMENTS),
+            do="correct --placement",
+        )
     left = _at(layers, counts, run, shape.vision.num_patches, first=0, where="tower")
     n, attention, mlp = shape.vision.num_patches, [], []
     for layer in range(run):
@@ -85,7 +90,7 @@ def in_decoder(
 
     Args:
         shape: The model.
-        counts: Visual tokens left behind each site.
+        counts: Visual tokens left after each site.
         sites: Decoder layers at whose input tokens are dropped, ascending, from 1.
         after: What pruned before the decoder; by default nothing did.
 
@@ -115,7 +120,7 @@ def ivtp(
 
     Args:
         shape: The model.
-        num_kept: Visual tokens behind the last site.
+        num_kept: Visual tokens after the last site.
         counts: Tokens left by each group of the tower, then of the decoder, instead.
         group_layers: Layers of a group.
         decoder_layers: First layers of the decoder that are grouped (see `recipes.ivtp`).
@@ -168,8 +173,9 @@ def _check_given(sites: Sequence[SitePlan], left: Sequence[Left]) -> None:
     for site, each in zip(sites, left, strict=True):
         if not each.is_given:
             raise PatchsieveError(
-                f"{site.method} at layer {site.layer} keeps as many tokens as the image needs",
-                expected="how many it keeps",
+                f"the tokens that {site.method} at layer {site.layer} keeps are not known: the "
+                "image decides",
+                expected="their number",
                 do="give --survivors, one for each site, as `run --json` reports them, or --budget "
                 "for an upper bound",
             )
@@ -212,7 +218,7 @@ def _is_judged_by_cls(site: SitePlan) -> bool:
 
 
 def before_decoder(shape: ModelShape, plan: Plan, placement: str | None = None) -> Schedule:
-    """Tokens per layer of what a plan prunes inside the tower and behind it.
+    """Tokens per layer of what a plan prunes inside the tower and after it.
 
     Raises:
         PatchsieveError: A method is not known, or its options do not fit.
@@ -248,12 +254,14 @@ def _at(
             f"the {where}'s pruning layers and their counts do not pair",
             found=f"{len(counts)} counts for layers {layers}",
             expected="one count for each layer, layers ascending",
+            do="correct --survivors or --sites",
         )
     if layers[0] < first or layers[-1] >= num_layers:
         raise ShapeError(
             f"a pruning layer is no layer of the {where}",
             found=layers,
             expected=f"layers {first} to {num_layers - 1}",
+            do="correct --sites",
         )
     _check_counts(counts, n)
     return dict(zip(layers, counts, strict=True))
@@ -265,6 +273,7 @@ def _check_counts(counts: Sequence[int], n: int) -> None:
             "pruning cannot leave this many tokens",
             found=list(counts),
             expected=f"{n} or fewer, at least 1, never more than at the place before",
+            do="correct --survivors or --visual-tokens",
         )
 
 

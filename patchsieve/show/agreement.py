@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+from patchsieve.pruning import catalogue
 from patchsieve.show.shown import Asked, Picture, Place
 
 ALIKE = 0.75  # share of the way from chance to all in common above which questions hardly matter
 ON_EDGE = 0.6  # share of survivors on the edge, at least twice that of all patches, worth a word
-_DRAWS = ("random",)
 
 
 def sentences(asked: Sequence[Asked], pictures: Sequence[Picture]) -> list[str]:
     """Say where patches are chosen without the question, or nearly so, or along the edge.
 
     Two sentences follow from where and how a plan acts: what goes before the decoder is chosen
-    before the question is read, and `random` draws. All else is counted on the survivors: how many
-    the questions keep in common at a site, less what chance would have in common, and how many lie
-    on the edge of the picture, where attention often goes whatever is there.
+    before the question is read, and a method may draw. All else is counted on the survivors: how
+    many the questions keep in common at a site, less what chance would have in common, and how many
+    lie on the edge of the picture, where attention often goes whatever is there.
 
     Args:
         asked: Prompts, each with a view of every picture.
@@ -47,7 +47,7 @@ def _of_place(places: Sequence[Place], before: Sequence[int]) -> list[str]:
             f"{first.method} acts before the question is read: every question about this image "
             "finds the same tokens after it"
         ]
-    if first.method in _DRAWS:
+    if catalogue.draws(first.method):
         return [f"{first.method} draws patches {first.name}: its choice depends on no score"]
     if len(places) < 2:
         return []
@@ -81,7 +81,7 @@ def _on_edge(places: Sequence[Place], grid: tuple[int, int]) -> list[str]:
     kept = [patch for place in places for patch in place.kept]
     found = sum(patch in edge for patch in kept)
     usual = len(edge) / (rows * columns)
-    is_scored = places[0].layer is not None and places[0].method not in _DRAWS
+    is_scored = places[0].layer is not None and not catalogue.draws(places[0].method)
     if not is_scored or not kept or found / len(kept) < max(ON_EDGE, 2 * usual):
         return []
     return [

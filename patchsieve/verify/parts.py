@@ -27,7 +27,7 @@ class Part:
         relative_error: Largest error of an entry over the largest entry of its row.
         tolerance: Of the relative error.
         departs: The bundle is not what the checkpoint is.
-        note: For the eye.
+        note: For people.
     """
 
     plan: str
@@ -102,7 +102,7 @@ def compare_tokens(
 ) -> Part:
     """Compare greedy tokens with Hugging Face's logits [T, V].
 
-    At the first that differs the two logits may be as good as equal; behind it the two sides read
+    At the first that differs the two logits may be as good as equal; after it the two sides read
     different texts.
     """
     theirs = logits.argmax(axis=-1).tolist()

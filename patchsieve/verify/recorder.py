@@ -29,7 +29,7 @@ class Recorder:
         self.forget()
 
     def forget(self) -> None:
-        """Start anew, for another request."""
+        """Forget everything, for another request."""
         self.inputs: dict[str, dict[str, np.ndarray]] = {}
         self.values: dict[str, np.ndarray] = {}  # by tensor name; decisions by graph, then tensor
         self.runs: dict[str, list[Run]] = {}  # of a decision one for each image

@@ -30,10 +30,10 @@ from patchsieve.export.weights import weights_of
 
 @dataclass
 class Layers:
-    """What a prefill left behind.
+    """What a prefill computed.
 
     Attributes:
-        hidden: Rows behind each layer, [1, L, C].
+        hidden: Rows after each layer, [1, L, C].
         query: Rotated queries of each layer, heads side by side, [1, L, H * D].
         key: Rotated keys of each layer, [1, G, L, D].
         value: Values of each layer, [1, G, L, D].
@@ -53,7 +53,7 @@ class Layers:
     row_positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
-# Asked before a layer, given what the layers so far made: the rows that go on, and all rows
+# Asked before a layer, given what the layers so far made: the rows that enter it, and all rows
 # [1, L, C], which a method that merges changes.
 Judge = Callable[[int, Layers], tuple[np.ndarray, np.ndarray]]
 
@@ -87,6 +87,7 @@ class Reference:
             raise PatchsieveError(
                 f"transformers {transformers.__version__} does not load {checkpoint}",
                 found=str(error).splitlines()[0],
+                do="check that --against names a whole checkpoint that transformers knows",
             ) from error
         parts = self.family.parts(self.model)
         self.tower, self.decoder, self.head = parts.tower, parts.decoder, parts.head
@@ -123,7 +124,7 @@ class Reference:
 
     @torch.no_grad()
     def vision(self, pixel_values: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Projected features [B, N, C], and the tower's rows behind each of its layers."""
+        """Projected features [B, N, C], and the tower's rows after each of its layers."""
         pixels = torch.from_numpy(pixel_values)
         seen = self.tower(pixels, output_hidden_states=True)
         features = self.model.model.get_image_features(pixels).pooler_output
@@ -186,10 +187,10 @@ class Reference:
         """Feed rows through the decoder.
 
         Args:
-            embeddings: Rows, and behind them a side row for each image, if any; [1, L0 + M, C].
-            positions: Of the L0 rows, and of the one behind them, [L0 + 1]; [L0 + 1, A] for a model
+            embeddings: Rows, and after them a side row for each image, if any; [1, L0 + M, C].
+            positions: Of the L0 rows, and of the one after them, [L0 + 1]; [L0 + 1, A] for a model
                 with A rotary sections.
-            image_index: Image of each row, -1 for text, [L0]; None where there are no side rows.
+            image_index: Image of each row, -1 for text, [L0]; None if there are no side rows.
             judges: What is asked before a layer.
         """
         import transformers
@@ -234,7 +235,7 @@ class Reference:
 
     @torch.no_grad()
     def decode(self, layers: Layers, count: int) -> np.ndarray:
-        """Logits of greedy tokens behind a prefill, end tokens or not, [count, V]."""
+        """Logits of greedy tokens after a prefill, end tokens or not, [count, V]."""
         logits = [layers.logits]
         while len(logits) < count:
             x = self.model.get_input_embeddings()(torch.tensor([[int(logits[-1].argmax())]]))
@@ -260,9 +261,9 @@ class Reference:
     def _layer(
         self, index: int, x: Tensor, positions: Tensor, cache: Any, seen: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """One decoder layer: rows [1, L, C] behind it and its rotated queries [1, L, H * D].
+        """One decoder layer: rows [1, L, C] after it and its rotated queries [1, L, H * D].
 
-        `seen` tells which rows a row sees, bool [L, L]; None: all that are there.
+        `seen` holds which rows a row sees, bool [L, L]; None: all that are there.
         """
         angles = self._angles(x, positions)
         mask = None
@@ -326,21 +327,21 @@ def without_padding(values: np.ndarray, counts: Iterable[int]) -> list[np.ndarra
 
 
 def side_rows(positions: np.ndarray, image_index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Position of each image's side row, and the last row that it sees besides itself, [M] each.
+    """Position of each image's side row, and the last row that it sees apart from itself, [M] each.
 
     Args:
-        positions: Of the rows, and of the one behind them, [L0 + 1].
+        positions: Of the rows, and of the one after them, [L0 + 1].
         image_index: Image of each row, -1 for text, [L0].
     """
     numbers = range(image_index.max() + 1)
     last = np.array([np.flatnonzero(image_index == number)[-1] for number in numbers])
     text = np.append(np.flatnonzero(image_index < 0), len(image_index))
-    behind = [text[text > row][0] for row in last]  # the first text, whose position it shares
-    return positions[behind], last
+    following = [text[text > row][0] for row in last]  # the first text, whose position it shares
+    return positions[following], last
 
 
 def tapped(path: Path) -> bytes:
-    """A graph whose named inner values (rows behind each layer) are outputs too."""
+    """A graph whose named inner values (rows after each layer) are outputs too."""
     model = onnx.load(str(path), load_external_data=False)
     present = {value.name for value in model.graph.output}
     for node in model.graph.node:

@@ -23,9 +23,9 @@ class Decided(NamedTuple):
     """What a method decided of an image's N tokens.
 
     Attributes:
-        keep: Which go on, bool [N].
+        keep: Which stay, bool [N].
         scores: [N].
-        moved: Token that each merged into, [N]; None where the method does not merge.
+        moved: Token that each merged into, [N]; None if the method does not merge.
     """
 
     keep: np.ndarray

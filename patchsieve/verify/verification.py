@@ -72,7 +72,7 @@ class Verification:
             target = self.choice.target
         if target not in CHECKABLE:
             raise PatchsieveError(
-                "verify runs graphs in ONNX Runtime, which does not know this target's",
+                "verify cannot run this target: it runs graphs in ONNX Runtime",
                 found=target,
                 expected=", ".join(CHECKABLE),
                 do="choose one of these with --target",
@@ -127,14 +127,14 @@ class Verification:
             yield from self._tower(plan, layers_seen)
         theirs = np.concatenate(features)  # the tokens of all images, [N, C]
         yield self._part(plan, names.IMAGE_FEATURES, np.concatenate(our_features), theirs)
-        if len(theirs) != sum(map(len, our_features)):
+        if list(map(len, features)) != list(map(len, our_features)):
             return  # other tokens: nothing after them can be compared
         embeddings = self.reference.embed(rows.token_ids[None], theirs)
         fed = self.recorder.inputs[names.stage(0)][names.HIDDEN]
         num_rows = len(rows.token_ids)
         yield self._part(plan, "embeddings", fed[:, :num_rows], embeddings)
         if fed[:, :num_rows].shape != embeddings.shape:
-            return  # other rows: nothing behind them can be compared
+            return  # other rows: nothing after them can be compared
         if fed.shape[1] > num_rows and cls is not None:
             side, note = self._side_rows(plan, cls, result, built)
             yield self._part(plan, "pseudo-CLS", fed[:, num_rows:], side, note=note)
@@ -142,12 +142,16 @@ class Verification:
         yield from self._decoder(plan, embeddings, rows, patch_ids)
         if failure:
             yield Part(plan, "greedy tokens", departs=True, note=failure)
-            return
+        else:
+            yield self._tokens(plan, result, inputs, count)
+
+    def _tokens(self, plan: str, result: Result, inputs: dict[str, np.ndarray], count: int) -> Part:
+        """The answer, against `count` greedy tokens of the checkpoint."""
         if plan == NO_PRUNING and not self.facts.text.rotary_sections:
             said, by = self.reference.generate(inputs, count), "generate"
         else:
             said, by = self.reference.decode(self._layers, count), "eager decoding of the survivors"
-        yield compare_tokens(plan, result.token_ids, said, by, self.tolerance)
+        return compare_tokens(plan, result.token_ids, said, by, self.tolerance)
 
     def _decoder(
         self,
@@ -160,7 +164,7 @@ class Verification:
 
         Args:
             plan: The plan.
-            embeddings: Rows, side rows behind them, [1, L0 + M, C].
+            embeddings: Rows, side rows after them, [1, L0 + M, C].
             rows: What the L0 are.
             patch_ids: Raster ids of each image's tokens, [N].
         """
@@ -271,7 +275,7 @@ class Verification:
                 yield self._part(plan, f"layer {index} {what}", values[name], theirs[index], index)
 
     def _judge(self, plan: str, decisions: dict[int, list[Part]]) -> hf.Judge:
-        """Compare decisions, then go on with the bundle's survivors, so that a tie ends here."""
+        """Compare decisions, then continue with the bundle's survivors, so that a tie ends here."""
 
         def judge(layer: int, made: hf.Layers) -> tuple[np.ndarray, np.ndarray]:
             runs = self.recorder.runs[names.decide(plan, layer)]
@@ -367,5 +371,8 @@ class Verification:
         theirs["rotary_sections"] = list(self.reference.sections)
         if ours != theirs:
             raise PatchsieveError(
-                f"the bundle was not made from {checkpoint}", found=ours, expected=theirs
+                f"the bundle was not made from {checkpoint}",
+                found=ours,
+                expected=theirs,
+                do="name the bundle's own checkpoint with --against",
             )

@@ -21,7 +21,7 @@ class FastV(KeepRatio):
 
     Differs from the paper: its text averages over all rows, which needs the [L, L] map, and its
     code takes the last row only. "last" is the code. "mean" here averages over the instruction's
-    rows behind the image. A half is rounded up, as in every method here: of 49 tokens 0.5 keeps 25,
+    rows after the image. A half is rounded up, as in every method here: of 49 tokens 0.5 keeps 25,
     where the code's `round`, which goes to the even number, keeps 24. Of 576 both keep 288.
 
     Attributes:

@@ -1,7 +1,7 @@
 """IVTP in the decoder: group-wise token pruning by a pseudo-CLS (Huang et al., 2024, eqs. 2-4).
 
 The pseudo-CLS is a side row: it attends to the visual tokens of its image and is seen by nobody.
-Here its attention, rolled out over a group of layers, says which tokens go on. What the row holds
+Here its attention, rolled out over a group of layers, says which tokens stay. What the row holds
 (eqs. 5-8) is made by the runtime.
 """
 
@@ -37,7 +37,7 @@ class IVTP(KeepNumber):
             layer only; "mean", "max" and "multiply" join the CLS rows of the group's layers entry
             by entry.
         block: "visual": maps over the image's tokens and the pseudo-CLS, each row normalised
-            again. "prefix": the rows as they are, so that what stands before the image keeps its
+            again. "prefix": the rows as they are, so that what comes before the image keeps its
             share of the attention.
         identity_first: Add the identity at the group's first layer too; for "rollout".
     """
@@ -96,7 +96,7 @@ def block_layer(site: Site, query: Tensor, key: Tensor, block: str = "prefix") -
         site: The image at the site; its side row is there.
         query: Queries of a layer, [B, H, L, D].
         key: Keys of the same layer, [B, G, S, D].
-        block: "visual" keeps the keys of these rows only; "prefix" all, what stands before the
+        block: "visual" keeps the keys of these rows only; "prefix" all, what comes before the
             image included.
     """
     assert site.side_row is not None

@@ -48,14 +48,14 @@ class Site:
         grid: Height and width of the original grid, in patches.
         num_visual: Tokens of the image that entered the decoder, 576 in LLaVA-1.5.
         noise: Uniform numbers in [0, 1), for methods that draw, [B, N].
-        slot: Key index P of row 0, int64 [1], where `key` is a cache with room behind the rows
-            present; None where it ends with them. No row sees what lies behind its own key.
+        slot: Key index P of row 0, int64 [1], where `key` is a cache with room after the rows
+            present; None if it ends with them. No row sees what comes after its own key.
         value: Values of every row present, of the same layer, [B, G, S, D].
         lower: Queries and keys of the layers below it, the nearest first, shaped as `query` and
             `key`. The same rows were fed there.
-        side_row: Row of this image's pseudo-CLS, behind all ordinary rows, int64 [1]. It sees the
+        side_row: Row of this image's pseudo-CLS, after all ordinary rows, int64 [1]. It sees the
             keys up to the image's last token, and its own.
-        last_row: The last ordinary row, int64 [1]; None where no side row follows it.
+        last_row: The last ordinary row, int64 [1]; None if no side row follows it.
         hidden: The rows themselves, after the layer before the site, [B, L, C].
         sizes: Patches that each of the image's tokens stands for, float32 [B, N].
         position_ids: Rotary positions of the rows fed, int64 [L]; with A rotary sections [L, A].
@@ -98,7 +98,7 @@ class Site:
         Args:
             given: By the names and in the shapes of `patchsieve.contract.reads`. What no method
                 reads may be absent.
-            below: Layers that are read besides the one before the site, the nearest first.
+            below: Layers that are read beside the one before the site, the nearest first.
             head_dim: D.
             grid: Height and width of the original grid, in patches.
             num_visual: Tokens of the image that entered the decoder.
@@ -182,7 +182,7 @@ class Decision(NamedTuple):
     """What a method decided at one site.
 
     Attributes:
-        keep: Tokens that go on; at least one in each batch row, [B, N] bool.
+        keep: Tokens that stay; at least one in each batch row, [B, N] bool.
         scores: What the decision compared, higher is kept, [B, N] float32.
         num_wanted: Tokens that the rule kept before the budget cut in, [B] int64.
         hidden: The image's tokens after merging, [B, N, C]; only those kept count. None where the
@@ -202,11 +202,14 @@ class Method(Protocol):
 
     Attributes:
         name: How plans and the command line call it.
-        merges: Its decisions hold `hidden` and `moved`.
     """
 
     name: ClassVar[str]
-    merges: ClassVar[bool]
+
+    @property
+    def merges(self) -> bool:
+        """Whether its decisions hold `hidden` and `moved`."""
+        ...
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -214,11 +217,11 @@ class Method(Protocol):
         ...
 
     def decide(self, site: Site, budget: Tensor) -> Decision:
-        """Choose the tokens that go on.
+        """Choose the tokens that stay.
 
         Args:
             site: The image at the site.
-            budget: Most tokens that may go on, int64 0-d or [1]; below 1 counts as 1.
+            budget: Most tokens that may stay, int64 0-d or [1]; below 1 counts as 1.
 
         Returns:
             The decision; `keep` holds at most `budget` tokens.

@@ -30,7 +30,7 @@ class DecoderToMe(DecoderMethod):
     The paper leaves open: all but that ToMe is extended to the decoder. Here a whole site merges at
     once, at the input of its layer, as every site drops tokens; so at most half of the tokens that
     come in can merge, which export checks. Keys are taken as they are cached, rotated: tokens whose
-    rotated keys are alike are attended to alike by every row behind them. Layers before the site
+    rotated keys are alike are attended to alike by every later row. Layers before the site
     keep the keys and values of both.
 
     Differs from ToMe: attention is not proportional to size. A merged token counts once.

@@ -14,7 +14,7 @@ from patchsieve.pruning.rollout import importance, rollout_row, start_row, value
 
 @dataclass(frozen=True)
 class GTP(TowerMethod):
-    """Drop patches behind each group of layers, by the class token's rollout row over the group.
+    """Drop patches after each group of layers, by the class token's rollout row over the group.
 
     Each score is the rollout attention of the class token (eq. 3) times the length of the patch's
     value in the group's top layer, over their sum (eq. 4). What is dropped is dropped, not fused.
@@ -22,7 +22,7 @@ class GTP(TowerMethod):
     The paper leaves open: the counts (by default a geometric fall, `TowerSchedule`), the heads
     (mean of their attention; `value_heads` for the values), a tower without a class token (every
     row is the start then, so a patch counts by the attention that all patches pay it), and where in
-    its layer a group prunes. Here behind it, so that a layer stays whole.
+    its layer a group prunes. Here after it, so that a layer stays whole.
 
     Attributes:
         fusion: How the group's layers become one row: "rollout" (eq. 3); the class token's row of

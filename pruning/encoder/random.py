@@ -13,7 +13,7 @@ from patchsieve.pruning.encoder.walk import TowerMethod, TowerSite
 
 @dataclass(frozen=True)
 class RandomPatches(TowerMethod):
-    """Keep patches drawn uniformly without replacement, inside the tower or right behind it.
+    """Keep patches drawn uniformly without replacement, inside the tower or right after it.
 
     Each patch has one number of noise; the lowest go first, whatever the schedule, so that the last
     survivors are the same draw.

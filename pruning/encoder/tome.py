@@ -103,7 +103,7 @@ class ToMe(TowerMethod):
 
 
 def interleave(even: Tensor, first: int) -> Tensor:
-    """New places of all rows from those of set A [B, a]; B's lie behind `first`; [B, 2 a]."""
+    """New places of all rows from those of set A [B, a]; B's begin at `first`; [B, 2 a]."""
     places = torch.arange(even.shape[1], device=even.device) + first
     odd = places.expand(even.shape)  # one more than B holds where n is odd: cut off by the caller
     return torch.stack((even, odd), dim=-1).reshape(even.shape[0], -1)

@@ -16,7 +16,7 @@ from patchsieve.pruning.rows import cosine
 class TopK(TowerMethod):
     """Keep the patches nearest to the class token, layer by layer or at once.
 
-    IVTP's tables prune 22.26 patches behind each layer (the default schedule); one shot is a
+    IVTP's tables prune 22.26 patches after each layer (the default schedule); one shot is a
     schedule of one layer.
 
     The paper leaves open: the "similarity with the CLS token", attention or cosine, and a tower
@@ -24,7 +24,7 @@ class TopK(TowerMethod):
 
     Attributes:
         score: "attention" of the class token, mean of heads, in the layer before; or "cosine" of
-            the rows behind it.
+            the rows after it.
     """
 
     name: ClassVar[str] = "topk"

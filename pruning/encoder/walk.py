@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from patchsieve.pruning.catalogue import Catalogued, in_tower
-from patchsieve.pruning.entry import ENCODER
+from patchsieve.pruning.entry import Entry
 from patchsieve.pruning.rollout import Layer
 from patchsieve.pruning.schedules import TowerSchedule
 from patchsieve.pruning.select import ascending, keep_top
@@ -72,7 +72,7 @@ class TowerSite:
 
     @property
     def cls(self) -> int | None:
-        """Row of the class token, None where there is none."""
+        """Row of the class token, None if there is none."""
         return 0 if self.has_cls else None
 
     def candidates(self, rows: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class Reduction(Protocol):
 
     @property
     def sizes(self) -> Tensor | None:
-        """Patches that each new row stands for, float32 [B, K]; None where nothing merges."""
+        """Patches that each new row stands for, float32 [B, K]; None if nothing merges."""
         ...
 
     @property
@@ -172,15 +172,19 @@ class TowerMethod(Catalogued):
         schedule: Where it prunes, and to how many tokens.
     """
 
-    acts_at = ENCODER
     reads: ClassVar[tuple[str, ...]] = ()
 
     schedule: TowerSchedule = TowerSchedule()
 
     @property
+    def entry(self) -> Entry:
+        """What the catalogue says of the method, inside the tower or else after it."""
+        return in_tower(self.name)
+
+    @property
     def is_inside(self) -> bool:
         """It acts between attention and MLP of its layer, as published; else after it."""
-        return in_tower(self.name).tower.is_inside
+        return self.entry.tower.is_inside
 
     @property
     def is_proportional(self) -> bool:
@@ -241,7 +245,7 @@ class Walk:
         self.num_fused = 0
         self.sources: Tensor | None = None  # [B, N], None while nothing has moved
         self.num_wanted: Tensor | None = None  # [B], of a method whose count adapts
-        self._is_padding: Tensor | None = None  # [B, n], None where no row is
+        self._is_padding: Tensor | None = None  # [B, n], None if no row is
         self._group: tuple[Layer, ...] = ()
         self._sizes: Tensor | None = None  # [B, n], None while each row is one patch
         # The layer of the last pruning at the rows that are left, made only where it is asked for.

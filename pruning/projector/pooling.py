@@ -55,7 +55,7 @@ class Pooling(Catalogued):
 
 
 def cell(index: int, length: int, cells: int) -> tuple[int, int]:
-    """First place of a cell and the place behind its last, as adaptive pooling divides a line."""
+    """First place of a cell and the place after its last, as adaptive pooling divides a line."""
     return index * length // cells, -(-(index + 1) * length // cells)
 
 

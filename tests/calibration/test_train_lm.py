@@ -60,10 +60,13 @@ def calibrate(checkpoint: Path, data: Path, out: Path, *more: str) -> int:
     return main([*argv, "--train-lm", *TRAIN, *more])
 
 
-def pruned(checkpoint: Path, encoder: Encoder, **more: Any) -> PrunedLlava:
+def pruned(
+    checkpoint: Path, encoder: Encoder, methods: dict[int, ATP] | None = None, **more: Any
+) -> PrunedLlava:
     """The model with fresh heads at layers 1 and 2, all of it trained."""
     torch.manual_seed(1)
-    methods = {site: ATP(thresholds=Thresholds(8, GRID, initial=(0.12, 0.12))) for site in (1, 2)}
+    if methods is None:
+        methods = {site: ATP(Thresholds(8, GRID, initial=(0.12, 0.12))) for site in (1, 2)}
     llava = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
     parts = encoder.trained.rotary_sections
     given = {"sections": parts, "train_lm": True} | more
@@ -215,52 +218,71 @@ def test_positions_on_several_axes_are_kept_from_the_kernel() -> None:
 
 @dataclass
 class Run:
-    """A training: the model as it stood in memory at the end, and what was written.
+    """A training: the model as it was in memory at the end, and what was written.
 
     Attributes:
         model: The model.
         checkpoint: What the command wrote.
-        bundle: Exported from that alone.
         report: What the command printed.
     """
 
     model: PrunedLlava
     checkpoint: Path
-    bundle: Path
     report: dict[str, Any]
 
 
-@pytest.fixture(scope="module", params=("grid2d", "original", "hard"))
-def run(
-    request: pytest.FixtureRequest,
-    checkpoint: Path,
-    data: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Run:
-    """Positions on a grid, float32; or in a row, bfloat16, with less memory; or a hard finish."""
-    folder, models = tmp_path_factory.mktemp(request.param), []
+@pytest.fixture(scope="module")
+def trained(
+    checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Run]:
+    """Trains once what a name says.
+
+    "grid2d" has positions on a grid, in float32; "original" has them in a row, in bfloat16, with
+    less memory; "hard" is a hard finish of "grid2d", which is not told of its positions.
+    """
+    made: dict[str, Run] = {}
     measure = run_module.measure
 
-    def keep(model: PrunedLlava, *rest: Any) -> Any:
-        models.append(model)
-        return measure(model, *rest)
+    def train(name: str) -> Run:
+        folder, models = tmp_path_factory.mktemp(name), []
 
-    more = ("--sites", "1,2", "--steps", "12")
-    if request.param == "original":
-        more = ("--sites", "2", "--target-tokens", "28", "--steps", "12", "--bf16")
-        more += ("--gradient-checkpointing", "--positions", "original")
-    start = checkpoint
-    if request.param == "hard":  # positions on a grid again, which the second training is not told
-        start, soft = folder / "soft", ("--sites", "1,2", "--steps", "6")
-        capture(lambda: calibrate(checkpoint, data, start, *soft))
-        more += ("--hard",)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "measure", keep)
-        said = capture(lambda: calibrate(start, data, folder / "trained", *more))
+        def keep(model: PrunedLlava, *rest: Any) -> Any:
+            models.append(model)
+            return measure(model, *rest)
+
+        start, more = checkpoint, ("--sites", "1,2", "--steps", "12")
+        if name == "original":
+            more = ("--sites", "2", "--target-tokens", "28", "--steps", "12", "--bf16")
+            more += ("--gradient-checkpointing", "--positions", "original")
+        if name == "hard":
+            start, more = once("grid2d").checkpoint, (*more[:2], "--steps", "10", "--hard")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run_module, "measure", keep)
+            said = capture(lambda: calibrate(start, data, folder / "trained", *more))
+        return Run(models[0].eval(), folder / "trained", json.loads(said))
+
+    def once(name: str) -> Run:
+        if name not in made:
+            made[name] = train(name)
+        return made[name]
+
+    return once
+
+
+@pytest.fixture(params=("grid2d", "original", "hard"))
+def run(request: pytest.FixtureRequest, trained: Callable[[str], Run]) -> Run:
+    """Each training in turn."""
+    return trained(request.param)
+
+
+@pytest.fixture(scope="module")
+def bundle(trained: Callable[[str], Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The hard finish, exported from its checkpoint alone."""
+    out = tmp_path_factory.mktemp("bundle") / "bundle"
     small = ("--max-text-tokens", "64", "--max-new-tokens", "16", "--quiet")
-    argv = ["export", str(folder / "trained"), "-o", str(folder / "bundle"), "--method", "atp"]
+    argv = ["export", str(trained("hard").checkpoint), "-o", str(out), "--method", "atp"]
     assert main([*argv, *small]) == 0
-    return Run(models[0], folder / "trained", folder / "bundle", json.loads(said))
+    return out
 
 
 def capture(call: Callable[[], int]) -> str:
@@ -293,11 +315,12 @@ def hard_answer(model: PrunedLlava, sample: Sample) -> tuple[list[int], dict[int
 
 
 def test_the_bundle_answers_as_the_hard_path_of_training_does(
-    run: Run, data: Path, tmp_path: Path
+    trained: Callable[[str], Run], bundle: Path, data: Path, tmp_path: Path
 ) -> None:
     """Tokens and survivors of every sample, of the data and of pictures that were held out."""
     held_out = make_conversations(tmp_path / "held-out", 6, seed=9)
-    encoder, runtime = Encoder(str(run.checkpoint)), Model(run.bundle, threads=1)
+    run, runtime = trained("hard"), Model(bundle, threads=1)
+    encoder = Encoder(str(run.checkpoint))
     config, _ = load_heads(run.checkpoint / "heads")
     run.model.budgets = dict(zip(config.sites, config.budgets, strict=True))
     assert list(config.sites) == runtime.facts.plans[runtime.facts.default_plan].layers
@@ -305,7 +328,7 @@ def test_the_bundle_answers_as_the_hard_path_of_training_does(
     for records in (Records(data), Records(held_out)):
         for index in range(len(records)):
             record = records[index]
-            said, survivors = hard_answer(run.model.eval(), encoder(record))
+            said, survivors = hard_answer(run.model, encoder(record))
             question = record.messages[0]["content"][1]["text"]
             result = runtime.generate(
                 str(record.images[0]), question, max_new_tokens=COUNT, ignore_eos=True
@@ -315,6 +338,25 @@ def test_the_bundle_answers_as_the_hard_path_of_training_does(
             sizes |= {len(kept) for kept in survivors.values()}
     assert min(sizes) < NUM_VISUAL and len(sizes) > 1  # it prunes, and adapts
     runtime.close()
+
+
+def test_the_checkpoint_decides_and_answers_as_the_model_in_memory(run: Run, data: Path) -> None:
+    """As whoever exports it reads it: weights, positions and thresholds, all in float32."""
+    encoder = Encoder(str(run.checkpoint))
+    config, tensors = load_heads(run.checkpoint / "heads")
+    chosen = {site: ATP(Thresholds(config.hidden, GRID)) for site in config.sites}
+    again = pruned(run.checkpoint, encoder, methods=chosen).eval()
+    train.load_heads_into(again, tensors)
+    samples = Samples(Records(data), encoder)
+    batch, found = collate([samples[0], samples[1], samples[2]]), []
+    for model in (run.model, again):
+        model.is_hard, model.budgets = True, {}
+        with torch.no_grad():
+            logits = model(**batch)["logits"]
+        assert model.last is not None
+        found.append((logits, {site: model.last.survivors(site) for site in config.sites}))
+    assert found[0][1] == found[1][1]
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-4)  # eager or SDPA
 
 
 def test_the_checkpoint_is_whole_and_says_its_positions(run: Run, checkpoint: Path) -> None:
@@ -341,11 +383,14 @@ def test_the_checkpoint_is_whole_and_says_its_positions(run: Run, checkpoint: Pa
     assert {"loss", "average_tokens"} <= set(first)
 
 
-def test_the_card_of_the_checkpoint_follows_a_note_and_its_licence_goes_on(run: Run) -> None:
-    card = (run.checkpoint / "README.md").read_text()
+def test_the_card_of_the_checkpoint_follows_notes_and_its_licence_goes_on(
+    trained: Callable[[str], Run], bundle: Path
+) -> None:
+    """A note for each training."""
+    card = (trained("hard").checkpoint / "README.md").read_text()
     assert card.startswith(f"{FRONT_MATTER}> Trained by `patchsieve calibrate`")
-    assert card.endswith("\n\n# A model\n")
-    assert "\nlicense: some-licence\n" in (run.bundle / "README.md").read_text()
+    assert card.endswith("\n\n# A model\n") and card.count("> Trained by") == 2
+    assert "\nlicense: some-licence\n" in (bundle / "README.md").read_text()
 
 
 def test_a_hard_finish_needs_thresholds_and_keeps_positions(

@@ -290,7 +290,7 @@ def test_a_name_that_leaves_the_bundle_is_refused(place: str, name: str, bundle:
         (("plans", "fastv", "sites", 0, "budget"), True, "budget of the site"),
         (("plans", "none", "sites"), [{"layer": 2, "method": "fastv"}], "named none prunes"),
         (("plans", "../x"), {"sites": []}, "part of file names"),
-        (("plans", "fastv", "encoder"), "gtp", "encoder is null or an object"),
+        (("plans", "fastv", "encoder"), "gtp", "encoder is neither null nor an object"),
         (("plans", "fastv", "position_rule"), "compact", "unknown position rule"),
     ],
 )

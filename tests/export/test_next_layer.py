@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,25 +19,23 @@ from patchsieve.contract.graphs import Tensor
 from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.reuse import reuse
-from patchsieve.pruning.table import METHODS
 from patchsieve.runtime.model import Model
 from patchsieve.verify.verification import Verification
 from tests.support.models import save_checkpoint
-from tests.support.test_only_methods import TEST_ONLY
+from tests.support.test_only_methods import known
 from tests.support.tiny_bundles import pictures
 
 LIMITS = manifest.Limits(64, 16, 2)
 AHEAD = Plan((SitePlan(2, "ahead", {"num_keep": 9}), SitePlan(3, "ahead", {"num_keep": 4})))
 TARGETS = ("cpu", "reference", "jetpack6", "tensorrt-rtx")
+ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def known() -> Iterator[None]:
+def methods() -> Iterator[None]:
     """The test-only methods, among those of the product."""
-    METHODS.update(TEST_ONLY)
-    yield
-    for name in TEST_ONLY:
-        del METHODS[name]
+    with known():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +43,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Biases, KV heads that query heads share, and scaled angles."""
     folder = tmp_path_factory.mktemp("ahead") / "checkpoint"
     return save_checkpoint(folder, "qwen2", text={"rope_parameters": ROPE})
-
-
-ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +73,27 @@ def test_the_survivors_are_those_of_hugging_face(bundle, checkpoint, target, ima
     assert departures(bundle, checkpoint, target, images) == []
 
 
+def test_a_later_turn_is_judged_by_the_rows_of_its_own_prefill(bundle: Path) -> None:
+    model = Model(bundle, threads=1, check="size")
+    chat, (one, other) = model.chat(), pictures(2)
+    turns = [chat.ask("What is this?", [image], max_new_tokens=2) for image in (one, other)]
+    model.close()
+    # A conversation's sites are all of its images'.
+    assert [[len(site.kept) for site in turn.sites] for turn in turns] == [[9, 4], [9, 4, 9, 4]]
+
+
+def test_positions_on_a_grid_turn_the_next_layer_too(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "checkpoint", "llama")
+    config = json.loads((checkpoint / "config.json").read_text())
+    grid = {"position_rule": "grid2d", "rotary_sections": [2, 3, 3]}
+    (checkpoint / "config.json").write_text(json.dumps(config | {"patchsieve": grid}))
+    out = tmp_path / "bundle"
+    export(str(checkpoint), out, options(targets=("cpu",), plan=AHEAD, plan_name="ahead"))
+    read = files.read(out).graphs[names.decide("ahead", 2)].input(names.POSITION_IDS)
+    assert read is not None and read.shape == (names.AXIS_ROWS, 3)
+    assert departures(out, checkpoint, "cpu", images=2) == []
+
+
 def test_the_weights_are_stored_once_and_shared_with_the_stage(bundle: Path) -> None:
     facts = files.read(bundle)
     for target in TARGETS:
@@ -104,13 +121,7 @@ def places(file: Path) -> dict[str, dict[str, str]]:
 def test_another_queries_matrix_of_the_next_layer_changes_who_survives(
     bundle: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
-    own = tmp_path / "own"
-    own.mkdir()
-    for file in bundle.rglob("*"):
-        target = own / file.relative_to(bundle)
-        target.mkdir(parents=True, exist_ok=True) if file.is_dir() else target.write_bytes(
-            file.read_bytes()
-        )
+    own = Path(shutil.copytree(bundle, tmp_path / "own"))
     path = "graphs/weights/layers.2.safetensors"
     data = bytearray((own / path).read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")

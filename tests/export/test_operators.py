@@ -25,7 +25,7 @@ from patchsieve.export.operators import load, problems
 from patchsieve.export.writer import GraphWriter
 from tests.support.pruning_cases import CASES
 from tests.support.target_bundles import BFLOAT16, MIXED
-from tests.support.test_only_methods import TEST_ONLY, tiny_spec
+from tests.support.test_only_methods import TEST_ONLY, known, tiny_spec
 
 pytest_plugins = ["tests.support.target_bundles"]
 
@@ -61,13 +61,15 @@ def test_every_node_of_a_bundle_is_taken(bundle_of, target: str) -> None:
         assert seen["MatMul"] > 10 and seen["CumSum"] and seen["Conv"]
 
 
-DECISIONS = CASES | {name: kind() for name, kind in TEST_ONLY.items()}
+with known():
+    DECISIONS = CASES | {name: kind() for name, kind in TEST_ONLY.items()}
 
 
 @pytest.mark.parametrize("case", [name for name in DECISIONS if name not in NOTHING_NEW])
 def test_every_node_of_a_decision_is_taken(case: str) -> None:
     # A decision widens what it reads at once, so that its other nodes are the same in every type.
-    traced = decide_graph(DECISIONS[case], 3, tiny_spec(), (6, 6), 36, torch.float16)
+    with known():
+        traced = decide_graph(DECISIONS[case], 3, tiny_spec(), (6, 6), 36, torch.float16)
     stored = {
         name: ir.tensor(np.zeros(value.shape, np.float16))
         for name, value in traced.graph.initializers.items()

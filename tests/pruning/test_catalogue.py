@@ -63,7 +63,8 @@ def test_every_choice_of_an_option_is_taken_and_every_other_value_refused(entry:
 @pytest.mark.parametrize("entry", METHODS.values(), ids=METHODS)
 def test_what_a_method_leaves_and_reads_is_what_its_class_says(entry: Entry) -> None:
     if entry.place != DECODER:
-        assert entry.leaves == NUMBER and entry.has("keep")
+        assert ("noise" in getattr(entry.load(), "reads", ())) == entry.draws
+        assert entry.leaves in (NUMBER, ADAPTS) and entry.has("keep")
         return
     left = {RATIO: ["keep_ratio"], NUMBER: ["num_keep"], ADAPTS: []}[entry.leaves]
     assert [n for n in ("keep_ratio", "num_keep") if entry.has(n)] == left
@@ -73,6 +74,7 @@ def test_what_a_method_leaves_and_reads_is_what_its_class_says(entry: Entry) -> 
         method = entry.load()(**params)
         assert entry.is_judged_by_cls(params) == ("side_row" in method.reads)
         assert method.merges == entry.merges
+        assert ("noise" in method.reads) == entry.draws
 
 
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)

@@ -37,6 +37,8 @@ CASES = {
     "tome": (ToMe, {}),
     "tome plain": (ToMe, {"proportional": False}),
 }
+# A method without a row of its own is tried as it is.
+CASES |= {name: (kind, {}) for name, kind in ENCODERS.items() if name not in CASES}
 # What the layers hold: far from flat; all rows equal; values, keys and rows of length 0.
 CONTENTS = ("random", "equal", "zero")
 

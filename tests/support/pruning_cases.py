@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from patchsieve.pruning.catalogue import entry
 from patchsieve.pruning.decoder.atp import ATP
 from patchsieve.pruning.decoder.fastv import FastV
 from patchsieve.pruning.decoder.ivtp import IVTP
@@ -10,6 +11,8 @@ from patchsieve.pruning.decoder.random import Random
 from patchsieve.pruning.decoder.thresholds import ConstantThresholds, Thresholds
 from patchsieve.pruning.decoder.tome import DecoderToMe
 from patchsieve.pruning.decoder.topk import DecoderTopK
+from patchsieve.pruning.entry import DECODER, NUMBER, RATIO
+from patchsieve.pruning.table import METHODS
 
 # Scores closer than this may swap between backends and precisions.
 NEAR = 1e-6
@@ -55,15 +58,19 @@ CASES = {
     "tome": DecoderToMe(13),
 }
 
-# The same methods with options that drop nothing.
-KEEP_ALL = {
-    "random": Random(1.0),
-    "fastv": FastV(1.0),
-    "atp": ATP(ConstantThresholds(-1.0, 0.5)),
-    "ivtp": IVTP(999),
-    "topk": DecoderTopK(999),
-    "tome": DecoderToMe(999),
+# A method without a row of its own is tried as it is.
+CASES |= {
+    name: kind() for name, kind in METHODS.items() if name not in {c.name for c in CASES.values()}
 }
+
+# The same methods with options that drop nothing.
+ALL = {RATIO: {"keep_ratio": 1.0}, NUMBER: {"num_keep": 999}}
+KEEP_ALL = {
+    name: kind(**ALL[entry(DECODER, name).leaves])
+    for name, kind in METHODS.items()
+    if entry(DECODER, name).leaves in ALL
+}
+KEEP_ALL |= {"atp": ATP(ConstantThresholds(-1.0, 0.5))}
 
 
 def assert_same_choice(keep, expected, scores):

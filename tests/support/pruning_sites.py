@@ -1,8 +1,45 @@
 """Seeded pruning sites, random and adversarial."""
 
+from dataclasses import dataclass
+
 import torch
 
 from patchsieve.pruning.decoder.site import Site
+
+
+@dataclass(frozen=True)
+class MadeLayer:
+    """A layer at the site: fixed matrices over the hidden rows, without norm and angles."""
+
+    hidden: torch.Tensor  # [B, L, C]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def query(self, rows):
+        """[B, H, R, D]."""
+        return self._heads(self.hidden[:, rows], self.num_heads, 1)
+
+    def key(self):
+        """[B, G, L, D]."""
+        return self._heads(self.hidden, self.num_kv_heads, 2)
+
+    def _heads(self, rows, heads, seed):
+        g = torch.Generator().manual_seed(seed)
+        weight = torch.randn(rows.shape[-1], heads * self.head_dim, generator=g)
+        states = rows.float() @ weight
+        return states.reshape(*rows.shape[:2], heads, self.head_dim).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class MadeSite(Site):
+    """A site whose next layer follows from its hidden rows, also after `dataclasses.replace`."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        sizes = self.query.shape[1], self.key.shape[1], self.query.shape[3]
+        made = None if self.hidden is None else MadeLayer(self.hidden, *sizes)
+        object.__setattr__(self, "next_layer", made)
 
 
 def make_site(
@@ -50,7 +87,7 @@ def make_site(
         noise = (noise * 4).floor() / 4
     elif values == "zero":
         noise = torch.zeros_like(noise)
-    return Site(
+    return MadeSite(
         query=query,
         key=key,
         visual_rows=torch.arange(system, system + tokens),

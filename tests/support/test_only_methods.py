@@ -2,55 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
+from unittest.mock import patch
 
 from torch import Tensor
 
 from patchsieve.contract import names, reads
 from patchsieve.export.families.specs import DecoderSpec
-from patchsieve.pruning.decoder.site import Decision, Site, received_at_next_layer
-from patchsieve.pruning.select import keep_count
+from patchsieve.pruning import catalogue
+from patchsieve.pruning.decoder.rule import KeepNumber
+from patchsieve.pruning.decoder.site import Site, received_at_next_layer
+from patchsieve.pruning.entry import DECODER, NUMBER, Entry, Option
 
 
 @dataclass(frozen=True)
-class Ahead:
+class Ahead(KeepNumber):
     """Keep the tokens that the last row attends to most in the layer that they would enter."""
 
     name: ClassVar[str] = "ahead"
     reads: ClassVar[tuple[str, ...]] = (names.LAST_ROW, reads.NEXT_LAYER)
-    merges: ClassVar[bool] = False
 
-    num_keep: int = 6
-
-    def decide(self, site: Site, budget: Tensor) -> Decision:
-        scores = received_at_next_layer(site, site.last_row)
-        return Decision(scores=scores, **chosen(scores, self.num_keep, budget))
+    def scores(self, site: Site) -> Tensor:
+        return received_at_next_layer(site, site.last_row)
 
 
 @dataclass(frozen=True)
-class Longest:
+class Longest(KeepNumber):
     """Keep the longest hidden rows: it reads them and merges nothing."""
 
     name: ClassVar[str] = "longest"
     reads: ClassVar[tuple[str, ...]] = (names.HIDDEN,)
-    merges: ClassVar[bool] = False
 
-    num_keep: int = 6
-
-    def decide(self, site: Site, budget: Tensor) -> Decision:
+    def scores(self, site: Site) -> Tensor:
         rows = site.hidden.index_select(1, site.visual_rows).float()  # [B, N, C]
-        scores = (rows * rows).sum(-1)
-        return Decision(scores=scores, **chosen(scores, self.num_keep, budget))
-
-
-def chosen(scores: Tensor, num_keep: int, budget: Tensor) -> dict[str, Tensor]:
-    """The other parts of a decision by scores."""
-    keep, num_wanted = keep_count(scores, num_keep, budget)
-    return {"keep": keep, "num_wanted": num_wanted}
+        return (rows * rows).sum(-1)
 
 
 TEST_ONLY = {method.name: method for method in (Ahead, Longest)}
+
+
+@contextmanager
+def known() -> Iterator[None]:
+    """Let plans name the methods."""
+    options = (Option("num_keep", "count", "tokens left", 64),)
+    rows = {
+        (DECODER, name): Entry(
+            name, DECODER, f"{kind.__module__}:{kind.__name__}", "a test's", NUMBER, options
+        )
+        for name, kind in TEST_ONLY.items()
+    }
+    with patch.dict(catalogue._BY_PLACE, rows):
+        yield
 
 
 def tiny_spec(num_heads: int = 4, num_kv_heads: int = 2, head_dim: int = 16) -> DecoderSpec:
