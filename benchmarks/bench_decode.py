@@ -31,7 +31,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import make_checkpoint  # noqa: E402  (beside this folder)
 
-from patchsieve.contract import manifest  # noqa: E402
+from patchsieve.contract import files, manifest  # noqa: E402
+from patchsieve.contract.weights import HEAD, LAYER  # noqa: E402
 from patchsieve.export.exporter import ExportOptions, export  # noqa: E402
 from patchsieve.runtime.board import machine  # noqa: E402
 from patchsieve.runtime.model import Model  # noqa: E402
@@ -100,8 +101,8 @@ def bandwidth(threads: int) -> float:
 
 def decoder_bytes(facts: manifest.Manifest) -> int:
     """Weight bytes that one token reads: every layer and the head, one row of the embeddings."""
-    parts = ("layers.", "head.")
-    return sum(file.size for path, file in facts.files.items() if Path(path).name.startswith(parts))
+    parts = (LAYER.name, HEAD.name)
+    return sum(facts.files[p].size for p, entry in facts.weights.items() if entry.part in parts)
 
 
 class Decoder:
@@ -169,7 +170,7 @@ def main() -> None:
         print(f"exporting {args.shape} for {args.capacities} slots ...", file=sys.stderr)
         with contextlib.redirect_stdout(sys.stderr):
             bundles = make_bundles(shape, args.capacities, Path(folder))
-        facts = manifest.read(bundles[0])
+        facts = files.read(bundles[0])
         rate = bandwidth(args.threads)
         weights = decoder_bytes(facts)
         per_row = sum(facts.row_bytes(stage) for stage in facts.stages)

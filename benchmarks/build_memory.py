@@ -30,7 +30,7 @@ import onnx
 from onnx.external_data_helper import uses_external_data
 
 from benchmarks.checkpoint import LLAVA_7B, ROOT, Shape, write_checkpoint
-from patchsieve.contract import manifest
+from patchsieve.contract import files, manifest
 from patchsieve.runtime.building.builder_process import Job, build_in_process, memory_of
 from patchsieve.runtime.building.profiles import profiles
 from patchsieve.runtime.trt.engines import Options, misfit
@@ -155,7 +155,7 @@ def main() -> None:
     bundle = args.workdir / "bundle"
     if not bundle.exists():
         make_bundle(args.workdir, shape)
-    facts = manifest.read(bundle)
+    facts = files.read(bundle)
     graphs = [graph for graph in facts.targets[TARGET] if not misfit(facts, graph)]
     if args.graphs:
         graphs = [graph for graph in graphs if graph in args.graphs.split(",")]

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from patchsieve.contract import names, reads
 from patchsieve.contract.errors import BundleError
+from patchsieve.contract.graphs import STAGE, Graph, Signature, identify
+from patchsieve.contract.manifest import Manifest
 from patchsieve.contract.plan import GRID2D, NO_PRUNING, check_plan_name
+from patchsieve.contract.precision import BYTES
 from patchsieve.contract.trained import are_sections
-
-if TYPE_CHECKING:
-    from patchsieve.contract.manifest import Manifest
+from patchsieve.contract.weights import FORMATS, LAYER, PARTS
 
 _MOST = 1 << 31  # no size reaches it
 _MOST_LAYERS = 4096
-_Shape = list[int | None]
-_SIDES = ("inputs", "outputs")
+_Shape = list[int | None]  # None where an axis changes
 
 
 def check(facts: Manifest) -> None:
@@ -25,6 +25,7 @@ def check(facts: Manifest) -> None:
     _check_stages(facts)
     _check_plans(facts)
     _check_files(facts)
+    _check_weights(facts)
     _check_graphs(facts)
     _check_generation(facts)
 
@@ -167,33 +168,99 @@ def _check_files(facts: Manifest) -> None:
         )
 
 
+def _check_weights(facts: Manifest) -> None:
+    """Refuse weights files that are not known, not whole in number, or of another type."""
+    if facts.cache_type not in BYTES:
+        raise BundleError(
+            "the manifest names a type of caches that is not known",
+            found=facts.cache_type[:60],
+            expected=", ".join(BYTES),
+        )
+    layers = []
+    for path, entry in facts.weights.items():
+        if path not in facts.files:
+            raise BundleError(
+                "the manifest describes a weights file that it does not list among its files",
+                found=path[:120],
+                do="export the bundle again",
+            )
+        part = PARTS.get(entry.part)
+        if part is None or entry.format not in FORMATS:
+            raise BundleError(
+                f"the weights file {path[:120]} holds what this version does not know",
+                found=f"{entry.part[:40]} as {entry.format[:40]}",
+                expected=f"{', '.join(PARTS)} as {', '.join(FORMATS)}",
+                do="upgrade patchsieve",
+            )
+        kind = getattr(facts.precision, part.precision)
+        if entry.type != kind or (entry.layer is not None) != (part == LAYER):
+            raise BundleError(
+                f"the weights file {path[:120]} does not fit what the manifest says elsewhere",
+                found=f"{entry.part}, layer {entry.layer}, {entry.type[:40]}",
+                expected=f"{entry.part} in {kind}",
+            )
+        if entry.layer is not None:
+            layers.append(entry.layer)
+    if sorted(layers) != list(range(facts.text.num_layers)):
+        raise BundleError(
+            "the manifest does not list the weights of each decoder layer once",
+            found=sorted(layers)[:10],
+            expected=f"0 to {facts.text.num_layers - 1}",
+        )
+
+
 def _check_graphs(facts: Manifest) -> None:
-    for target in (*facts.target_tensors, *facts.needs):
+    for target in (*facts.target_graphs, *facts.needs):
         if target not in facts.targets:
             raise BundleError("the manifest describes a target without graphs", found=target[:60])
-    decisions = [
-        names.decide(name, site.layer) for name, plan in facts.plans.items() for site in plan.sites
-    ]
     if facts.attention not in (None, *names.ATTENTION_FORMS):
         raise BundleError(
             "the manifest names a form of attention that is not known",
             found=facts.attention[:60],
             expected=", ".join(names.ATTENTION_FORMS),
         )
+    for name, entry in facts.graphs.items():
+        _check_entry(facts, name, entry)
+    decisions = [
+        names.decide(name, site.layer) for name, plan in facts.plans.items() for site in plan.sites
+    ]
+    common = _tensors(facts, names.IN_PLACE)
+    every = (*common, names.COMPACT, *decisions)
+    for graph in every:
+        if graph not in facts.graphs:
+            raise BundleError(
+                f"the manifest does not list the tensors of {graph}",
+                found="no entry",
+                do="export the bundle again",
+            )
+        _check_tensors(graph, facts.graphs[graph], common.get(graph, {}))
+    for graph in decisions:
+        _check_reads(facts, graph)
     for target, graphs in facts.targets.items():
-        expected = _tensors(facts, facts.caches(target))
-        every = (*expected, names.COMPACT, *decisions)
+        form = facts.cache_forms.get(target)
+        if form not in names.CACHE_FORMS:
+            raise BundleError(
+                f"the manifest does not say how the target {target[:60]} takes its caches",
+                found=repr(form)[:60],
+                expected=" or ".join(names.CACHE_FORMS),
+            )
+        expected = _tensors(facts, form)
         for graph in every:
             if graph not in graphs:
                 raise BundleError(f"the target {target[:60]} lacks a graph", found=f"no {graph}")
-        listed = facts.tensors_of(target)
-        for graph in every:
-            # The runtime reads some from the common list, whatever a target has of its own.
-            for tensors in (facts.tensors, listed):
-                _check_sides(graph, tensors.get(graph))
-            _check_tensors(graph, listed[graph], expected.get(graph, {}))
-    for graph in decisions:
-        _check_reads(facts, graph)
+            _check_tensors(graph, facts.signature(target, graph), expected.get(graph, {}))
+
+
+def _check_entry(facts: Manifest, name: str, graph: Graph) -> None:
+    """Refuse a graph that is not what its name says, or reads weights that are not described."""
+    unlisted = [path for path in graph.weights if path not in facts.weights]
+    if graph.identity != identify(name) or unlisted:
+        raise BundleError(
+            f"the manifest's entry of the graph {name[:60]} cannot be",
+            found=f"weights {unlisted}"[:120] if unlisted else str(graph.identity)[:120],
+            expected="weights files that are described" if unlisted else str(identify(name)),
+            do="export the bundle again",
+        )
 
 
 def _check_generation(facts: Manifest) -> None:
@@ -206,36 +273,14 @@ def _check_generation(facts: Manifest) -> None:
         )
 
 
-def _check_sides(graph: str, listed: dict[str, Any] | None) -> None:
-    """Refuse a graph whose inputs or outputs are not listed."""
-    missing = [side for side in _SIDES if side not in (listed or {})]
-    if missing:
-        raise BundleError(
-            f"the manifest does not list the tensors of {graph}",
-            found="no entry" if listed is None else f"no {' and no '.join(missing)}",
-            expected=" and ".join(_SIDES),
-            do="export the bundle again",
-        )
-
-
-def _check_tensors(graph: str, listed: dict[str, Any], expected: dict[str, _Shape]) -> None:
-    """Refuse tensors of a graph that are not well formed or do not fit the model's measures."""
-    found: dict[str, Any] = {}
-    for side in _SIDES:
-        for tensor in listed[side]:
-            is_named = all(isinstance(tensor.get(key), str) for key in ("name", "dtype"))
-            if not is_named or not is_shape(tensor.get("shape")):
-                raise BundleError(
-                    f"the manifest's tensors of {graph} are not well formed",
-                    found=repr(tensor)[:120],
-                    expected="name, dtype and shape",
-                )
-            found[tensor["name"]] = tensor["shape"]
+def _check_tensors(graph: str, listed: Signature, expected: dict[str, _Shape]) -> None:
+    """Refuse tensors of a graph that do not fit the model's measures."""
+    found = {tensor.name: tensor.shape for tensor in (*listed.inputs, *listed.outputs)}
     for name, shape in expected.items():
         if name not in found or not _fits(found[name], shape):
             raise BundleError(
                 f"the tensor {name} of {graph} does not fit what the manifest says elsewhere",
-                found=found.get(name, "no such tensor"),
+                found=list(found[name]) if name in found else "no such tensor",
                 expected=["any" if size is None else size for size in shape],
             )
 
@@ -243,18 +288,18 @@ def _check_tensors(graph: str, listed: dict[str, Any], expected: dict[str, _Shap
 def _check_reads(facts: Manifest, graph: str) -> None:
     """Refuse a decision that reads what the runtime cannot give, or layers that no stage gives."""
     given = {
-        str(tensor.get("name"))
-        for index in range(len(facts.stages))
-        for tensor in facts.tensors.get(names.stage(index), {}).get("outputs", [])
+        tensor.name
+        for stage in facts.graphs.values()
+        if stage.kind == STAGE
+        for tensor in stage.outputs
     }
-    for tensor in facts.tensors.get(graph, {}).get("inputs", []):
-        name = str(tensor.get("name"))
-        what = reads.named(name)
+    for tensor in facts.graphs[graph].inputs:
+        what = reads.named(tensor.name)
         if what is None or (what.layer is not None and names.query(what.layer) not in given):
             lower = sorted(n for n in given if n.startswith(f"{names.QUERY}."))
             raise BundleError(
                 f"{graph} reads what no stage gives",
-                found=name[:60],
+                found=tensor.name[:60],
                 expected=", ".join([*reads.TABLE, *lower]),
             )
 
@@ -272,8 +317,8 @@ def _tensors(facts: Manifest, caches: str) -> dict[str, dict[str, _Shape]]:
         for graph, count in _visual_counts(facts).items()
     }
     for graph in list(tensors):
-        outputs = facts.tensors.get(graph, {}).get("outputs", [])
-        if any(tensor.get("name") == names.NUM_WANTED for tensor in outputs):
+        listed = facts.graphs.get(graph)
+        if listed is not None and listed.output(names.NUM_WANTED) is not None:
             tensors[graph][names.NUM_WANTED] = [None]  # one number an image, which says how many
     for name, plan in facts.plans.items():
         if plan.pseudo_cls is not None:
@@ -309,14 +354,15 @@ def _tensors(facts: Manifest, caches: str) -> dict[str, dict[str, _Shape]]:
 
 
 def _visual_counts(facts: Manifest) -> dict[str, int]:
-    """Tokens that each vision graph gives; those of a plan stand in its own list of tensors."""
+    """Tokens that each vision graph gives; those of a plan are in its own list of tensors."""
     counts = {names.VISION: facts.vision.num_visual}
     for name in (name for name, plan in facts.plans.items() if plan.has_vision):
         graph = names.vision(name)
-        outputs = facts.tensors.get(graph, {}).get("outputs", [])
-        shape = next((t["shape"] for t in outputs if _is_features(t)), [None, None])
-        found = shape[1]
-        if type(found) is not int or not 0 < found <= facts.vision.num_visual:
+        listed = facts.graphs.get(graph)
+        features = None if listed is None else listed.output(names.IMAGE_FEATURES)
+        shape = (None, None) if features is None else features.shape
+        found = shape[1] if len(shape) == 3 else None
+        if not isinstance(found, int) or not 0 < found <= facts.vision.num_visual:
             raise BundleError(
                 f"the manifest does not say how many tokens {graph} gives",
                 found=repr(found)[:60],
@@ -326,18 +372,7 @@ def _visual_counts(facts: Manifest) -> dict[str, int]:
     return counts
 
 
-def _is_features(tensor: dict[str, Any]) -> bool:
-    shape = tensor.get("shape")
-    is_listed = isinstance(shape, list) and is_shape(shape) and len(shape) == 3
-    return is_listed and tensor.get("name") == names.IMAGE_FEATURES
-
-
-def is_shape(shape: Any) -> bool:
-    """Whether a JSON value is a list of lengths and axes' names."""
-    return isinstance(shape, list) and all(type(size) in (int, str) for size in shape)
-
-
-def _fits(found: list[int | str], shape: _Shape) -> bool:
+def _fits(found: tuple[int | str, ...], shape: _Shape) -> bool:
     return len(found) == len(shape) and all(
         size is None or size == here for here, size in zip(found, shape, strict=True)
     )

@@ -1,7 +1,7 @@
 """Names of graphs, tensors and axes: the one place where export and runtime agree on them.
 
 The cache of a layer reaches a graph in one of two forms. A stage's outputs show which; the manifest
-names it too (`Manifest.caches`).
+names it too (`Manifest.cache_forms`).
 
 In place. `key_cache.{i} [1, G, S, D]` comes in whole and `key_cache.{i}.out`, of the same shape, is
 the same buffer with the new rows written at `slot`. A decision reads `key [1, G, S, D]`.
@@ -22,6 +22,7 @@ from __future__ import annotations
 # Forms of a cache.
 IN_PLACE = "in place"
 NEW_ROWS = "new rows"
+CACHE_FORMS = (IN_PLACE, NEW_ROWS)
 
 # How the graphs of caches in place spell float16 and bfloat16 attention for TensorRT: every one in
 # parts, all but that of the tower, which has no mask, or none.

@@ -31,7 +31,9 @@ def read_as(kind: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in inner:
             return None
-        return read_as(next(part for part in inner if part is not type(None)), value, where)
+        parts = [part for part in inner if part is not type(None)]
+        fitting = next((part for part in parts if type(value) is part), parts[0])
+        return read_as(fitting, value, where)
     if origin is dict and isinstance(value, dict):
         return {key: read_as(inner[1], part, f"{where}.{key}") for key, part in value.items()}
     if origin is list and isinstance(value, list):

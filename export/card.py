@@ -12,9 +12,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from patchsieve.contract.engine_memory import TARGETS as ENGINE_TARGETS
 from patchsieve.contract.manifest import Manifest
 from patchsieve.contract.plan import MethodPlan, Plan, SitePlan
+from patchsieve.contract.targets import AHEAD_OF_TIME, WITH_ENGINES
 
 FILE_NAME = "README.md"
 QUESTION = "What is in the image?"
@@ -98,7 +98,7 @@ def next_commands(
 ) -> list[str]:
     """The commands that make a bundle answer: its engines first, where nothing runs without."""
     words = ["patchsieve", "run", str(bundle), "--image", str(image), "--prompt", QUESTION]
-    if set(facts.targets) <= set(ENGINE_TARGETS):
+    if set(facts.targets) <= set(WITH_ENGINES):
         build = ["patchsieve", "build", str(bundle)]
         if len(facts.targets) > 1:
             build += ["--target", next(iter(facts.targets))]
@@ -183,9 +183,9 @@ def _targets(facts: Manifest) -> str:
                 "-" if needs is None else f"{needs.library} {needs.versions}",
                 "-" if needs is None else needs.where,
                 "patchsieve build, on that machine"
-                if target in ENGINE_TARGETS and target != "tensorrt-rtx"
+                if target in WITH_ENGINES and target not in AHEAD_OF_TIME
                 else "patchsieve build"
-                if target in ENGINE_TARGETS
+                if target in WITH_ENGINES
                 else "none",
             )
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.weights import FLOAT, WeightsFile
 from patchsieve.export.graphs.layers import Linear
 
 DIRECTORY = "weights"  # inside the graphs' folder: external data must lie in or below it
@@ -23,6 +24,8 @@ DTYPES = {
     "float16": (torch.float16, ir.DataType.FLOAT16, "F16"),
     "bfloat16": (torch.bfloat16, ir.DataType.BFLOAT16, "BF16"),
 }
+_CODES = {code: dtype for _, dtype, code in DTYPES.values()}  # of safetensors
+_SIZES = {code: dtype.itemsize for dtype, _, code in DTYPES.values()}  # bytes of a number
 
 
 class Source(Protocol):
@@ -63,62 +66,101 @@ def weights_of(module: nn.Module, prefix: str = "", source_prefix: str = "") -> 
             yield Weight(prefix + full, source_prefix + full, tuple(parameter.shape), turned)
 
 
-def _cast(tensor: Tensor, weight: Weight, precision: str) -> Tensor:
-    """Turn a tensor into a precision, and refuse numbers that this would make infinite."""
-    cast = tensor.to(DTYPES[precision][0])
-    if precision == "float16" and tensor.dtype != torch.float16 and cast.isinf().any():
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as a file holds it: its name, its type by the code of safetensors, its shape."""
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * _SIZES[self.code]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a format of `patchsieve.contract.weights` stores a tensor.
+
+    Attributes:
+        layout: What is stored of a tensor whose part computes in a type.
+        pack: The numbers of these, from the checkpoint's tensor in its stored order.
+    """
+
+    layout: Callable[[Weight, str], list[Stored]]
+    pack: Callable[[Tensor, Weight, str], list[Tensor]]
+
+
+def _float_layout(weight: Weight, kind: str) -> list[Stored]:
+    return [Stored(weight.name, DTYPES[kind][2], weight.shape)]
+
+
+def _as_float(tensor: Tensor, weight: Weight, kind: str) -> list[Tensor]:
+    """The tensor in a type; refuses numbers that this would make infinite."""
+    cast = tensor.to(DTYPES[kind][0])
+    if kind == "float16" and tensor.dtype != torch.float16 and cast.isinf().any():
         raise PatchsieveError(
             f"the weight {weight.source} does not fit float16",
             found=f"{tensor.float().abs().max():g}",
             expected=f"at most {torch.finfo(torch.float16).max:g}",
             do="choose bfloat16 or float32 for its part, with --precision",
         )
-    return cast
+    return [cast]
+
+
+PACKINGS = {FLOAT: Packing(_float_layout, _as_float)}
+
+
+def layout(weight: Weight, entry: WeightsFile) -> list[Stored]:
+    """What a file of a format stores of a tensor."""
+    return PACKINGS[entry.format].layout(weight, entry.type)
 
 
 def write(
     path: Path,
-    weights: list[Weight],
-    checkpoint: Source,
-    precision: str,
+    entry: WeightsFile,
+    weights: Sequence[Weight],
+    source: Source,
     progress: Callable[[int], None],
 ) -> dict[str, ir.ExternalTensor]:
     """Write one safetensors file, a tensor at a time, and return how graphs refer to it.
 
     Args:
         path: The file, in the folder `weights` of the graphs' folder.
+        entry: Its type and format.
         weights: What it holds, in order.
-        checkpoint: Where it comes from.
-        precision: A key of DTYPES.
-        progress: Told the bytes of each tensor written.
+        source: Where it comes from.
+        progress: Called with the bytes of each tensor written.
 
     Returns:
-        One external tensor per weight.
+        One external tensor per stored tensor.
 
     Raises:
         PatchsieveError: A number is too large for float16.
     """
-    torch_dtype, _, code = DTYPES[precision]
     header: dict[str, object] = {}
     end = 0
-    for weight in weights:
-        start, end = end, end + math.prod(weight.shape) * torch_dtype.itemsize
-        header[weight.name] = {
-            "dtype": code,
-            "shape": list(weight.shape),
+    for stored in (stored for weight in weights for stored in layout(weight, entry)):
+        start, end = end, end + stored.num_bytes
+        header[stored.name] = {
+            "dtype": stored.code,
+            "shape": list(stored.shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % 64)  # data starts at a multiple of 64 bytes
+    pack = PACKINGS[entry.format].pack
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for weight in weights:
-            tensor = _cast(checkpoint.read(weight.source), weight, precision)
-            if weight.transposed:
-                tensor = tensor.t()
-            # As bytes, because numpy has no bfloat16.
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-            progress(math.prod(weight.shape) * torch_dtype.itemsize)
+            tensor = source.read(weight.source)
+            for numbers in pack(tensor.t() if weight.transposed else tensor, weight, entry.type):
+                # As bytes, because numpy has no bfloat16.
+                content = numbers.contiguous().flatten().view(torch.uint8).numpy()
+                file.write(content.data)
+                progress(content.nbytes)
     return stored_weights(path)
 
 
@@ -131,7 +173,6 @@ def stored_weights(path: Path) -> dict[str, ir.ExternalTensor]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    dtypes = {code: dtype for _, dtype, code in DTYPES.values()}
     tensors = {}
     for name, entry in header.items():
         start, stop = entry["data_offsets"]
@@ -139,7 +180,7 @@ def stored_weights(path: Path) -> dict[str, ir.ExternalTensor]:
             f"{DIRECTORY}/{path.name}",
             offset=8 + length + start,
             length=stop - start,
-            dtype=dtypes[entry["dtype"]],
+            dtype=_CODES[entry["dtype"]],
             shape=ir.Shape(entry["shape"]),
             name=name,
             base_dir=str(path.parent.parent),

@@ -1,11 +1,10 @@
-"""Write one traced graph for each target, checked, and describe its tensors for the manifest."""
+"""Write one traced graph for each target, checked, and describe it for the manifest."""
 
 from __future__ import annotations
 
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -13,8 +12,8 @@ import onnx_ir as ir
 from patchsieve.contract import names
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.external_data import relocated
+from patchsieve.contract.graphs import Graph, Signature, Tensor, identify
 from patchsieve.contract.links import locate
-from patchsieve.contract.manifest import Tensors
 from patchsieve.export import operators
 from patchsieve.export.lowering import lower, lowering
 from patchsieve.export.lowering.base import dtype_of, shape_of
@@ -30,8 +29,9 @@ class GraphWriter:
         attention: How half-precision attention is spelt, one of `names.ATTENTION_FORMS`.
 
     Attributes:
-        tensors: Inputs and outputs of each graph written, as the manifest lists them.
-        target_tensors: The same for the targets and graphs whose own are others.
+        graphs: Each graph written, as the manifest describes it.
+        target_graphs: What graphs of a target take and give where they depart from that.
+        paths: For each target the file of each graph, relative to the bundle.
         seconds: Time spent on each target's graphs, the tracing that all share apart.
         written: Every file that stands, so that a failure can take it back.
     """
@@ -41,14 +41,15 @@ class GraphWriter:
     ) -> None:
         self.folder, self.attention = folder, attention
         self.lowerings = [lowering(target) for target in targets]
-        self.tensors: Tensors = {}
-        self.target_tensors: dict[str, Tensors] = {}
+        self.graphs: dict[str, Graph] = {}
+        self.target_graphs: dict[str, dict[str, Signature]] = {}
+        self.paths: dict[str, dict[str, str]] = {target: {} for target in targets}
         self.seconds = dict.fromkeys(targets, 0.0)
         self.written: list[Path] = []
 
     def save(
         self, name: str, traced: ir.Model, *, slots: int | None = None, fresh: bool = False
-    ) -> dict[str, str]:
+    ) -> None:
         """Lower a graph for every target and write it.
 
         Args:
@@ -56,36 +57,33 @@ class GraphWriter:
             traced: What `trace` returned, bound to stored weights.
             slots: Length of the caches for targets that want a number.
             fresh: Never write over a file that is there.
-
-        Returns:
-            For each target the file, relative to the bundle.
         """
-        self.tensors[name] = _describe(traced.graph)
-        paths = {}
+        identity, common = identify(name), _signature(traced.graph)
+        assert identity is not None, name
+        self.graphs[name] = Graph(common.inputs, common.outputs, identity, _weights(traced.graph))
         for target in self.lowerings:
-            start = time.perf_counter()
-            path = self.folder / f"{target.name}.{name}.onnx"
+            row, start = target.target, time.perf_counter()
+            path = self.folder / f"{row.name}.{name}.onnx"
             generation = 1
             while fresh and path.exists():
                 generation += 1
-                path = self.folder / f"{target.name}.{name}.{generation}.onnx"
+                path = self.folder / f"{row.name}.{name}.{generation}.onnx"
             lowered = lower(traced, target, slots, self.attention)
-            own = _describe(lowered.graph)
-            if own != self.tensors[name]:
-                self.target_tensors.setdefault(target.name, {})[name] = own
+            own = _signature(lowered.graph)
+            if own != common:
+                self.target_graphs.setdefault(row.name, {})[name] = own
             model = ir.to_proto(lowered)
             temporary = path.with_name(f".{path.name}.{os.getpid()}")
             try:
                 temporary.write_bytes(model.SerializeToString())
                 self._check(temporary)
-                _check_operators(name, model, target.operators)
+                _check_operators(name, model, row.operators)
                 self.written.append(path)  # first: an interrupt may come right behind the rename
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
-            paths[target.name] = f"{self.folder.name}/{path.name}"
-            self.seconds[target.name] += time.perf_counter() - start
-        return paths
+            self.paths[row.name][name] = f"{self.folder.name}/{path.name}"
+            self.seconds[row.name] += time.perf_counter() - start
 
     def _check(self, file: Path) -> None:
         """Let onnx check a graph; it takes no weights that are links, as the hub's cache has."""
@@ -118,16 +116,17 @@ def _check_operators(name: str, model: onnx.ModelProto, table: str | None) -> No
         )
 
 
-def _describe(graph: ir.Graph) -> dict[str, list[dict[str, Any]]]:
-    return {
-        "inputs": [_tensor(value) for value in graph.inputs],
-        "outputs": [_tensor(value) for value in graph.outputs],
-    }
+def _signature(graph: ir.Graph) -> Signature:
+    return Signature(tuple(map(_tensor, graph.inputs)), tuple(map(_tensor, graph.outputs)))
 
 
-def _tensor(value: ir.Value) -> dict[str, Any]:
-    return {
-        "name": value.name,
-        "dtype": dtype_of(value).name.lower(),
-        "shape": [axis if isinstance(axis, int) else str(axis.value) for axis in shape_of(value)],
-    }
+def _tensor(value: ir.Value) -> Tensor:
+    axes = (axis if isinstance(axis, int) else str(axis.value) for axis in shape_of(value))
+    return Tensor(str(value.name), dtype_of(value).name.lower(), tuple(axes))
+
+
+def _weights(graph: ir.Graph) -> tuple[str, ...]:
+    """The weights files that a graph reads, in the order of its initializers."""
+    stored = (value.const_value for value in graph.initializers.values())
+    read = (each.location for each in stored if isinstance(each, ir.ExternalTensor))
+    return tuple(dict.fromkeys(f"graphs/{location}" for location in read))

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve import cost
-from patchsieve.contract import manifest
 from patchsieve.contract.errors import RequestError
+from patchsieve.contract.files import check_files, is_there, read
+from patchsieve.contract.graphs import Signature
 from patchsieve.contract.manifest import Manifest
 from patchsieve.contract.plan import NO_PRUNING, PLACES, Plan
+from patchsieve.contract.weights import PARTS, SCORER
 from patchsieve.runtime.trt.engines import FILE_NAME as RECORD
 from patchsieve.runtime.trt.engines import check_contents, folder_of, read_record
 
 ENGINES = "engines"  # folder of a bundle with one folder per target
-_GROUPS = {"vision": "vision tower", "embed_tokens": "embeddings", "head": "output head"}
-_SCORER = "CLIP scorer"  # of bundles that hold one
 
 
 def inspect(
@@ -46,7 +46,7 @@ def inspect(
         BundleError: This is not a bundle.
         RequestError: It holds no such plan.
     """
-    facts = manifest.read(bundle)
+    facts = read(bundle)
     if plan is not None and plan not in facts.plans:
         raise RequestError(
             "the bundle holds no such plan",
@@ -159,7 +159,7 @@ def targets(facts: Manifest) -> dict[str, dict[str, Any]]:
                 for name, path in graphs.items()
             },
             "bytes": sum(facts.files[path].size for path in graphs.values()),
-            "caches": facts.caches(target),
+            "caches": facts.cache_forms[target],
             "needs": asdict(facts.needs[target]) if target in facts.needs else None,
         }
         for target, graphs in facts.targets.items()
@@ -169,22 +169,17 @@ def targets(facts: Manifest) -> dict[str, dict[str, Any]]:
 def parts(facts: Manifest) -> dict[str, int]:
     """Bytes by what they are for: layers, tower, embeddings, head, scorer, graphs, the rest."""
     graphs = {path for paths in facts.targets.values() for path in paths.values()}
-    scorer = [] if facts.scorer is None else [_SCORER]
-    parts = ("decoder layers", *_GROUPS.values(), *scorer, "graphs", "other files")
-    sizes = dict.fromkeys(parts, 0)
+    held = {entry.part for entry in facts.weights.values()}
+    labels = [part.label for part in PARTS.values() if part.name in held]
+    sizes = dict.fromkeys([*labels, "graphs", "other files"], 0)
     for path, file in facts.files.items():
-        stem = Path(path).name.removesuffix(".safetensors")
         part = "other files"
         if path in graphs:
             part = "graphs"
-        elif stem in _GROUPS:
-            part = _GROUPS[stem]
-        elif stem.startswith("layers."):
-            part = "decoder layers"
-        elif facts.scorer is not None and (
-            stem in ("scorer", "joint") or path == facts.scorer.tokenizer
-        ):
-            part = _SCORER
+        elif path in facts.weights:
+            part = PARTS[facts.weights[path].part].label
+        elif facts.scorer is not None and path == facts.scorer.tokenizer:
+            part = SCORER.label
         sizes[part] += file.size
     return sizes
 
@@ -208,8 +203,21 @@ def engines(bundle: Path) -> dict[str, dict[str, Any]]:
 
 def tensors(bundle: Path) -> dict[str, Any]:
     """Inputs and outputs of each graph: names, dtypes, shapes; where targets depart, theirs too."""
-    facts = manifest.read(bundle)
-    return {"tensors": facts.tensors, "target_tensors": facts.target_tensors}
+    facts = read(bundle)
+    return {
+        "tensors": {name: _sides(graph) for name, graph in facts.graphs.items()},
+        "target_tensors": {
+            target: {name: _sides(signature) for name, signature in graphs.items()}
+            for target, graphs in facts.target_graphs.items()
+        },
+    }
+
+
+def _sides(signature: Signature) -> dict[str, Any]:
+    return {
+        "inputs": [asdict(tensor) for tensor in signature.inputs],
+        "outputs": [asdict(tensor) for tensor in signature.outputs],
+    }
 
 
 def check(bundle: Path, progress: Callable[[str, float], None]) -> int:
@@ -218,7 +226,7 @@ def check(bundle: Path, progress: Callable[[str, float], None]) -> int:
     Raises:
         BundleError: A file is missing, truncated or altered.
     """
-    facts = manifest.read(bundle)
+    facts = read(bundle)
     total = max(1, sum(file.size for file in facts.files.values()))
     done = 0
 
@@ -227,10 +235,10 @@ def check(bundle: Path, progress: Callable[[str, float], None]) -> int:
         progress(f"checking {path}", done / total)
         done += facts.files[path].size
 
-    manifest.check_files(bundle, facts, again=True, progress=step)
+    check_files(bundle, facts, again=True, progress=step)
     count = len(facts.files)
     for target in facts.targets:
-        if manifest.is_there(folder_of(bundle, target) / RECORD):
+        if is_there(folder_of(bundle, target) / RECORD):
             progress(f"checking the engines for {target}", 1.0)
             count += check_contents(read_record(bundle, target))
     return count

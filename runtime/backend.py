@@ -12,11 +12,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from patchsieve.contract import names
-from patchsieve.contract.errors import BackendMissingError, PatchsieveError, RequestError
-from patchsieve.runtime.bundle import Bundle
+from patchsieve.contract.errors import BackendMissingError
 from patchsieve.runtime.cache import StageCache
-
-GPU_TARGETS = ("tensorrt-rtx", "tensorrt", "tensorrt10", "jetpack6")
 
 
 class Backend(Protocol):
@@ -73,35 +70,6 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give back memory."""
-
-
-def open_backend(bundle: Bundle, *, threads: int | None = None) -> Backend:
-    """Make the backend of a bundle's target.
-
-    Raises:
-        BackendMissingError: The target's library is not installed.
-        PatchsieveError: No backend runs this target yet.
-    """
-    if bundle.target in ("cpu", "cuda", "reference"):
-        from patchsieve.runtime.ort.backend import OrtBackend
-
-        return OrtBackend(bundle, threads=threads)
-    if bundle.target in GPU_TARGETS:
-        from patchsieve.runtime.gpu.backend import TensorRTBackend
-
-        if threads is not None:
-            raise RequestError(
-                "threads are those of the CPU",
-                found=f"{threads} for the target {bundle.target}",
-                do="leave --threads out",
-            )
-        return TensorRTBackend(bundle)
-    raise PatchsieveError(
-        "this version does not run the target",
-        found=bundle.target,
-        expected=", ".join(("cpu", "cuda", "reference", *GPU_TARGETS)),
-        do="run the bundle with --target cpu",
-    )
 
 
 def decode_by_stages(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from patchsieve.contract import manifest
+from patchsieve.contract import files
 from patchsieve.contract.errors import BundleError, RequestError
 from patchsieve.contract.links import locate
 from patchsieve.contract.precision import stored_as
@@ -54,7 +54,7 @@ class Bundle:
             )
         self.path, self.check = path, check
         self.place = locate(path)
-        self.manifest = manifest.read(path)
+        self.manifest = files.read(path)
         self.choice = choose(path, self.manifest) if target == AUTO else Choice(target)
         self.target = target = self.choice.target
         if target not in self.manifest.targets:
@@ -67,7 +67,7 @@ class Bundle:
             )
         self.graphs = self.manifest.targets[target]
         own = self._own_files()
-        manifest.check_files(
+        files.check_files(
             path,
             self.manifest,
             paths=own,

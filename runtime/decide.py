@@ -104,14 +104,13 @@ class Decider:
 
     def _is_merging(self, graph: str) -> bool:
         """Whether a decision gives the rows back, some of them merged."""
-        outputs = self.facts.tensors[graph]["outputs"]
-        return any(tensor["name"] == names.HIDDEN_OUT for tensor in outputs)
+        return self.facts.graphs[graph].output(names.HIDDEN_OUT) is not None
 
     def _read(self, graph: str, layer: int, given: Given) -> dict[str, Any]:
         """What a decision takes of the layers before it, by its names for them."""
         read = {}
-        for tensor in self.facts.tensors[graph]["inputs"]:
-            name = tensor["name"]
+        for tensor in self.facts.graphs[graph].inputs:
+            name = tensor.name
             what = reads.named(name)
             assert what is not None  # the manifest was checked
             of = layer - 1 if what.layer is None else what.layer

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from patchsieve.contract.errors import RequestError
-from patchsieve.runtime.backend import Backend, open_backend
+from patchsieve.runtime.backend import Backend
+from patchsieve.runtime.backends import open_backend
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.cache import Cache
 from patchsieve.runtime.inputs.images import load_image

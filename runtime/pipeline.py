@@ -96,7 +96,7 @@ class Pipeline:
             rng: Noise for methods that draw, a number for each patch.
         """
         graph = self.facts.vision_graph(plan)
-        has_noise = any(t["name"] == names.NOISE for t in self.facts.tensors[graph]["inputs"])
+        has_noise = self.facts.graphs[graph].input(names.NOISE) is not None
         if not self.spare_images or has_noise:
             return self._see(graph, pixel_values, rng if has_noise else None)
         key = (graph, sha256(pixel_values.tobytes()).digest())

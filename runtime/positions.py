@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from patchsieve.contract.manifest import VisionModel
+from patchsieve.contract.model import VisionModel
 from patchsieve.contract.plan import GRID2D
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from patchsieve.contract import names
-from patchsieve.contract.manifest import Scorer
+from patchsieve.contract.model import Scorer
 
 
 class TextScorer:

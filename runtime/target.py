@@ -6,17 +6,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from patchsieve.contract.engine_memory import TARGETS as ENGINE_TARGETS
 from patchsieve.contract.errors import BackendMissingError, BundleError
 from patchsieve.contract.manifest import Manifest
-from patchsieve.runtime.board.abilities import CUDA_PROVIDER, RTX_CAPABILITIES, target_of
+from patchsieve.contract.targets import TARGETS, USUAL, WITH_ENGINES, compiler_of, of_version
+from patchsieve.runtime.board.abilities import CUDA_PROVIDER
 from patchsieve.runtime.board.machine import is_importable, onnxruntime_providers
 from patchsieve.runtime.trt.device import Device, find_device
 from patchsieve.runtime.trt.engines import read_record, runs_on
 from patchsieve.runtime.trt.library import load_tensorrt
 
 AUTO = "auto"
-_REFERENCE = "reference"  # there to compare with: it is taken only if nothing else runs
 Why = dict[str, str]  # target -> why it does not run here, or cannot be built
 
 
@@ -56,14 +55,15 @@ def choose(
     if len(targets) == 1:
         return Choice(targets[0])
     gpu = device() if targets else None
-    built = [t for t in targets if t in ENGINE_TARGETS and _has_engines(bundle, t, gpu)]
+    built = [t for t in targets if t in WITH_ENGINES and _has_engines(bundle, t, gpu)]
     if len(built) == 1:
         return Choice(built[0], "the one with engines for this GPU")
     lacks = {t: _lacks(t, gpu) for t in targets}
-    able = built or [t for t in targets if not lacks[t] and t != _REFERENCE]
+    to_compare = [t for t in targets if t in TARGETS and TARGETS[t].is_to_compare]
+    able = built or [t for t in targets if not lacks[t] and t not in to_compare]
     able = able or [t for t in targets if not lacks[t]]
-    if _REFERENCE in targets and _REFERENCE not in able:
-        lacks[_REFERENCE] = lacks[_REFERENCE] or "only to compare with"
+    for target in set(to_compare) - set(able):
+        lacks[target] = lacks[target] or "only to compare with"
     return _only(facts, targets, able, lacks, "runs here")
 
 
@@ -77,7 +77,7 @@ def choose_to_build(
     Raises:
         BundleError: None or several remain; the line names the choices.
     """
-    targets = [t for t in facts.targets if t in ENGINE_TARGETS]
+    targets = [t for t in facts.targets if t in WITH_ENGINES]
     if len(targets) == 1:
         return Choice(targets[0])
     gpu = device() if targets else None
@@ -95,9 +95,9 @@ def _only(facts: Manifest, targets: list[str], able: list[str], lacks: Why, verb
             f"the bundle has no target that {verb}",
             found=", ".join(sorted(facts.targets)),
             do="run it without engines: patchsieve run; or export it again with one of "
-            f"--targets {', '.join(ENGINE_TARGETS)}"
+            f"--targets {', '.join(WITH_ENGINES)}"
             if is_build
-            else "export it again with --targets cpu",
+            else f"export it again with --targets {USUAL}",
         )
     choices = " or ".join(f"--target {target}" for target in able or targets)
     python = "" if "built" in verb else " (in Python: target=...)"
@@ -128,29 +128,29 @@ def _has_engines(bundle: Path, target: str, gpu: Device | None) -> bool:
 
 def _lacks(target: str, gpu: Device | None) -> str:
     """Why a target does not run here; engines were looked for already."""
-    if target in ("cpu", "cuda", _REFERENCE):
-        if not is_importable("onnxruntime"):
-            return "onnxruntime is not installed"
-        if target != "cuda":
-            return ""
-        if gpu is None:
-            return "no NVIDIA GPU"
-        return "" if CUDA_PROVIDER in onnxruntime_providers() else f"no {CUDA_PROVIDER}"
-    if target in ENGINE_TARGETS:
+    row = TARGETS.get(target)
+    if row is None:
+        return "unknown to this version"
+    if row.compiler is not None:
         return "no NVIDIA GPU" if gpu is None else "no engines for this GPU"
-    return "unknown to this version"
+    if not is_importable(row.backend):
+        return f"{row.backend} is not installed"
+    if row.device == "cpu":
+        return ""
+    if gpu is None:
+        return "no NVIDIA GPU"
+    return "" if CUDA_PROVIDER in onnxruntime_providers() else f"no {CUDA_PROVIDER}"
 
 
 def _lacks_to_build(target: str, gpu: Device | None) -> str:
-    if target != "tensorrt-rtx" and gpu is None:
+    compiler = compiler_of(target)
+    if gpu is None and not compiler.is_ahead_of_time:
         return "no NVIDIA GPU, on which it is built"
     try:
         library = load_tensorrt(target)
     except BackendMissingError:
-        return f"no {'tensorrt_rtx' if target == 'tensorrt-rtx' else 'tensorrt'}"
-    if target == "tensorrt-rtx":
-        found = None if gpu is None else gpu.gpu.compute_capability
-        is_known = found is None or found in RTX_CAPABILITIES
-        return "" if is_known else f"TensorRT-RTX does not list compute capability {found}"
-    is_right = target_of(library.__version__) == target
+        return f"no {compiler.module}"
+    if gpu is not None and not compiler.takes(gpu.gpu.compute_capability):
+        return f"{compiler.label} does not list compute capability {gpu.gpu.compute_capability}"
+    is_right = TARGETS[target].serves is None or of_version(library.__version__) == target
     return "" if is_right else f"{library.__name__} {library.__version__} is another version"

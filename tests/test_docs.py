@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 from patchsieve.cli import main
-from patchsieve.contract import manifest
+from patchsieve.contract import files, manifest
 from patchsieve.contract.plan import MethodPlan, Plan, PseudoCls, SitePlan
+from patchsieve.contract.targets import TARGETS
 from patchsieve.export import exporter
-from patchsieve.export.lowering import LOWERINGS
 from patchsieve.runtime.records import Records
 from tests.support.conversations import make_conversations
 from tests.support.documents import CHECKPOINT, HUB_ID, blocks, commands
@@ -85,7 +85,7 @@ def here(workplace: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         given = arguments.bind(*args, **options).arguments
         assert isinstance(given["options"], exporter.ExportOptions)
         shutil.copytree(bundle, given["out"])
-        facts = manifest.read(given["out"])
+        facts = files.read(given["out"])
         given.get("seconds", {}).update(dict.fromkeys(facts.targets, 0.0))
         return facts
 
@@ -140,7 +140,7 @@ def test_the_page_of_targets_says_what_each_is() -> None:
     found = {target: (versions, int(opset), kinds) for target, versions, opset, kinds in rows}
     assert found == {
         target: (kind.versions, kind.opset, ", ".join(kind.precisions))
-        for target, kind in LOWERINGS.items()
+        for target, kind in TARGETS.items()
     }
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from patchsieve.contract.manifest import hash_file
+from patchsieve.contract.files import hash_file
 from patchsieve.evaluation.answers import Answer, AnswerFile, ask
 from patchsieve.evaluation.questions import Question, questions_of
 from patchsieve.runtime.model import Model

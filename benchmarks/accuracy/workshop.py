@@ -20,7 +20,7 @@ from PIL import Image
 from benchmarks.accuracy.plans import Budgets, Heads, Row
 from examples.demo_model import make_data
 from patchsieve.cli import main as patchsieve
-from patchsieve.contract.manifest import read
+from patchsieve.contract.files import read
 from patchsieve.contract.plan import NO_PRUNING, Plan
 from patchsieve.export.families import family_of
 from patchsieve.export.source.checkpoint import read_config

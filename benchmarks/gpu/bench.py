@@ -22,7 +22,7 @@ from benchmarks.gpu.budget import Budget
 from benchmarks.gpu.choice import CPU_TARGETS, ENGINES
 from benchmarks.gpu.floors import Floor, floors, peak_of
 from patchsieve.cli.picture import picture
-from patchsieve.contract import manifest
+from patchsieve.contract import files
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.manifest import Limits, Manifest
 from patchsieve.contract.plan import NO_PRUNING, Plan, SitePlan
@@ -88,7 +88,7 @@ class Bench:
     def make_bundle(self) -> Manifest:
         """Export, with a plan for each row of the paper, unless it is there."""
         plans = {name: fixed_plan(self.shape, name) for name in self.shape.plans}
-        if not (self.bundle / manifest.FILE_NAME).is_file():
+        if not (self.bundle / files.FILE_NAME).is_file():
             from patchsieve.export.exporter import ExportOptions, export
 
             self._needs("export")
@@ -100,7 +100,7 @@ class Bench:
             )
             with self._timed("export_s"):
                 export(str(self.checkpoint), self.bundle, options)
-        facts = manifest.read(self.bundle)
+        facts = files.read(self.bundle)
         for name, plan in plans.items():
             if name not in facts.plans:
                 from patchsieve.export.reuse import reuse

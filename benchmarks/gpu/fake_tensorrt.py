@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from patchsieve.contract import manifest, names
+from patchsieve.contract import files, names
 from patchsieve.contract.manifest import Manifest
 from patchsieve.runtime.building.profiles import profiles
 from patchsieve.runtime.trt import engines
@@ -376,7 +376,7 @@ def build_fakes(
         trt: The library.
         gpu: The GPU that they are tied to, if any.
     """
-    facts = manifest.read(bundle)
+    facts = files.read(bundle)
     folder = engines.folder_of(bundle, target)
     folder.mkdir(parents=True, exist_ok=True)
     graphs = [graph for graph in facts.targets[target] if not engines.misfit(facts, graph)]
@@ -409,7 +409,7 @@ def _engine(
         seconds=0.0,
         peak_bytes=None,
         base_bytes=None,
-        **asdict(manifest.hash_file(path)),
+        **asdict(files.hash_file(path)),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from patchsieve import cost as costs
 from patchsieve.contract.manifest import Manifest
+from patchsieve.contract.weights import HEAD, LAYER
 
 # Dense float16 TFLOP/s and GB/s of memory, from the vendor's data sheets, by a part of the name.
 PEAKS = {
@@ -82,7 +83,7 @@ def floors(facts: Manifest, text_tokens: int) -> dict[str, Floor]:
 def decoder_weights(facts: Manifest) -> int:
     """Bytes of the decoder's layers and of the output matrix."""
     return sum(
-        file.size
-        for path, file in facts.files.items()
-        if "/layers." in path or path.endswith("/head.safetensors")
+        facts.files[path].size
+        for path, entry in facts.weights.items()
+        if entry.part in (LAYER.name, HEAD.name)
     )

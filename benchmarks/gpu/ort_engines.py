@@ -18,7 +18,8 @@ import onnxruntime as ort
 from benchmarks.gpu.fake_cuda import FakeGpu
 from benchmarks.gpu.fake_tensorrt import FakeTensorRT, ICudaEngine, IExecutionContext, Port
 from patchsieve.contract.errors import BackendMissingError
-from patchsieve.runtime.ort.backend import INSTALL_CUDA, graph_errors, preload
+from patchsieve.contract.targets import CUDA_LIBRARIES
+from patchsieve.runtime.ort.backend import graph_errors, preload
 
 _QUIET = 3  # errors only
 CUDA = "CUDAExecutionProvider"
@@ -110,6 +111,6 @@ class OrtTensorRT(FakeTensorRT):
         if self._place == "cuda" and session.get_providers()[0] != CUDA:
             found = preload() or ", ".join(session.get_providers())
             raise BackendMissingError(
-                "ONNX Runtime could not start on the GPU", found=found, do=INSTALL_CUDA
+                "ONNX Runtime could not start on the GPU", found=found, do=CUDA_LIBRARIES
             )
         return session

@@ -80,14 +80,14 @@ def parity(
         BackendMissingError: pytest is not installed.
         OutOfTimeError: Too little time is left for any.
     """
-    from patchsieve.export.lowering import LOWERINGS
+    from patchsieve.contract.targets import TARGETS
 
     if importlib.util.find_spec("pytest") is None:
         raise BackendMissingError("the parity tests need pytest", do="pip install pytest")
     budget.needs(NEEDS_S, "the parity tests")
     told: dict[str, Any] = {"passed": 0, "failed": {}, "skipped": {}}
     on = "reference" if target == "cpu" else target  # a CPU run compares its two lowerings
-    precisions = ("float32",) if on == "reference" else LOWERINGS[on].precisions
+    precisions = ("float32",) if on == "reference" else TARGETS[on].precisions
     for precision in precisions:
         try:
             budget.needs(NEEDS_S / len(precisions), f"the parity tests in {precision}")

@@ -28,8 +28,8 @@ from benchmarks.settle import onnxruntime_cuda, questions
 from benchmarks.settle.cuda import Cuda
 from benchmarks.settle.questions import BUILDS, NO, NOT_RUN, PORTABLE, YES, Answer, Setup
 from patchsieve.contract.errors import BackendMissingError, PatchsieveError
+from patchsieve.contract.targets import of_version
 from patchsieve.contract.writing import check_file
-from patchsieve.runtime.board.abilities import target_of
 from patchsieve.runtime.building.compile import build_engine
 from patchsieve.runtime.trt.engines import Options
 from patchsieve.runtime.trt.library import load_tensorrt
@@ -92,7 +92,7 @@ def find_target() -> str | None:
             library = load_tensorrt(target)
         except BackendMissingError:
             continue
-        return target if target == "tensorrt-rtx" else target_of(library.__version__)
+        return target if target == "tensorrt-rtx" else of_version(library.__version__)
     return None
 
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from patchsieve.contract.errors import UnsupportedModelError
-from patchsieve.contract.manifest import VisionModel
+from patchsieve.contract.model import VisionModel
 from patchsieve.export.families.specs import DecoderSpec
 from patchsieve.export.families.structures import (
     DECODERS,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve.contract.errors import UnsupportedModelError
-from patchsieve.contract.manifest import VisionModel
+from patchsieve.contract.model import VisionModel
 from patchsieve.export.families.family import TEXT, VISION, Family, Parts
 from patchsieve.export.families.structures import tower_spec
 from patchsieve.export.source.processor import preprocessor_from_checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from patchsieve.contract.manifest import TextModel, VisionModel
+from patchsieve.contract.model import TextModel, VisionModel
 
 
 @dataclass(frozen=True)

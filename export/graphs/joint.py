@@ -7,7 +7,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from patchsieve.contract.errors import UnsupportedModelError
-from patchsieve.contract.manifest import VisionModel
+from patchsieve.contract.model import VisionModel
 from patchsieve.export.families.specs import TowerSpec
 from patchsieve.export.graphs.layers import Linear
 from patchsieve.export.graphs.vision import TowerLayer

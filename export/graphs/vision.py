@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from patchsieve.contract import names
 from patchsieve.contract.errors import UnsupportedModelError
-from patchsieve.contract.manifest import VisionModel
+from patchsieve.contract.model import VisionModel
 from patchsieve.export.families.specs import ProjectorSpec, TowerSpec
 from patchsieve.export.graphs import ops
 from patchsieve.export.graphs.layers import Linear, activation

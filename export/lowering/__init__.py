@@ -1,41 +1,26 @@
-"""From a traced graph to what a target accepts: one file per target.
+"""From a traced graph to what a target accepts: one file per target, of the target's name.
 
-A lowering says how each operation of `patchsieve.export.graphs.ops` is spelt, and which opset
-results.
+A lowering says how each operation of `patchsieve.export.graphs.ops` is spelt; what else is known of
+its target is a row of `patchsieve.contract.targets`.
 """
 
 from __future__ import annotations
 
-from patchsieve.contract.errors import PatchsieveError
-from patchsieve.export.lowering import (
-    cpu,
-    cuda,
-    jetpack6,
-    reference,
-    tensorrt,
-    tensorrt10,
-    tensorrt_rtx,
-)
-from patchsieve.export.lowering.base import Lowering, lower
+from importlib import import_module
 
-LOWERINGS: dict[str, type[Lowering]] = {
-    "reference": reference.Reference,
-    "cpu": cpu.Cpu,
-    "cuda": cuda.Cuda,
-    "jetpack6": jetpack6.JetPack6,
-    "tensorrt": tensorrt.TensorRT,
-    "tensorrt10": tensorrt10.TensorRT10,
-    "tensorrt-rtx": tensorrt_rtx.TensorRTRTX,
-}
+from patchsieve.contract.targets import known
+from patchsieve.export.lowering.base import Lowering, lower
 
 
 def lowering(target: str) -> type[Lowering]:
-    """Find the lowering of a target."""
-    if target not in LOWERINGS:
-        raise PatchsieveError(
-            "unknown target", found=repr(target), expected=", ".join(sorted(LOWERINGS))
-        )
-    return LOWERINGS[target]
+    """Find the lowering of a target.
+
+    Raises:
+        PatchsieveError: There is no such target.
+    """
+    row = known(target)
+    module = import_module(f"{__name__}.{target.replace('-', '_')}")
+    return next(each for each in vars(module).values() if getattr(each, "target", None) is row)
 
 
-__all__ = ["LOWERINGS", "Lowering", "lower", "lowering"]
+__all__ = ["Lowering", "lower", "lowering"]

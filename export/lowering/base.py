@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,27 +13,19 @@ from onnx_ir import convenience, tape
 from onnx_ir.passes import common as passes
 
 from patchsieve.contract import names
-from patchsieve.contract.manifest import Needs
+from patchsieve.contract.targets import Target
 from patchsieve.export.graphs import ops
 from patchsieve.export.lowering.constants import fold_constants
 
 
 class Lowering(ABC):
-    """The spelling of one target. A subclass sets `opset` and writes one method per operation.
+    """The spelling of one target. A subclass names its row and writes one method per operation.
 
-    A method takes the open node and returns the values that stand for its outputs.
+    A method takes the open node and returns the values that replace its outputs.
     """
 
-    name: str
-    opset: int  # of the whole graph
-    library: str  # what builds or runs the graphs, as pip calls it
-    versions: str  # which of its versions
-    where: str  # on which machines
-    static_slots = False  # the target wants the length of the caches as a number
-    operators: str | None = None  # table of patchsieve.export.operators that the graphs keep to
-    precisions: ClassVar[tuple[str, ...]] = ("float32", "float16", "bfloat16")
-    has_attention_forms = False  # half precision may be spelt as `names.ATTENTION_FORMS` say
-    domains: ClassVar[dict[str, int]] = {}
+    target: ClassVar[Target]
+    domains: ClassVar[dict[str, int]] = {}  # opsets of operators that are not standard ONNX
 
     def __init__(self, graph: ir.Graph, attention: str = names.DECOMPOSED) -> None:
         self.graph, self.attention = graph, attention
@@ -40,11 +33,6 @@ class Lowering(ABC):
         self._tape = tape.Tape()
         self._shared: dict[str, ir.Value] = {}
         self._shared_nodes: list[ir.Node] = []
-
-    @classmethod
-    def needs(cls) -> Needs:
-        """What the manifest says of the target."""
-        return Needs(cls.library, cls.versions, cls.where, cls.opset)
 
     # Building blocks.
 
@@ -173,6 +161,28 @@ class Lowering(ABC):
         self.graph.insert_before(first, self._shared_nodes)
 
 
+@dataclass(frozen=True)
+class Heads:
+    """Attributes of an attention node; its dtype is that of the queries."""
+
+    num_heads: int
+    num_kv_heads: int
+    scale: float
+    dtype: ir.DataType
+
+    @classmethod
+    def of(cls, node: ir.Node) -> Heads:
+        """Read them from a traced node."""
+        num_heads = node.attributes["num_heads"].as_int()
+        shared = node.attributes.get("num_kv_heads")
+        return cls(
+            num_heads=num_heads,
+            num_kv_heads=num_heads if shared is None else shared.as_int(),
+            scale=node.attributes["scale"].as_float(),
+            dtype=dtype_of(inputs_of(node)[0]),
+        )
+
+
 def inputs_of(node: ir.Node) -> list[ir.Value]:
     """Inputs of an open node, all of which are there."""
     return [value for value in node.inputs if value is not None]
@@ -212,7 +222,7 @@ def lower(
         attention: One of `names.ATTENTION_FORMS`, for a target that has them.
     """
     model = traced.clone()
-    if lowering.static_slots and slots is not None:
+    if lowering.target.has_fixed_slots and slots is not None:
         for value in (*model.graph.inputs, *model.graph.outputs):
             value.shape = ir.Shape(
                 [slots if str(axis) == names.AXIS_SLOTS else axis for axis in shape_of(value)]
@@ -222,7 +232,7 @@ def lower(
     for node in model.graph:
         node.version = None
     model.opset_imports.clear()
-    model.opset_imports.update({"": lowering.opset} | lowering.domains)
+    model.opset_imports.update({"": lowering.target.opset} | lowering.domains)
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
     passes.TopologicalSortPass()(model)

@@ -12,8 +12,8 @@ from typing import Any
 import onnx_ir as ir
 
 from patchsieve.contract import names
-from patchsieve.export.lowering.base import Lowering, dtype_of, inputs_of, length_of
-from patchsieve.export.lowering.reference import Heads
+from patchsieve.contract.targets import TARGETS
+from patchsieve.export.lowering.base import Heads, Lowering, dtype_of, inputs_of, length_of
 
 MICROSOFT = "com.microsoft"
 GROUPED_WIDTH = 8  # GroupQueryAttention takes heads of a multiple of this width
@@ -22,12 +22,7 @@ GROUPED_WIDTH = 8  # GroupQueryAttention takes heads of a multiple of this width
 class Cpu(Lowering):
     """Contrib operators that take and give rows with their heads side by side."""
 
-    name = "cpu"
-    library = "onnxruntime"
-    versions = ">=1.23"
-    where = "any CPU"
-    opset = 21
-    precisions = ("float32", "float16")  # ONNX Runtime has few kernels for bfloat16
+    target = TARGETS["cpu"]
     domains = {MICROSOFT: 1}
 
     def RMSNorm(self, node: ir.Node) -> Sequence[ir.Value]:

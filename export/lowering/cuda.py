@@ -20,23 +20,18 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from patchsieve.export.lowering.base import inputs_of, length_of
+from patchsieve.contract.targets import TARGETS
+from patchsieve.export.lowering.base import Heads, inputs_of, length_of
 from patchsieve.export.lowering.cpu import Cpu
 from patchsieve.export.lowering.new_rows import NewRows
-from patchsieve.export.lowering.reference import Heads
 
 
 class Cuda(NewRows, Cpu):
     """Norm, rotary embedding and the tower's attention as on the CPU."""
 
-    name = "cuda"
-    library = "onnxruntime-gpu"
-    versions = ">=1.23"
-    where = "NVIDIA cards, by CUDAExecutionProvider"
-    operators = "onnxruntime-cuda"
-    # Of the operators that 21 changed, releases up to 1.24 have no CUDA kernel: they, and a copy to
-    # the host and back for each, would go to the CPU without a word.
-    opset = 18
+    # Opset 18: of the operators that 21 changed, releases up to 1.24 have no CUDA kernel. They, and
+    # a copy to the host and back for each, would go to the CPU without a word.
+    target = TARGETS["cuda"]
 
     def CachedAttention(self, node: ir.Node) -> Sequence[ir.Value]:
         """Attention over past and new rows; the new ones go out."""

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from patchsieve.export.lowering.base import dtype_of, inputs_of
+from patchsieve.contract.targets import TARGETS
+from patchsieve.export.lowering.base import Heads, dtype_of, inputs_of
 from patchsieve.export.lowering.new_rows import NewRows
-from patchsieve.export.lowering.reference import Heads
 
 FLOAT = ir.DataType.FLOAT
 
@@ -21,14 +21,9 @@ FLOAT = ir.DataType.FLOAT
 class JetPack6(NewRows):
     """Operators of opset 18; sums of norms and softmax in float32 whatever the weights are."""
 
-    name = "jetpack6"
-    library = "tensorrt"
-    versions = ">=10.3,<11"
-    where = "JetPack 6.1 and 6.2 with 10.3, 7.0 and 7.1 with 10.13"
-    operators = "tensorrt-10.3"
-    # 21 would be needed for one operator only, DequantizeLinear over blocks of a weight, which no
-    # graph holds: TensorRT 10.3 reads opsets up to 20 and that operator besides.
-    opset = 18
+    # Opset 18: 21 would be needed for one operator only, DequantizeLinear over blocks of a weight,
+    # which no graph holds. TensorRT 10.3 reads opsets up to 20 and that operator too.
+    target = TARGETS["jetpack6"]
 
     def RMSNorm(self, node: ir.Node) -> Sequence[ir.Value]:
         """The axes are a constant: TensorRT takes no others."""

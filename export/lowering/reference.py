@@ -3,45 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import onnx_ir as ir
 
-from patchsieve.export.lowering.base import Lowering, dtype_of, inputs_of
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Attributes of an attention node; its dtype is that of the queries."""
-
-    num_heads: int
-    num_kv_heads: int
-    scale: float
-    dtype: ir.DataType
-
-    @classmethod
-    def of(cls, node: ir.Node) -> Heads:
-        """Read them from a traced node."""
-        num_heads = node.attributes["num_heads"].as_int()
-        shared = node.attributes.get("num_kv_heads")
-        return cls(
-            num_heads=num_heads,
-            num_kv_heads=num_heads if shared is None else shared.as_int(),
-            scale=node.attributes["scale"].as_float(),
-            dtype=dtype_of(inputs_of(node)[0]),
-        )
+from patchsieve.contract.targets import TARGETS
+from patchsieve.export.lowering.base import Heads, Lowering, dtype_of, inputs_of
 
 
 class Reference(Lowering):
     """RMSNormalization, RotaryEmbedding, Attention with an additive mask, TensorScatter."""
 
-    name = "reference"
-    library = "onnxruntime"
-    versions = ">=1.24"
-    where = "any CPU, to check other targets"
-    opset = 24
-    precisions: ClassVar[tuple[str, ...]] = ("float32", "float16")  # as ONNX Runtime runs it
+    target = TARGETS["reference"]
 
     def RMSNorm(self, node: ir.Node) -> Sequence[ir.Value]:
         """The sum is in float32 by the operator's default."""

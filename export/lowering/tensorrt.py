@@ -8,13 +8,12 @@ together with a causal kind, and 11.1 and 11.2 get its key lengths wrong.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import onnx_ir as ir
 
 from patchsieve.contract import names
-from patchsieve.export.lowering.base import Lowering
-from patchsieve.export.lowering.reference import Heads, Reference
+from patchsieve.contract.targets import TARGETS
+from patchsieve.export.lowering.base import Heads
+from patchsieve.export.lowering.reference import Reference
 
 FLOAT = ir.DataType.FLOAT
 
@@ -34,14 +33,7 @@ class TensorRT(Reference):
     refuse.
     """
 
-    name = "tensorrt"
-    library = "tensorrt"
-    versions = ">=11,<12"
-    where = "data-centre and desktop cards, JetPack 7.2.2 with TensorRT 11"
-    static_slots = True
-    precisions: ClassVar[tuple[str, ...]] = Lowering.precisions
-    has_attention_forms = True
-    operators: str | None = "tensorrt-11"
+    target = TARGETS["tensorrt"]
 
     def mask_type(self, heads: Heads, has_mask: bool) -> ir.DataType:
         """That of the scores."""

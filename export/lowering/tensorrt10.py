@@ -7,6 +7,7 @@ operators are all old.
 
 from __future__ import annotations
 
+from patchsieve.contract.targets import TARGETS
 from patchsieve.export.lowering.tensorrt import TensorRT
 
 
@@ -17,7 +18,4 @@ class TensorRT10(TensorRT):
     10.15 takes it.
     """
 
-    name = "tensorrt10"
-    versions = ">=10.15,<11"
-    where = "JetPack 7.2 on Orin and Thor, other cards"
-    operators = "tensorrt-10.15"
+    target = TARGETS["tensorrt10"]

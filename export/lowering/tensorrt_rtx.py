@@ -6,13 +6,11 @@ with `nonpad_kv_seqlen` parses and loses the lengths. No graph uses either.
 
 from __future__ import annotations
 
+from patchsieve.contract.targets import TARGETS
 from patchsieve.export.lowering.tensorrt import TensorRT
 
 
 class TensorRTRTX(TensorRT):
     """The graphs of TensorRT 11."""
 
-    name = "tensorrt-rtx"
-    library = "tensorrt-rtx"
-    versions = ">=1.7,<2"
-    where = "RTX cards"
+    target = TARGETS["tensorrt-rtx"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve.contract.errors import BundleError, UnsupportedModelError
-from patchsieve.contract.manifest import Generation
+from patchsieve.contract.model import Generation
 from patchsieve.contract.reading import read_as
 
 _LOG = logging.getLogger(__name__)

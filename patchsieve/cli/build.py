@@ -13,8 +13,9 @@ from patchsieve.cli.arguments import add_target, gigabytes
 from patchsieve.cli.loading import say_target
 from patchsieve.cli.output import Progress, print_json
 from patchsieve.contract import engine_memory as build_memory
-from patchsieve.contract import manifest
+from patchsieve.contract import files, manifest
 from patchsieve.contract.links import locate
+from patchsieve.contract.targets import AHEAD_OF_TIME
 from patchsieve.tables import size, table
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="M.N",
-        help="GPUs to compile for, such as 8.9 (tensorrt-rtx); the library's own list by default",
+        help="GPU to compile for, such as 8.9; may be repeated "
+        f"({', '.join(AHEAD_OF_TIME)}; default: the library's own list)",
     )
     add("--force", action="store_true", help="build engines again that exist already")
     add("--dry-run", action="store_true", help="print the equivalent trtexec lines, build nothing")
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
     choice = Choice(args.target)
     if args.target == AUTO:
-        choice = choose_to_build(manifest.read(args.bundle))
+        choice = choose_to_build(files.read(args.bundle))
         args.target = choice.target
     request = Request(
         target=args.target,
@@ -111,10 +113,12 @@ def _dry_run(args: argparse.Namespace, request: Request) -> int:
     from patchsieve.runtime.trt.device import find_device
     from patchsieve.runtime.trt.engines import misfit
 
-    facts, target = manifest.read(args.bundle), request.target
+    facts, target = files.read(args.bundle), request.target
     streams, _ = should_stream(facts, request, find_device())
     lines = {
-        graph: command_line(args.bundle, facts, target, graph, options_of(request, graph, streams))
+        graph: command_line(
+            args.bundle, facts, target, graph, options_of(facts, request, graph, streams)
+        )
         for graph in graphs_of(facts, target)
         if not misfit(facts, graph)
     }
@@ -144,7 +148,7 @@ def _expected(facts: manifest.Manifest, target: str) -> dict[str, int]:
 def _report(args: argparse.Namespace, built: list[Built], seconds: float) -> None:
     made = [one for one in built if one.engine is not None]
     total = sum(one.engine.size for one in made if one.engine)
-    expected = _expected(manifest.read(args.bundle), args.target)
+    expected = _expected(files.read(args.bundle), args.target)
     peaks = [one.engine.peak_bytes or 0 for one in made if one.engine and not one.was_there]
     if args.json:
         print_json(

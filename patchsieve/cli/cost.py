@@ -14,7 +14,8 @@ from patchsieve.cli import cost_spellings, plan_options
 from patchsieve.cli.cost_spellings import COSTS_ONLY, Chosen
 from patchsieve.cli.output import print_json
 from patchsieve.contract.errors import PatchsieveError
-from patchsieve.contract.manifest import Manifest, read
+from patchsieve.contract.files import read
+from patchsieve.contract.manifest import Manifest
 from patchsieve.contract.plan import NO_PRUNING, Plan
 from patchsieve.contract.precision import BYTES
 from patchsieve.tables import flops, plural, size, table

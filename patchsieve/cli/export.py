@@ -15,8 +15,10 @@ from patchsieve.cli.output import Progress, print_json, require
 from patchsieve.contract import engine_memory as build_memory
 from patchsieve.contract import names
 from patchsieve.contract.errors import PatchsieveError
-from patchsieve.contract.manifest import Limits, Manifest, read
+from patchsieve.contract.files import read
+from patchsieve.contract.manifest import Limits, Manifest
 from patchsieve.contract.plan import NO_PRUNING, Plan
+from patchsieve.contract.targets import TARGETS, USUAL, WITH_ATTENTION_FORMS, those
 from patchsieve.contract.trained import Trained
 from patchsieve.contract.writing import check_new_bundle
 from patchsieve.export.card import next_commands
@@ -26,6 +28,8 @@ from patchsieve.pruning.recipes import Size
 from patchsieve.runtime.board.abilities import EXPORT
 from patchsieve.tables import size
 
+# Targets of TensorRT without caches in place.
+_GROWING = those(lambda row: row.compiler and row.cache == names.NEW_ROWS)
 _LIMITS = (512, 256, 1)  # text tokens, new tokens, images
 _OF_A_NEW_BUNDLE = (
     "checkpoint",
@@ -77,9 +81,9 @@ def _add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--targets",
-        help="comma-separated: cpu (default), cuda, jetpack6, tensorrt, tensorrt10, tensorrt-rtx, "
-        "reference; or all. In jetpack6 the cache is an input that grows, so each new token also "
-        "costs TensorRT the work of new shapes; the three tensorrt targets write into their caches",
+        help=f"targets, comma-separated: {', '.join(TARGETS)}; or all (default: {USUAL}). "
+        f"Caches of {', '.join(_GROWING)} are inputs that grow, so each new token also costs "
+        "TensorRT the work of new shapes; the other targets of TensorRT write into their caches",
     )
     add(
         "--precision",
@@ -90,7 +94,7 @@ def _add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--attention",
         choices=names.ATTENTION_FORMS,
-        help="how tensorrt, tensorrt10 and tensorrt-rtx get float16 and bfloat16 attention: "
+        help=f"how {', '.join(WITH_ATTENTION_FORMS)} get float16 and bfloat16 attention: "
         "decomposed (default) in parts, its scores in float32; fused as one operator, which may be "
         "faster and which TensorRT 10.16 to 11.2 refuses or gets wrong in some shapes "
         "(python -m benchmarks.settle --only i tries it on your GPU); fused-tower: the tower alone",
@@ -150,11 +154,10 @@ def _export(
     args: argparse.Namespace, plan: Plan, name: str, progress: Progress, spent: dict[str, float]
 ) -> Manifest:
     from patchsieve.export.exporter import ExportOptions, export
-    from patchsieve.export.lowering import LOWERINGS
 
     if args.checkpoint is None or args.output is None:
         raise _needs_model()
-    targets = list(LOWERINGS) if args.targets == "all" else (args.targets or "cpu").split(",")
+    targets = list(TARGETS) if args.targets == "all" else (args.targets or USUAL).split(",")
     limits = (args.max_text_tokens, args.max_new_tokens, args.max_images)
     options = ExportOptions(
         plan=plan,
@@ -228,10 +231,8 @@ def _report(
 
 def _facts(bundle: Path, facts: Manifest) -> dict[str, Any]:
     """What the default plan of a new or changed bundle leaves and reserves."""
-    from patchsieve.export.lowering import LOWERINGS
-
     plan = facts.default_plan
-    is_fixed = any(LOWERINGS[target].static_slots for target in facts.targets)
+    is_fixed = any(TARGETS[target].has_fixed_slots for target in facts.targets)
     slots, full = facts.slots(plan), facts.slots(NO_PRUNING)
     bytes_of = [facts.row_bytes(stage) for stage in facts.stages]
     photo = Path(__file__).resolve().parents[2] / "examples" / "photo.jpg"  # of a clone

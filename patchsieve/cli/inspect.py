@@ -8,7 +8,8 @@ from typing import Any
 
 from patchsieve import inspection
 from patchsieve.cli.output import Progress, print_json
-from patchsieve.contract.manifest import Generation, Needs
+from patchsieve.contract.manifest import Needs
+from patchsieve.contract.model import Generation
 from patchsieve.contract.plan import NO_PRUNING
 from patchsieve.tables import flops, plural, size, table
 

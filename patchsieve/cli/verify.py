@@ -12,6 +12,7 @@ from patchsieve.cli.arguments import add_target
 from patchsieve.cli.loading import say_target
 from patchsieve.cli.output import Progress, print_json, require
 from patchsieve.cli.picture import picture
+from patchsieve.contract.targets import CHECKABLE
 from patchsieve.tables import table
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="greedy tokens to compare (default: 32)",
     )
-    add_target(parser, "the only one of cpu, cuda, jetpack6 and reference, else as for run")
+    add_target(parser, f"the only one of {', '.join(CHECKABLE)}, else as for run")
     add("--threads", type=int, help="threads that run the bundle (default: ONNX Runtime's choice)")
     add("--quiet", action="store_true", help="print the table and the verdict only")
 

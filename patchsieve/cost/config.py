@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve.contract.errors import BundleError, PatchsieveError, UnsupportedModelError
-from patchsieve.contract.manifest import WEIGHTS, Manifest, VisionModel
+from patchsieve.contract.manifest import Manifest
+from patchsieve.contract.model import VisionModel
+from patchsieve.contract.weights import SCORER
 from patchsieve.export.families import check_structure
 from patchsieve.export.source.original import refuse_original
 
@@ -191,7 +193,7 @@ def from_bundle(bundle: Path, manifest: Manifest) -> ModelShape:
     shape = from_manifest(manifest)
     if manifest.scorer is None:
         return shape
-    path = bundle / WEIGHTS / "scorer.safetensors"
+    path = bundle / SCORER.path()
     return replace(shape, scorer=_scorer(path, manifest.scorer.window, manifest.scorer.width))
 
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from patchsieve.contract import names
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.manifest import Manifest
 from patchsieve.contract.writing import one_line
@@ -159,9 +158,8 @@ def depends_on(facts: Manifest, target: str) -> tuple[str, dict[str, str]]:
     graphs = facts.targets[target]
     own: dict[str, list[str]] = {plan: [] for plan in facts.plans}
     for graph in graphs:
-        decided = names.decided(graph)
-        plan = decided[0] if decided else graph.partition(".")[2]
-        if plan in own and (decided or names.is_vision(graph)):
+        plan = facts.graphs[graph].identity.plan
+        if plan in own:
             own[plan].append(graph)
     apart = {graph for of_plan in own.values() for graph in of_plan}
     in_graphs = {path for of_target in facts.targets.values() for path in of_target.values()}

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve.contract.errors import CapacityError, RequestError
-from patchsieve.contract.manifest import Manifest, hash_file
+from patchsieve.contract.files import hash_file
+from patchsieve.contract.manifest import Manifest
 from patchsieve.contract.plan import NO_PRUNING
 from patchsieve.evaluation.answers import AnswerFile, Progress, ask, depends_on
 from patchsieve.evaluation.questions import questions_of

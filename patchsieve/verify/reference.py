@@ -23,7 +23,7 @@ from patchsieve.contract.errors import PatchsieveError, UnsupportedModelError
 from patchsieve.contract.plan import Plan, PseudoCls
 from patchsieve.contract.trained import Trained
 from patchsieve.export.families import family_of
-from patchsieve.export.reuse import plan_vision
+from patchsieve.export.plan_graphs import plan_vision
 from patchsieve.export.source.checkpoint import Checkpoint, locate, read_config
 from patchsieve.export.weights import weights_of
 

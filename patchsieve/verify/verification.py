@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from patchsieve.contract import manifest, names
+from patchsieve.contract import files, names
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import NO_PRUNING
+from patchsieve.contract.targets import CHECKABLE
 from patchsieve.runtime.backend import Backend
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.inputs.images import load_image
 from patchsieve.runtime.inputs.prompt import ExpandedPrompt, Prompt, expand
 from patchsieve.runtime.model import Model
-from patchsieve.runtime.ort.backend import TARGETS, OrtBackend
+from patchsieve.runtime.ort.backend import OrtBackend
 from patchsieve.runtime.positions import number_rows
 from patchsieve.runtime.pseudo_cls import cosines, pool
 from patchsieve.runtime.result import Result
@@ -67,13 +68,13 @@ class Verification:
     ) -> None:
         self.choice = Choice(target)
         if target == AUTO:
-            self.choice = choose(bundle, manifest.read(bundle), among=TARGETS)
+            self.choice = choose(bundle, files.read(bundle), among=CHECKABLE)
             target = self.choice.target
-        if target not in TARGETS:
+        if target not in CHECKABLE:
             raise PatchsieveError(
                 "verify cannot run this target: it runs graphs in ONNX Runtime",
                 found=target,
-                expected=", ".join(TARGETS),
+                expected=", ".join(CHECKABLE),
                 do="choose one of these with --target",
             )
 

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from patchsieve.contract import targets
+from patchsieve.contract.targets import (
+    CUDA_LIBRARIES,
+    FULL,
+    TARGETS,
+    USUAL,
+    Compiler,
+    Range,
+    Target,
+    numbers_of,
+    of_compiler,
+    of_version,
+)
 from patchsieve.runtime.board.machine import Probes
 
 Libraries = dict[str, str | None]
@@ -14,8 +26,6 @@ Libraries = dict[str, str | None]
 EXPORT = ("torch", "transformers", "onnx", "onnxscript", "safetensors")
 CORE = ("numpy", "pillow", "tokenizers", "jinja2")
 CALIBRATION = ("torch", "transformers", "accelerate", "safetensors")
-_NVIDIA = "--extra-index-url https://pypi.nvidia.com"
-_JETSON_INDEX = "https://pypi.jetson-ai-lab.io/jp6/cu126"
 INSTALL = {
     "core": 'pip install "numpy>=1.24" "pillow>=10.1" "tokenizers>=0.21" "jinja2>=3.1.6"',
     "export": 'pip install "torch>=2.8" "transformers>=5.0,<6" "onnx>=1.20" "onnxscript>=0.7" '
@@ -25,22 +35,10 @@ INSTALL = {
     "open_clip": 'pip install "open_clip_torch>=3.0"',
     "optimum": 'pip install "optimum>=2.0"',
     "lmms_eval": 'pip install "lmms-eval>=0.7.1"',
-    "onnxruntime": 'pip install "onnxruntime>=1.23"',
-    "onnxruntime 1.24": 'pip install "onnxruntime>=1.24"',
-    "onnxruntime-gpu": 'pip uninstall -y onnxruntime && pip install "onnxruntime-gpu>=1.23"',
-    "onnxruntime-gpu on JetPack 6": "pip uninstall -y onnxruntime && pip install onnxruntime-gpu "
-    f"--index-url {_JETSON_INDEX}",
-    "CUDA libraries": 'pip install "onnxruntime-gpu[cuda,cudnn]"',
-    "tensorrt_rtx": 'pip install "tensorrt-rtx>=1.7"',
-    "tensorrt": f'pip install "tensorrt>=11" {_NVIDIA}',
-    "tensorrt10": f'pip install "tensorrt>=10.15,<11" {_NVIDIA}',
-    "jetpack6": f'pip install "tensorrt>=10.3,<10.15" {_NVIDIA}',
-    "tensorrt on a board": "sudo apt-get install -y python3-libnvinfer && "
-    "python3 -m venv --system-site-packages .venv",
     "cuda-python": 'pip install "cuda-python>=12.6"',
     "cuda-python for CUDA 12": 'pip install "cuda-python<13"',
     "cuda-python on JetPack 6": 'pip install "cuda-python==12.6.*"',
-    "driver": "install NVIDIA's driver, or use --target cpu",
+    "driver": f"install NVIDIA's driver, or use --target {USUAL}",
 }
 # Commands that need a library beside those of export and run: what for, which, and its line.
 TOOLS = {
@@ -49,18 +47,7 @@ TOOLS = {
     "optimum": ("optimum-cli export patchsieve", ("optimum",), "optimum"),
     "lmms_eval": ("lmms-eval --model patchsieve", ("lmms_eval",), "lmms_eval"),
 }
-OPSET_24 = (1, 24)  # ONNX Runtime that loads the reference graphs
 CUDA_PROVIDER = "CUDAExecutionProvider"
-# Which TensorRT serves a target: from the first version on, below the second. 10.3 to 10.14 have
-# none of the operators of opset 23, so they take jetpack6's graphs.
-TENSORRT = {
-    "tensorrt": ((11, 0), (12, 0)),
-    "tensorrt10": ((10, 15), (11, 0)),
-    "jetpack6": ((10, 3), (10, 15)),
-}
-# GPUs that TensorRT-RTX 1.7 lists; it refuses 8.7 (Orin), 9.0 (Hopper) and 11.0 (Thor).
-RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-
 
 # What a library's module is called where it is not the library's name.
 MODULES = {"cuda-python": "cuda", "pillow": "PIL"}
@@ -88,13 +75,7 @@ def install_line(module: str | None) -> str | None:
     for line, libraries in groups.items():
         if top in (MODULES.get(name, name) for name in libraries):
             return INSTALL[line]
-    return INSTALL[top] if top in ("onnxruntime", "tensorrt", "tensorrt_rtx") else None
-
-
-def target_of(version: str | None) -> str | None:
-    """The target that a version of TensorRT serves; None for 8.x and what is not known."""
-    numbers = numbers_of(version)
-    return next((t for t, (low, high) in TENSORRT.items() if low <= numbers < high), None)
+    return targets.install_line(top)
 
 
 def is_jetpack_6(board: dict[str, Any] | None) -> bool:
@@ -116,42 +97,67 @@ def cuda_python_line(board: dict[str, Any] | None, *, is_too_new: bool = False) 
 
 def tools_of(libraries: Libraries) -> dict[str, Ability]:
     """Commands that need a library of their own."""
-    return {name: _needs(libraries, needed, line) for name, (_, needed, line) in TOOLS.items()}
+    return {
+        name: _needs(libraries, needed, INSTALL[line]) for name, (_, needed, line) in TOOLS.items()
+    }
 
 
 def abilities_of(
     probes: Probes, facts: dict[str, Any], libraries: Libraries, providers: Sequence[str]
 ) -> dict[str, dict[str, Ability]]:
     """For each target: export its graphs, build its engines, run its bundles."""
-    export = _needs(libraries, EXPORT, "export")
-    core = _needs(libraries, CORE, "core")
+    export = _needs(libraries, EXPORT, INSTALL["export"])
+    core = _needs(libraries, CORE, INSTALL["core"])
+    found = {}
+    for name, row in TARGETS.items():
+        build, run = (
+            _with_onnxruntime(row, probes, facts, libraries, providers)
+            if row.compiler is None
+            else _with_engines(row, row.compiler, facts, libraries)
+        )
+        found[name] = {"export": export, "build": build, "run": _first(core, *run)}
+    return found
+
+
+Steps = tuple[Ability, tuple[Ability, ...]]  # of building, and all that running needs
+
+
+def _with_onnxruntime(
+    row: Target,
+    probes: Probes,
+    facts: dict[str, Any],
+    libraries: Libraries,
+    providers: Sequence[str],
+) -> Steps:
     none = Ability(None, "no engines")
-    gpu = _gpu(facts)
-    starts = _starts(probes, facts, libraries, providers)
-    cuda = _cuda_python(facts, libraries)
-    run_cpu = _first(core, _needs(libraries, ("onnxruntime",), "onnxruntime"))
-    steps = {
-        "cpu": (none, run_cpu),
-        "cuda": (none, _first(core, _provider(facts, libraries, providers), gpu, starts)),
-        "tensorrt-rtx": (
-            _needs(libraries, ("tensorrt_rtx",), "tensorrt_rtx"),
-            _first(core, *_rtx(facts, libraries), gpu),
-        ),
-    }
-    for target in TENSORRT:
-        library = _tensorrt(target, facts, libraries)
-        steps[target] = (_first(gpu, library), _first(core, library, cuda, gpu, library))
-    steps["reference"] = (none, _first(run_cpu, _opset_24(probes, libraries), run_cpu))
-    return {
-        target: {"export": export, "build": build, "run": run}
-        for target, (build, run) in steps.items()
-    }
+    if row.device == "cuda":
+        provider = _provider(row, facts, libraries, providers)
+        return none, (provider, _gpu(facts), _starts(probes, facts, libraries, providers))
+    usual = TARGETS[USUAL]
+    there = _needs(libraries, (row.backend,), usual.install)
+    if row.versions == usual.versions:
+        return none, (there,)
+    return none, (there, _opset(row, probes, libraries), there)
+
+
+def _with_engines(
+    row: Target, compiler: Compiler, facts: dict[str, Any], libraries: Libraries
+) -> Steps:
+    gpu, cuda = _gpu(facts), _cuda_python(facts, libraries)
+    library = (
+        _needs(libraries, (compiler.module,), row.install)
+        if row.serves is None
+        else _of_right_version(row, row.serves, facts, libraries)
+    )
+    if compiler.is_ahead_of_time:
+        return library, (library, cuda, *_refused(compiler, facts, libraries), gpu)
+    return _first(gpu, library), (library, cuda, gpu, library)
 
 
 def _needs(libraries: Libraries, names: tuple[str, ...], install: str) -> Ability:
     absent = [name for name in names if libraries[name] is None]
     if absent:
-        return Ability(False, f"no {', '.join(absent)}", INSTALL[install])
+        return Ability(False, f"no {', '.join(absent)}", install)
     if len(names) > 2:
         return Ability(True, "all there")
     return Ability(True, ", ".join(f"{name} {libraries[name]}" for name in names))
@@ -169,17 +175,19 @@ def _gpu(facts: dict[str, Any]) -> Ability:
     return Ability(True, f"{gpu['name']}, compute capability {gpu['compute_capability'] or '?'}")
 
 
-def _provider(facts: dict[str, Any], libraries: Libraries, providers: Sequence[str]) -> Ability:
+def _provider(
+    row: Target, facts: dict[str, Any], libraries: Libraries, providers: Sequence[str]
+) -> Ability:
     """ONNX Runtime with its CUDA provider; boards take it from an index of their own."""
     if CUDA_PROVIDER in providers:
         return Ability(True, f"onnxruntime {libraries['onnxruntime']} with {CUDA_PROVIDER}")
     why = "no onnxruntime-gpu" if libraries["onnxruntime"] is None else f"no {CUDA_PROVIDER}"
     board = facts["jetson"]
     if board is None:
-        return Ability(False, why, INSTALL["onnxruntime-gpu"])
+        return Ability(False, why, row.install)
     if is_jetpack_6(board):
-        return Ability(False, why, INSTALL["onnxruntime-gpu on JetPack 6"])
-    target = target_of(libraries["tensorrt"]) or "cpu"
+        return Ability(False, why, row.install_on_board)
+    target = of_version(libraries["tensorrt"]) or USUAL
     return Ability(
         False, f"{why}, and no wheel is known for this JetPack", f"use --target {target}"
     )
@@ -195,7 +203,7 @@ def _starts(
     obstacle = probes.cuda_obstacle()
     if not obstacle:
         return ready
-    return Ability(False, f"{CUDA_PROVIDER} does not start: {obstacle}", INSTALL["CUDA libraries"])
+    return Ability(False, f"{CUDA_PROVIDER} does not start: {obstacle}", CUDA_LIBRARIES)
 
 
 def _cuda_python(facts: dict[str, Any], libraries: Libraries) -> Ability:
@@ -210,52 +218,46 @@ def _cuda_python(facts: dict[str, Any], libraries: Libraries) -> Ability:
     return Ability(False, why, cuda_python_line(board, is_too_new=True))
 
 
-def _rtx(facts: dict[str, Any], libraries: Libraries) -> tuple[Ability, ...]:
-    capabilities = [gpu["compute_capability"] for gpu in facts["gpus"]]
-    there = _needs(libraries, ("tensorrt_rtx",), "tensorrt_rtx")
-    cuda = _cuda_python(facts, libraries)
-    if not any(capabilities) or set(capabilities) & set(RTX_CAPABILITIES):
-        return there, cuda
-    other = target_of(libraries["tensorrt"]) or "tensorrt"
-    refused = Ability(
-        False,
-        f"TensorRT-RTX does not list compute capability {', '.join(filter(None, capabilities))}",
-        f"use --target {other}",
-    )
-    return there, cuda, refused
+def _refused(compiler: Compiler, facts: dict[str, Any], libraries: Libraries) -> Iterator[Ability]:
+    """Why a compiler takes none of the GPUs that are here; nothing if it takes one."""
+    found = [gpu["compute_capability"] for gpu in facts["gpus"]]
+    if any(found) and not any(capability and compiler.takes(capability) for capability in found):
+        other = of_version(libraries[FULL.module]) or of_compiler(FULL)[0]
+        yield Ability(
+            False,
+            f"{compiler.label} does not list compute capability {', '.join(filter(None, found))}",
+            f"use --target {other}",
+        )
 
 
-def _tensorrt(target: str, facts: dict[str, Any], libraries: Libraries) -> Ability:
+def _of_right_version(
+    row: Target, serves: Range, facts: dict[str, Any], libraries: Libraries
+) -> Ability:
     """TensorRT of the right version; on a board there is no other than JetPack's."""
-    found, board = libraries["tensorrt"], facts["jetson"]
+    found, board = libraries[row.module], facts["jetson"]
     if found is None:
-        line = INSTALL[target] if board is None else INSTALL["tensorrt on a board"]
-        return Ability(False, "no tensorrt", line)
-    serves = target_of(found)
-    if serves == target:
-        return Ability(True, f"tensorrt {found}")
-    low, high = TENSORRT[target]
-    why = f"tensorrt {found} is here, this target needs {_dotted(low)} up to below {_dotted(high)}"
+        line = row.install if board is None else row.install_on_board
+        return Ability(False, f"no {row.module}", line)
+    serving = of_version(found)
+    if serving == row.name:
+        return Ability(True, f"{row.module} {found}")
+    low, high = serves
+    wanted = f"{_dotted(low)} up to below {_dotted(high)}"
+    why = f"{row.module} {found} is here, this target needs {wanted}"
     if board is None:
-        return Ability(False, why, INSTALL[target])
-    do = f"use --target {serves}" if serves else "install JetPack 6.1 or newer"
+        return Ability(False, why, row.install)
+    do = f"use --target {serving}" if serving else "install JetPack 6.1 or newer"
     return Ability(False, why, do)
 
 
-def _opset_24(probes: Probes, libraries: Libraries) -> Ability:
-    found = libraries["onnxruntime"]
-    if numbers_of(found) >= OPSET_24:
-        return Ability(True, f"onnxruntime {found}")
+def _opset(row: Target, probes: Probes, libraries: Libraries) -> Ability:
+    """An ONNX Runtime that loads graphs of the target's opset."""
+    found = libraries[row.backend]
+    if numbers_of(found) >= numbers_of(row.versions):
+        return Ability(True, f"{row.backend} {found}")
     older = "" if numbers_of(probes.python) >= (3, 11) else "use Python 3.11 or newer, then "
-    why = f"onnxruntime {found} has no opset 24"
-    return Ability(False, why, older + INSTALL["onnxruntime 1.24"])
+    return Ability(False, f"{row.backend} {found} has no opset {row.opset}", older + row.install)
 
 
 def _dotted(numbers: tuple[int, int]) -> str:
     return ".".join(map(str, numbers))
-
-
-def numbers_of(version: str | None) -> tuple[int, ...]:
-    """The first two numbers; of a version that is not told, the highest."""
-    numbers = re.findall(r"\d+", version or "")
-    return tuple(int(number) for number in numbers[:2]) if numbers else (1 << 30,)

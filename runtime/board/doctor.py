@@ -8,12 +8,12 @@ from typing import Any
 
 from patchsieve import __version__
 from patchsieve.contract import engine_memory as build_memory
-from patchsieve.contract import manifest
+from patchsieve.contract import files
 from patchsieve.contract.manifest import Manifest
+from patchsieve.contract.targets import WITH_ENGINES
 from patchsieve.runtime.board import machine
 from patchsieve.runtime.board.abilities import (
     MODULES,
-    TENSORRT,
     Libraries,
     abilities_of,
     tools_of,
@@ -76,7 +76,7 @@ def diagnose(probes: Probes | None = None, bundle: Path | None = None) -> dict[s
         "warnings": pitfalls(probes, facts, libraries, providers) + other_copies(probes),
     }
     if bundle is not None:
-        report["bundle"] = check_bundle(manifest.read(bundle), bundle, facts)
+        report["bundle"] = check_bundle(files.read(bundle), bundle, facts)
         report["warnings"] += bundle_pitfalls(report["bundle"], disk)
     return report
 
@@ -148,7 +148,7 @@ def check_bundle(facts: Manifest, bundle: Path, found: dict[str, Any]) -> dict[s
     return {
         "path": str(bundle),
         "targets": sorted(facts.targets),
-        "has_engines": bool({"tensorrt-rtx", *TENSORRT} & set(facts.targets)),
+        "has_engines": bool(set(WITH_ENGINES) & set(facts.targets)),
         "precision": str(facts.precision),
         "weight_bytes": weights,
         "build_bytes": build,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from patchsieve.runtime.board.abilities import RTX_CAPABILITIES, Libraries, numbers_of
+from patchsieve.contract.targets import RTX, USUAL, numbers_of
+from patchsieve.runtime.board.abilities import Libraries
 from patchsieve.runtime.board.machine import Probes
 
 ONE_ONNXRUNTIME = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install --no-cache-dir {}"
@@ -44,14 +45,14 @@ def _onnxruntime(
 
 
 def _rtx(facts: dict[str, Any], libraries: Libraries) -> Iterator[str]:
-    if libraries["tensorrt_rtx"] is None:
+    if libraries[RTX.module] is None or RTX.capabilities is None:
         return
     for gpu in facts["gpus"]:
         capability = gpu["compute_capability"]
-        if capability and capability not in RTX_CAPABILITIES:
+        if not RTX.takes(capability):
             yield (
-                f"TensorRT-RTX builds here but does not list this GPU: {gpu['name']}, compute "
-                f"capability {capability} | expected: one of {', '.join(RTX_CAPABILITIES)} | "
+                f"{RTX.label} builds here but does not list this GPU: {gpu['name']}, compute "
+                f"capability {capability} | expected: one of {', '.join(RTX.capabilities)} | "
                 "what to do: use the full TensorRT"
             )
 
@@ -61,7 +62,7 @@ def _jetpack(probes: Probes, facts: dict[str, Any], libraries: Libraries) -> Ite
     if numbers_of(board["jetpack"])[:2] < _OLDEST_JETPACK:
         yield (
             f"JetPack {board['jetpack']} has a TensorRT that no target serves | "
-            "what to do: flash JetPack 6.1 or newer, or use --target cpu"
+            f"what to do: flash JetPack 6.1 or newer, or use --target {USUAL}"
         )
     if libraries["tensorrt"] is None and probes.in_venv:
         yield (

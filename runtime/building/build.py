@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from patchsieve.contract import manifest
+from patchsieve.contract import files
 from patchsieve.contract.errors import BackendMissingError, BundleError, PatchsieveError
 from patchsieve.contract.links import locate
 from patchsieve.contract.manifest import Manifest
+from patchsieve.contract.targets import RTX, compiler_of
 from patchsieve.contract.writing import one_line
 from patchsieve.runtime.building.build_config import TIMING_CACHE
 from patchsieve.runtime.building.build_request import Request, graphs_of, options_of, should_stream
@@ -81,7 +82,7 @@ def build(
         BundleError: The bundle is damaged, has no graphs for the target, or one cannot be built.
         PatchsieveError: The disk is full, or another build of the target is at work.
     """
-    facts = manifest.read(bundle)
+    facts = files.read(bundle)
     graphs = graphs_of(facts, request.target)
     library = Library.of(load_tensorrt(request.target))
     device = find_device()
@@ -95,7 +96,7 @@ def build(
     progress("checking the bundle", 0.0)
     paths = [path for path in facts.files if path not in others]
     # All of it, whatever was read before: what an engine is recorded to hold, it holds.
-    manifest.check_files(bundle, facts, paths=paths, again=True)
+    files.check_files(bundle, facts, paths=paths, again=True)
     streams, note = should_stream(facts, request, device)
     if note:
         told(note)
@@ -139,6 +140,7 @@ class _Job:
     def __post_init__(self) -> None:
         self.weights = record_module.weights_hash(self.facts)
         self.record = Record(self.bundle, self.request.target)
+        self.is_rtx = compiler_of(self.request.target) is RTX
 
     def read(self) -> None:
         """Take up the record of an earlier build, and remove what a killed one left."""
@@ -157,7 +159,7 @@ class _Job:
         path = engine_path(self.bundle, self.request.target, graph)
         if note := misfit(self.facts, graph):
             return Built(graph, path, None, note=note)
-        asked = options_of(self.request, graph, self.streams)
+        asked = options_of(self.facts, self.request, graph, self.streams)
         there = self.record.engines.get(graph)
         if (
             not self.request.force
@@ -194,14 +196,13 @@ class _Job:
                 "export the bundle again with --attention decomposed: this graph holds attention "
                 "as one operator, which some TensorRTs cannot compile"
             )
-        other = "" if self.request.target == "tensorrt-rtx" else "--optimization-level or another "
+        other = "" if self.is_rtx else "--optimization-level or another "
         return f"try another {other}release of {self.library.name}, and report the failure"
 
     def _compile(
         self, graph: str, path: Path, asked: Options, step: Callable[[str], None]
     ) -> Engine:
         shapes = tuple(profiles(self.facts, graph, self.request.target))
-        is_rtx = self.request.target == "tensorrt-rtx"
 
         def attempt(options: Options) -> Done:
             job = Job(
@@ -211,7 +212,7 @@ class _Job:
                 target=self.request.target,
                 options=options,
                 # TensorRT-RTX has no timings to keep: its cache belongs to the runtime.
-                timing_cache=None if is_rtx else str(path.with_name(TIMING_CACHE)),
+                timing_cache=None if self.is_rtx else str(path.with_name(TIMING_CACHE)),
                 bundle=str(self.bundle) if self.has_links else None,
             )
             return self.builder(job, lambda phase, *_: step(phase))
@@ -220,14 +221,14 @@ class _Job:
             done, options, rung, failed = climb(
                 asked,
                 attempt,
-                ladder=ONE_RUNG if is_rtx else LADDER,
+                ladder=ONE_RUNG if self.is_rtx else LADDER,
                 may_stream=self.request.streaming != "off",
                 told=lambda text: self.told(f"{graph}: {text}"),
             )
         except CompilerError as error:
             remedy = {"do": self._remedy(graph, str(error))}
             raise CompilerError(**error.fields() | remedy) from error
-        file = manifest.hash_file(path)
+        file = files.hash_file(path)
         return Engine(
             graph_sha256=self.facts.files[self._source(graph)].sha256,
             weights_sha256=self.weights,

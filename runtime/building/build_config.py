@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from patchsieve.contract.errors import BundleError, ShapeError
+from patchsieve.contract.targets import AHEAD_OF_TIME
 from patchsieve.runtime.building.profiles import Profile
 from patchsieve.runtime.trt.engines import Options
 from patchsieve.runtime.trt.library import Messages
@@ -56,7 +57,7 @@ def _set_compute_capabilities(
         raise BundleError(
             f"target {target} compiles only for the GPU of this machine",
             found=f"compute capabilities {', '.join(wanted)}",
-            do="leave the list empty, or use the target tensorrt-rtx",
+            do=f"leave out --compute-capability, or use --target {AHEAD_OF_TIME[0]}",
         )
     config.num_compute_capabilities = len(wanted)
     for index, text in enumerate(wanted):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from patchsieve.contract import manifest, names
-from patchsieve.contract.engine_memory import TARGETS
 from patchsieve.contract.errors import BundleError, PatchsieveError
+from patchsieve.contract.graphs import STAGE, VISION
 from patchsieve.contract.manifest import Manifest
+from patchsieve.contract.targets import USUAL, WITH_ENGINES, compiler_of
 from patchsieve.runtime.trt.device import Device
 from patchsieve.runtime.trt.engines import Options
 
@@ -19,7 +19,7 @@ class Request:
     """What the user asks of a build.
 
     Attributes:
-        target: One of `build_memory.TARGETS`.
+        target: One that has engines.
         options: What the engines are to be; `weight_streaming` follows from the two below.
         streaming: "on", "off", or "auto": where the weights are larger than the GPU's memory.
         device_bytes: Memory of the GPU that will run the engines; the one here by default.
@@ -33,11 +33,12 @@ class Request:
     force: bool = False
 
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
+        if self.target not in WITH_ENGINES:
             raise PatchsieveError(
                 "this target has no engines to build",
                 found=self.target[:60],
-                expected=", ".join(TARGETS),
+                expected=", ".join(WITH_ENGINES),
+                do="choose one of these with --target",
             )
         if self.streaming not in STREAMING:
             raise PatchsieveError(
@@ -50,7 +51,8 @@ class Request:
     @property
     def is_ahead_of_time(self) -> bool:
         """Engines are compiled for a list of GPUs, none of which need be here."""
-        return self.target == "tensorrt-rtx" and "current" not in self.options.compute_capabilities
+        is_here = "current" in self.options.compute_capabilities
+        return compiler_of(self.target).is_ahead_of_time and not is_here
 
 
 def graphs_of(facts: Manifest, target: str) -> dict[str, str]:
@@ -59,18 +61,14 @@ def graphs_of(facts: Manifest, target: str) -> dict[str, str]:
         raise BundleError(
             f"the bundle holds no graphs for {target}",
             found=", ".join(sorted(facts.targets)),
-            do=f"export it again with --targets cpu,{target}",
+            do=f"export it again with --targets {USUAL},{target}",
         )
     return facts.targets[target]
 
 
 def weight_bytes(facts: Manifest) -> int:
     """Bytes of the weights that engines hold: the table of embeddings stays with the host."""
-    return sum(
-        file.size
-        for path, file in facts.files.items()
-        if path.startswith(manifest.WEIGHTS) and path != facts.embeddings.file
-    )
+    return sum(facts.files[path].size for path in facts.weights if path != facts.embeddings.file)
 
 
 def should_stream(facts: Manifest, request: Request, device: Device | None) -> tuple[bool, str]:
@@ -93,7 +91,7 @@ def should_stream(facts: Manifest, request: Request, device: Device | None) -> t
     return True, f"{sizes}: engines are built to stream them (--weight-streaming off forbids it)"
 
 
-def options_of(request: Request, graph: str, streams: bool) -> Options:
-    """The options of a graph's engine; only those with weights stream them."""
-    has_weights = names.is_vision(graph) or graph.startswith("stage_")
-    return replace(request.options, weight_streaming=streams and has_weights)
+def options_of(facts: Manifest, request: Request, graph: str, streams: bool) -> Options:
+    """The options of a graph's engine; only those of tower and stages stream their weights."""
+    is_heavy = facts.graphs[graph].kind in (VISION, STAGE)
+    return replace(request.options, weight_streaming=streams and is_heavy)

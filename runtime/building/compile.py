@@ -63,7 +63,7 @@ def build_engine(
         profiles: Optimisation profiles, in the order in which the runtime names them. Each gives
             every dynamic input its (min, opt, max) shape. A decode profile is 1/1/2 rows: exactly
             one row makes TensorRT-RTX 1.7.1 store fp16 weights twice.
-        target: `tensorrt-rtx`, `tensorrt` or a JetPack.
+        target: One that has engines.
         options: What the engine is to be.
         timing_cache: File of kernel timings, read where it is there and written after the build.
         bundle: The graph's bundle, if its files are links: the graph is read into memory, and its

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from patchsieve.contract import names
 from patchsieve.contract.manifest import Manifest
 
@@ -32,10 +30,11 @@ def profiles(facts: Manifest, graph: str, target: str) -> list[Profile]:
         names.AXIS_ROWS: (1, most[0], most[0]),
         names.AXIS_WINDOWS: (1, 1, names.MOST_WINDOWS),
     }
-    if graph.startswith("stage_"):
-        chosen = _stage(facts, int(graph.removeprefix("stage_")), ranges, most)
-    elif (decided := names.decided(graph)) is not None:
-        chosen = [_decision(facts, decided[1], ranges, most)]
+    identity = facts.graphs[graph].identity
+    if identity.stage is not None:
+        chosen = _stage(facts, identity.stage, ranges, most)
+    elif identity.layer is not None:
+        chosen = [_decision(facts, identity.layer, ranges, most)]
     else:
         chosen = [ranges]
     return [_profile(facts, graph, target, given) for given in chosen]
@@ -74,15 +73,17 @@ def _decision(facts: Manifest, layer: int, ranges: Ranges, most: list[int]) -> R
 def _profile(facts: Manifest, graph: str, target: str, ranges: Ranges) -> Profile:
     """Shapes of the inputs that have an axis of changing length; fixed caches have none."""
     profile: Profile = {}
-    for tensor in facts.tensors_of(target)[graph]["inputs"]:
-        shape: list[Any] = tensor["shape"]
-        if any(axis in ranges for axis in shape):
-            low, usual, high = (
-                tuple(ranges[axis][i] if axis in ranges else axis for axis in shape)
-                for i in range(3)
-            )
-            profile[tensor["name"]] = (low, usual, high)
+    for tensor in facts.signature(target, graph).inputs:
+        if any(axis in ranges for axis in tensor.shape):
+            axes = [_lengths(axis, ranges) for axis in tensor.shape]
+            low, usual, high = (tuple(axis[i] for axis in axes) for i in range(3))
+            profile[tensor.name] = (low, usual, high)
     return profile
+
+
+def _lengths(axis: int | str, ranges: Ranges) -> tuple[int, int, int]:
+    """(min, opt, max) of an axis."""
+    return (axis, axis, axis) if isinstance(axis, int) else ranges[axis]
 
 
 def _budget(facts: Manifest, index: int) -> int:

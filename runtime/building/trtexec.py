@@ -10,12 +10,10 @@ import shlex
 from pathlib import Path
 
 from patchsieve.contract.manifest import Manifest
+from patchsieve.contract.targets import compiler_of
 from patchsieve.runtime.building.build_config import TIMING_CACHE
 from patchsieve.runtime.building.profiles import Profile, profiles
 from patchsieve.runtime.trt.engines import Options, engine_path
-
-# 11.x is always typed and takes the flag without effect; RTX does not know it.
-_TYPED = ("tensorrt", "tensorrt10", "jetpack6")
 
 
 def command_line(bundle: Path, facts: Manifest, target: str, graph: str, options: Options) -> str:
@@ -28,10 +26,10 @@ def command_line(bundle: Path, facts: Manifest, target: str, graph: str, options
         graph: One of its graphs.
         options: What the engine is to be.
     """
-    is_rtx = target == "tensorrt-rtx"
+    compiler = compiler_of(target)
     engine = engine_path(bundle, target, graph)
     words = [
-        "tensorrt_rtx" if is_rtx else "trtexec",
+        compiler.tool,
         f"--onnx={bundle / facts.targets[target][graph]}",
         f"--saveEngine={engine}",
     ]
@@ -43,7 +41,8 @@ def command_line(bundle: Path, facts: Manifest, target: str, graph: str, options
             f"--{name}Shapes={_spec(profile, which)}"
             for which, name in enumerate(("min", "opt", "max"))
         ]
-    if target in _TYPED:
+    # 11.x is always typed and takes the flag without effect; TensorRT-RTX does not know it.
+    if not compiler.is_ahead_of_time:
         words += ["--stronglyTyped", f"--timingCacheFile={engine.with_name(TIMING_CACHE)}"]
     words += _options(options)
     return shlex.join([*words, "--skipInference"])

@@ -54,7 +54,7 @@ class TensorRTBackend:
         self.memory = Memory(self.driver)
         self.times = DeviceTimes(self.driver)
         self.kernels = KernelCache(self.trt, folder_of(bundle.path, bundle.target))
-        self.form = self.facts.caches(bundle.target)
+        self.form = self.facts.cache_forms[bundle.target]
         self._engines: dict[str, Engine] = {}
         self._contexts: dict[tuple[str, int], Context] = {}
         self._decoder: RowDecoder | None = None

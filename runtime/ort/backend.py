@@ -16,6 +16,7 @@ import numpy as np
 from patchsieve.contract import names
 from patchsieve.contract.errors import BackendMissingError, BundleError, CapacityError, RequestError
 from patchsieve.contract.external_data import read_relocated, relocated
+from patchsieve.contract.targets import CUDA_LIBRARIES, TARGETS, on_device
 from patchsieve.runtime.backend import decode_by_stages, missing
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.cache import StageCache
@@ -29,14 +30,9 @@ from patchsieve.runtime.ort.caches import Buffers, InPlace, NewRows, View
 
 log = logging.getLogger(__name__)
 
-# Whose graphs ONNX Runtime runs on any machine, if only to check them.
-TARGETS = ("cpu", "cuda", "jetpack6", "reference")
 _QUIET = 3  # errors only
-INSTALL_CUDA = 'pip install "onnxruntime-gpu[cuda,cudnn]", of the CUDA that it was built for'
 # What ONNX Runtime's arena and CUDA itself say where memory is full.
 _FULL = ("Failed to allocate memory", "out of memory", "bad_alloc")
-# Both packages own the module `onnxruntime`, so that one overwrites the other.
-INSTALL_GPU = "pip uninstall -y onnxruntime; pip install onnxruntime-gpu"
 # Every session has threads of its own; those that go on spinning behind their run take a core from
 # the next graph's threads.
 _STOP_SPINNING = "session.force_spinning_stop"
@@ -73,7 +69,7 @@ class OrtBackend:
         device: str | None = None,
     ) -> None:
         self.bundle, self.facts = bundle, bundle.manifest
-        self.device = device or ("cuda" if bundle.target == "cuda" else "cpu")
+        self.device = device or TARGETS[bundle.target].device or "cpu"
         self.provider = _provider(self.device)
         self._models = models or {}
         self.options = ort.SessionOptions()
@@ -105,7 +101,7 @@ class OrtBackend:
                 expected=f"at most {memory / 1e9:.1f} GB, all of its memory",
                 do="export with smaller --max-text-tokens, --max-images or --budget",
             )
-        is_rows = self.facts.caches(self.bundle.target) == names.NEW_ROWS
+        is_rows = self.facts.cache_forms[self.bundle.target] == names.NEW_ROWS
         graph = names.stage(stage)
         with graph_errors(f"the graph {graph}"):
             return (NewRows if is_rows else InPlace)(
@@ -113,7 +109,7 @@ class OrtBackend:
                 self._session(graph),
                 facts,
                 self.facts.text,
-                self.facts.precision.decoder,
+                self.facts.cache_type,
                 self.device,
             )
 
@@ -214,14 +210,14 @@ class OrtBackend:
 
     def _check_tensors(self, graph: str, session: Any) -> None:
         """Refuse a graph that is not the one that the manifest describes."""
-        listed = self.facts.tensors_of(self.bundle.target).get(graph, {})
-        sides = {"inputs": session.get_inputs(), "outputs": session.get_outputs()}
-        for side, values in sides.items():
+        listed = self.facts.signature(self.bundle.target, graph)
+        sides = {
+            "inputs": (session.get_inputs(), listed.inputs),
+            "outputs": (session.get_outputs(), listed.outputs),
+        }
+        for side, (values, tensors) in sides.items():
             found = {v.name: (v.type, _lengths(v.shape)) for v in values}
-            expected = {
-                str(t.get("name")): (f"tensor({t.get('dtype')})", _lengths(t.get("shape") or ()))
-                for t in listed.get(side, ())
-            }
+            expected = {t.name: (f"tensor({t.dtype})", _lengths(t.shape)) for t in tensors}
             if found != expected:
                 odd = next(n for n in {**found, **expected} if found.get(n) != expected.get(n))
                 raise BundleError(
@@ -240,7 +236,7 @@ def _provider(device: str) -> str:
             f"onnxruntime {ort.__version__} cannot run on a GPU",
             found=", ".join(ort.get_available_providers()),
             expected=provider,
-            do=INSTALL_GPU,
+            do=on_device(device).install,
         )
     if device == "cuda":
         preload()
@@ -281,7 +277,7 @@ def _check_provider(session: Any, provider: str) -> None:
             "ONNX Runtime could not start on the GPU",
             found=preload() or f"{', '.join(found)}; ONNX Runtime logged why",
             expected=provider,
-            do=INSTALL_CUDA,
+            do=f"{CUDA_LIBRARIES}, of the CUDA that it was built for",
         )
 
 

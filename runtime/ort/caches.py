@@ -13,7 +13,8 @@ import numpy as np
 import onnxruntime as ort
 
 from patchsieve.contract import names
-from patchsieve.contract.manifest import Stage, TextModel
+from patchsieve.contract.manifest import Stage
+from patchsieve.contract.model import TextModel
 
 
 @dataclass(frozen=True)

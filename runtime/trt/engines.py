@@ -18,22 +18,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from patchsieve.contract import manifest, names
+from patchsieve.contract import files, manifest
 from patchsieve.contract.errors import BackendMissingError, BundleError
+from patchsieve.contract.graphs import DECISION
 from patchsieve.contract.links import locate
 from patchsieve.contract.manifest import Manifest
 from patchsieve.contract.reading import read_as
+from patchsieve.contract.targets import FULL, RTX, compiler_of, of_compiler
 from patchsieve.contract.verified import Verified
 from patchsieve.contract.writing import write_whole
-from patchsieve.runtime.board.abilities import RTX_CAPABILITIES
 
 SCHEMA_VERSION = 1
 FILE_NAME = "engines.json"
 _LARGEST_RECORD = 16 << 20
-RTX = "tensorrt-rtx"
-# Where an engine of TensorRT-RTX runs that was compiled for no list of GPUs. A card outside of it
-# that the library knows (RTX_CAPABILITIES) takes engines whose list names it.
-_PORTABLE = ("8.6", "8.9", "12.0")
 
 Shape = tuple[int, ...]
 
@@ -172,17 +169,22 @@ def engine_path(bundle: Path, target: str, graph: str) -> Path:
 def weights_hash(facts: Manifest) -> str:
     """One hash over all weights: graphs only point to them, engines hold them."""
     digest = hashlib.sha256()
-    for path in sorted(facts.files):
-        if path.startswith(manifest.WEIGHTS):
-            digest.update(f"{path} {facts.files[path].sha256}\n".encode())
+    for path in sorted(facts.weights):
+        digest.update(f"{path} {facts.files[path].sha256}\n".encode())
     return digest.hexdigest()
 
 
 def misfit(facts: Manifest, graph: str) -> str:
     """Why a decision has no engine: its plan needs more slots than the stages reserve; or ""."""
-    plan, _ = names.decided(graph) or ("", 0)
-    if not plan or all(
-        needed <= stage.slots for needed, stage in zip(facts.slots(plan), facts.stages, strict=True)
+    entry = facts.graphs[graph]
+    plan = entry.identity.plan
+    if (
+        plan is None
+        or entry.kind != DECISION
+        or all(
+            needed <= stage.slots
+            for needed, stage in zip(facts.slots(plan), facts.stages, strict=True)
+        )
     ):
         return ""
     return (
@@ -199,7 +201,7 @@ def read_record(bundle: Path, target: str) -> Record:
     """
     empty = Record(bundle, target)
     path = folder_of(bundle, target) / FILE_NAME
-    if not manifest.is_there(path):
+    if not files.is_there(path):
         raise BundleError(
             f"the bundle holds no engines for {target}", found=f"no {path}", do=empty.command
         )
@@ -261,12 +263,14 @@ def check_loadable(record: Record, gpu: Gpu | None, library: Library) -> None:
             found="no GPU, or no driver",
             do="patchsieve doctor says what is missing; --target cpu runs without",
         )
-    if record.target == RTX and gpu.compute_capability not in RTX_CAPABILITIES:
+    compiler = compiler_of(record.target)
+    if not compiler.takes(gpu.compute_capability):
+        usual, *others = of_compiler(FULL)
         raise BundleError(
-            "TensorRT-RTX runs no engine on this GPU",
+            f"{compiler.label} runs no engine on this GPU",
             found=gpu,
-            expected=f"compute capability {', '.join(RTX_CAPABILITIES)}",
-            do="export with --targets tensorrt (tensorrt10 or jetpack6 on a board), build there",
+            expected=f"compute capability {', '.join(compiler.capabilities or ())}",
+            do=f"export with --targets {usual} ({' or '.join(others)} on a board), build there",
         )
     for graph, engine in record.engines.items():
         if engine.library != library:
@@ -318,7 +322,7 @@ def check_whole(
         for graph in graphs:
             path = engine_path(record.bundle, record.target, graph)
             engine = record.engines.get(graph)
-            if engine is None or not manifest.is_there(path):
+            if engine is None or not files.is_there(path):
                 raise BundleError(f"the engine {graph} is not built", do=record.command)
             if (engine.graph_sha256, engine.weights_sha256) != (
                 facts.files[onnx[graph]].sha256,
@@ -340,10 +344,10 @@ def is_whole(
     path: Path, engine: Engine, *, hashes: bool = True, verified: Verified | None = None
 ) -> bool:
     """Whether an engine file is the one that was recorded; `verified` learns whether it is."""
-    if not manifest.is_there(path) or path.stat().st_size != engine.size:
+    if not files.is_there(path) or path.stat().st_size != engine.size:
         return False
     real, expected = path.resolve(), manifest.File(engine.size, engine.sha256)
-    return not hashes or manifest.has_hash(real, expected, verified or Verified(path.parent))
+    return not hashes or files.has_hash(real, expected, verified or Verified(path.parent))
 
 
 def check_contents(record: Record) -> int:
@@ -366,7 +370,7 @@ def check_contents(record: Record) -> int:
 def _damaged(record: Record, path: Path, engine: Engine) -> BundleError:
     return BundleError(
         f"the engine {path} is damaged",
-        found=f"{path.stat().st_size} bytes" if manifest.is_there(path) else "no such file",
+        found=f"{path.stat().st_size} bytes" if files.is_there(path) else "no such file",
         expected=f"{engine.size} bytes, sha256 {engine.sha256}",
         do=record.command,
     )
@@ -407,13 +411,13 @@ def runs_on(engine: Engine, gpu: Gpu) -> bool:
         return tied == (gpu.name, gpu.compute_capability)
     if engine.options.compute_capabilities:
         return gpu.compute_capability in engine.options.compute_capabilities
-    return gpu.compute_capability in _PORTABLE
+    return gpu.compute_capability in RTX.portable
 
 
 def _built_for(engine: Engine) -> str:
     if engine.gpu is not None:
         return str(engine.gpu)
-    listed = ", ".join(engine.options.compute_capabilities or _PORTABLE)
+    listed = ", ".join(engine.options.compute_capabilities or RTX.portable)
     return f"compute capability {listed:.80}"
 
 

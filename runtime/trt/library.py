@@ -1,4 +1,4 @@
-"""Load TensorRT, hear what it says, and read what its parser understood.
+"""Load TensorRT, hear what it says, and let it parse a graph.
 
 One module serves `tensorrt` 10.3 to 11.x and `tensorrt_rtx` (1.7.1 is the version seen): builder,
 parser and profiles carry the same names in both. What only one of them has is found by looking for
@@ -18,18 +18,9 @@ from types import ModuleType
 from typing import Any
 
 from patchsieve.contract.errors import BackendMissingError, BundleError
-from patchsieve.runtime.board.abilities import INSTALL
-from patchsieve.runtime.building.tensorrt_network import NetworkSummary, summarize
+from patchsieve.contract.targets import TARGETS, by_version, compiler_of
 
 log = logging.getLogger(__name__)
-
-# JetPack brings its own tensorrt; the copy on pip does not run on these boards.
-JETPACK = "apt install python3-libnvinfer, then python3 -m venv --system-site-packages"
-
-_RIGHT_TARGET = (
-    "build the target of this version: jetpack6 for TensorRT 10.3, tensorrt10 for 10.15 and 10.16, "
-    "tensorrt for 11, tensorrt-rtx for TensorRT-RTX"
-)
 
 # How TensorRT says that memory was short.
 _SHORTAGE = (
@@ -50,47 +41,21 @@ _NO_KERNEL = "could not find any implementation"
 _HARMLESS = ("Int64 binding", "catchCudaError")
 
 
-def library_of(target: str) -> str:
-    """Name of the Python package that serves a target."""
-    return "tensorrt_rtx" if target == "tensorrt-rtx" else "tensorrt"
-
-
 def load_tensorrt(target: str) -> ModuleType:
-    """Import the library that serves a target.
-
-    Args:
-        target: `tensorrt-rtx`, `tensorrt`, `tensorrt10`, or a JetPack such as `jetpack6`.
+    """Import the library that makes and runs a target's engines.
 
     Raises:
         BackendMissingError: It is not installed, or its own libraries are not.
-
     """
-    name = library_of(target)
-    line = target if name == "tensorrt" else name  # each version of tensorrt has a line of its own
+    row, name = TARGETS[target], compiler_of(target).module
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:  # OSError: a wheel whose shared library is absent
         raise BackendMissingError(
             f"target {target} needs the Python package {name}",
             found=str(error),
-            do=JETPACK if target.startswith("jetpack") else INSTALL[line],
+            do=row.install_on_board if row.is_for_boards else row.install,
         ) from error
-
-
-def parse_network(onnx_path: str | Path, *, target: str = "tensorrt-rtx") -> NetworkSummary:
-    """Parse an ONNX file and tell what the network holds, without building it.
-
-    A build that succeeds proves little: a parser may drop an input without a word. Tests ask here.
-
-    Raises:
-        BackendMissingError: The library is absent.
-        BundleError: The graph cannot be parsed.
-
-    """
-    trt = load_tensorrt(target)
-    with collect_messages(trt) as messages:
-        _, network, _ = parse(trt, Path(onnx_path), messages)
-        return summarize(network)
 
 
 @dataclass
@@ -207,5 +172,7 @@ def _parser_error(trt: ModuleType, parser: Any, path: Path, messages: Messages) 
     return BundleError(
         what,
         found=missing[0] if missing else " ".join(lines),
-        do="keep the weights beside the graph" if missing else _RIGHT_TARGET,
+        do="keep the weights beside the graph"
+        if missing
+        else f"build the target of this version: {by_version()}",
     )

@@ -12,6 +12,7 @@ import setuptools
 
 from patchsieve.cli.output import require
 from patchsieve.contract.errors import BackendMissingError
+from patchsieve.contract.targets import TARGETS
 from patchsieve.runtime.board.abilities import INSTALL
 from tests.support.installs import FOLDERS, ROOT
 
@@ -28,6 +29,9 @@ def test_no_message_names_an_extra_of_a_package_that_is_not_published() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+EXTRAS = {"cpu": "cpu", "cuda": "gpu"}  # target -> extra of setup.py with its library
+
+
 def test_the_lines_that_install_ask_for_the_versions_of_setup(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -35,12 +39,13 @@ def test_the_lines_that_install_ask_for_the_versions_of_setup(
     monkeypatch.setattr(setuptools, "setup", asked.update)
     runpy.run_path(str(ROOT / "setup.py"))
     extras = asked["extras_require"]
-    same = {"core": asked["install_requires"], "onnxruntime": extras["cpu"]}
+    same = {"core": asked["install_requires"]}
     same |= {"export": extras["export"], "calibration": extras["calibration"]}
     same |= {"open_clip": extras["clip"], "lmms_eval": extras["eval"]}
-    same |= {"onnxruntime-gpu": extras["gpu"]}
-    for name, requirements in same.items():
-        assert set(re.findall('"(.+?)"', INSTALL[name])) == set(requirements), name
+    lines = [(INSTALL[name], requirements) for name, requirements in same.items()]
+    lines += [(TARGETS[target].install, extras[extra]) for target, extra in EXTRAS.items()]
+    for line, requirements in lines:
+        assert set(re.findall('"(.+?)"', line)) == set(requirements), line
 
 
 def test_a_command_names_the_libraries_that_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from patchsieve.cli import main
-from patchsieve.contract import manifest
+from patchsieve.contract import files
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import SitePlan
 from patchsieve.export.methods import build_method
@@ -43,9 +43,9 @@ def test_plans_that_differ_get_names_that_differ(tmp_path: Path, capsys) -> None
     assert reused(bundle, capsys, *atp, "--theta-r", "0.5")["plan"] == "atp-2-v2"
     again = reused(bundle, capsys, *atp, "--theta-r", "0.4")
     assert again["plan"] == "atp-2"  # the same plan, and the default again
-    facts = manifest.read(bundle)
+    facts = files.read(bundle)
     assert set(facts.plans) == {"none", "fastv-2-50", "fastv-2-50-v2", "atp-2", "atp-2-v2"}
-    manifest.check_files(bundle, facts)
+    files.check_files(bundle, facts)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_an_engine_of_other_weights_is_built_again(tmp_path: Path) -> None:
 def test_weights_that_the_manifest_does_not_list_are_refused(tmp_path: Path, capsys) -> None:
     checkpoint, bundle = str(save_checkpoint(tmp_path / "ck", "llama")), tmp_path / "bundle"
     assert main(["export", checkpoint, "-o", str(bundle), "--quiet"]) == 0
-    path = bundle / manifest.FILE_NAME
+    path = bundle / files.FILE_NAME
     data = json.loads(path.read_text())
     del data["files"]["graphs/weights/layers.1.safetensors"]
     path.write_text(json.dumps(data))

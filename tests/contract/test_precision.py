@@ -13,12 +13,13 @@ import torch
 from onnx import TensorProto, shape_inference
 from safetensors.torch import load_file, save_file
 
-from patchsieve.contract import manifest, names
+from patchsieve.contract import files as bundle_files
+from patchsieve.contract import names, weights
 from patchsieve.contract.errors import BundleError, PatchsieveError
 from patchsieve.contract.precision import Precision, stored_as
+from patchsieve.contract.targets import TARGETS
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.families import FAMILIES
-from patchsieve.export.lowering import LOWERINGS
 from patchsieve.export.source.checkpoint import Checkpoint
 from patchsieve.runtime.bundle import Bundle
 from patchsieve.runtime.model import Model
@@ -77,7 +78,7 @@ def test_tied_embeddings_have_one_precision_with_the_head(tmp_path: Path) -> Non
     export(str(checkpoint), tmp_path / "bundle", same)
     heads = {w["dtype"] for w in header(tmp_path / "bundle", "head").values()}
     assert heads == {"F16"}
-    facts = manifest.read(tmp_path / "bundle")
+    facts = bundle_files.read(tmp_path / "bundle")
     last = onnx.load(
         tmp_path / "bundle" / facts.targets["cpu"]["stage_0"], load_external_data=False
     )
@@ -102,7 +103,7 @@ def test_a_weight_that_float16_cannot_hold_is_refused_with_its_name(
 
 def header(bundle: Path, file: str) -> dict[str, dict]:
     """The tensors of a weights file."""
-    content = (bundle / manifest.WEIGHTS / f"{file}.safetensors").read_bytes()
+    content = (bundle / weights.FOLDER / f"{file}.safetensors").read_bytes()
     return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
 
 
@@ -110,7 +111,7 @@ def header(bundle: Path, file: str) -> dict[str, dict]:
 def test_each_part_is_stored_once_and_in_its_own_type(bundle_of, precision: str) -> None:
     bundle = bundle_of(precision)
     kinds = Precision.parse(precision)
-    files = {path.stem for path in (bundle / manifest.WEIGHTS).iterdir()}
+    files = {path.stem for path in (bundle / weights.FOLDER).iterdir()}
     own = {"vision": kinds.tower, "head": kinds.head}
     tensors: list[str] = []
     for file in files:
@@ -118,15 +119,15 @@ def test_each_part_is_stored_once_and_in_its_own_type(bundle_of, precision: str)
         assert {w["dtype"] for w in stored.values()} == {CODES[own.get(file, kinds.decoder)]}, file
         tensors += stored
     assert len(tensors) == len(set(tensors))
-    facts = manifest.read(bundle)
+    facts = bundle_files.read(bundle)
     assert facts.precision == kinds
     assert (
         facts.row_bytes(facts.stages[0]) == 2 * 2 * 16 * np.dtype(stored_as(kinds.decoder)).itemsize
     )
     types = {
-        (graph, tensor["name"]): tensor["dtype"]
-        for graph, sides in facts.tensors.items()
-        for tensor in (*sides["inputs"], *sides["outputs"])
+        (name, tensor.name): tensor.dtype
+        for name, graph in facts.graphs.items()
+        for tensor in (*graph.inputs, *graph.outputs)
     }
     decoder = {"float32": "float"}.get(kinds.decoder, kinds.decoder)
     assert types[names.VISION, names.PIXEL_VALUES] == types["stage_1", names.LOGITS] == "float"
@@ -188,7 +189,7 @@ def typed(file: Path) -> tuple[onnx.GraphProto, dict[str, int]]:
 def test_norms_angles_and_decisions_are_summed_in_float32(bundle_of, precision: str) -> None:
     bundle = bundle_of(precision)
     seen = dict.fromkeys(("norm", "Softmax", "Cos", "attention", "decision"), 0)
-    for target, graphs in manifest.read(bundle).targets.items():
+    for target, graphs in bundle_files.read(bundle).targets.items():
         for name, path in graphs.items():
             graph, types = typed(bundle / path)
             for node in graph.node:
@@ -227,10 +228,10 @@ def test_tensorrt_rtx_parses_and_builds_bfloat16(bundle_of, tmp_path: Path) -> N
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
     from patchsieve.runtime.building.compile import build_engine
     from patchsieve.runtime.building.profiles import profiles
-    from patchsieve.runtime.trt.library import parse_network
+    from tests.support.networks import parse_network
 
     bundle = bundle_of(BFLOAT16)
-    facts = manifest.read(bundle)
+    facts = bundle_files.read(bundle)
     paths = {name: bundle / path for name, path in facts.targets["tensorrt-rtx"].items()}
     network = parse_network(paths["stage_1"])
     types = {tensor.name: tensor.dtype for tensor in (*network.inputs, *network.outputs)}
@@ -254,9 +255,9 @@ def test_a_manifest_tells_the_precision_of_each_part(bundle_of, tmp_path: Path) 
     assert code == 0 and MIXED[0] in json.dumps(said)
     for wrong in ("tower=float8", 16, {"tower": "float16"}):
         edit_manifest(bundle, lambda data, wrong=wrong: data.update(precision=wrong))
-        refused(lambda: manifest.read(bundle), BundleError, "precision")
+        refused(lambda: bundle_files.read(bundle), BundleError, "precision")
 
 
 def test_targets_that_a_cpu_runs_are_the_ones_without_bfloat16() -> None:
-    without = {name for name, one in LOWERINGS.items() if "bfloat16" not in one.precisions}
+    without = {name for name, one in TARGETS.items() if "bfloat16" not in one.precisions}
     assert without == {"cpu", "reference", "cuda"}

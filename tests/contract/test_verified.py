@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import patchsieve
-from patchsieve.contract import manifest, verified
+from patchsieve.contract import files, manifest, verified
 from patchsieve.contract.errors import BundleError
 from patchsieve.contract.verified import Verified
 from tests.support import damage
@@ -39,18 +39,18 @@ def bundle(tmp_path: Path) -> Path:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that are hashed."""
     names: list[str] = []
-    hash_file = manifest.hash_file
+    hash_file = files.hash_file
 
     def counted(path: Path) -> manifest.File:
         names.append(path.name)
         return hash_file(path)
 
-    monkeypatch.setattr(manifest, "hash_file", counted)
+    monkeypatch.setattr(files, "hash_file", counted)
     return names
 
 
 def check(path: Path, **options: bool) -> None:
-    manifest.check_files(path, manifest.read(path), **options)
+    files.check_files(path, files.read(path), **options)
 
 
 def note(tmp_path: Path) -> Path:
@@ -108,7 +108,7 @@ def test_all_is_read_again_on_demand(bundle: Path, read: list[str]) -> None:
     content = bytearray((bundle / NAME).read_bytes())
     content[-1] ^= 1
     (bundle / NAME).write_bytes(content)
-    facts = manifest.read(bundle)
+    facts = files.read(bundle)
     liar = Verified(bundle.resolve())
     path = bundle.resolve() / NAME
     liar.learn(path, liar.look(path), facts.files[NAME].sha256)
@@ -143,7 +143,7 @@ def test_a_file_that_has_just_changed_is_read_again(
     (bundle / NAME).write_bytes((bundle / NAME).read_bytes())
     check(bundle)
     assert not Verified(bundle.resolve()).knows(
-        bundle.resolve() / NAME, manifest.read(bundle).files[NAME].sha256
+        bundle.resolve() / NAME, files.read(bundle).files[NAME].sha256
     )
 
 

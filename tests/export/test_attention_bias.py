@@ -17,8 +17,8 @@ from patchsieve.export.graphs import ops
 from patchsieve.export.graphs.trace import Input, trace
 from patchsieve.export.lowering import lower, lowering
 from patchsieve.runtime.building.compile import build_engine
-from patchsieve.runtime.trt.library import parse_network
 from tests.references.attention import softmax
+from tests.support.networks import parse_network
 
 HEADS, WIDTH, ROWS = 4, 32, 9
 # Axes that a bias leaves to broadcasting: sizes of keys, one for each head, one for each pair.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from patchsieve.contract import manifest
+from patchsieve.contract import files
 from patchsieve.export import card
 from patchsieve.export.reuse import reuse
 from tests.support import damage
@@ -38,7 +38,7 @@ def test_a_bundle_says_what_it_is_and_how_to_run_it(bundle: Path) -> None:
 
 def test_the_card_is_no_part_of_what_is_checked(bundle: Path) -> None:
     """People and the hub write into it; weights that nobody lists are refused as ever."""
-    assert card.FILE_NAME not in manifest.read(bundle).files
+    assert card.FILE_NAME not in files.read(bundle).files
     (bundle / card.FILE_NAME).write_text("mine")
     assert answer(bundle) == answer(damage.bundle())
     (bundle / card.FILE_NAME).unlink()
@@ -103,7 +103,7 @@ def test_export_ends_with_the_next_command_and_it_works(tmp_path: Path) -> None:
 
 
 def test_a_bundle_of_engines_is_built_first(bundle: Path) -> None:
-    facts = manifest.read(bundle)
+    facts = files.read(bundle)
     graphs = facts.targets["cpu"]
     board = replace(facts, targets={"jetpack6": graphs})
     assert card.next_commands("b", board)[0] == "patchsieve build b"

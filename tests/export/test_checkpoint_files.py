@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from patchsieve.contract.errors import PatchsieveError
-from patchsieve.export import weights
-from patchsieve.export.exporter import ExportOptions, _Job
+from patchsieve.contract.weights import FOLDER
+from patchsieve.export.exporter import write_weights
 from patchsieve.export.families import FAMILIES
+from patchsieve.export.job import ExportOptions, plan_export
 from patchsieve.export.source.checkpoint import Checkpoint, locate, read_config
 from patchsieve.export.source.weight_files import ORDER
 from patchsieve.verify.reference import Reference
@@ -90,9 +91,9 @@ def bin_shards(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def written(checkpoint: Path, folder: Path) -> dict[str, bytes]:
     """The weights files that an export of a checkpoint writes."""
-    job = _Job(checkpoint, read_config(checkpoint), ExportOptions())
-    job._write_weights(folder / weights.DIRECTORY, lambda *_: None)
-    return {path.name: path.read_bytes() for path in (folder / weights.DIRECTORY).iterdir()}
+    job = plan_export(checkpoint, read_config(checkpoint), ExportOptions())
+    write_weights(job, folder, lambda *_: None)
+    return {path.name: path.read_bytes() for path in (folder / FOLDER).iterdir()}
 
 
 @pytest.mark.parametrize("spelling", (in_memory, saved, older, newer))

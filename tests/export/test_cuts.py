@@ -11,7 +11,7 @@ import pytest
 from benchmarks.build_memory import weights_of
 from patchsieve.cli import main
 from patchsieve.contract import engine_memory as build_memory
-from patchsieve.contract import manifest, names
+from patchsieve.contract import files, names
 from patchsieve.contract.engine_memory import expected
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.export.cuts import divide
@@ -111,7 +111,7 @@ def test_the_command_line_takes_gigabytes_and_says_what_building_takes(
     assert main([*command, *rtx, "--build-memory", "1"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["cuts"] == []
-    facts = manifest.read(tmp_path / "bundle")
+    facts = files.read(tmp_path / "bundle")
     assert told["build_memory_bytes"] == build_memory.expectations(facts)
     assert main(["export", "--reuse", str(tmp_path / "bundle"), "--build-memory", "1"]) == 2
     assert "nothing else | found: build_memory" in capsys.readouterr().err

@@ -17,11 +17,10 @@ from typing import Any
 import pytest
 
 import patchsieve
-from patchsieve.contract import manifest
+from patchsieve.contract import files
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import Plan, SitePlan
-from patchsieve.export import exporter
-from patchsieve.export import reuse as reuse_module
+from patchsieve.export import exporter, plan_graphs
 from patchsieve.export.exporter import export
 from patchsieve.export.reuse import reuse
 from tests.support import damage
@@ -53,7 +52,7 @@ def traced_once() -> Iterator[None]:
         for module, name in (
             (exporter, "trace"),
             (exporter, "compact_graph"),
-            (reuse_module, "decide_graph"),
+            (plan_graphs, "decide_graph"),
         ):
             patch.setattr(module, name, once(getattr(module, name)))
         yield
@@ -346,7 +345,7 @@ def test_reuse_changes_decisions_only_and_keeps_the_old_plan(bundle: Path) -> No
     after = damage.contents(bundle)
     new = set(after) - set(before)
     assert new == {f"graphs/{target}.decide.random.2.onnx" for target in ("cpu", "reference")}
-    assert {name for name in before if after.get(name) != before[name]} == {manifest.FILE_NAME}
+    assert {name for name in before if after.get(name) != before[name]} == {files.FILE_NAME}
     assert facts.default_plan == "random" and set(facts.plans) == {"none", "fastv", "random"}
     model = patchsieve.load(bundle, threads=1)
     for plan, count in (("none", None), ("fastv", 8), ("random", 4), (None, 4)):
@@ -359,8 +358,8 @@ def test_reuse_changes_decisions_only_and_keeps_the_old_plan(bundle: Path) -> No
 def test_reuse_under_a_name_that_is_there_replaces_its_graphs_without_a_trace(bundle: Path) -> None:
     for ratio, count in ((0.25, 4), (0.75, 12), (0.5, 8), (0.25, 4)):
         reuse(bundle, Plan((SitePlan(2, "fastv", {"keep_ratio": ratio}),)), "fastv")
-        facts = manifest.read(bundle)
-        on_disk = set(damage.contents(bundle)) - {manifest.FILE_NAME}
+        facts = files.read(bundle)
+        on_disk = set(damage.contents(bundle)) - {files.FILE_NAME}
         assert on_disk == set(facts.files)
         model = patchsieve.load(bundle, threads=1)
         result = model.generate(damage.PHOTO, damage.QUESTION, max_new_tokens=1)
@@ -385,17 +384,17 @@ def test_reuse_interrupted_at_any_step_leaves_the_old_bundle_whole(bundle: Path)
 def test_an_interrupt_behind_the_new_manifest_leaves_the_new_bundle_whole(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = manifest.write
+    write = files.write
 
     def interrupted(*args: Any) -> None:
         write(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(manifest, "write", interrupted)
+    monkeypatch.setattr(files, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         reuse(bundle, RANDOM, "fastv")
-    facts = manifest.read(bundle)
-    assert set(damage.contents(bundle)) - {manifest.FILE_NAME} == set(facts.files)
+    facts = files.read(bundle)
+    assert set(damage.contents(bundle)) - {files.FILE_NAME} == set(facts.files)
     assert facts.plans["fastv"].sites[0].method == "random"
     answer(bundle)
 

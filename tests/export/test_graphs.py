@@ -15,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper, shape_inference
 
 import patchsieve
+from patchsieve.contract import files as bundle_files
 from patchsieve.contract import manifest, names
 from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.export.exporter import export
@@ -68,7 +69,7 @@ def bundle(request: pytest.FixtureRequest) -> Path:
 
 def files(bundle: Path) -> list[tuple[str, str, Path]]:
     """Target, graph and file."""
-    facts = manifest.read(bundle)
+    facts = bundle_files.read(bundle)
     return [
         (target, graph, bundle / path)
         for target, graphs in facts.targets.items()
@@ -161,7 +162,7 @@ def expected_names(facts: manifest.Manifest, graph: str) -> tuple[set[str], set[
 
 
 def test_every_tensor_and_axis_has_its_name_from_one_place(bundle: Path) -> None:
-    facts = manifest.read(bundle)
+    facts = bundle_files.read(bundle)
     for _, graph, file in files(bundle):
         model = bare(file)
         found = {v.name for v in model.graph.input}, {v.name for v in model.graph.output}
@@ -171,15 +172,16 @@ def test_every_tensor_and_axis_has_its_name_from_one_place(bundle: Path) -> None
                 assert isinstance(axis, int) or axis in AXES, (graph, value.name, axis)
         inner = {axis for v in model.graph.value_info for axis in shape_of(v)}
         assert not {a for a in inner if isinstance(a, str)} - AXES, graph
-        listed = facts.tensors[graph]
-        for side, values in (("inputs", model.graph.input), ("outputs", model.graph.output)):
-            assert {t["name"]: t["shape"] for t in listed[side]} == {
-                v.name: shape_of(v) for v in values
-            }
+        listed = facts.graphs[graph]
+        for tensors, values in (
+            (listed.inputs, model.graph.input),
+            (listed.outputs, model.graph.output),
+        ):
+            assert {t.name: list(t.shape) for t in tensors} == {v.name: shape_of(v) for v in values}
 
 
 def test_each_layer_output_keeps_the_name_that_verify_asks_for(bundle: Path) -> None:
-    facts = manifest.read(bundle)
+    facts = bundle_files.read(bundle)
     for target in facts.targets:
         seen = set()
         for index in range(len(facts.stages)):
@@ -243,7 +245,7 @@ def stored(bundle: Path) -> dict[str, dict[str, Any]]:
 
 def test_each_weight_is_stored_once_and_all_targets_point_to_it(bundle: Path) -> None:
     tensors = stored(bundle)
-    facts = manifest.read(bundle)
+    facts = bundle_files.read(bundle)
     used: dict[str, dict[str, dict[str, Any]]] = {target: {} for target in facts.targets}
     for target, _, file in files(bundle):
         for tensor in bare(file).graph.initializer:
@@ -276,7 +278,7 @@ def test_the_weights_files_hold_the_parameters_and_nothing_more() -> None:
 
 def test_tied_embeddings_share_the_table() -> None:
     bundle = tied_bundle()
-    tensors, facts = stored(bundle), manifest.read(bundle)
+    tensors, facts = stored(bundle), bundle_files.read(bundle)
     assert "lm_head.weight" not in tensors
     last = names.stage(len(facts.stages) - 1)
     for target in facts.targets:
@@ -360,7 +362,7 @@ def test_one_export_runs_any_length_image_count_and_capacity() -> None:
 @pytest.mark.parametrize("target", list(TARGETS))
 def test_a_stage_takes_any_capacity_and_gives_the_same_numbers(target: str) -> None:
     bundle = damage.bundle()
-    facts = manifest.read(bundle)
+    facts = bundle_files.read(bundle)
     session = ort.InferenceSession(
         str(bundle / facts.targets[target][names.stage(0)]), providers=["CPUExecutionProvider"]
     )
@@ -392,7 +394,7 @@ def test_a_stage_takes_any_capacity_and_gives_the_same_numbers(target: str) -> N
 
 def test_fewer_rows_go_on_than_came_in() -> None:
     bundle = damage.bundle()
-    facts = manifest.read(bundle)
+    facts = bundle_files.read(bundle)
     model = patchsieve.load(bundle, threads=1)
     outs = set()
     for ratio_rows in (1, 3, 8):
@@ -408,7 +410,7 @@ def test_fewer_rows_go_on_than_came_in() -> None:
 def test_a_reused_bundle_gets_the_decision_that_an_export_writes(tmp_path: Path) -> None:
     bundle = damage.copy(damage.bundle(), tmp_path / "bundle")
     reuse(bundle, damage.FASTV, "again")
-    facts = manifest.read(bundle)
+    facts = bundle_files.read(bundle)
     for target, graphs in facts.targets.items():
         first, again = (
             onnx.load(bundle / graphs[names.decide(plan, 2)]).graph for plan in ("fastv", "again")

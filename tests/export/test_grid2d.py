@@ -17,15 +17,15 @@ import torch
 
 from benchmarks.gpu.fake_tensorrt import build_fakes
 from patchsieve.calibration.rotary import GridRotary
-from patchsieve.contract import manifest
+from patchsieve.contract import files
 from patchsieve.contract.errors import BundleError, PatchsieveError
-from patchsieve.contract.manifest import Limits, Manifest
+from patchsieve.contract.manifest import Limits
 from patchsieve.contract.plan import Plan, SitePlan
+from patchsieve.contract.targets import WITH_ENGINES
 from patchsieve.contract.trained import Trained, sections
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.reuse import reuse
 from patchsieve.pruning.rotary import angles
-from patchsieve.runtime.backend import GPU_TARGETS
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.positions import number_grid, number_rows
 from patchsieve.runtime.rows import Rows
@@ -122,7 +122,7 @@ def test_other_targets_answer_alike(bundle_of, machine, target: str) -> None:
     """Those of GPUs through the GPU runtime, captured steps and all, on a simulated one."""
     _, bundle = bundle_of(ROW)
     options: dict[str, Any] = {"target": target, "check": "size"}
-    if target in GPU_TARGETS:
+    if target in WITH_ENGINES:
         gpu = machine(is_rtx=target == "tensorrt-rtx")
         build_fakes(bundle, target, gpu.trt)
         options["backend"] = gpu.backend
@@ -253,12 +253,12 @@ def test_sections_scale_with_the_width_of_a_head() -> None:
 
 def test_the_bundle_says_its_positions(bundle_of) -> None:
     _, bundle = bundle_of(ROW)
-    facts = manifest.read(bundle)
+    facts = files.read(bundle)
     assert facts.text.rotary_sections == (2, 3, 3)
     assert {plan.position_rule for plan in facts.plans.values()} == {"grid2d"}
     code, said = command_json("inspect", bundle)
     assert code == 0 and said["plans"]["none"]["position_rule"] == "grid2d"
-    assert facts.tensors["stage_0"]["inputs"][2]["shape"][1] == 3
+    assert facts.graphs["stage_0"].inputs[2].shape[1] == 3
 
 
 @pytest.mark.parametrize("row", ("vicuna-6x6", "qwen2"))
@@ -322,7 +322,7 @@ def test_an_entry_that_cannot_be_is_refused_in_one_line(entry: Any) -> None:
 )
 def test_a_manifest_that_contradicts_its_positions_is_refused(bundle_of, damage) -> None:
     _, bundle = bundle_of(ROW)
-    data = json.loads((bundle / manifest.FILE_NAME).read_text())
+    data = json.loads((bundle / files.FILE_NAME).read_text())
     damage(data)
     with pytest.raises(BundleError):
-        Manifest.from_json(json.dumps(data))
+        files.parse(json.dumps(data))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from patchsieve.cli import main
-from patchsieve.contract import manifest
+from patchsieve.contract import files as bundle_files
 from patchsieve.contract.manifest import Limits
 from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.export.exporter import ExportOptions, export
@@ -46,14 +46,14 @@ def made(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_a_bundle_holds_its_heads_and_says_nothing_of_where_they_lay(made) -> None:
     checkpoint, bundle = made
-    text = (bundle / manifest.FILE_NAME).read_text()
+    text = (bundle / bundle_files.FILE_NAME).read_text()
     assert "private" not in text and str(checkpoint.parent) not in text
-    facts = manifest.read(bundle)
+    facts = bundle_files.read(bundle)
     (site,) = facts.plans["learned"].sites
     assert site.budget == 9  # what the heads propose
     stored = {f"{site.params['heads']}/{name}" for name in ("config.json", "heads.safetensors")}
     assert stored <= set(facts.files)
-    manifest.check_files(bundle, facts)
+    bundle_files.check_files(bundle, facts)
 
 
 def test_verify_finds_the_heads_in_the_bundle(made, capsys) -> None:
@@ -67,8 +67,8 @@ def test_heads_that_no_plan_uses_any_more_are_removed(made, tmp_path: Path) -> N
     _, bundle = made
     before = {path.name for path in (bundle / "heads").iterdir()}
     reuse(bundle, plan(make_heads(tmp_path / "more", 1)), "learned")
-    facts = manifest.read(bundle)
-    manifest.check_files(bundle, facts)
+    facts = bundle_files.read(bundle)
+    bundle_files.check_files(bundle, facts)
     files = {path for path in (bundle / "heads").rglob("*") if path.is_file()}
     assert {path.relative_to(bundle).as_posix() for path in files} <= set(facts.files)
     assert len(files) == 2 and not before & {path.parent.name for path in files}

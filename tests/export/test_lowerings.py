@@ -11,18 +11,18 @@ import onnx
 import pytest
 from onnx import TensorProto, shape_inference
 
-from patchsieve.contract import manifest, names
+from patchsieve.contract import files, names
 from patchsieve.contract.errors import BundleError, PatchsieveError
 from patchsieve.contract.plan import NO_PRUNING, Plan, SitePlan
+from patchsieve.contract.targets import TARGETS
 from patchsieve.export.exporter import ExportOptions
-from patchsieve.export.lowering import LOWERINGS
 from patchsieve.export.reuse import reuse
 from patchsieve.runtime.building.compile import build_engine
 from patchsieve.runtime.building.profiles import profiles
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.ort.backend import OrtBackend
-from patchsieve.runtime.trt.library import parse_network
 from tests.support.bundles import command, command_json
+from tests.support.networks import parse_network
 from tests.support.target_bundles import BFLOAT16, MIXED
 from tests.support.tiny_bundles import largest_error, pictures, recorded_logits
 from tests.support.tolerances import LOGITS_MIXED, LOWERED_FLOAT32
@@ -91,7 +91,7 @@ def test_full_tensorrt_reads_the_graphs_that_tensorrt_rtx_is_built_from(
     bundle_of, precision: str
 ) -> None:
     path = bundle_of(precision)
-    targets = manifest.read(path).targets
+    targets = files.read(path).targets
     built = {name: (path / file).read_bytes() for name, file in targets["tensorrt-rtx"].items()}
     for target in ("tensorrt", "tensorrt10"):
         graphs = {name: (path / file).read_bytes() for name, file in targets[target].items()}
@@ -120,7 +120,7 @@ def test_half_precision_scores_are_products_summed_in_float32(bundle_of, precisi
     path = bundle_of(precision)
     for target in ("tensorrt", "tensorrt10", "tensorrt-rtx"):
         for name in ("stage_0", "stage_1"):
-            file = path / manifest.read(path).targets[target][name]
+            file = path / files.read(path).targets[target][name]
             model = shape_inference.infer_shapes(onnx.load(file, load_external_data=False))
             graph = model.graph
             assert not [node for node in graph.node if node.op_type == "Attention"]
@@ -150,7 +150,7 @@ def test_half_precision_scores_are_products_summed_in_float32(bundle_of, precisi
 def test_a_fused_stage_builds_with_its_mask_and_says_so(bundle_of, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
     path, target = bundle_of(HALF_DECODER, names.FUSED), "tensorrt-rtx"
-    facts = manifest.read(path)
+    facts = files.read(path)
     file = path / facts.targets[target]["stage_1"]
     assert [one.has_mask for one in parse_network(file).attentions] == [True]
     assert build_engine(
@@ -165,17 +165,17 @@ def test_a_fused_stage_builds_with_its_mask_and_says_so(bundle_of, tmp_path: Pat
 
 
 def test_a_bundle_says_how_its_attention_is_spelt(bundle_of) -> None:
-    facts = manifest.read(bundle_of(HALF_DECODER))
+    facts = files.read(bundle_of(HALF_DECODER))
     assert facts.attention == names.DECOMPOSED
-    assert not any(facts.has_fused_attention("tensorrt", graph) for graph in facts.tensors)
-    older = replace(facts, attention=None)  # from before there was a choice
-    fused = [graph for graph in facts.tensors if older.has_fused_attention("tensorrt", graph)]
+    assert not any(facts.has_fused_attention("tensorrt", graph) for graph in facts.graphs)
+    other = replace(facts, attention=names.FUSED)
+    fused = [graph for graph in facts.graphs if other.has_fused_attention("tensorrt", graph)]
     assert fused == ["stage_0", "stage_1"]
-    assert not any(older.has_fused_attention("jetpack6", graph) for graph in facts.tensors)
-    assert manifest.read(bundle_of("float32")).attention is None
+    assert not any(other.has_fused_attention("jetpack6", graph) for graph in facts.graphs)
+    assert files.read(bundle_of("float32")).attention is None
     wrong = replace(facts, attention="flash").to_json()
     with pytest.raises(BundleError, match="found: flash"):
-        manifest.Manifest.from_json(wrong)
+        files.parse(wrong)
 
 
 @pytest.mark.parametrize(
@@ -189,4 +189,4 @@ def test_a_form_of_attention_without_effect_is_refused(targets: tuple, precision
 
 
 def test_every_target_of_this_version_is_compared() -> None:
-    assert set(LOWERINGS) == {"reference", "jetpack6", "cuda", *SAME_CACHES}
+    assert set(TARGETS) == {"reference", "jetpack6", "cuda", *SAME_CACHES}

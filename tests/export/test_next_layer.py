@@ -13,8 +13,9 @@ import numpy as np
 import onnx
 import pytest
 
-from patchsieve.contract import manifest, names, reads
+from patchsieve.contract import files, manifest, names, reads
 from patchsieve.contract.errors import BundleError, PatchsieveError
+from patchsieve.contract.graphs import Tensor
 from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.reuse import reuse
@@ -90,14 +91,13 @@ def test_positions_on_a_grid_turn_the_next_layer_too(tmp_path: Path) -> None:
     (checkpoint / "config.json").write_text(json.dumps(config | {"patchsieve": grid}))
     out = tmp_path / "bundle"
     export(str(checkpoint), out, options(targets=("cpu",), plan=AHEAD, plan_name="ahead"))
-    graph = manifest.read(out).tensors[names.decide("ahead", 2)]
-    shapes = {tensor["name"]: tensor["shape"] for tensor in graph["inputs"]}
-    assert shapes[names.POSITION_IDS] == [names.AXIS_ROWS, 3]
+    read = files.read(out).graphs[names.decide("ahead", 2)].input(names.POSITION_IDS)
+    assert read is not None and read.shape == (names.AXIS_ROWS, 3)
     assert departures(out, checkpoint, "cpu", images=2) == []
 
 
 def test_the_weights_are_stored_once_and_shared_with_the_stage(bundle: Path) -> None:
-    facts = manifest.read(bundle)
+    facts = files.read(bundle)
     for target in TARGETS:
         graphs = facts.targets[target]
         decision, stage = (
@@ -131,8 +131,8 @@ def test_another_queries_matrix_of_the_next_layer_changes_who_survives(
     values = -np.frombuffer(data[start + a : start + b], np.float32)
     data[start + a : start + b] = values.tobytes()
     (own / path).write_bytes(data)
-    facts = manifest.read(own)
-    manifest.write(own, replace(facts, files=facts.files | {path: manifest.hash_file(own / path)}))
+    facts = files.read(own)
+    files.write(own, replace(facts, files=facts.files | {path: files.hash_file(own / path)}))
     assert departures(own, checkpoint, "cpu")[0] == "survivors at layer 2"
 
 
@@ -152,17 +152,17 @@ def test_reuse_makes_the_same_decisions_from_the_bundle_alone(
 ) -> None:
     plain = tmp_path / "plain"
     export(str(checkpoint), plain, options())
-    old = manifest.read(plain)
+    old = files.read(plain)
     reuse(plain, AHEAD, "ahead")
     for target in TARGETS:
         for site in AHEAD.layers:
             graph = names.decide("ahead", site)
             made, expected = (
-                each / manifest.read(each).targets[target][graph] for each in (plain, bundle)
+                each / files.read(each).targets[target][graph] for each in (plain, bundle)
             )
             assert made.read_bytes() == expected.read_bytes(), (target, graph)
     before = replace(old, text=replace(old.text, inv_freq=()))  # as schema 3 has it
-    manifest.write(plain, before)
+    files.write(plain, before)
     with pytest.raises(PatchsieveError, match="does not describe its decoder.*sites \\[2, 3\\]"):
         reuse(plain, AHEAD, "again")
     reuse(plain, Plan((SitePlan(2, "fastv", {"keep_ratio": 0.5}),)), "half")
@@ -174,9 +174,9 @@ def test_a_decision_that_reads_hidden_rows_need_not_merge_them(
     plan = Plan((SitePlan(2, "longest", {"num_keep": 5}),))
     out = tmp_path / "longest"
     export(str(checkpoint), out, options(targets=("cpu",), plan=plan, plan_name="longest"))
-    graph = manifest.read(out).tensors[names.decide("longest", 2)]
-    assert names.HIDDEN in {tensor["name"] for tensor in graph["inputs"]}
-    assert names.HIDDEN_OUT not in {tensor["name"] for tensor in graph["outputs"]}
+    graph = files.read(out).graphs[names.decide("longest", 2)]
+    assert graph.input(names.HIDDEN) is not None
+    assert graph.output(names.HIDDEN_OUT) is None
     model = Model(out, threads=1)
     result = model.generate(pictures(2), "What is on the table?", max_new_tokens=2)
     model.close()
@@ -185,14 +185,14 @@ def test_a_decision_that_reads_hidden_rows_need_not_merge_them(
 
 
 def test_a_decision_that_reads_what_is_not_in_the_table_is_refused(bundle: Path) -> None:
-    facts = manifest.read(bundle)
+    facts = files.read(bundle)
     graph = names.decide("ahead", 2)
     for name in ("weather", "hidden.1", "query.x", "query.0"):
-        read = {"name": name, "dtype": "int64", "shape": [1]}
-        tensors = json.loads(json.dumps(facts.tensors))
-        tensors[graph]["inputs"].append(read)
+        entry = facts.graphs[graph]
+        changed = replace(entry, inputs=(*entry.inputs, Tensor(name, "int64", (1,))))
+        wrong = replace(facts, graphs=facts.graphs | {graph: changed})
         with pytest.raises(BundleError, match="reads what no stage gives"):
-            manifest.Manifest.from_json(replace(facts, tensors=tensors).to_json())
+            files.parse(wrong.to_json())
 
 
 def test_every_row_of_the_table_names_a_source_and_known_axes() -> None:

@@ -15,11 +15,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from patchsieve.contract import manifest, names
+from patchsieve.contract import files, manifest, names
 from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.targets import TARGETS
 from patchsieve.export.graphs.decision import decide_graph
 from patchsieve.export.graphs.trace import bind
-from patchsieve.export.lowering import LOWERINGS, lower
+from patchsieve.export.lowering import lower
 from patchsieve.export.operators import load, problems
 from patchsieve.export.writer import GraphWriter
 from tests.support.pruning_cases import CASES
@@ -30,27 +31,27 @@ pytest_plugins = ["tests.support.target_bundles"]
 
 TABLES = sorted(path.stem for path in Path(manifest.__file__).parents[1].glob("export/operators/*"))
 TABLES = [name for name in TABLES if not name.startswith("__")]
-CHECKED = {name: target for name, target in LOWERINGS.items() if target.operators}
+CHECKED = {name: target for name, target in TARGETS.items() if target.operators}
 # No node that "atp" or "atp learned on another grid" lacks.
 NOTHING_NEW = ("atp strict", "atp nothing passes", "atp as printed", "atp learned")
 
 
 def found_in(model: onnx.ModelProto, target: str) -> list[str]:
-    table = LOWERINGS[target].operators
+    table = TARGETS[target].operators
     assert table is not None
     return problems(model, load(table))
 
 
 def test_every_target_that_cannot_be_tried_here_has_a_table() -> None:
-    assert set(LOWERINGS) - set(CHECKED) == {"cpu", "reference"}
+    assert set(TARGETS) - set(CHECKED) == {"cpu", "reference"}
 
 
 @pytest.mark.parametrize("target", CHECKED)
 def test_every_node_of_a_bundle_is_taken(bundle_of, target: str) -> None:
-    has_bfloat16 = "bfloat16" in LOWERINGS[target].precisions
+    has_bfloat16 = "bfloat16" in TARGETS[target].precisions
     for precision in (*MIXED, BFLOAT16) if has_bfloat16 else MIXED:
         bundle: Path = bundle_of(precision)
-        graphs = manifest.read(bundle).targets[target]
+        graphs = files.read(bundle).targets[target]
         seen: Counter[str] = Counter()
         for graph, path in graphs.items():
             model = onnx.load(bundle / path, load_external_data=False)

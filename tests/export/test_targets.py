@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ import onnxruntime as ort
 import pytest
 
 import patchsieve
-from patchsieve.contract import manifest, names
+from patchsieve.contract import files, names, targets, weights
 from patchsieve.contract.errors import BackendMissingError, PatchsieveError
-from patchsieve.contract.manifest import Limits, Manifest
+from patchsieve.contract.manifest import Limits
 from patchsieve.contract.plan import NO_PRUNING, Plan, SitePlan
 from patchsieve.export.exporter import ExportOptions, export
-from patchsieve.export.lowering import LOWERINGS
 from patchsieve.export.reuse import reuse
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.ort.backend import OrtBackend
@@ -204,17 +202,17 @@ def test_a_row_sees_what_the_mask_says_and_itself(
 
 @pytest.mark.parametrize("target", OF_ROWS)
 def test_a_decision_takes_a_cache_as_the_rows_present(bundle: Path, target: str) -> None:
-    facts = manifest.read(bundle)
-    assert (facts.caches(target), facts.caches("cpu")) == (names.NEW_ROWS, names.IN_PLACE)
+    facts = files.read(bundle)
+    assert (facts.cache_forms[target], facts.cache_forms["cpu"]) == (names.NEW_ROWS, names.IN_PLACE)
     width = facts.text.num_kv_heads * facts.text.head_dim
-    tensors = facts.tensors_of(target)
-    key = next(t for t in tensors["decide.atp.2"]["inputs"] if t["name"] == names.KEY)
-    assert key["shape"] == [1, names.AXIS_PRESENT, width]
-    sides = {t["name"]: t["shape"] for side in tensors["stage_2"].values() for t in side}
-    assert sides[names.key_cache(2)] == [1, names.AXIS_PAST, width]
-    assert sides[names.value_cache(2) + names.NEW] == [1, names.AXIS_ROWS, width]
-    assert set(facts.target_tensors) == set(OF_ROWS)
-    assert names.VISION not in facts.target_tensors[target]
+    key = facts.signature(target, "decide.atp.2").input(names.KEY)
+    assert key is not None and key.shape == (1, names.AXIS_PRESENT, width)
+    stage = facts.signature(target, "stage_2")
+    shapes = {tensor.name: tensor.shape for tensor in (*stage.inputs, *stage.outputs)}
+    assert shapes[names.key_cache(2)] == (1, names.AXIS_PAST, width)
+    assert shapes[names.value_cache(2) + names.NEW] == (1, names.AXIS_ROWS, width)
+    assert set(facts.target_graphs) == set(OF_ROWS)
+    assert names.VISION not in facts.target_graphs[target]
 
 
 # What a bundle says of its targets.
@@ -238,16 +236,16 @@ def test_weights_are_stored_once_however_many_targets_there_are(
     export(str(small_checkpoint), tmp_path / "one", ExportOptions())
     stored = []
     for path in (everything[0], tmp_path / "one"):
-        facts = manifest.read(path)
-        stored.append({k: v for k, v in facts.files.items() if k.startswith(manifest.WEIGHTS)})
-    assert set(manifest.read(everything[0]).targets) == set(LOWERINGS)
+        facts = files.read(path)
+        stored.append({k: v for k, v in facts.files.items() if k.startswith(weights.FOLDER)})
+    assert set(files.read(everything[0]).targets) == set(targets.TARGETS)
     assert stored[0] == stored[1]
     assert sum(file.size for file in stored[0].values()) > 100_000
 
 
 def test_the_manifest_tells_what_each_target_needs(everything: tuple[Path, Any]) -> None:
     path, _ = everything
-    facts = manifest.read(path)
+    facts = files.read(path)
     told = {target: (n.library, n.versions.split(",")[0]) for target, n in facts.needs.items()}
     assert told == {
         "cpu": ("onnxruntime", ">=1.23"),
@@ -274,20 +272,9 @@ def test_the_manifest_tells_what_each_target_needs(everything: tuple[Path, Any])
 def test_export_tells_time_size_and_needs_of_every_target(everything: tuple[Any, Any]) -> None:
     _, said = everything
     for key in ("graph_bytes", "target_seconds", "needs"):
-        assert set(said[key]) == set(LOWERINGS)
+        assert set(said[key]) == set(targets.TARGETS)
         assert all(said[key].values())
     assert sum(said["target_seconds"].values()) < said["seconds"]
-
-
-def test_a_manifest_of_the_first_schema_is_read_as_caches_in_place(bundle: Path) -> None:
-    data = json.loads((bundle / manifest.FILE_NAME).read_text(encoding="utf-8"))
-    for name in ("needs", "target_tensors"):
-        del data[name]
-    data |= {"schema_version": 1, "targets": {"cpu": data["targets"]["cpu"]}}
-    facts = Manifest.from_json(json.dumps(data))
-    assert facts.caches("cpu") == names.IN_PLACE
-    assert not facts.needs
-    assert Manifest.from_json(facts.to_json()).schema_version == manifest.SCHEMA_VERSION
 
 
 # Refusals.
@@ -297,7 +284,7 @@ def test_cuda_without_its_provider_is_refused_with_what_to_install(bundle: Path)
     with pytest.raises(BackendMissingError) as caught:
         patchsieve.load(bundle, target="cuda", check="size")
     assert "CPUExecutionProvider" in str(caught.value)
-    assert "pip uninstall -y onnxruntime; pip install onnxruntime-gpu" in str(caught.value)
+    assert targets.TARGETS["cuda"].install in str(caught.value)
 
 
 def test_a_session_that_fell_back_to_the_cpu_is_refused(

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from patchsieve.contract.errors import BackendMissingError, UnsupportedModelError
-from patchsieve.contract.manifest import Generation
+from patchsieve.contract.model import Generation
 from patchsieve.export.source.tokenizer import write_tokenizer
 from patchsieve.runtime.inputs.builder import PromptBuilder
 from patchsieve.runtime.inputs.prompt import expand

@@ -18,7 +18,7 @@ from patchsieve.contract.plan import Plan
 from patchsieve.export.families import family_of
 from patchsieve.export.graphs.vision import vision_graph
 from patchsieve.export.lowering import lower, lowering
-from patchsieve.export.reuse import plan_vision
+from patchsieve.export.plan_graphs import plan_vision
 from patchsieve.export.source.checkpoint import Checkpoint, read_config
 from patchsieve.export.weights import weights_of
 from patchsieve.runtime.inputs.prompt import expand
@@ -271,7 +271,7 @@ def test_every_vision_graph_builds_in_tensorrt_rtx(towers: Towers, tmp_path: Pat
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
     from patchsieve.runtime.building.compile import build_engine
     from patchsieve.runtime.building.profiles import profiles
-    from patchsieve.runtime.trt.library import parse_network
+    from tests.support.networks import parse_network
 
     facts = towers.model.facts
     for plan in PLANS:

@@ -285,7 +285,7 @@ def test_the_graphs_of_ivtp_build_in_tensorrt_rtx(bundle: Bundle, tmp_path: Path
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
     from patchsieve.runtime.building.compile import build_engine
     from patchsieve.runtime.building.profiles import profiles
-    from patchsieve.runtime.trt.library import parse_network
+    from tests.support.networks import parse_network
 
     facts = bundle.model().facts
     graphs = {

@@ -14,8 +14,9 @@ import pytest
 from benchmarks import papers
 from patchsieve.cli import main, plan_options
 from patchsieve.cli.cost_spellings import COSTS_ONLY, places_of
-from patchsieve.contract import manifest
+from patchsieve.contract import files, manifest, model
 from patchsieve.contract.errors import PatchsieveError, ShapeError, UnsupportedModelError
+from patchsieve.contract.graphs import Graph, Tensor, identify
 from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.contract.precision import Precision
 from patchsieve.cost import (
@@ -551,12 +552,20 @@ def test_the_demo_models_ivtp_has_the_sites_of_its_export(
     assert "do not fit the decoder" in capsys.readouterr().err
 
 
+def graph(name: str) -> tuple[str, Graph]:
+    """A graph of a manifest, of which the cost reads the number of visual tokens."""
+    features = Tensor("image_features", "float", ("images", 9, 8))
+    identity = identify(name)
+    assert identity is not None
+    return name, Graph((), (features,), identity, ())
+
+
 def make_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A manifest without graphs: the cost of a bundle needs nothing else."""
-    text = manifest.TextModel("llama", 17, 8, 12, 3, 4, 2, 3)
+    text = model.TextModel("llama", 17, 8, 12, 3, 4, 2, 3)
     sizes = (6, 10, 4, 3, 2, 12, 4, (3, 3), 9, 1)
     kinds = (True, True, False, 1e-5, "quick_gelu", (3,), "gelu", True)
-    tower = manifest.VisionModel("clip_vision_model", *sizes, *kinds)
+    tower = model.VisionModel("clip_vision_model", *sizes, *kinds)
     half = Plan((SitePlan(1, "fastv", {"keep_ratio": 0.5}, 5),))
     adaptive = Plan((SitePlan(1, "atp", {"theta_r": 0.5, "theta_s": 0.9}, 4),))
     facts = manifest.Manifest(
@@ -565,18 +574,21 @@ def make_bundle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         precision=Precision(),
         text=text,
         vision=tower,
-        tokens=manifest.Tokens("tokenizer.json", None, "<image>", 5, (2,), {}),
-        embeddings=manifest.Embeddings("weights.bin", 0, "float32", (17, 8)),
+        tokens=model.Tokens("tokenizer.json", None, "<image>", 5, (2,), {}),
+        embeddings=model.Embeddings("weights.bin", 0, "float32", (17, 8)),
         limits=manifest.Limits(64, 32, 2),
         stages=(manifest.Stage(0, 1, 114), manifest.Stage(1, 3, 106)),
         plans={"none": Plan(), "half": half, "adaptive": adaptive},
         default_plan="half",
         preprocessor="preprocessor.json",
         targets={},
-        tensors={"vision": {"outputs": [{"name": "image_features", "shape": ["images", 9, 8]}]}},
+        graphs=dict(map(graph, ("vision", "decide.half.1", "decide.adaptive.1"))),
+        cache_forms={},
+        cache_type="float32",
+        weights={},
     )
     folder.mkdir()
-    manifest.write(folder, facts)
+    files.write(folder, facts)
     # It refuses a manifest without graphs, of which a cost needs none.
     monkeypatch.setattr("patchsieve.cli.cost.read", lambda path: facts)
     return folder

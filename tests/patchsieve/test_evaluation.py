@@ -12,7 +12,9 @@ import pytest
 
 from patchsieve.cli import main
 from patchsieve.contract.errors import PatchsieveError
-from patchsieve.contract.manifest import File, Generation, read
+from patchsieve.contract.files import read
+from patchsieve.contract.manifest import File
+from patchsieve.contract.model import Generation
 from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.evaluation.answers import Answer, AnswerFile, depends_on
 from patchsieve.evaluation.metrics import (

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from patchsieve import inspection
-from patchsieve.contract import manifest
+from patchsieve.contract import files as bundle_files
+from patchsieve.contract import manifest, model
 from patchsieve.contract.errors import BundleError
+from patchsieve.contract.weights import HEAD, JOINT, SCORER
 from patchsieve.cost import from_bundle
 from tests.support.bundles import PLAN, command, command_json
 
@@ -43,7 +45,7 @@ def test_sizes_add_up_to_the_files(tiny_bundle: Path) -> None:
     on_disk = {
         path.relative_to(tiny_bundle).as_posix(): path.stat().st_size
         for path in tiny_bundle.rglob("*")
-        if path.is_file() and path.name not in (manifest.FILE_NAME, "README.md")
+        if path.is_file() and path.name not in (bundle_files.FILE_NAME, "README.md")
     }
     assert said["files"] == on_disk
     assert said["bytes"] == sum(said["parts"].values()) == sum(on_disk.values())
@@ -104,13 +106,13 @@ def test_the_tables_hold_every_stage_plan_and_file(tiny_bundle: Path) -> None:
 
 
 def test_the_scorers_files_are_a_part_of_their_own(tiny_bundle: Path) -> None:
-    facts = manifest.read(tiny_bundle)
-    scorer = manifest.Scorer("clip", "scorer_tokenizer.json", 0, 1, 77, 768)
-    files = {"scorer_tokenizer.json": 1}
-    weights = {"scorer": 20, "joint": 300, "head": 4000}
-    files |= {f"graphs/weights/{name}.safetensors": size for name, size in weights.items()}
+    facts = bundle_files.read(tiny_bundle)
+    scorer = model.Scorer("clip", "scorer_tokenizer.json", 0, 1, 77, 768)
+    sizes = {SCORER: 20, JOINT: 300, HEAD: 4000}
+    files = {"scorer_tokenizer.json": 1} | {part.path(): size for part, size in sizes.items()}
     found = {path: manifest.File(size, "") for path, size in files.items()}
-    parts = inspection.parts(replace(facts, scorer=scorer, files=found))
+    weights = {part.path(): part.entry(facts.precision) for part in sizes}
+    parts = inspection.parts(replace(facts, scorer=scorer, files=found, weights=weights))
     assert parts["CLIP scorer"] == 1 + 20 + 300
     assert (parts["output head"], parts["other files"]) == (4000, 0)
     assert "CLIP scorer" not in inspection.parts(facts)
@@ -121,7 +123,7 @@ def test_a_scorer_that_cannot_be_measured_is_one_line(own_bundle: Path, damage) 
     path = own_bundle / "graphs" / "weights" / "scorer.safetensors"
     if damage is not None:
         path.write_bytes(damage)
-    scorer = manifest.Scorer("clip", "scorer_tokenizer.json", 0, 1, 77, 768)
-    facts = replace(manifest.read(own_bundle), scorer=scorer)
+    scorer = model.Scorer("clip", "scorer_tokenizer.json", 0, 1, 77, 768)
+    facts = replace(bundle_files.read(own_bundle), scorer=scorer)
     with pytest.raises(BundleError, match="measures of the text scorer"):
         from_bundle(own_bundle, facts)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from patchsieve.contract.manifest import read
+from patchsieve.contract.files import read
 from tests.support.bundles import command
 from tests.support.installs import build_editable, build_wheel, environment, unpack
 

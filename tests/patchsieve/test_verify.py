@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from patchsieve.contract import manifest
+from patchsieve.contract import files as bundle_files
+from patchsieve.contract import model
 from patchsieve.contract.names import decide
 from patchsieve.contract.precision import BYTES
 from patchsieve.verify.parts import TOLERANCE
@@ -36,9 +37,9 @@ def change_weight(bundle: Path, file: str, tensor: str, change) -> None:
     change(values)
     data[a:b] = values.tobytes()
     (bundle / name).write_bytes(data)
-    facts = manifest.read(bundle)
-    files = facts.files | {name: manifest.hash_file(bundle / name)}
-    manifest.write(bundle, replace(facts, files=files))
+    facts = bundle_files.read(bundle)
+    files = facts.files | {name: bundle_files.hash_file(bundle / name)}
+    bundle_files.write(bundle, replace(facts, files=files))
 
 
 def verify(bundle: Path, checkpoint: Path, *options: object):
@@ -114,12 +115,12 @@ def test_a_weight_that_is_not_a_number_is_found_and_not_raised(own_bundle, tiny_
 
 def test_a_decision_graph_of_another_method_is_named(own_bundle, tiny_checkpoint) -> None:
     """The manifest says FastV keeps half; the graph that lies there keeps others."""
-    facts = manifest.read(own_bundle)
+    facts = bundle_files.read(own_bundle)
     graphs = dict(facts.targets["cpu"])
     # Graphs of the two sites change places: a quarter is kept where the plan says half.
     first, second = decide(PLAN, 2), decide(PLAN, 4)
     graphs[first], graphs[second] = graphs[second], graphs[first]
-    manifest.write(own_bundle, replace(facts, targets=facts.targets | {"cpu": graphs}))
+    bundle_files.write(own_bundle, replace(facts, targets=facts.targets | {"cpu": graphs}))
     code, said = verify(own_bundle, tiny_checkpoint)
     assert code == 1
     assert said["first_departure"]["name"] == "survivors at layer 2"
@@ -130,9 +131,9 @@ def test_another_preprocessor_is_named_first(own_bundle, tiny_checkpoint) -> Non
     file = own_bundle / "preprocessor.json"
     settings = json.loads(file.read_text())
     file.write_text(json.dumps(settings | {"image_mean": [0.5, 0.5, 0.5]}))
-    facts = manifest.read(own_bundle)
-    files = facts.files | {"preprocessor.json": manifest.hash_file(file)}
-    manifest.write(own_bundle, replace(facts, files=files))
+    facts = bundle_files.read(own_bundle)
+    files = facts.files | {"preprocessor.json": bundle_files.hash_file(file)}
+    bundle_files.write(own_bundle, replace(facts, files=files))
     code, said = verify(own_bundle, tiny_checkpoint, "--max-new-tokens", 2)
     assert (code, said["first_departure"]["name"]) == (1, "pixel_values")
 
@@ -160,8 +161,8 @@ def test_what_the_checkpoint_asks_of_answers_does_not_change_what_is_compared(
     own_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     asked = {"repetition_penalty": 0.3, "no_repeat_ngram_size": 2}
-    facts = manifest.read(own_bundle)
-    manifest.write(own_bundle, replace(facts, generation=manifest.Generation(**asked)))
+    facts = bundle_files.read(own_bundle)
+    bundle_files.write(own_bundle, replace(facts, generation=model.Generation(**asked)))
     checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
     settings = json.loads((checkpoint / "generation_config.json").read_text())
     more = {"num_beams": 2, "eos_token_id": list(range(300))}

@@ -15,7 +15,7 @@ import pytest
 
 from patchsieve.cli import main
 from patchsieve.contract import engine_memory as build_memory
-from patchsieve.contract import manifest, names
+from patchsieve.contract import files, names
 from patchsieve.contract.errors import BackendMissingError, BundleError, PatchsieveError
 from patchsieve.contract.manifest import Limits
 from patchsieve.contract.plan import Plan, SitePlan
@@ -63,9 +63,9 @@ def engines(bundle: Path) -> list[Built]:
 
 def parsed(bundle: Path, graph: str):
     """The parsed network of a graph."""
-    from patchsieve.runtime.trt.library import parse_network
+    from tests.support.networks import parse_network
 
-    return parse_network(bundle / manifest.read(bundle).targets[TARGET][graph])
+    return parse_network(bundle / files.read(bundle).targets[TARGET][graph])
 
 
 def origins(network, value: str) -> set[str]:
@@ -81,7 +81,7 @@ def origins(network, value: str) -> set[str]:
 
 
 def test_every_graph_of_a_fastv_and_an_atp_plan_builds(bundle, engines) -> None:
-    facts = manifest.read(bundle)
+    facts = files.read(bundle)
     assert {engine.graph for engine in engines} == set(facts.targets[TARGET])
     assert {"decide.fastv.1", "decide.atp.3", "stage_0", "stage_2", "vision", "compact"} <= set(
         facts.targets[TARGET]
@@ -97,7 +97,7 @@ def test_engines_hold_the_weights_once(bundle, engines) -> None:
 
 def test_a_stage_updates_its_caches_in_place_and_attends_through_the_mask(bundle) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    facts = manifest.read(bundle)
+    facts = files.read(bundle)
     for index, stage in enumerate(facts.stages):
         network = parsed(bundle, names.stage(index))
         updates = {update.cache: update.result for update in network.cache_updates}
@@ -116,7 +116,7 @@ def test_a_stage_updates_its_caches_in_place_and_attends_through_the_mask(bundle
 
 
 def test_a_stage_has_a_prefill_and_a_decode_profile(bundle) -> None:
-    facts = manifest.read(bundle)
+    facts = files.read(bundle)
     prefill, decode = profiles(facts, "stage_1", TARGET)
     assert [shape[1] for shape in decode[names.HIDDEN]] == [1, 1, 2]
     assert [shape[0] for shape in decode[names.LAST_KEY]] == [1, 1, 2]
@@ -127,7 +127,7 @@ def test_a_stage_has_a_prefill_and_a_decode_profile(bundle) -> None:
 
 
 def test_building_takes_no_more_memory_than_export_says(bundle, engines, capsys) -> None:
-    expected = build_memory.expectations(manifest.read(bundle))
+    expected = build_memory.expectations(files.read(bundle))
     for one in engines:
         assert one.engine.peak_bytes <= expected[one.graph]
     assert main(["build", str(bundle), "--target", TARGET, "--quiet", "--json"]) == 0
@@ -167,7 +167,7 @@ def test_the_record_tells_what_an_engine_was_built_with(bundle, engines) -> None
         assert 0 < engine.base_bytes < engine.peak_bytes
     card = Gpu("any", "8.9")
     library = Library(engine.library.name, engine.library.version)
-    facts = manifest.read(bundle)
+    facts = files.read(bundle)
     assert set(open_engines(bundle, facts, TARGET, gpu=card, library=library)) == set(record)
     with pytest.raises(BundleError, match="--compute-capability 7.5"):
         open_engines(bundle, facts, TARGET, gpu=Gpu("old", "7.5"), library=library)
@@ -175,7 +175,7 @@ def test_the_record_tells_what_an_engine_was_built_with(bundle, engines) -> None
 
 def test_a_killed_build_goes_on_where_it_was(bundle, engines, tmp_path) -> None:
     """What was whole stays, what was not goes."""
-    if manifest.read(bundle).precision != "float16":
+    if files.read(bundle).precision != "float16":
         pytest.skip("one precision is enough")
     own = Path(shutil.copytree(bundle, tmp_path / "own", ignore=shutil.ignore_patterns("engines")))
     script = f"""
@@ -201,9 +201,9 @@ for number, one in enumerate(build(Path({str(own)!r}), Request({TARGET!r}))):
 def test_build_refuses_in_one_line(bundle, monkeypatch, capsys) -> None:
     with pytest.raises(PatchsieveError, match="no engines to build"):
         list(build(bundle, Request("cpu")))
-    facts = manifest.read(bundle)
+    facts = files.read(bundle)
     targets = {"cpu": facts.targets["cpu"]}
-    monkeypatch.setattr(manifest, "read", lambda path: replace(facts, targets=targets))
+    monkeypatch.setattr(files, "read", lambda path: replace(facts, targets=targets))
     with pytest.raises(BundleError, match="--targets cpu,tensorrt-rtx"):
         list(build(bundle, REQUEST))
     monkeypatch.undo()

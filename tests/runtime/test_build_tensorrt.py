@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 from patchsieve.contract import engine_memory as build_memory
-from patchsieve.contract import manifest
+from patchsieve.contract import files as bundle_files
+from patchsieve.contract import names
 from patchsieve.contract.errors import BackendMissingError, BundleError, PatchsieveError
+from patchsieve.contract.graphs import STAGE, Graph, Tensor
 from patchsieve.runtime.building import build as build_module
 from patchsieve.runtime.building.build import Built, build
 from patchsieve.runtime.building.build_config import TIMING_CACHE
@@ -40,19 +42,32 @@ GIB = 1 << 30
 TARGET = "jetpack6"
 
 
+def growing(graph: Graph) -> Graph:
+    """The graph with axes that grow where its caches have slots."""
+    axis = names.AXIS_PAST if graph.kind == STAGE else names.AXIS_PRESENT
+
+    def change(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(
+            replace(
+                tensor,
+                shape=tuple(axis if each == names.AXIS_SLOTS else each for each in tensor.shape),
+            )
+            for tensor in tensors
+        )
+
+    return replace(graph, inputs=change(graph.inputs), outputs=change(graph.outputs))
+
+
 @pytest.fixture
 def bundle(own_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundle whose CPU graphs stand for those of every TensorRT, on a machine with an Orin."""
-    facts = manifest.read(own_bundle)
+    facts = bundle_files.read(own_bundle)
     graphs = facts.targets["cpu"]
     targets = dict.fromkeys(("cpu", "tensorrt", "tensorrt10", TARGET), graphs)
-    tensors = {
-        graph: json.loads(
-            json.dumps(listed).replace('"slots"', '"past"' if "stage" in graph else '"present"')
-        )
-        for graph, listed in facts.tensors.items()
-    }
-    manifest.write(own_bundle, replace(facts, targets=targets, tensors=tensors))
+    grown = {name: growing(graph) for name, graph in facts.graphs.items()}
+    forms = dict.fromkeys(targets, names.IN_PLACE)
+    changed = replace(facts, targets=targets, graphs=grown, cache_forms=forms)
+    bundle_files.write(own_bundle, changed)
     monkeypatch.setattr(build_module, "find_device", lambda: ORIN)
     return own_bundle
 
@@ -120,10 +135,10 @@ def test_every_version_builds_typed_engines(
         version=version, has_typed_flag=has_typed_flag, has_fp16=has_fp16, has_stream=has_stream
     )
     done = built(bundle)
-    assert set(done) == set(manifest.read(bundle).targets[TARGET])
+    assert set(done) == set(bundle_files.read(bundle).targets[TARGET])
     made = engine(bundle, "stage_1")
     assert made["is_typed"] is True
-    shapes = profiles(manifest.read(bundle), "stage_1", TARGET)
+    shapes = profiles(bundle_files.read(bundle), "stage_1", TARGET)
     assert made["profiles"] == json.loads(json.dumps(shapes))
     assert done["stage_1"].engine.library.version == version
     assert done["stage_1"].engine.gpu == ORIN.gpu
@@ -157,7 +172,7 @@ def test_a_tensorrt_that_knows_no_typed_networks_is_refused(bundle: Path, tensor
 
 
 def test_a_past_that_grows_has_room_for_every_slot(bundle: Path) -> None:
-    facts = manifest.read(bundle)
+    facts = bundle_files.read(bundle)
     prefill, decode = profiles(facts, "stage_1", TARGET)
     slots = facts.stages[1].slots
     name = "key_cache.2"
@@ -179,7 +194,7 @@ def test_timings_of_one_engine_serve_the_next_and_bad_ones_are_made_again(
     bundle: Path, tensorrt: Any
 ) -> None:
     built(bundle)
-    facts = manifest.read(bundle)
+    facts = bundle_files.read(bundle)
     caches = [engine(bundle, graph)["cache"] for graph in facts.targets[TARGET]]
     assert caches == ["", *["timings"] * (len(caches) - 1)]
     cache = folder_of(bundle, TARGET) / TIMING_CACHE
@@ -349,7 +364,7 @@ def test_other_failures_climb_down_nowhere() -> None:
 
 def compact_job(bundle: Path, options: Options | None = None) -> Job:
     """The smallest graph, to be built beside the bundle's manifest."""
-    facts = manifest.read(bundle)
+    facts = bundle_files.read(bundle)
     return Job(
         onnx_path=str(bundle / facts.targets[TARGET]["compact"]),
         out_path=str(bundle / "compact.engine"),
@@ -413,9 +428,9 @@ def test_another_library_gpu_or_option_builds_again(
     monkeypatch.setattr(build_module, "find_device", lambda: newer)
     assert again(Request(TARGET, Options(GIB))) == {False}
     assert again(Request(TARGET, Options(GIB), force=True)) == {True}
-    facts = manifest.read(bundle)  # the same graphs and slots, otherwise shared out
+    facts = bundle_files.read(bundle)  # the same graphs and slots, otherwise shared out
     limits = replace(facts.limits, max_text_tokens=60, max_new_tokens=36)
-    manifest.write(bundle, replace(facts, limits=limits))
+    bundle_files.write(bundle, replace(facts, limits=limits))
     assert True in again(Request(TARGET, Options(GIB)))
 
 
@@ -509,7 +524,7 @@ def test_a_dry_run_prints_the_lines_of_trtexec_without_the_library(
     options = ("--memory-limit", 1.073741824, "--optimization-level", 2, "--weight-streaming", "on")
     code, report = command_json("build", bundle, "--target", TARGET, "--dry-run", *options)
     assert code == 0
-    facts = manifest.read(bundle)
+    facts = bundle_files.read(bundle)
     assert set(report["commands"]) == set(facts.targets[TARGET])
     words = report["commands"]["stage_1"].split()
     assert words[0] == "trtexec" and words[-1] == "--skipInference"
@@ -564,7 +579,7 @@ def test_the_driver_tells_the_gpu() -> None:
 
 
 def test_the_memory_of_a_build_is_an_estimate_where_it_was_not_measured(bundle: Path) -> None:
-    facts = manifest.read(bundle)
+    facts = bundle_files.read(bundle)
     said = build_memory.source(facts)
     assert said.startswith("measured with tensorrt-rtx, an estimate for tensorrt, tensorrt10, jetp")
     measured = replace(facts, targets={"tensorrt-rtx": facts.targets["cpu"]})

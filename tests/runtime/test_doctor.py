@@ -12,9 +12,9 @@ import onnx
 import onnxruntime
 import pytest
 
-from patchsieve.export.lowering import LOWERINGS
+from patchsieve.contract.targets import CUDA_LIBRARIES, FULL, TARGETS, of_compiler, of_version
 from patchsieve.runtime.board import cuda_provider
-from patchsieve.runtime.board.abilities import EXPORT, INSTALL, TENSORRT, install_line, target_of
+from patchsieve.runtime.board.abilities import EXPORT, INSTALL, install_line
 from patchsieve.runtime.board.doctor import diagnose
 from patchsieve.runtime.board.machine import Probes, module_version
 from patchsieve.runtime.board.pitfalls import bundle_pitfalls
@@ -118,7 +118,7 @@ def test_with_nothing_installed_each_step_names_its_line(tmp_path: Path) -> None
     assert cpu["export"]["why"] == "no torch, transformers, onnx, onnxscript, safetensors"
     assert cpu["export"]["do"] == INSTALL["export"]
     assert cpu["run"]["do"] == INSTALL["core"]
-    assert report["targets"]["tensorrt-rtx"]["build"]["do"] == INSTALL["tensorrt_rtx"]
+    assert report["targets"]["tensorrt-rtx"]["build"]["do"] == TARGETS["tensorrt-rtx"].install
     assert set(report["libraries"].values()) == {None}
     assert report["warnings"] == report["onnxruntime_providers"] == []
 
@@ -137,7 +137,7 @@ def test_a_board_with_onnxruntime_alone_runs_and_does_not_export(tmp_path: Path)
 
 def test_only_the_missing_runtime_is_named(tmp_path: Path) -> None:
     run = diagnose(probes(tmp_path, CORE))["targets"]["cpu"]["run"]
-    assert (run["can"], run["why"], run["do"]) == (False, "no onnxruntime", INSTALL["onnxruntime"])
+    assert (run["can"], run["why"], run["do"]) == (False, "no onnxruntime", TARGETS["cpu"].install)
 
 
 def test_an_onnxruntime_without_opset_24_runs_cpu_graphs_only(tmp_path: Path) -> None:
@@ -147,13 +147,13 @@ def test_an_onnxruntime_without_opset_24_runs_cpu_graphs_only(tmp_path: Path) ->
     assert can(report)["reference"] == "n-n"
     assert "Python 3.11" in report["targets"]["reference"]["run"]["do"]
     newer = diagnose(probes(tmp_path, old))["targets"]["reference"]["run"]
-    assert newer["do"] == INSTALL["onnxruntime 1.24"]
+    assert newer["do"] == TARGETS["reference"].install
 
 
 def test_an_rtx_desktop_builds_and_runs_engines(tmp_path: Path) -> None:
     installed = CPU_ONLY | EXPORTER | {"tensorrt-rtx": "1.7.1", "cuda-python": "13.0"}
     report = diagnose(probes(tmp_path, installed, smi=RTX))
-    others = dict.fromkeys(TENSORRT, "ynn")
+    others = dict.fromkeys(of_compiler(FULL), "ynn")
     assert can(report) == {
         "cpu": "y-y",
         "reference": "y-y",
@@ -186,18 +186,18 @@ CUDA = {"providers": lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 @pytest.mark.parametrize(
     ("target", "lacks", "why", "do"),
     [
-        ("cpu", "onnxruntime", "no onnxruntime", INSTALL["onnxruntime"]),
-        ("cuda", "CUDAExecutionProvider", "no CUDAExecution", INSTALL["onnxruntime-gpu"]),
+        ("cpu", "onnxruntime", "no onnxruntime", TARGETS["cpu"].install),
+        ("cuda", "CUDAExecutionProvider", "no CUDAExecution", TARGETS["cuda"].install),
         ("cuda", "gpu", "no NVIDIA GPU", INSTALL["driver"]),
-        ("tensorrt-rtx", "tensorrt-rtx", "no tensorrt_rtx", INSTALL["tensorrt_rtx"]),
+        ("tensorrt-rtx", "tensorrt-rtx", "no tensorrt_rtx", TARGETS["tensorrt-rtx"].install),
         ("tensorrt-rtx", "cuda-python", "no cuda-python", INSTALL["cuda-python"]),
         ("tensorrt-rtx", "gpu", "no NVIDIA GPU", INSTALL["driver"]),
-        ("tensorrt", "tensorrt", "no tensorrt", INSTALL["tensorrt"]),
+        ("tensorrt", "tensorrt", "no tensorrt", TARGETS["tensorrt"].install),
         ("tensorrt", "cuda-python", "no cuda-python", INSTALL["cuda-python"]),
         ("tensorrt", "gpu", "no NVIDIA GPU", INSTALL["driver"]),
         ("tensorrt", "numpy", "no numpy", INSTALL["core"]),
-        ("tensorrt10", "", "11.0.0.114 is here", INSTALL["tensorrt10"]),
-        ("jetpack6", "", "11.0.0.114 is here", INSTALL["jetpack6"]),
+        ("tensorrt10", "", "11.0.0.114 is here", TARGETS["tensorrt10"].install),
+        ("jetpack6", "", "11.0.0.114 is here", TARGETS["jetpack6"].install),
     ],
 )
 def test_each_missing_component_stops_its_target_with_its_line(
@@ -234,7 +234,7 @@ def test_each_missing_component_stops_its_target_with_its_line(
     ],
 )
 def test_a_version_of_tensorrt_serves_one_target(version: str | None, target: str | None) -> None:
-    assert target_of(version) == target
+    assert of_version(version) == target
 
 
 def test_a_gpu_that_rtx_does_not_list_is_a_warning_and_cannot_run(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_a_jetson_orin_of_jetpack_6_is_recognised(tmp_path: Path) -> None:
     assert "zram" in swap and "swapon" in swap
     assert "25W" in mode and "nvpmodel" in mode
     missing = report["targets"]["jetpack6"]["run"]
-    assert (missing["can"], missing["do"]) == (False, INSTALL["tensorrt on a board"])
+    assert (missing["can"], missing["do"]) == (False, TARGETS["tensorrt10"].install_on_board)
     # With the system's packages visible, the module is found though it has no metadata.
     options["importable"] = lambda module: module == "tensorrt"
     seen = board(tmp_path, *given, **options)
@@ -386,7 +386,7 @@ def test_a_cuda_provider_that_does_not_start_says_what_is_missing(tmp_path: Path
     given = probes(tmp_path, installed, smi=RTX, cuda_obstacle=lambda: missing, **CUDA)
     run = diagnose(given)["targets"]["cuda"]["run"]
     assert run["can"] is False
-    assert missing in run["why"] and run["do"] == INSTALL["CUDA libraries"]
+    assert missing in run["why"] and run["do"] == CUDA_LIBRARIES
     asked: list[str] = []
     for smi, providers in (("", CUDA), (RTX, {})):  # nothing to start: it is not tried
         tried = {"cuda_obstacle": lambda: asked.append("tried") or ""} | providers
@@ -523,7 +523,7 @@ def test_a_build_that_memory_and_swap_cannot_hold_is_seen(tmp_path: Path) -> Non
 
 
 def test_every_target_that_export_writes_is_in_the_table(tmp_path: Path) -> None:
-    assert set(diagnose(probes(tmp_path, {}))["targets"]) >= set(LOWERINGS)
+    assert set(diagnose(probes(tmp_path, {}))["targets"]) >= set(TARGETS)
 
 
 HIDE = """
@@ -569,7 +569,7 @@ def test_a_command_that_lacks_a_library_is_refused_in_one_line(
 def test_a_module_that_is_not_ours_has_no_line() -> None:
     assert install_line("somebodys_module") is None and install_line(None) is None
     assert install_line("cuda.bindings.runtime") == INSTALL["cuda-python"]
-    assert install_line("tensorrt_rtx") == INSTALL["tensorrt_rtx"]
+    assert install_line("tensorrt_rtx") == TARGETS["tensorrt-rtx"].install
 
 
 def test_doctor_runs_where_nothing_but_python_is_installed(tiny_bundle: Path) -> None:

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from patchsieve.contract import manifest, verified
+from patchsieve.contract import files, manifest, verified
 from patchsieve.contract.errors import BackendMissingError, BundleError
 from patchsieve.contract.manifest import Manifest
 from patchsieve.runtime.trt.engines import (
-    RTX,
     Attempt,
     Engine,
     Gpu,
@@ -30,6 +29,7 @@ from patchsieve.runtime.trt.engines import (
 )
 from tests.support.bundles import command
 
+RTX = "tensorrt-rtx"
 pytest_plugins = ["tests.support.bundles"]
 
 TARGET = "tensorrt"
@@ -41,15 +41,15 @@ COMMAND = "patchsieve build .* --target tensorrt"
 @pytest.fixture
 def bundle(own_bundle: Path) -> Path:
     """A bundle whose graphs stand for the target, with an engine file and record for each."""
-    facts = manifest.read(own_bundle)
+    facts = files.read(own_bundle)
     other = {TARGET: facts.targets["cpu"]}
-    manifest.write(own_bundle, replace(facts, targets=other, needs={TARGET: facts.needs["cpu"]}))
+    files.write(own_bundle, replace(facts, targets=other, needs={TARGET: facts.needs["cpu"]}))
     folder_of(own_bundle, TARGET).mkdir(parents=True)
-    facts, engines = manifest.read(own_bundle), {}
+    facts, engines = files.read(own_bundle), {}
     for number, (graph, path) in enumerate(facts.targets[TARGET].items()):
         file = engine_path(own_bundle, TARGET, graph)
         file.write_bytes(b"engine" * (number + 1))
-        found = manifest.hash_file(file)
+        found = files.hash_file(file)
         engines[graph] = Engine(
             graph_sha256=facts.files[path].sha256,
             weights_sha256=weights_hash(facts),
@@ -71,7 +71,7 @@ def bundle(own_bundle: Path) -> Path:
 
 def opened(bundle: Path, gpu: Gpu | None = ORIN, library: Library = TRT) -> dict[str, Path]:
     """What `open_engines` finds."""
-    return open_engines(bundle, manifest.read(bundle), TARGET, gpu=gpu, library=library)
+    return open_engines(bundle, files.read(bundle), TARGET, gpu=gpu, library=library)
 
 
 def change(bundle: Path, graph: str, **changes: object) -> None:
@@ -82,7 +82,7 @@ def change(bundle: Path, graph: str, **changes: object) -> None:
 
 
 def test_engines_open_where_they_were_built(bundle: Path) -> None:
-    facts: Manifest = manifest.read(bundle)
+    facts: Manifest = files.read(bundle)
     assert set(opened(bundle)) == set(facts.targets[TARGET])
     record = read_record(bundle, TARGET)
     write_record(record)
@@ -154,12 +154,12 @@ def test_missing_damaged_and_stale_engines_are_refused(bundle: Path) -> None:
         opened(bundle)
     path.write_bytes(whole[:-1])
     with pytest.raises(BundleError, match="damaged"):
-        open_engines(bundle, manifest.read(bundle), TARGET, gpu=ORIN, library=TRT, hashes=False)
+        open_engines(bundle, files.read(bundle), TARGET, gpu=ORIN, library=TRT, hashes=False)
     path.unlink()
     with pytest.raises(BundleError, match=f"stage_1 is not built.*{COMMAND}"):
         opened(bundle)
     assert open_engines(  # the others serve
-        bundle, manifest.read(bundle), TARGET, gpu=ORIN, library=TRT, graphs=["stage_0"]
+        bundle, files.read(bundle), TARGET, gpu=ORIN, library=TRT, graphs=["stage_0"]
     )
     path.write_bytes(whole)
     for changes in ({"graph_sha256": "0" * 64}, {"weights_sha256": "0" * 64}):
@@ -223,7 +223,7 @@ def test_a_graph_cannot_name_a_file_elsewhere(graph: str, tmp_path: Path) -> Non
 def test_engines_are_hashed_once_and_again_on_demand(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now, hash_file = time.time_ns, manifest.hash_file
+    now, hash_file = time.time_ns, files.hash_file
     read: list[str] = []
     monkeypatch.setattr(verified.time, "time_ns", lambda: now() + 60_000_000_000)
 
@@ -231,7 +231,7 @@ def test_engines_are_hashed_once_and_again_on_demand(
         read.append(path.name)
         return hash_file(path)
 
-    monkeypatch.setattr(manifest, "hash_file", counted)
+    monkeypatch.setattr(files, "hash_file", counted)
     count = len(opened(bundle))
     assert len(read) == count
     assert len(opened(bundle)) == count == len(read)

@@ -21,7 +21,8 @@ from patchsieve.contract.errors import (
     PatchsieveError,
     RequestError,
 )
-from patchsieve.runtime import backend as backend_module
+from patchsieve.contract.targets import WITH_ENGINES
+from patchsieve.runtime.backends import open_backend
 from patchsieve.runtime.gpu import driver as driver_module
 from patchsieve.runtime.gpu.device_times import DeviceTimes
 from patchsieve.runtime.gpu.driver import ContextLostError, Driver, load_cudart
@@ -530,18 +531,14 @@ def test_an_absent_gpu_or_driver_is_one_line(error: cudaError_t, words: str) -> 
     refused(lambda: Driver(gpu.module()), BackendMissingError, words)
 
 
-@pytest.mark.parametrize("target", backend_module.GPU_TARGETS)
+@pytest.mark.parametrize("target", WITH_ENGINES)
 def test_absent_tensorrt_is_one_line_for_each_target(monkeypatch, target: str) -> None:
     for name in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, name, None)
     bundle: Any = SimpleNamespace(target=target, manifest=None, path=Path("b"))
-    refused(
-        lambda: backend_module.open_backend(bundle), BackendMissingError, f"target {target} needs"
-    )
+    refused(lambda: open_backend(bundle), BackendMissingError, f"target {target} needs")
 
 
 def test_threads_are_no_option_of_a_gpu() -> None:
     bundle: Any = SimpleNamespace(target=TARGET)
-    refused(
-        lambda: backend_module.open_backend(bundle, threads=2), RequestError, "leave --threads out"
-    )
+    refused(lambda: open_backend(bundle, threads=2), RequestError, "leave --threads out")

@@ -18,8 +18,8 @@ from benchmarks.gpu.choice import ENGINES, GPU_TARGETS
 from patchsieve.contract.errors import CapacityError, PatchsieveError, RequestError
 from patchsieve.contract.manifest import Limits
 from patchsieve.contract.plan import Plan, SitePlan
+from patchsieve.contract.targets import TARGETS
 from patchsieve.export.exporter import ExportOptions, export
-from patchsieve.export.lowering import LOWERINGS
 from patchsieve.export.reuse import reuse
 from patchsieve.runtime.board.doctor import diagnose
 from patchsieve.runtime.model import Model
@@ -66,7 +66,7 @@ class Other:
 
 def cases() -> list[Any]:
     """Each target with each of its precisions, marked; and the reference, which runs anywhere."""
-    named = [(t, p) for t in GPU_TARGETS if t in LOWERINGS for p in LOWERINGS[t].precisions]
+    named = [(t, p) for t in GPU_TARGETS if t in TARGETS for p in TARGETS[t].precisions]
     on_gpu = [
         pytest.param(case, id=f"on:{case[0]}:{case[1]}", marks=pytest.mark.gpu) for case in named
     ]

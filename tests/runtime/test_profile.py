@@ -13,7 +13,7 @@ import pytest
 import patchsieve
 from patchsieve.cli import profile as cli_profile
 from patchsieve.contract.errors import RequestError
-from patchsieve.contract.manifest import Generation
+from patchsieve.contract.model import Generation
 from patchsieve.contract.writing import check_file, write_result
 from patchsieve.runtime.profile import profile, statistics
 from tests.support.bundles import PHOTO, PLAN, PROMPT, command, command_json

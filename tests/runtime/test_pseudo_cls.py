@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from patchsieve.contract.manifest import Scorer
+from patchsieve.contract.model import Scorer
 from patchsieve.runtime.inputs.prompt import Prompt
 from patchsieve.runtime.pseudo_cls import Words, cosines, pool, to_other_tokens
 from patchsieve.runtime.rows import TEXT, Rows

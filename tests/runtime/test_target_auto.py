@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import patchsieve
-from patchsieve.contract import manifest
+from patchsieve.contract import files
 from patchsieve.contract.errors import BundleError
 from patchsieve.contract.manifest import Manifest
 from patchsieve.runtime import target as target_module
@@ -39,7 +39,7 @@ CARD = Device(Gpu("NVIDIA L4", "8.9", "13.0"), memory_bytes=24 << 30, is_integra
 @pytest.fixture
 def has(tiny_bundle: Path) -> Callable[..., Manifest]:
     """The tiny bundle's manifest, as if it had been made for other targets."""
-    facts = manifest.read(tiny_bundle)
+    facts = files.read(tiny_bundle)
     graphs = facts.targets["cpu"]
     return lambda *targets: replace(facts, targets=dict.fromkeys(targets, graphs), needs={})
 
@@ -155,9 +155,9 @@ def test_a_build_takes_the_only_target_with_engines_or_the_only_one_it_can_build
 def test_a_bundle_for_a_board_is_never_to_be_exported_again_for_another_machine(
     own_bundle: Path,
 ) -> None:
-    facts = manifest.read(own_bundle)
+    facts = files.read(own_bundle)
     only = {"jetpack6": facts.targets["cpu"]}
-    manifest.write(own_bundle, replace(facts, targets=only, needs={}))
+    files.write(own_bundle, replace(facts, targets=only, needs={}))
     for arguments in (("run", own_bundle, "--prompt", "x"), ("build", own_bundle)):
         code, _, line = command(*arguments)
         assert code == 2 and "export" not in line, line
@@ -168,9 +168,9 @@ def test_a_bundle_for_a_board_is_never_to_be_exported_again_for_another_machine(
 
 def test_every_command_says_which_target_it_took(own_bundle: Path, monkeypatch) -> None:
     machine(monkeypatch)
-    facts = manifest.read(own_bundle)
+    facts = files.read(own_bundle)
     both = {"cpu": facts.targets["cpu"], "jetpack6": facts.targets["cpu"]}
-    manifest.write(own_bundle, replace(facts, targets=both))
+    files.write(own_bundle, replace(facts, targets=both))
     few = ("--prompt", "x", "--max-new-tokens", 1)
     code, said = command_json("run", own_bundle, *few)
     assert code == 0 and said["target"] == "cpu"

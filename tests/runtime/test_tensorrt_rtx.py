@@ -45,6 +45,7 @@ from patchsieve.contract.errors import BackendMissingError, BundleError, ShapeEr
 from patchsieve.runtime.building.compile import build_engine
 from patchsieve.runtime.trt import library as ours
 from patchsieve.runtime.trt.engines import Options
+from tests.support.networks import parse_network
 
 RTX = "tensorrt-rtx"
 # Relative to the largest value: float32 sums in another order; fp16 rounds after every operator.
@@ -97,7 +98,7 @@ def test_the_parsed_stage_updates_its_caches_in_place_under_a_mask(
 ) -> None:
     size = sized(dtype)
     path, _ = save_stage(size, tmp_path)
-    network = ours.parse_network(path)
+    network = parse_network(path)
     assert [update.cache for update in network.cache_updates] == size.cache_names()
     assert [update.result for update in network.cache_updates] == size.cache_names("new_")
     outputs = {tensor.name for tensor in network.outputs}
@@ -163,7 +164,7 @@ def test_float32_attention_needs_the_decomposable_attribute(tmp_path: Path) -> N
 def test_mixed_integers_are_refused_with_node_and_operator(tmp_path: Path) -> None:
     path, _ = save_stage(TINY, tmp_path, form=Form(index_dtype="int32"))
     with pytest.raises(BundleError, match=r"node 'own_slot', operator Add") as raised:
-        ours.parse_network(path)
+        parse_network(path)
     assert "\n" not in str(raised.value)
 
 
@@ -178,7 +179,7 @@ def test_nonpad_lengths_of_attention_are_lost_without_a_word(tmp_path: Path) -> 
     graph = helper.make_graph([node], "lost", inputs, [out])
     opset = [helper.make_opsetid("", 24)]
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "lost.onnx")
-    (attention,) = ours.parse_network(tmp_path / "lost.onnx").attentions
+    (attention,) = parse_network(tmp_path / "lost.onnx").attentions
     assert attention.key_length == "", "mended: nonpad_kv_seqlen may be used"
 
 
@@ -188,7 +189,7 @@ def test_tensorrts_own_attention_keeps_the_key_length(has_mask: bool, tmp_path: 
     size = AttentionSize()
     path = tmp_path / "attention.onnx"
     onnx.save(lengths_attention_model(size, has_mask=has_mask), path)
-    (attention,) = ours.parse_network(path).attentions
+    (attention,) = parse_network(path).attentions
     assert attention.key_length
     assert attention.has_mask == has_mask
     profiles = [size.profile(has_mask=has_mask)]
@@ -200,7 +201,7 @@ def test_tensorrts_own_attention_keeps_the_key_length(has_mask: bool, tmp_path: 
 def test_a_stage_on_tensorrts_own_attention_has_mask_and_length(dtype: str, tmp_path: Path) -> None:
     size = StageSize(dtype=dtype)
     path, weight_bytes = save_stage(size, tmp_path, form=Form(has_lengths=True))
-    for attention in ours.parse_network(path).attentions:
+    for attention in parse_network(path).attentions:
         assert attention.mask == "mask"
         assert attention.key_length
         assert attention.key.startswith("new_cache_key")  # the cache is not multiplied on the way
@@ -230,15 +231,15 @@ def test_an_absent_library_is_named_with_its_pip_line(monkeypatch: pytest.Monkey
 @needs_rtx
 def test_what_is_not_a_whole_graph_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not there"):
-        ours.parse_network(tmp_path / "none.onnx")
+        parse_network(tmp_path / "none.onnx")
     (tmp_path / "text.onnx").write_bytes(b"not a graph " * 9)
     with pytest.raises(BundleError, match="Failed to parse the ONNX model|holds no graph"):
-        ours.parse_network(tmp_path / "text.onnx")
+        parse_network(tmp_path / "text.onnx")
     path, _ = save_stage(TINY, tmp_path)
     (tmp_path / "alone").mkdir()
     shutil.copy(path, tmp_path / "alone")
     with pytest.raises(BundleError, match=r"stage\.bin.*keep the weights beside the graph"):
-        ours.parse_network(tmp_path / "alone" / "stage.onnx")
+        parse_network(tmp_path / "alone" / "stage.onnx")
 
 
 @needs_rtx

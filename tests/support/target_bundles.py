@@ -14,8 +14,8 @@ import pytest
 
 from patchsieve.contract.manifest import Limits
 from patchsieve.contract.plan import Plan, SitePlan
+from patchsieve.contract.targets import TARGETS
 from patchsieve.export.exporter import ExportOptions, export
-from patchsieve.export.lowering import LOWERINGS
 from tests.support.models import save_checkpoint
 from tests.support.once import once
 
@@ -52,7 +52,7 @@ def bundle_of(
 
     def bundle(precision: str, attention: str | None = None) -> Path:
         if (precision, attention) not in made:
-            targets = [t for t in LOWERINGS if "bfloat16" not in precision or t not in ON_A_CPU]
+            targets = [t for t in TARGETS if "bfloat16" not in precision or t not in ON_A_CPU]
             targets = targets if attention is None else ["tensorrt-rtx"]
             options = ExportOptions(
                 plan=FASTV,
