@@ -170,7 +170,8 @@ def test_every_command_says_which_target_it_took(own_bundle: Path, monkeypatch) 
     machine(monkeypatch)
     facts = files.read(own_bundle)
     both = {"cpu": facts.targets["cpu"], "jetpack6": facts.targets["cpu"]}
-    files.write(own_bundle, replace(facts, targets=both))
+    forms = dict.fromkeys(both, facts.cache_forms["cpu"])
+    files.write(own_bundle, replace(facts, targets=both, cache_forms=forms))
     few = ("--prompt", "x", "--max-new-tokens", 1)
     code, said = command_json("run", own_bundle, *few)
     assert code == 0 and said["target"] == "cpu"
