@@ -157,7 +157,8 @@ def test_a_bundle_for_a_board_is_never_to_be_exported_again_for_another_machine(
 ) -> None:
     facts = files.read(own_bundle)
     only = {"jetpack6": facts.targets["cpu"]}
-    files.write(own_bundle, replace(facts, targets=only, needs={}))
+    forms = dict.fromkeys(only, facts.cache_forms["cpu"])
+    files.write(own_bundle, replace(facts, targets=only, needs={}, cache_forms=forms))
     for arguments in (("run", own_bundle, "--prompt", "x"), ("build", own_bundle)):
         code, _, line = command(*arguments)
         assert code == 2 and "export" not in line, line
