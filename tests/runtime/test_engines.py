@@ -43,7 +43,9 @@ def bundle(own_bundle: Path) -> Path:
     """A bundle whose graphs stand for the target, with an engine file and record for each."""
     facts = files.read(own_bundle)
     other = {TARGET: facts.targets["cpu"]}
-    files.write(own_bundle, replace(facts, targets=other, needs={TARGET: facts.needs["cpu"]}))
+    forms = dict.fromkeys(other, facts.cache_forms["cpu"])
+    needs = {TARGET: facts.needs["cpu"]}
+    files.write(own_bundle, replace(facts, targets=other, needs=needs, cache_forms=forms))
     folder_of(own_bundle, TARGET).mkdir(parents=True)
     facts, engines = files.read(own_bundle), {}
     for number, (graph, path) in enumerate(facts.targets[TARGET].items()):

@@ -157,7 +157,8 @@ def test_a_bundle_for_a_board_is_never_to_be_exported_again_for_another_machine(
 ) -> None:
     facts = files.read(own_bundle)
     only = {"jetpack6": facts.targets["cpu"]}
-    files.write(own_bundle, replace(facts, targets=only, needs={}))
+    forms = dict.fromkeys(only, facts.cache_forms["cpu"])
+    files.write(own_bundle, replace(facts, targets=only, needs={}, cache_forms=forms))
     for arguments in (("run", own_bundle, "--prompt", "x"), ("build", own_bundle)):
         code, _, line = command(*arguments)
         assert code == 2 and "export" not in line, line
@@ -170,7 +171,8 @@ def test_every_command_says_which_target_it_took(own_bundle: Path, monkeypatch) 
     machine(monkeypatch)
     facts = files.read(own_bundle)
     both = {"cpu": facts.targets["cpu"], "jetpack6": facts.targets["cpu"]}
-    files.write(own_bundle, replace(facts, targets=both))
+    forms = dict.fromkeys(both, facts.cache_forms["cpu"])
+    files.write(own_bundle, replace(facts, targets=both, cache_forms=forms))
     few = ("--prompt", "x", "--max-new-tokens", 1)
     code, said = command_json("run", own_bundle, *few)
     assert code == 0 and said["target"] == "cpu"
