@@ -101,7 +101,7 @@ def test_every_line_of_a_page_fits() -> None:
         f"{path.name}:{number}"
         for path in DOCS.glob("*.md")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-        if len(line) > WIDTH
+        if len(line) > WIDTH and not line.startswith("|")  # a row of a table cannot be wrapped
     ]
     assert not long
 
