@@ -292,12 +292,14 @@ def test_only_what_says_so_is_a_lack_of_memory(
     assert "--attention" not in str(raised.value)  # these graphs hold it in parts
 
 
-def with_half_precision(bundle: Path, attention: str | None) -> None:
+def with_half_precision(bundle: Path, attention: str) -> None:
     """Let the manifest say float16, and how attention is spelt: the graphs stay what they are."""
 
     def change(data: dict[str, Any]) -> None:
         data.update(precision="float16", attention=attention)
         data["embeddings"]["dtype"] = "float16"
+        for entry in data["weights"].values():
+            entry["type"] = "float16"
 
     edit_manifest(bundle, change)
 
@@ -311,11 +313,10 @@ def with_half_precision(bundle: Path, attention: str | None) -> None:
         ("fused-tower", "vision", True),
         ("fused-tower", "stage_0", False),
         ("decomposed", "stage_0", False),
-        (None, "stage_0", True),  # from before there was a choice
     ],
 )
 def test_a_compiler_that_fails_over_fused_attention_asks_for_its_parts(
-    bundle: Path, tensorrt: Any, attention: str | None, graph: str, is_fused: bool
+    bundle: Path, tensorrt: Any, attention: str, graph: str, is_fused: bool
 ) -> None:
     with_half_precision(bundle, attention)
     tensorrt(
