@@ -4,7 +4,7 @@ Three facts are kept apart. The *type* is what a part computes in, the *format* 
 a file are stored, and the type of the caches is the manifest's own. A file holds one part, so that
 it can be written, hashed and read without the others.
 
-To add a format: a name in `FORMATS`, a row of `PACKINGS` in export/weights.py that writes it, the
+To add a format: a row of `FORMATS`, a row of `PACKINGS` in export/weights.py that writes it, the
 operation in export/graphs that reads it, and how export/lowering/base.py spells that operation.
 """
 
@@ -53,8 +53,22 @@ JOINT = Part("joint", "joint", "tower", "CLIP scorer")  # what carries an image 
 PARTS = {part.name: part for part in (LAYER, TOWER, EMBEDDINGS, HEAD, SCORER, JOINT)}
 
 
+@dataclass(frozen=True)
+class Format:
+    """A way to store the matrices of a file.
+
+    Attributes:
+        name: As the manifest calls it.
+        error: Largest error that it makes of a row of the model, over the row's largest entry; 0 if
+            it keeps each number. `verify` allows it.
+    """
+
+    name: str
+    error: float = 0.0
+
+
 FLOAT = "float"  # each number in the type of its part
-FORMATS = (FLOAT,)
+FORMATS = {row.name: row for row in (Format(FLOAT),)}
 
 
 @dataclass(frozen=True)
@@ -65,7 +79,7 @@ class WeightsFile:
         part: A name of `PARTS`.
         layer: Of the decoder, for the part that has a file for each.
         type: The floating-point type that its numbers are computed in.
-        format: A name of `FORMATS`.
+        format: A key of `FORMATS`.
     """
 
     part: str

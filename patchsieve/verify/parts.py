@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from patchsieve.contract.manifest import Manifest
+from patchsieve.contract.weights import FORMATS
+
 # Largest error of a row's entries over the row's largest entry. float32: sums in another order,
 # which grow through the layers. float16: each operator rounds to 5e-4, the reference does not.
 # bfloat16 has three bits fewer.
@@ -42,6 +45,13 @@ class Part:
     def to_dict(self) -> dict[str, Any]:
         """The part as JSON prints it."""
         return asdict(self)
+
+
+def allowed_error(facts: Manifest) -> float:
+    """The tolerance of a bundle: that of its coarsest type or weights format."""
+    formats = {entry.format for entry in facts.weights.values()}
+    types = (TOLERANCE[kind] for kind in facts.precision.kinds)
+    return max(*types, *(FORMATS[name].error for name in formats))
 
 
 def compare(

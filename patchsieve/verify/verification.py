@@ -36,6 +36,7 @@ from patchsieve.verify.parts import (
     PIXEL_TOLERANCE,
     TOLERANCE,
     Part,
+    allowed_error,
     compare,
     compare_survivors,
     compare_tokens,
@@ -92,8 +93,8 @@ class Verification:
         self.facts = self.model.facts
         self.reference = hf.Reference(checkpoint, revision)
         self._check_shapes(checkpoint)
-        self.tolerance = max(TOLERANCE[kind] for kind in self.facts.precision.kinds)
-        self.is_exact = set(self.facts.precision.kinds) == {"float32"}
+        self.tolerance = allowed_error(self.facts)
+        self.is_exact = self.tolerance == TOLERANCE["float32"]
 
     def compare(
         self, images: Any, prompt: str, plan: str, *, raw: bool = False, count: int = 32
