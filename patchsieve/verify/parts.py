@@ -51,7 +51,7 @@ def allowed_error(facts: Manifest) -> float:
     """The tolerance of a bundle: that of its coarsest type or weights format."""
     formats = {entry.format for entry in facts.weights.values()}
     types = (TOLERANCE[kind] for kind in facts.precision.kinds)
-    return max(*types, *(FORMATS[name].error for name in formats))
+    return max((*types, *(FORMATS[name].error for name in formats)))
 
 
 def compare(
