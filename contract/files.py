@@ -130,12 +130,8 @@ def check_files(
             path = place.file(name)
             size = path.stat().st_size if is_there(path) else None
             if size != expected.size:
-                raise BundleError(
-                    f"the bundle's file {name} is damaged",
-                    found="no such file" if size is None else f"{size} bytes",
-                    expected=f"{expected.size} bytes",
-                    do="copy or export the bundle again",
-                )
+                found = "no such file" if size is None else f"{size} bytes"
+                raise _damaged(name, found, f"{expected.size} bytes")
             try:
                 if not hashes or (not again and verified.knows(path, expected.sha256)):
                     continue
@@ -143,16 +139,24 @@ def check_files(
                     progress(name)
                 is_same = has_hash(path, expected, verified)
             except OSError as error:
-                raise BundleError(f"cannot read the bundle's file {name}", found=error) from error
-            if not is_same:
                 raise BundleError(
-                    f"the bundle's file {name} is damaged",
-                    found="another sha256",
-                    expected=expected.sha256,
-                    do="copy or export the bundle again",
-                )
+                    f"cannot read the bundle's file {name}",
+                    found=error,
+                    do="copy the bundle again, to a disk that can be read",
+                ) from error
+            if not is_same:
+                raise _damaged(name, "another sha256", expected.sha256)
     finally:
         verified.save()  # what was read before an interrupt, too
+
+
+def _damaged(name: str, found: str, expected: str) -> BundleError:
+    return BundleError(
+        f"the bundle's file {name} is damaged",
+        found=found,
+        expected=expected,
+        do="copy or export the bundle again",
+    )
 
 
 def has_hash(path: Path, expected: File, verified: Verified) -> bool:

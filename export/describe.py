@@ -48,12 +48,7 @@ def describe(
         text=TextModel(model_type=job.config.text_config.model_type, **asdict(job.spec)),
         vision=job.vision,
         tokens=_tokens(job, prompts),
-        embeddings=Embeddings(
-            file=f"graphs/{table.location}",
-            offset=table.offset or 0,
-            dtype=job.precision.decoder,
-            shape=(job.spec.vocab_size, job.spec.hidden_size),
-        ),
+        embeddings=_embeddings(job, table),
         limits=options.limits,
         stages=job.stages,
         plans={NO_PRUNING: job.no_pruning} | {options.plan_name: plan},
@@ -70,6 +65,15 @@ def describe(
         scorer=_scorer(job),
         generation=prompts["generation"],
         attention=options.attention_form,
+    )
+
+
+def _embeddings(job: Job, table: ir.ExternalTensor) -> Embeddings:
+    return Embeddings(
+        file=f"graphs/{table.location}",
+        offset=table.offset or 0,
+        dtype=job.precision.decoder,
+        shape=(job.spec.vocab_size, job.spec.hidden_size),
     )
 
 

@@ -241,11 +241,7 @@ def plan_export(directory: Path, config: Any, options: ExportOptions) -> Job:
     preprocessor = family.preprocessor(directory, vision)
     cuts = _given_cuts(options, spec)
     clip = None if options.scorer is None else open_source(options.scorer)
-    methods = [build_method(site) for site in options.plan.sites]
-    check_sites(options.plan, methods)
-    last_read = side_layer(options.plan, methods)
-    sites = zip(options.plan.sites, methods, strict=True)
-    queries = {layer for site, method in sites for layer in layers_read(method, site.layer)}
+    last_read, queries = _read_by_sites(options.plan)
     modules = _modules(options, precision, spec, vision, clip, cuts, queries)
     _check_room(options, spec, modules.vision.num_visual, last_read > 0)
     checkpoint = Checkpoint(directory, family)
@@ -279,6 +275,19 @@ def plan_export(directory: Path, config: Any, options: ExportOptions) -> Job:
         is_tied=is_tied,
         decisions=decisions,
     )
+
+
+def _read_by_sites(plan: Plan) -> tuple[int, set[int]]:
+    """The last site that reads side rows (0 for none), and the layers whose queries are read.
+
+    Raises:
+        PatchsieveError: A site cannot read what its method needs.
+    """
+    methods = [build_method(site) for site in plan.sites]
+    check_sites(plan, methods)
+    sites = zip(plan.sites, methods, strict=True)
+    queries = {layer for site, method in sites for layer in layers_read(method, site.layer)}
+    return side_layer(plan, methods), queries
 
 
 def _given_cuts(options: ExportOptions, spec: DecoderSpec) -> list[int]:
