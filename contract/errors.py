@@ -76,7 +76,20 @@ class ShapeError(PatchsieveError):
 
 
 class BundleError(PatchsieveError):
-    """A bundle is damaged, of a newer schema, or built for something else."""
+    """A bundle is damaged, of a newer schema, or built for something else.
+
+    A damaged one cannot be mended by hand, so that is what `do` says unless it says better.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        found: object = None,
+        expected: object = None,
+        do: str | None = "copy the bundle again, or export it again",
+    ) -> None:
+        super().__init__(what, found=found, expected=expected, do=do)
 
 
 class UnsupportedModelError(PatchsieveError):

@@ -30,7 +30,10 @@ class Precision:
         for kind in self.kinds:
             if kind not in BYTES:
                 raise PatchsieveError(
-                    "unknown precision", found=kind[:60], expected=", ".join(BYTES)
+                    "unknown precision",
+                    found=kind[:60],
+                    expected=", ".join(BYTES),
+                    do="give one of these to --precision",
                 )
 
     @classmethod
@@ -51,6 +54,7 @@ class Precision:
                     found=text[:120],
                     expected=f"one of {', '.join(BYTES)}, or each part once: "
                     "tower=float16,decoder=bfloat16,head=float32",
+                    do="correct --precision",
                 )
             named[part] = kind
         named.setdefault("head", named.get("decoder", cls.head))

@@ -103,6 +103,7 @@ class ExportOptions:
                 "--build-memory has no effect: no engine is built for these targets",
                 found=", ".join(self.targets),
                 expected=f"one of {', '.join(WITH_ENGINES)} among --targets",
+                do="remove --build-memory, or add such a target to --targets",
             )
         precision = Precision.parse(self.precision)
         for target in self.targets:
@@ -119,6 +120,7 @@ class ExportOptions:
                 "unknown --attention",
                 found=self.attention,
                 expected=", ".join(names.ATTENTION_FORMS),
+                do="give one of these to --attention",
             )
         if self.attention is not None and self.attention_form is None:
             raise PatchsieveError(
