@@ -16,7 +16,7 @@ from patchsieve.contract.weights import FORMATS, LAYER, PARTS
 
 _MOST = 1 << 31  # no size reaches it
 _MOST_LAYERS = 4096
-_Shape = list[int | None]  # None where an axis changes
+_Shape = list[int | None]  # None if an axis changes
 
 
 def check(facts: Manifest) -> None:
@@ -305,7 +305,7 @@ def _check_reads(facts: Manifest, graph: str) -> None:
 
 
 def _tensors(facts: Manifest, caches: str) -> dict[str, dict[str, _Shape]]:
-    """Shapes that follow from the model's measures, None where an axis is dynamic."""
+    """Shapes that follow from the model's measures, None if an axis is dynamic."""
     text, vision = facts.text, facts.vision
     side = vision.image_size
     tensors: dict[str, dict[str, _Shape]] = {

@@ -1,4 +1,4 @@
-"""How much memory it takes to build an engine: what export obeys, and build and doctor tell.
+"""How much memory it takes to build an engine: export obeys it, build and doctor report it.
 
 Measured with TensorRT-RTX 1.7.1, which builds without a GPU (benchmarks/LOG.md): what the process
 has resident at most, all included, in float16, bfloat16 and float32. Other libraries were not

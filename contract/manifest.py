@@ -69,7 +69,7 @@ class Needs:
     Attributes:
         library: The Python package, as pip calls it.
         versions: Which of its versions, as pip spells a range.
-        where: The machines, for the eye.
+        where: The machines, for people.
         opset: Of standard ONNX in the target's graphs.
     """
 

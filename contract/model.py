@@ -10,7 +10,7 @@ from patchsieve.contract.plan import GRID2D, TRAINED_RULES
 
 @dataclass(frozen=True)
 class TextModel:
-    """The decoder: all that its graphs depend on besides weights.
+    """The decoder: all that its graphs depend on, apart from weights.
 
     H query heads, G KV heads, D head dim, C hidden, V vocabulary.
 
@@ -50,14 +50,14 @@ class TextModel:
 
 @dataclass(frozen=True)
 class VisionModel:
-    """The tower and the projector: all that their graphs depend on besides weights.
+    """The tower and the projector: all that their graphs depend on, apart from weights.
 
     Attributes:
         num_layers_run: Layers up to the last whose rows the projector reads.
         num_visual: Tokens that enter the decoder for each image where nothing prunes before it.
         num_dropped: Rows that the model drops from the front of the tower's, before the projector:
             the class token, usually.
-        has_cls: A class token stands before the patches.
+        has_cls: A class token comes before the patches.
         has_pre_norm: A layer norm follows the embeddings.
         patch_bias: The patch embedding has a bias.
         feature_layers: Layers whose rows the projector reads side by side, 0 for the embeddings.

@@ -24,7 +24,7 @@ def divide(
     memory: int,
     others: Mapping[str, int],
 ) -> list[int]:
-    """Cuts of the decoder, as few as will do besides those that must be.
+    """Cuts of the decoder, the fewest that fit the memory, and those that must be.
 
     Args:
         num_layers: Layers of the decoder.
@@ -67,7 +67,7 @@ def _fewest(count: int, layer: int, tail: int, memory: int) -> list[int]:
     Args:
         count: Layers in all.
         layer: Bytes of each.
-        tail: Bytes that the last part holds besides.
+        tail: Bytes that the last part holds too.
         memory: Bytes that a part may take, enough for a layer and the tail.
     """
     sizes = sorted({n * layer + extra for n in range(1, count + 1) for extra in (0, tail)})
@@ -77,7 +77,7 @@ def _fewest(count: int, layer: int, tail: int, memory: int) -> list[int]:
 
 
 def _fill(count: int, layer: int, tail: int, limit: int) -> list[int]:
-    """Parts filled from the back with at most `limit` bytes each; none where that cannot be."""
+    """Parts filled from the back with at most `limit` bytes each; none if that cannot be."""
     parts: list[int] = []
     room = limit - tail
     while count:

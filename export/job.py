@@ -132,7 +132,7 @@ class ExportOptions:
 
     @property
     def attention_form(self) -> str | None:
-        """How half-precision attention is spelt; None where no graph has a choice."""
+        """How half-precision attention is spelt; None if no graph has a choice."""
         kinds = Precision.parse(self.precision)
         is_half = {kinds.tower, kinds.decoder} != {"float32"}
         if not is_half or not any(known(t).attention_forms for t in self.targets):

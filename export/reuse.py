@@ -191,7 +191,7 @@ def _stage_card(bundle: Path, new: Manifest, writer: GraphWriter) -> Path | None
     """Write the bundle's README.md beside it, so that a full disk is met before the manifest.
 
     Returns:
-        The file that is to take its name; None where people have written their own.
+        The file that is to take its name; None if people have written their own.
     """
     if not card.may_write(bundle):
         return None

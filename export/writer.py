@@ -33,7 +33,7 @@ class GraphWriter:
         target_graphs: What graphs of a target take and give where they depart from that.
         paths: For each target the file of each graph, relative to the bundle.
         seconds: Time spent on each target's graphs, the tracing that all share apart.
-        written: Every file that stands, so that a failure can take it back.
+        written: Every file that is in place, so that a failure can take it back.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class GraphWriter:
                 temporary.write_bytes(model.SerializeToString())
                 self._check(temporary)
                 _check_operators(name, model, row.operators)
-                self.written.append(path)  # first: an interrupt may come right behind the rename
+                self.written.append(path)  # first: an interrupt may come right after the rename
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)

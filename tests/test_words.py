@@ -28,9 +28,9 @@ WORDS = {
 # How many are still there: a number may only fall. Those of examples/ are of sentences about
 # pictures ("the old house behind the trees").
 ALLOWED = {
-    "contract": 7,
+    "contract": 0,
     "pruning": 0,
-    "export": 19,
+    "export": 0,
     "runtime": 74,
     "calibration": 0,
     "patchsieve": 0,

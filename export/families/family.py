@@ -110,7 +110,7 @@ class Family(ABC):
 
     @abstractmethod
     def is_tied(self, config: Any) -> bool:
-        """Tell whether a checkpoint without an output matrix means the table of embeddings."""
+        """Whether a checkpoint without an output matrix means the table of embeddings."""
 
     @abstractmethod
     def preprocessor(self, directory: Path, vision: VisionModel) -> dict[str, Any]:

@@ -148,7 +148,7 @@ class Cpu(Lowering):
             num_heads=heads.num_kv_heads,
             scale=heads.scale,
         )
-        mixed.dtype = heads.dtype  # which ONNX cannot infer behind another domain's operator
+        mixed.dtype = heads.dtype  # which ONNX cannot infer after another domain's operator
         return self._unstack(mixed, *sizes)
 
     def _stack(self, query: ir.Value, kv_heads: int, group: int, head_dim: int) -> ir.Value:

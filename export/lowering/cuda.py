@@ -10,7 +10,7 @@ before it. That decides the operator:
 
 It has no cache to write to, so caches are past rows in and new rows out. They grow in place all the
 same: ONNX Runtime takes any device address for an input or output, so that the past is a view of
-the buffer and the new rows are written straight behind it. Besides, it takes keys and values with
+the buffer and the new rows are written straight after it. It also takes keys and values with
 the heads of a row side by side, as they lie in this form: nothing is turned.
 """
 

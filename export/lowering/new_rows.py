@@ -1,7 +1,7 @@
 """Caches as past rows in and new rows out, where no operator updates a cache in place.
 
 `patchsieve.contract.names` describes the form: the heads of a row lie side by side, the past is a
-view of the first P rows of a buffer, and the rows to stand behind them are an output of their own.
+view of the first P rows of a buffer, and the rows that follow them are an output of their own.
 """
 
 from __future__ import annotations

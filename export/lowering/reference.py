@@ -1,4 +1,4 @@
-"""The reference: standard ONNX at opset 24, for any runtime that keeps to it and for the eye."""
+"""The reference: standard ONNX at opset 24, for any runtime that keeps to it, and for people."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class Checkpoint:
         self._method = check_quantisation(directory, set(self._stored), odd)
 
     def __contains__(self, name: str) -> bool:
-        """Tell whether a tensor is stored, under any spelling."""
+        """Whether a tensor is stored, under any spelling."""
         return name in self._stored
 
     def read(self, name: str) -> Tensor:

@@ -57,7 +57,7 @@ _SQUARE_PAD = "LlavaImageProcessor"
 
 @dataclass(frozen=True)
 class PromptFields:
-    """What the processor says about the image's place in the prompt; None where it says nothing.
+    """What the processor says about the image's place in the prompt; None if it says nothing.
 
     Attributes:
         patch_size: Side of a patch, pixels.
@@ -119,7 +119,7 @@ def preprocessor_from_checkpoint(directory: Path) -> dict[str, object]:
 
 
 def prompt_fields_from_checkpoint(directory: Path) -> PromptFields:
-    """Read what processor_config.json says about image tokens; None where it says nothing.
+    """Read what processor_config.json says about image tokens; None if it says nothing.
 
     Raises:
         UnsupportedModelError: The file is damaged or a field has the wrong type.
