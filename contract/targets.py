@@ -40,6 +40,7 @@ class Compiler:
     Attributes:
         label: Its name, for people.
         module: What Python imports.
+        distributions: What pip may call it.
         tool: Its program for the command line.
         is_ahead_of_time: It compiles for a list of GPUs, none of which need be here; any other
             compiles for the GPU of the machine, which times the kernels.
@@ -49,6 +50,7 @@ class Compiler:
 
     label: str
     module: str
+    distributions: tuple[str, ...]
     tool: str
     is_ahead_of_time: bool = False
     capabilities: tuple[str, ...] | None = None
@@ -59,13 +61,16 @@ class Compiler:
         return self.capabilities is None or not capability or capability in self.capabilities
 
 
-FULL = Compiler("TensorRT", "tensorrt", "trtexec")
+FULL = Compiler(
+    "TensorRT", "tensorrt", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), tool="trtexec"
+)
 # TensorRT-RTX 1.7 refuses 8.7 (Orin), 9.0 (Hopper) and 11.0 (Thor). A card outside of `portable`
 # takes engines whose list names it.
 RTX = Compiler(
     "TensorRT-RTX",
     "tensorrt_rtx",
-    "tensorrt_rtx",
+    ("tensorrt-rtx", "tensorrt_rtx"),
+    tool="tensorrt_rtx",
     is_ahead_of_time=True,
     capabilities=("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"),
     portable=("8.6", "8.9", "12.0"),

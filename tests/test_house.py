@@ -1,12 +1,14 @@
-"""The shape of the source: no circle of files, no function that is too long to read at once."""
+"""The shape of the source: no circle of files, no long function, a target in its row alone."""
 
 from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from patchsieve.contract.targets import TARGETS
 from tests.support.installs import FOLDERS, ROOT
 from tests.test_packaging import imports_of
 
@@ -50,3 +52,16 @@ def test_functions_can_be_read_at_once() -> None:
                 if lines > MOST_LINES:
                     long.append(f"{module}.{node.name}: {lines} lines")
     assert not long, "\n".join(long)
+
+
+def test_a_target_is_named_in_its_row_and_its_lowering_alone() -> None:
+    """Of those whose name is no other word: "cpu" is a device, "tensorrt" a module."""
+    named = {name for name in TARGETS if re.search(r"\d|-", name)}
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {node.value}"
+        for module, path in modules().items()
+        if not module.startswith(("patchsieve.contract.targets", "patchsieve.export.lowering"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in named
+    ]
+    assert not found, "\n".join(found)

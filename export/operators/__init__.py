@@ -5,7 +5,7 @@ inputs and outputs (`types`, `outputs`, by the kinds of the table) and the input
 concern (`free`), inputs that must be constants (`constant`), have a certain rank (`rank`), lie
 `below` a number where constant, or may not be given (`absent`), values of attributes
 (`attributes`), attributes that may not be set (`without`), inputs of one type (`same_types`), and
-the most outputs. `refused` names operators that are not allowed at all, and who says so. A table that
+the most outputs. `refused` names operators that are not allowed, and who says so. A table that
 `extends` another changes what it names. An operator of another domain is called "domain::Name".
 """
 

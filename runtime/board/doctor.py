@@ -10,7 +10,7 @@ from patchsieve import __version__
 from patchsieve.contract import engine_memory as build_memory
 from patchsieve.contract import files
 from patchsieve.contract.manifest import Manifest
-from patchsieve.contract.targets import WITH_ENGINES
+from patchsieve.contract.targets import FULL, RTX, WITH_ENGINES
 from patchsieve.runtime.board import machine
 from patchsieve.runtime.board.abilities import (
     MODULES,
@@ -28,8 +28,8 @@ LIBRARIES = {
     "tokenizers": ("tokenizers",),
     "jinja2": ("jinja2",),
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
-    "tensorrt_rtx": ("tensorrt-rtx", "tensorrt_rtx"),
+    FULL.module: FULL.distributions,
+    RTX.module: RTX.distributions,
     "cuda-python": ("cuda-python", "cuda-bindings"),
     "torch": ("torch",),
     "transformers": ("transformers",),
