@@ -109,7 +109,7 @@ def before_decoder(plan: Plan, num_patches: int, num_layers: int) -> BeforeDecod
 
     Raises:
         PatchsieveError: A method is unknown, its options do not fit the tower, or the second of two
-            methods would drop nothing.
+            methods would remove no tokens.
     """
     chain: list[Pruned] = []
     if plan.encoder is not None:
@@ -137,7 +137,7 @@ def left_by_chain(chain: Sequence[Pruned], num_patches: int) -> int:
     """Patches that methods before the decoder leave, one after the other, at most.
 
     Raises:
-        PatchsieveError: One of them cannot follow the one before it, or would drop nothing.
+        PatchsieveError: One of them cannot follow the one before it, or would remove no tokens.
     """
     left = num_patches
     for place, (found, places) in enumerate(chain):
@@ -152,7 +152,7 @@ def left_by_chain(chain: Sequence[Pruned], num_patches: int) -> int:
         is_idle = last == left and place and found.leaves != ADAPTS
         if last > left or is_idle:
             raise PatchsieveError(
-                f"{found.name} after {chain[0].entry.name} would drop nothing",
+                f"{found.name} after {chain[0].entry.name} would remove no tokens",
                 found=f"{last} to keep of {left}",
                 expected=f"fewer than {left}",
                 do=f"lower --{found.place}-keep",

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from patchsieve.contract import manifest, names
+from patchsieve.contract import files, names
 from patchsieve.export.lowering import cpu
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.rows import Rows
@@ -162,7 +162,7 @@ def edited(bundle: TinyBundle, folder, edit: Callable[[onnx.ModelProto], int]) -
     assert changes
     # Sizes and hashes would give the edit away, as they should.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(manifest, "check_files", lambda *args, **options: None)
+        patch.setattr(files, "check_files", lambda *args, **options: None)
         model = Model(folder / "bundle", threads=1)
     model.facts = bundle.model(SITES).facts
     return model

@@ -253,7 +253,7 @@ def test_a_count_of_another_shape_is_refused(made: Towers, tmp_path: Path) -> No
     bundle = shutil.copytree(made.bundle, tmp_path / "bundle")
 
     def damage(data: dict[str, Any]) -> None:
-        outputs = data["tensors"]["vision.inside"]["outputs"]
+        outputs = data["graphs"]["vision.inside"]["outputs"]
         next(each for each in outputs if each["name"] == names.NUM_WANTED)["shape"] = [2, 3]
 
     edit_manifest(bundle, damage)

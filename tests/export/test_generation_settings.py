@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
 )
 
 from patchsieve.contract.errors import BundleError, UnsupportedModelError
-from patchsieve.contract.files import read
+from patchsieve.contract.files import parse, read
 from patchsieve.contract.model import Generation
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.source.generation import read_generation
@@ -193,7 +193,7 @@ def test_a_bundle_that_asks_nothing_says_nothing_and_older_ones_are_read(tiny: A
     facts = read(path)
     assert facts.generation == Generation()
     asking = replace(facts, generation=Generation(bad_words_ids=((1, 2), (3,)), stop=("END",)))
-    assert files.parse(asking.to_json()) == asking
+    assert parse(asking.to_json()) == asking
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_bundle_that_asks_nothing_says_nothing_and_older_ones_are_read(tiny: A
 def test_a_manifest_with_settings_that_cannot_be_is_refused(tiny: Any, entry: Any) -> None:
     data = json.loads((tiny(ROW).path / "manifest.json").read_text()) | {"generation": entry}
     with pytest.raises(BundleError):
-        files.parse(json.dumps(data))
+        parse(json.dumps(data))
 
 
 # Files

@@ -10,9 +10,10 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from patchsieve.contract.manifest import Limits
 from patchsieve.contract.plan import NO_PRUNING, Plan, SitePlan
+from patchsieve.contract.targets import CHECKABLE
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.runtime.model import Model
-from patchsieve.runtime.ort.backend import TARGETS, OrtBackend
+from patchsieve.runtime.ort.backend import OrtBackend
 from tests.support.models import save_checkpoint
 from tests.support.tiny_bundles import largest_error, pictures, recorded_logits
 from tests.support.tolerances import LOWERED_FLOAT32
@@ -32,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(checkpoint: Path) -> Path:
     out = checkpoint.with_name("bundle")
     options = ExportOptions(
-        plan=FASTV, plan_name="fastv", targets=TARGETS, limits=Limits(64, 16, 1)
+        plan=FASTV, plan_name="fastv", targets=CHECKABLE, limits=Limits(64, 16, 1)
     )
     export(str(checkpoint), out, options)
     return out
@@ -61,7 +62,7 @@ def hugging_face(checkpoint: Path) -> tuple[list[int], list[torch.Tensor]]:
     return tokens, [logits[0].numpy() for logits in said.logits]
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", CHECKABLE)
 def test_heads_of_any_even_width_answer_as_hugging_face(
     bundle: Path, hugging_face, target: str
 ) -> None:

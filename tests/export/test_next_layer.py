@@ -139,7 +139,7 @@ def test_another_queries_matrix_of_the_next_layer_changes_who_survives(
 @pytest.mark.tensorrt
 def test_such_a_decision_builds_in_tensorrt_rtx(bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    facts, target = manifest.read(bundle), "tensorrt-rtx"
+    facts, target = files.read(bundle), "tensorrt-rtx"
     graph = names.decide("ahead", 2)
     shapes = profiles(facts, graph, target)
     file = bundle / facts.targets[target][graph]

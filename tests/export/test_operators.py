@@ -20,7 +20,7 @@ from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.targets import TARGETS
 from patchsieve.export.graphs.decision import decide_graph
 from patchsieve.export.graphs.trace import bind
-from patchsieve.export.lowering import lower
+from patchsieve.export.lowering import lower, lowering
 from patchsieve.export.operators import load, problems
 from patchsieve.export.writer import GraphWriter
 from tests.support.pruning_cases import CASES
@@ -76,8 +76,8 @@ def test_every_node_of_a_decision_is_taken(case: str) -> None:
         if name.startswith("layers.") and not name.endswith("inv_freq")
     }
     bind(traced, stored)
-    for name, target in CHECKED.items():
-        model = ir.to_proto(lower(traced, target, 64))
+    for name in CHECKED:
+        model = ir.to_proto(lower(traced, lowering(name), 64))
         assert found_in(model, name) == [], name
         assert len(model.graph.node) > 10
 
@@ -235,8 +235,8 @@ def test_export_refuses_a_graph_that_its_target_does_not_take(tmp_path: Path) ->
     )
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.INT64, ["n"]))
     writer = GraphWriter(tmp_path, ("tensorrt10",))
-    with pytest.raises(PatchsieveError, match=r"graph sum holds what TensorRT 10\.15 .*CumSum"):
-        writer.save("sum", ir.from_proto(model))
+    with pytest.raises(PatchsieveError, match=r"graph compact holds what TensorRT 10\.15 .*CumSum"):
+        writer.save(names.COMPACT, ir.from_proto(model))
     assert list(tmp_path.iterdir()) == []
 
 

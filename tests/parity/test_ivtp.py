@@ -340,7 +340,7 @@ def test_a_group_over_stages_of_other_lengths_is_refused_with_the_group_that_fit
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (Plan((SitePlan(6, "ivtp", {"group": 7}),), pseudo_cls=PseudoCls()), "not there"),
+        (Plan((SitePlan(6, "ivtp", {"group": 7}),), pseudo_cls=PseudoCls()), "only 6 exist"),
         (Plan((SitePlan(3, "ivtp", {}),)), "pseudo_cls do not belong"),
         (Plan((SitePlan(3, "fastv", {}),), pseudo_cls=PseudoCls()), "pseudo_cls do not belong"),
         (
