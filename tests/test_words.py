@@ -31,7 +31,7 @@ ALLOWED = {
     "contract": 7,
     "pruning": 0,
     "export": 19,
-    "runtime": 74,
+    "runtime": 0,
     "calibration": 0,
     "patchsieve": 0,
     "docs": 0,

@@ -22,7 +22,7 @@ ALLOWED = {
     "contract": 34,
     "pruning": 0,
     "export": 5,
-    "runtime": 18,
+    "runtime": 0,
     "calibration": 0,
     "patchsieve": 0,
 }
