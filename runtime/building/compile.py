@@ -233,9 +233,7 @@ def _stream_engine(graph: _Graph, file: Any) -> bool:
                 return 0
 
     writer = Writer()
-    is_built = graph.builder.build_serialized_network_to_stream(
-        graph.network, graph.config, writer
-    )
+    is_built = graph.builder.build_serialized_network_to_stream(graph.network, graph.config, writer)
     if writer.error is not None:
         raise writer.error
     return bool(is_built)
