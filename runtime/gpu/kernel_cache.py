@@ -37,7 +37,7 @@ class KernelCache:
         """Settings for a context; None if the library has none.
 
         A stage's decode profile sees one shape only, so that its kernels are compiled for it before
-        the first call returns: a CUDA graph would keep the slow substitutes for ever. Prompts differ
+        the first call returns: a CUDA graph would keep the slow ones for ever. Prompts differ
         in length, and each would wait.
         """
         make = getattr(engine.engine, "create_runtime_config", None)
