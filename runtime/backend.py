@@ -57,7 +57,7 @@ class Backend(Protocol):
         """Bring one tensor to the host, for tools and tests."""
 
     def clear(self, cache: StageCache) -> None:
-        """Zero the slots behind the cache's length, after a request that failed."""
+        """Zero the slots after the cache's length, after a request that failed."""
 
     def device_ms(self) -> dict[str, float]:
         """Time that a GPU took for each graph since the last call; nothing on a CPU.

@@ -50,7 +50,10 @@ class Bundle:
     ) -> None:
         if check not in _CHECKS:
             raise RequestError(
-                "bad check", found=repr(check), expected=" or ".join(map(repr, _CHECKS))
+                "bad check",
+                found=repr(check),
+                expected=" or ".join(map(repr, _CHECKS)),
+                do="choose one of these for check=",
             )
         self.path, self.check = path, check
         self.place = locate(path)
@@ -151,7 +154,11 @@ class Bundle:
         dtype = np.dtype(stored_as(table.dtype))
         end = table.offset + dtype.itemsize * table.shape[0] * table.shape[1]
         if end > self.manifest.files[table.file].size:
-            raise BundleError("the embedding table reaches past its file", found=table)
+            raise BundleError(
+                "the embedding table reaches past its file",
+                found=table,
+                do="copy or export the bundle again",
+            )
         return np.memmap(
             self.place.file(table.file),
             dtype,

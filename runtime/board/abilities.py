@@ -58,7 +58,7 @@ class Ability:
     """One thing that a target needs a machine for.
 
     Attributes:
-        can: Whether it works here; None where the target has no such step.
+        can: Whether it works here; None if the target has no such step.
         why: What is missing, or what does it.
         do: The line that mends it, if one does.
     """

@@ -82,7 +82,7 @@ def diagnose(probes: Probes | None = None, bundle: Path | None = None) -> dict[s
 
 
 def find_libraries(probes: Probes, facts: dict[str, Any]) -> Libraries:
-    """Version of each library, None where it is absent; "yes" where only the module is found.
+    """Version of each library, None if it is absent; "yes" where only the module is found.
 
     The version is that of the copy that an import would take, which another installation may have
     overwritten or put before the installed one. JetPack's own TensorRT has no metadata in every

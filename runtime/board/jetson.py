@@ -70,7 +70,7 @@ def parse_packages(status: str, names: tuple[str, ...]) -> dict[str, str]:
 
 
 def capability_of(compatible: str, model: str) -> str | None:
-    """Compute capability of the board's GPU, from the device tree; nvidia-smi does not tell it."""
+    """Compute capability of the board's GPU, from the device tree; nvidia-smi does not say it."""
     for soc, capability in CAPABILITIES.items():
         if soc in compatible:
             return capability
@@ -91,7 +91,7 @@ class PowerMode:
 
 
 def parse_power_mode(text: str) -> PowerMode | None:
-    """Read `nvpmodel -q`, of any JetPack, with or without --verbose; None where it says nothing."""
+    """Read `nvpmodel -q`, of any JetPack, with or without --verbose; None if it says nothing."""
     match = re.search(r"NV Power Mode: *(\S+)(?:\s*\n(\d+)\s*$)?", text, re.MULTILINE)
     if match is None:
         return None
@@ -122,7 +122,7 @@ def parse_clocks(text: str) -> dict[str, Clock]:
 
 
 def are_locked(clocks: dict[str, Clock]) -> bool | None:
-    """Whether every clock is locked; None where no clock is known."""
+    """Whether every clock is locked; None if no clock is known."""
     return all(clock.is_locked for clock in clocks.values()) if clocks else None
 
 
@@ -132,8 +132,8 @@ class Tegrastats:
 
     Attributes:
         ram_mb: In use and in all.
-        swap_mb: The same; None where there is no swap.
-        gpu_percent: Load of the GPU; None where this JetPack does not print it (Thor).
+        swap_mb: The same; None if there is no swap.
+        gpu_percent: Load of the GPU; None if this JetPack does not print it (Thor).
         gpu_mhz: Clock of each of its clusters, none printed or none known.
         temp_c: By sensor, offline ones left out.
         power_mw: By rail, at this moment.
@@ -148,7 +148,7 @@ class Tegrastats:
 
 
 def parse_tegrastats(line: str) -> Tegrastats | None:
-    """Read a line of any JetPack; None where it is not one.
+    """Read a line of any JetPack; None if it is not one.
 
     The GPU is told as `10%@1300`, `0%@[1300,1300]`, `@[314,314,314]`, `0%`, or not at all. A rail
     has two values up to JetPack 7.1 and three in 7.2: now, average, and highest.
@@ -172,7 +172,7 @@ def parse_tegrastats(line: str) -> Tegrastats | None:
 
 
 def whole_rails(names: set[str]) -> tuple[str, ...] | None:
-    """The rails whose sum is what the module draws; None where the board is not known."""
+    """The rails whose sum is what the module draws; None if the board is not known."""
     for name in WHOLE_RAILS:
         if name in names:
             return (name,)

@@ -19,7 +19,7 @@ from patchsieve.runtime.board import cuda_provider
 from patchsieve.runtime.board import jetson as board
 from patchsieve.runtime.board.power import throttling
 
-# Debian packages that tell the version of JetPack's TensorRT; the first that is there counts.
+# Debian packages that have the version of JetPack's TensorRT; the first that is there counts.
 TENSORRT_PACKAGES = ("python3-libnvinfer", "libnvinfer10", "libnvinfer8")
 _SMI = ("name", "driver_version", "memory.total", "compute_cap")
 
@@ -35,7 +35,7 @@ def installed_version(distribution: str) -> str | None:
 def module_version(module: str) -> str | None:
     """Version that a module's own files say, of the copy that an import would take.
 
-    Nothing is imported. None where the module is absent or its version is not a plain text there.
+    Nothing is imported. None if the module is absent or its version is not a plain text there.
     """
     try:
         found = importlib.util.find_spec(module)
@@ -72,7 +72,7 @@ def run_program(command: Sequence[str]) -> str:
 
 
 def onnxruntime_providers() -> list[str]:
-    """Execution providers of the installed ONNX Runtime; none where it does not load."""
+    """Execution providers of the installed ONNX Runtime; none if it does not load."""
     try:
         import onnxruntime
     except (ImportError, OSError):
@@ -86,8 +86,8 @@ class Probes:
 
     Attributes:
         root: The file system under which /proc and /etc lie.
-        version: Version of a distribution, None where it is not installed.
-        module_version: Version of the module that an import would take, None where it says none.
+        version: Version of a distribution, None if it is not installed.
+        module_version: Version of the module that an import would take, None if it says none.
         importable: Whether a module can be found.
         run: What a program prints, "" where there is none: nvidia-smi, nvpmodel, jetson_clocks.
         providers: Execution providers that ONNX Runtime was built for.
@@ -141,7 +141,7 @@ def cpu(probes: Probes) -> dict[str, Any]:
 
 
 def gpus(probes: Probes) -> list[dict[str, Any]]:
-    """GPUs that nvidia-smi sees; a Jetson's own is there in any case, with what its board tells."""
+    """GPUs that nvidia-smi sees; a Jetson's own is there in any case, with what its board says."""
     query = [f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader,nounits"]
     found = []
     for line in probes.run(["nvidia-smi", *query]).splitlines():
@@ -196,7 +196,7 @@ def jetson(probes: Probes) -> dict[str, Any] | None:
 
 
 def clocks_locked(probes: Probes) -> bool | None:
-    """Whether CPU and GPU clocks cannot move: sysfs tells everyone, jetson_clocks only root."""
+    """Whether CPU and GPU clocks cannot move: sysfs answers everyone, jetson_clocks only root."""
     clocks = {}
     system = probes.root / "sys"
     for folder in sorted((system / "devices/system/cpu").glob("cpu[0-9]*/cpufreq")):
@@ -234,7 +234,7 @@ def facts(probes: Probes | None = None) -> dict[str, Any]:
         "architecture": probes.architecture,
         "cpu": cpu(probes),
         "memory_bytes": memory(probes),
-        # A GPU that tells no memory of its own shares the machine's.
+        # A GPU that reports no memory of its own shares the machine's.
         "unified_memory": any(gpu["memory"] is None for gpu in found_gpus),
         "gpus": found_gpus,
         "cuda": cuda(probes),

@@ -28,7 +28,7 @@ class Rail:
     watts: Path | None = None
 
     def read(self) -> float | None:
-        """Watts now; None where the chip does not answer or the reader may not ask."""
+        """Watts now; None if the chip does not answer or the reader may not ask."""
         if self.watts is not None:
             microwatts = _integer(self.watts)
             return None if microwatts is None else microwatts / 1e6
@@ -86,7 +86,7 @@ def throttling(root: Path = Path("/")) -> dict[str, int]:
 
 
 def has_throttled(before: dict[str, int], after: dict[str, int]) -> bool | None:
-    """Whether an alert is on or a count has risen; None where the board tells neither."""
+    """Whether an alert is on or a count has risen; None if the board reports neither."""
     if not after:
         return None
     return any(
@@ -114,7 +114,7 @@ class PowerReader:
 
     @classmethod
     def find(cls, root: Path = Path("/")) -> PowerReader | None:
-        """The reader of this board; None where nothing is measured, as on every desktop."""
+        """The reader of this board; None if nothing is measured, as on every desktop."""
         rails = find_rails(root)
         names = whole_rails(set(rails))
         if names is None or any(rails[name].read() is None for name in names):
@@ -149,7 +149,7 @@ class PowerReader:
         """Mean and highest watts, and joules, of an interval of `clock`.
 
         Joules are the trapezoids under the samples; the first and last are held to the ends.
-        None where no sample fell inside.
+        None if no sample fell inside.
         """
         inside = sorted((at, watts) for at, watts in self.samples if start <= at <= end)
         if not inside:

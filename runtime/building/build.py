@@ -22,7 +22,7 @@ from patchsieve.runtime.building.builder_process import Done, Job, build_in_proc
 from patchsieve.runtime.building.ladder import LADDER, ONE_RUNG, CompilerError, climb
 from patchsieve.runtime.building.profiles import profiles
 from patchsieve.runtime.trt import engines as record_module
-from patchsieve.runtime.trt.device import find_device
+from patchsieve.runtime.trt.device import Device, find_device
 from patchsieve.runtime.trt.engines import (
     Engine,
     Gpu,
@@ -35,6 +35,10 @@ from patchsieve.runtime.trt.engines import (
 from patchsieve.runtime.trt.library import load_tensorrt
 
 _SECONDS = 5.0  # between two words on one engine: its phases change many times a second
+_IN_HUB_CACHE = (
+    "the bundle is a snapshot of the hub's cache: its engines are kept in it and go with it; "
+    "another revision needs engines of its own"
+)
 Progress = Callable[[str, float], None]
 Told = Callable[[str], None]
 Builder = Callable[..., Done]
@@ -45,8 +49,8 @@ class Built:
     """One graph of a build.
 
     Attributes:
-        engine: What was recorded; None where none was built.
-        was_there: An engine of the same graph, weights, library, GPU and options stood there.
+        engine: What was recorded; None if none was built.
+        was_there: An engine of the same graph, weights, library, GPU and options existed.
         note: Why none was built.
     """
 
@@ -85,13 +89,7 @@ def build(
     facts = files.read(bundle)
     graphs = graphs_of(facts, request.target)
     library = Library.of(load_tensorrt(request.target))
-    device = find_device()
-    if device is None and not request.is_ahead_of_time:
-        raise BackendMissingError(
-            f"engines for {request.target} are built on the GPU that runs them",
-            found="no NVIDIA driver, or no GPU",
-            do=f"copy the bundle there, then: patchsieve build BUNDLE --target {request.target}",
-        )
+    device = _device_for(request)
     others = {path for g in facts.targets.values() for path in g.values()} - set(graphs.values())
     progress("checking the bundle", 0.0)
     paths = [path for path in facts.files if path not in others]
@@ -103,10 +101,7 @@ def build(
     gpu = None if request.is_ahead_of_time or device is None else device.gpu
     place = locate(bundle)
     if place.repository is not None:
-        told(
-            "the bundle is a snapshot of the hub's cache: its engines are kept in it and go with "
-            "it; another revision needs engines of its own"
-        )
+        told(_IN_HUB_CACHE)
     job = _Job(bundle, facts, request, library, gpu, streams, told, builder, place.has_links(paths))
     folder = record_module.folder_of(bundle, request.target)
     with one_line(folder):
@@ -115,6 +110,18 @@ def build(
             job.read()
             for done, graph in enumerate(graphs):
                 yield job.build(graph, _steps(graph, done / len(graphs), progress))
+
+
+def _device_for(request: Request) -> Device | None:
+    """The GPU here, without which only engines for a list of GPUs can be built."""
+    device = find_device()
+    if device is None and not request.is_ahead_of_time:
+        raise BackendMissingError(
+            f"engines for {request.target} are built on the GPU that runs them",
+            found="no NVIDIA driver, or no GPU",
+            do=f"copy the bundle there, then: patchsieve build BUNDLE --target {request.target}",
+        )
+    return device
 
 
 @dataclass
@@ -155,7 +162,7 @@ class _Job:
             self.told(f"all engines are built again: {error}")
 
     def build(self, graph: str, step: Callable[[str], None]) -> Built:
-        """Build a graph's engine unless it stands there."""
+        """Build a graph's engine unless it is there already."""
         path = engine_path(self.bundle, self.request.target, graph)
         if note := misfit(self.facts, graph):
             return Built(graph, path, None, note=note)

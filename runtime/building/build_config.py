@@ -24,7 +24,7 @@ TIMING_CACHE = "timing.cache"
 
 
 def set_options(trt: ModuleType, config: Any, options: Options, target: str) -> None:
-    """Tell a builder's config what the engine is to be.
+    """Set a builder's config to the options of an engine.
 
     Raises:
         BundleError: The library does not know an option.
@@ -69,6 +69,7 @@ def _set_compute_capabilities(
                 f"{trt.__name__} {trt.__version__} cannot compile for a list with {text!r}",
                 found=", ".join(wanted),
                 expected=f"some of {', '.join(known)}, or `current` alone",
+                do=f"leave {text} out of --compute-capability",
             )
 
 
@@ -81,7 +82,7 @@ class TimingCache:
 
 
 def take_timing_cache(config: Any, path: Path) -> TimingCache:
-    """Take up the timings of an earlier build, or begin anew where they are of no use here."""
+    """Take up the timings of an earlier build, or begin again if they are of no use here."""
     stored = path.read_bytes() if path.is_file() else b""
     for content in (stored, b"") if stored else (b"",):
         cache = config.create_timing_cache(content)
@@ -89,7 +90,11 @@ def take_timing_cache(config: Any, path: Path) -> TimingCache:
         if cache is not None and config.set_timing_cache(cache, False):
             return TimingCache(cache, is_warm=bool(content))
         log.warning("the timings in %s are of no use here and are made again", path)
-    raise BundleError("TensorRT takes no timing cache", found=str(path))
+    raise BundleError(
+        "TensorRT cannot make a timing cache",
+        found=path,
+        do="see patchsieve doctor: the library may be damaged",
+    )
 
 
 def _check_profile(network: Any, profile: Profile, number: int, path: Path) -> None:
@@ -98,13 +103,20 @@ def _check_profile(network: Any, profile: Profile, number: int, path: Path) -> N
     unknown = sorted(set(profile) - set(inputs))
     if unknown:
         raise ShapeError(
-            f"{what} names inputs that the graph lacks", found=unknown, expected=sorted(inputs)
+            f"{what} names inputs that the graph lacks",
+            found=unknown,
+            expected=sorted(inputs),
+            do="export the bundle again",
         )
     for name, tensor in inputs.items():
         shape = tuple(tensor.shape)
         if name not in profile:
             if -1 in shape:
-                raise ShapeError(f"{what} gives no shapes for {name}", expected=shape)
+                raise ShapeError(
+                    f"{what} gives no shapes for {name}",
+                    expected=shape,
+                    do="export the bundle again",
+                )
             continue
         low, best, high = profile[name]
         fits = len(low) == len(best) == len(high) == len(shape) and all(
@@ -116,6 +128,7 @@ def _check_profile(network: Any, profile: Profile, number: int, path: Path) -> N
                 f"{what} does not fit {name}",
                 found=profile[name],
                 expected=f"min <= opt <= max within {shape}",
+                do="export the bundle again",
             )
 
 
@@ -138,4 +151,8 @@ def add_profile(
     for name, (low, best, high) in profile.items():
         optimisation.set_shape(name, low, best, high)
     if config.add_optimization_profile(optimisation) < 0:
-        raise ShapeError(f"TensorRT refuses profile {number}", found=messages.reason())
+        raise ShapeError(
+            f"TensorRT refuses profile {number} of {path.name}",
+            found=messages.reason(),
+            do="export the bundle again",
+        )

@@ -23,7 +23,7 @@ class Request:
         options: What the engines are to be; `weight_streaming` follows from the two below.
         streaming: "on", "off", or "auto": where the weights are larger than the GPU's memory.
         device_bytes: Memory of the GPU that will run the engines; the one here by default.
-        force: Build again what stands there.
+        force: Build existing engines again.
     """
 
     target: str
@@ -42,11 +42,19 @@ class Request:
             )
         if self.streaming not in STREAMING:
             raise PatchsieveError(
-                "bad --weight-streaming", found=self.streaming, expected=", ".join(STREAMING)
+                "bad --weight-streaming",
+                found=self.streaming,
+                expected=", ".join(STREAMING),
+                do="choose one of these with --weight-streaming",
             )
         level = self.options.optimization_level
         if level is not None and not 0 <= level <= 5:
-            raise PatchsieveError("bad --optimization-level", found=level, expected="0 to 5")
+            raise PatchsieveError(
+                "bad --optimization-level",
+                found=level,
+                expected="0 to 5",
+                do="choose one of these with --optimization-level, or leave it out",
+            )
 
     @property
     def is_ahead_of_time(self) -> bool:

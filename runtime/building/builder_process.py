@@ -67,8 +67,8 @@ class Done:
 
     Attributes:
         seconds: From parsing to the engine on disk.
-        base_bytes: Resident when the library was loaded and nothing parsed; None where the system
-            does not tell.
+        base_bytes: Resident when the library was loaded and nothing parsed; None if the system
+            does not say.
         peak_bytes: The most that was resident, the pages of the mapped weights included.
     """
 
@@ -116,7 +116,7 @@ def _listen(process: subprocess.Popen[bytes], job: Job, progress: Progress) -> D
     # A child that died at once has closed the pipe; what it said is read below.
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(json.dumps(asdict(job)).encode() + b"\n")
-        process.stdin.flush()  # and open: its end tells the child that its parent is gone
+        process.stdin.flush()  # and open: its end shows the child that its parent is gone
     for line in process.stdout:
         message = json.loads(line)
         if "progress" in message:
@@ -140,8 +140,11 @@ def _death(job: Job, code: int, said: str) -> PatchsieveError:
     if "bad_alloc" in said or "MemoryError" in said:
         return OutOfMemoryError(what, found=last, do="free memory or add swap")
     if code < 0:
-        return CompilerError(what, found=f"signal {signal.Signals(-code).name}: {last}")
-    return BundleError(what, found=f"exit code {code}: {last}")
+        found = f"signal {signal.Signals(-code).name}: {last}"
+        do = "try another release of the library, and report the failure"
+        return CompilerError(what, found=found, do=do)
+    do = "see patchsieve doctor: the library may be damaged"
+    return BundleError(what, found=f"exit code {code}: {last}", do=do)
 
 
 def main() -> None:
@@ -173,7 +176,7 @@ def main() -> None:
 
 
 def memory_of(name: str, process: str = "self") -> int | None:
-    """Bytes of a line of /proc/PID/status, such as VmHWM; None where the system does not tell.
+    """Bytes of a line of /proc/PID/status, such as VmHWM; None if the system does not say.
 
     Not `ru_maxrss`, which in a child starts with its parent's.
     """

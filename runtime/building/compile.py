@@ -28,6 +28,74 @@ Progress = Callable[[str, int, int], None]  # phase, step reached, steps of the 
 
 
 @dataclass(frozen=True)
+class _Graph:
+    """A parsed graph, and TensorRT's objects that build it.
+
+    Attributes:
+        parser: Owns the memory that the network's weights point to, so it lives as long.
+        path: The graph's file, as it was named.
+        folder: Where its weights lie.
+        messages: Takes what the library says.
+    """
+
+    trt: ModuleType
+    parser: Any
+    builder: Any
+    network: Any
+    config: Any
+    path: Path
+    folder: Path
+    messages: Messages
+
+    @classmethod
+    def read(cls, trt: ModuleType, path: Path, bundle: Path | None, messages: Messages) -> _Graph:
+        """Parse a file; that of a bundle of links from memory, where the links lead."""
+        folder, content = path.parent, None
+        if bundle is not None:
+            place = locate(bundle)
+            folder = place.root
+            content = read_relocated(place, path.relative_to(bundle).as_posix())
+        builder, network, parser = parse(trt, folder / path.name, messages, content)
+        config = builder.create_builder_config()
+        return cls(trt, parser, builder, network, config, path, folder, messages)
+
+    def add_profiles(self, profiles: Sequence[Profile]) -> None:
+        """Add the optimisation profiles, in their order."""
+        for number, profile in enumerate(profiles):
+            add_profile(
+                self.builder, self.network, self.config, profile, number, self.path, self.messages
+            )
+
+    def save_timings(self, path: Path) -> None:
+        """Write the kernel timings, those of this build included."""
+        write_whole(path, bytes(memoryview(self.config.get_timing_cache().serialize())))
+
+    def report(self, path: Path, seconds: float, size: int, is_warm: bool) -> BuildReport:
+        """What the build of an engine of `size` bytes cost."""
+        return BuildReport(
+            path=path,
+            seconds=seconds,
+            engine_bytes=size,
+            profiles=self.config.num_optimization_profiles,
+            library=f"{self.trt.__name__} {self.trt.__version__}",
+            warnings=tuple(dict.fromkeys(self.messages.warnings)),
+            has_timing_cache=is_warm,
+        )
+
+    def failure(self) -> PatchsieveError:
+        """Why the build failed, from the library's messages."""
+        what = f"{self.trt.__name__} {self.trt.__version__} cannot build {self.path.name}"
+        short = self.messages.shortage()
+        if short is not None:
+            return OutOfMemoryError(what, found=short, do="free memory or add swap")
+        return CompilerError(
+            what,
+            found=self.messages.reason(),
+            do="try another release of the library, and report the failure",
+        )
+
+
+@dataclass(frozen=True)
 class BuildReport:
     """What one build cost and what TensorRT said of it.
 
@@ -61,8 +129,7 @@ def build_engine(
         onnx_path: The graph; external data is read from its own folder.
         out_path: Where the engine goes. An older file stays until the new one is complete.
         profiles: Optimisation profiles, in the order in which the runtime names them. Each gives
-            every dynamic input its (min, opt, max) shape. A decode profile is 1/1/2 rows: exactly
-            one row makes TensorRT-RTX 1.7.1 store fp16 weights twice.
+            every dynamic input its (min, opt, max) shape.
         target: One that has engines.
         options: What the engine is to be.
         timing_cache: File of kernel timings, read where it is there and written after the build.
@@ -78,45 +145,23 @@ def build_engine(
         OutOfMemoryError: It could be, with more memory.
         PatchsieveError: The disk is full or may not be written.
         ShapeError: A profile does not fit the inputs of the graph.
-
     """
-    onnx_path, out_path, options = Path(onnx_path), Path(out_path), options or Options()
-    trt = load_tensorrt(target)
+    trt, out_path = load_tensorrt(target), Path(out_path)
     with collect_messages(trt) as messages:
         start = time.perf_counter()
-        folder, content = onnx_path.parent, None
-        if bundle is not None:
-            place = locate(bundle)
-            folder = place.root
-            content = read_relocated(place, onnx_path.relative_to(bundle).as_posix())
-        builder, network, parser = parse(trt, folder / onnx_path.name, messages, content)
-        config = builder.create_builder_config()
-        set_options(trt, config, options, target)
-        cache = None if timing_cache is None else take_timing_cache(config, timing_cache)
-        for number, profile in enumerate(profiles):
-            add_profile(builder, network, config, profile, number, onnx_path, messages)
+        graph = _Graph.read(trt, Path(onnx_path), bundle, messages)
+        set_options(trt, graph.config, options or Options(), target)
+        timings = None if timing_cache is None else take_timing_cache(graph.config, timing_cache)
+        graph.add_profiles(profiles)
         if progress is not None:
-            config.progress_monitor = _progress_monitor(trt, progress)
-        with giving_back(folder):
-            engine_bytes = _write_engine(
-                trt, builder, network, config, out_path, onnx_path, messages
-            )
-        if timing_cache is not None and cache is not None:
-            write_whole(timing_cache, bytes(memoryview(config.get_timing_cache().serialize())))
-        # The parser owns the memory that the network's weights point to: alive until here.
-        del parser
+            graph.config.progress_monitor = _progress_monitor(trt, progress)
+        engine_bytes = _write_engine(graph, out_path)
+        if timing_cache is not None:
+            graph.save_timings(timing_cache)
         seconds = time.perf_counter() - start
-    report = BuildReport(
-        path=out_path,
-        seconds=seconds,
-        engine_bytes=engine_bytes,
-        profiles=config.num_optimization_profiles,
-        library=f"{trt.__name__} {trt.__version__}",
-        warnings=tuple(dict.fromkeys(messages.warnings)),
-        has_timing_cache=cache is not None and cache.is_warm,
-    )
     log.info("%s: %.1f MB in %.1f s", out_path.name, engine_bytes / 1e6, seconds)
-    return report
+    is_warm = timings is not None and timings.is_warm
+    return graph.report(out_path, seconds, engine_bytes, is_warm)
 
 
 def _progress_monitor(trt: ModuleType, progress: Progress) -> Any:
@@ -140,40 +185,31 @@ def _progress_monitor(trt: ModuleType, progress: Progress) -> Any:
     return Monitor()
 
 
-def _write_engine(
-    trt: ModuleType,
-    builder: Any,
-    network: Any,
-    config: Any,
-    out_path: Path,
-    onnx_path: Path,
-    messages: Messages,
-) -> int:
+def _write_engine(graph: _Graph, out_path: Path) -> int:
     """Build into a temporary file beside the target, then rename it; return its bytes."""
     if not out_path.parent.is_dir():
         raise BundleError(f"engine {out_path} has no folder to go to", do="make the folder first")
     part = part_of(out_path)
-    with one_line(out_path):
+    with giving_back(graph.folder), one_line(out_path):
         try:
             with part.open("wb") as file:
                 # One copy of the weights less than a whole engine in memory, which is all that
                 # 10.3 knows. Measured with TensorRT-RTX 1.7.1 on 0.59 GB: peak 1.65 against 2.08.
-                if hasattr(builder, "build_serialized_network_to_stream"):
-                    is_built = _stream_engine(trt, builder, network, config, file)
+                if hasattr(graph.builder, "build_serialized_network_to_stream"):
+                    is_built = _stream_engine(graph, file)
                 else:
-                    engine = builder.build_serialized_network(network, config)
+                    engine = graph.builder.build_serialized_network(graph.network, graph.config)
                     is_built = engine is not None
                     if is_built:
                         file.write(engine)
                 if not is_built:
-                    raise _failure(trt, onnx_path, messages)
+                    raise graph.failure()
                 file.flush()
                 os.fsync(file.fileno())  # boards lose power: a renamed file must be whole
-                engine_bytes = file.tell()
             part.replace(out_path)
         finally:
             part.unlink(missing_ok=True)
-    return engine_bytes
+    return out_path.stat().st_size
 
 
 def part_of(engine: Path) -> Path:
@@ -181,7 +217,9 @@ def part_of(engine: Path) -> Path:
     return engine.with_name(f".{engine.name}.part")
 
 
-def _stream_engine(trt: ModuleType, builder: Any, network: Any, config: Any, file: Any) -> bool:
+def _stream_engine(graph: _Graph, file: Any) -> bool:
+    trt = graph.trt
+
     class Writer(trt.IStreamWriter):  # type: ignore[name-defined]  # found at run time
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
@@ -195,15 +233,7 @@ def _stream_engine(trt: ModuleType, builder: Any, network: Any, config: Any, fil
                 return 0
 
     writer = Writer()
-    is_built = builder.build_serialized_network_to_stream(network, config, writer)
+    is_built = graph.builder.build_serialized_network_to_stream(graph.network, graph.config, writer)
     if writer.error is not None:
         raise writer.error
     return bool(is_built)
-
-
-def _failure(trt: ModuleType, onnx_path: Path, messages: Messages) -> PatchsieveError:
-    what = f"{trt.__name__} {trt.__version__} cannot build {onnx_path.name}"
-    short = messages.shortage()
-    if short is not None:
-        return OutOfMemoryError(what, found=short)
-    return CompilerError(what, found=messages.reason())

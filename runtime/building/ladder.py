@@ -2,7 +2,7 @@
 
 A rung caps what the user asked for: it may cost speed, never an answer or a request that would have
 fitted. What would (shorter prompts, fewer images, another precision) is decided at export, and the
-error behind the last rung says so.
+error after the last rung says so.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def climb(
         try:
             return attempt(options), options, rung.name, tuple(failed)
         except OutOfMemoryError as error:
-            failed.append(Attempt(rung.name, str(error)[:_WHY]))
+            failed.append(Attempt(rung.name, f"{error.what} | found: {error.found}"[:_WHY]))
     raise OutOfMemoryError(
         "no way to build this engine fits in memory",
         found="; ".join(f"{one.rung}: {one.why}" for one in failed),

@@ -125,7 +125,7 @@ class TensorRTBackend:
         return self.fetch("a tensor that was asked for", tensor)[0]
 
     def clear(self, cache: StageCache) -> None:
-        """Zero the slots behind the cache's length; on a lost context there is nothing to save."""
+        """Zero the slots after the cache's length; on a lost context there is nothing to save."""
         self.times.forget()
         if not self.driver.lost:
             cache.buffers.clear(cache.length)

@@ -31,7 +31,7 @@ _Place = tuple[int, tuple[int, ...], np.dtype[Any]]
 
 
 def why_not_captured(contexts: Sequence[Context], form: str) -> str | None:
-    """The reason why decoding cannot be captured; None where it can.
+    """The reason why decoding cannot be captured; None if it can.
 
     Args:
         contexts: The stages' contexts for decoding.
@@ -60,7 +60,7 @@ class RowDecoder:
         form: Of the caches.
 
     Attributes:
-        obstacle: Why steps are not captured; None where they are.
+        obstacle: Why steps are not captured; None if they are.
     """
 
     def __init__(self, memory: Memory, contexts: Sequence[Context], form: str) -> None:
@@ -120,7 +120,7 @@ class RowDecoder:
         self._key = key
 
     def logits(self) -> np.ndarray:
-        """Wait for the logits behind the row, [V].
+        """Wait for the logits after the row, [V].
 
         All of them come, not only the best: the sampler reads them all, to penalise repetition and
         to refuse what is not finite, and 32,000 numbers cross in about ten microseconds.
@@ -138,7 +138,7 @@ class RowDecoder:
     def _capture(self, caches: Sequence[DeviceCache], lengths: Sequence[int]) -> None:
         """Capture a step on caches that a step has just written.
 
-        That step, not captured, is what TensorRT asks for: the first call behind a change of shape
+        That step, not captured, is what TensorRT asks for: the first call after a change of shape
         does work of its own. One graph lives at a time, because a context may keep memory that the
         graphs captured from it share.
         """
@@ -162,7 +162,7 @@ class RowDecoder:
         driver.download(self._answer.address, self._logits.address, self._logits.size)
 
     def _lay_out(self, row_bytes: int) -> tuple[dict[tuple[int, str], _Place], int]:
-        """Where each stage's numbers lie behind the row, and the bytes of it all."""
+        """Where each stage's numbers lie after the row, and the bytes of it all."""
         places, size = {}, aligned(row_bytes)
         for index, context in enumerate(self.contexts):
             for port in context.engine.ports.values():

@@ -20,7 +20,7 @@ class DeviceCache(ABC):
 
     Args:
         memory: Where the block comes from. It is freed when nobody holds the cache any more.
-        engine: The stage's engine, whose tensors tell layers and types.
+        engine: The stage's engine, whose tensors give layers and types.
         slots: Rows that each layer has room for.
         heads: G key/value heads of width D.
     """
@@ -40,7 +40,7 @@ class DeviceCache(ABC):
 
     @abstractmethod
     def bind(self, context: Context, length: int, count: int) -> list[tuple[int, DeviceTensor]]:
-        """Connect the cache to a context that adds `count` rows behind `length` present ones.
+        """Connect the cache to a context that adds `count` rows after `length` present ones.
 
         Returns:
             Where rows must be copied to once the context has run, and what holds them.
@@ -52,7 +52,7 @@ class DeviceCache(ABC):
 
     @abstractmethod
     def clear(self, length: int) -> None:
-        """Zero the slots behind `length`."""
+        """Zero the slots after `length`."""
 
 
 class InPlaceCache(DeviceCache):
@@ -95,10 +95,10 @@ class InPlaceCache(DeviceCache):
 
 
 class NewRowsCache(DeviceCache):
-    """[1, S, G * D]: the first rows come in as a view, the new ones are written behind them."""
+    """[1, S, G * D]: the first rows come in as a view, the new ones are written after them."""
 
     def bind(self, context: Context, length: int, count: int) -> list[tuple[int, DeviceTensor]]:
-        """The outputs stand behind the past where their address is aligned, else they are moved."""
+        """The outputs follow the past if their address is aligned, else they are moved."""
         moves = []
         shape = (1, count, self.num_kv_heads * self.head_dim)
         for name in self.names:

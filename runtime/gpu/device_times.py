@@ -45,7 +45,7 @@ class DeviceTimes:
         return times
 
     def forget(self) -> None:
-        """Begin anew, after a request that failed half-way."""
+        """Begin again, after a request that failed half-way."""
         for _, start, end in self._taken:
             self._idle += (start, end)
         self._taken.clear()

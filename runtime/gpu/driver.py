@@ -51,7 +51,11 @@ class CudaError(PatchsieveError):
     """
 
     def __init__(self, call: str, name: str, meaning: str) -> None:
-        super().__init__(f"the GPU's driver refuses {call}", found=f"{name}: {meaning}")
+        super().__init__(
+            f"the GPU's driver refuses {call}",
+            found=f"{name}: {meaning}",
+            do="see patchsieve doctor: the driver may be too old; else build the engines again",
+        )
         self.name = name
 
 
@@ -155,7 +159,7 @@ class Driver:
         error, free, total = self.cuda.cudaMemGetInfo()
         return (int(free), int(total)) if int(error) == 0 else (0, 0)
 
-    # Work, in the order of the stream. The host goes on at once.
+    # Work, in the order of the stream. The host continues at once.
 
     def upload(self, address: int, pinned: int, size: int) -> None:
         """Copy page-locked memory to the device."""
@@ -194,7 +198,7 @@ class Driver:
     # Events.
 
     def event(self) -> Any:
-        """A new event that tells the time."""
+        """A new event that takes the time."""
         return self.call("cudaEventCreate")
 
     def record(self, event: Any) -> None:
@@ -237,7 +241,7 @@ class Driver:
             self.call("cudaGraphDestroy", graph)
 
     def launch(self, graph: Any) -> None:
-        """Run a captured graph behind the work so far."""
+        """Run a captured graph after the work so far."""
         self.call("cudaGraphLaunch", graph, self.stream)
 
     def destroy_graph(self, graph: Any) -> None:
@@ -255,7 +259,7 @@ class Driver:
         )
 
     def check(self) -> None:
-        """Tell of an error that an earlier call left, without waiting for what is under way."""
+        """Report an error that an earlier call left, without waiting for what is under way."""
         self.call("cudaPeekAtLastError")
 
     def close(self) -> None:

@@ -145,6 +145,7 @@ class Engine:
                     f"the engine {self.graph} has a tensor of a type that is not known here",
                     found=f"{name}: {kind}",
                     expected=", ".join(_DTYPES),
+                    do="export the bundle again and build its engines with this version",
                 )
             is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
             shape = tuple(engine.get_tensor_shape(name))
@@ -239,7 +240,7 @@ class Context:
         return shape
 
     def enqueue(self) -> None:
-        """Run behind the work that is on the stream, without waiting.
+        """Run after the work that is on the stream, without waiting.
 
         Raises:
             BundleError: TensorRT refuses.
@@ -253,7 +254,7 @@ class Context:
     def is_capturable(self) -> bool:
         """Whether the library says that a CUDA graph can hold it; yes where it cannot be asked.
 
-        It knows only when all is bound, so it is asked behind a first run.
+        It knows only when all is bound, so it is asked after a first run.
         """
         ask = getattr(self.context, "is_stream_capturable", None)
         return ask is None or bool(ask(int(self.driver.stream)))

@@ -1,6 +1,6 @@
 """TensorRT-RTX compiles kernels when an engine runs; what it compiled is kept in a file.
 
-The library itself refuses a file of another version, GPU or driver, and starts anew.
+The library itself refuses a file of another version, GPU or driver, and starts again.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class KernelCache:
         self._stored = b""
 
     def config(self, engine: Engine, profile: int) -> Any:
-        """Settings for a context; None where the library has none.
+        """Settings for a context; None if the library has none.
 
         A stage's decode profile sees one shape only, so that its kernels are compiled for it before
-        the first call returns: a CUDA graph would keep the slow stand-ins for ever. Prompts differ
+        the first call returns: a CUDA graph would keep the slow ones for ever. Prompts differ
         in length, and each would wait.
         """
         make = getattr(engine.engine, "create_runtime_config", None)
@@ -91,7 +91,7 @@ class KernelCache:
             if self._cache.deserialize(content):
                 self._stored = content
                 return
-            log.info("%s is of another library, driver or GPU: kernels are compiled anew", path)
+            log.info("%s is of another library, driver or GPU: kernels are compiled again", path)
 
     def _paths(self) -> list[Path]:
         """Where the file may lie: beside the engines, or in the user's cache directory."""

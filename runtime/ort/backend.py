@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 _QUIET = 3  # errors only
 # What ONNX Runtime's arena and CUDA itself say where memory is full.
 _FULL = ("Failed to allocate memory", "out of memory", "bad_alloc")
-# Every session has threads of its own; those that go on spinning behind their run take a core from
+# Every session has threads of its own; those that keep spinning after their run take a core from
 # the next graph's threads.
 _STOP_SPINNING = "session.force_spinning_stop"
 # Where a graph that comes from memory finds its weights.
@@ -154,11 +154,11 @@ class OrtBackend:
         return tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
 
     def clear(self, cache: StageCache) -> None:
-        """Make the slots behind the cache's length harmless."""
+        """Make the slots after the cache's length harmless."""
         cache.buffers.clear(cache.length)
 
     def device_ms(self) -> dict[str, float]:
-        """Nothing: the host's clock tells all."""
+        """Nothing: the host's clock measures all."""
         return {}
 
     def describe(self) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Buffers(ABC):
         device: "cpu" or "cuda".
 
     Attributes:
-        outputs: The stage's outputs besides its caches, bound first.
+        outputs: The stage's outputs other than its caches, bound first.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Buffers(ABC):
 
     @abstractmethod
     def bind(self, slot: int, count: int) -> None:
-        """Prepare the binding for `count` rows behind the `slot` rows present."""
+        """Prepare the binding for `count` rows after the `slot` rows present."""
 
     @abstractmethod
     def read(self, name: str, length: int) -> Any:
@@ -112,7 +112,7 @@ class InPlace(Buffers):
 
 
 class NewRows(Buffers):
-    """Buffers [1, S, G * D]: a graph sees the rows present and writes those behind them."""
+    """Buffers [1, S, G * D]: a graph sees the rows present and writes those after them."""
 
     def __init__(self, slots: int, *of: Any) -> None:
         super().__init__(*of)
@@ -120,7 +120,7 @@ class NewRows(Buffers):
         self.values = {name: self._allocate(shape) for name in self.names}
 
     def bind(self, slot: int, count: int) -> None:
-        """The past as input, the rows behind it as output."""
+        """The past as input, the rows after it as output."""
         for name in self.names:
             self._view(name, 0, slot).bind_input(self.binding, name)
             self._view(name, slot, count).bind_output(self.binding, name + names.NEW)

@@ -29,7 +29,7 @@ class Device:
 
 
 def find_device(load: Callable[[str], Any] = ctypes.CDLL) -> Device | None:
-    """Find the first GPU; None where there is no driver or no GPU.
+    """Find the first GPU; None if there is no driver or no GPU.
 
     Args:
         load: Opens the driver's library.

@@ -1,6 +1,6 @@
 """The record of a bundle's engines: what was built, from what, by which library, for which GPU.
 
-`engines/<target>/engines.json` stands beside the engines. A board loads them through this module:
+`engines/<target>/engines.json` lies beside the engines. A board loads them through this module:
 
     paths = open_engines(bundle, facts, target, gpu=gpu, library=library)
 
@@ -101,7 +101,7 @@ class Engine:
     Attributes:
         graph_sha256: Of the ONNX file it was built from.
         weights_sha256: Over all weights of the bundle.
-        gpu: The GPU that it is tied to; None where it was compiled for a list of them, which needs
+        gpu: The GPU that it is tied to; None if it was compiled for a list of them, which needs
             none (TensorRT-RTX).
         asked: The options that the user gave: a later build with the same takes the engine.
         options: The options that it was built with; they differ from `asked` below the first rung.
@@ -109,7 +109,7 @@ class Engine:
         failed: The rungs tried before.
         profiles: (min, opt, max) shape of each changing input, one dict per profile.
         peak_bytes: The most that the process of the build had resident, pages of the mapped weights
-            included; None where the system does not tell.
+            included; None if the system does not say.
         size: Bytes of the engine file.
         base_bytes: Resident there before the graph was parsed.
     """
@@ -250,7 +250,7 @@ def check_loadable(record: Record, gpu: Gpu | None, library: Library) -> None:
 
     Args:
         record: The engines, all of which are to be loaded.
-        gpu: The GPU here; None where there is none.
+        gpu: The GPU here; None if there is none.
         library: The library that is to load them.
 
     Raises:

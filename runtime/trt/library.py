@@ -71,10 +71,10 @@ class Messages:
         return (lines or self.errors or ["TensorRT gave no reason"])[0]
 
     def shortage(self) -> str | None:
-        """The first message that says that memory was short; None where nothing says so.
+        """The first message that says that memory was short; None if nothing says so.
 
         A warning counts only beside an error that no kernel was found: a build that skips a tactic
-        for want of memory warns of it and goes on.
+        for want of memory warns of it and continues.
         """
         texts = list(self.errors)
         if any(_NO_KERNEL in text.lower() for text in self.errors):
@@ -163,7 +163,7 @@ def parse(
 def _parser_error(trt: ModuleType, parser: Any, path: Path, messages: Messages) -> BundleError:
     what = f"{trt.__name__} {trt.__version__} cannot read {path.name}"
     if parser.num_errors == 0:
-        return BundleError(what, found=messages.reason())
+        return BundleError(what, found=messages.reason(), do="export the bundle again")
     error = parser.get_error(0)
     lines = [line for line in error.desc().splitlines() if not any(w in line for w in _HARMLESS)]
     if error.node_operator():
