@@ -22,11 +22,11 @@ QUESTION := Which texture has the cross?
 OTHER := Which texture has the purple star?
 SOURCES := $(shell find patchsieve contract pruning export -name '*.py')
 
-.PHONY: help check-environment demo test lint lint-ruff format types bench accuracy gpu cases clean
+.PHONY: help check-environment demo test test-all lint lint-ruff format types bench accuracy gpu cases clean
 
 help:
 	@echo "make demo    export the demo model pruned, ask it about a picture"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests but the slow ones;  make test-all: run all"
 	@echo "make lint    ruff and mypy;  make format: let ruff rewrite;  make types: mypy alone"
 	@echo "make bench   run the benchmarks;  make clean: remove what these targets made"
 	@echo "make accuracy  what every method costs the demo model in answers (ACCURACY='--tables main')"
@@ -61,6 +61,9 @@ demo: demo/bundle/manifest.json
 		--max-new-tokens 16 --quiet -o demo/page.html
 
 test: $(ENVIRONMENT)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n logical --dist loadfile -m "not slow" $(TESTS)
+
+test-all: $(ENVIRONMENT)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -n logical --dist loadfile $(TESTS)
 
 lint: lint-ruff types

@@ -8,6 +8,15 @@ from collections.abc import Callable, Iterator
 import pytest
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the rows of a test that are slow, where the others are not."""
+    for item in items:
+        rows = [row for mark in item.iter_markers("slow_rows") for row in mark.args]
+        if rows and item.callspec.id in rows:  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Notes of verified files and compiled kernels go where no user's are."""

@@ -145,6 +145,7 @@ def test_every_word_of_the_questions_is_one_token() -> None:
         assert f"\u2581{word}" in pieces
 
 
+@pytest.mark.slow
 def test_the_tokenizers_are_numbered_alike_in_every_process() -> None:
     """The weights were trained in processes other than the one that saves the tokenizers."""
     said = "import json; from examples.demo_model import tokens; made = (tokens.clip_tokenizer(), "
@@ -212,6 +213,7 @@ def _marks(bundle: Path, plan: str, is_blind: bool = False) -> float:
     return sum(right) / len(right)
 
 
+@pytest.mark.slow
 def test_the_committed_weights_answer_scenes_that_they_never_saw(bundle: Path) -> None:
     assert _marks(bundle, "none") > LEAST
     assert _marks(bundle, "none", is_blind=True) < 0.5
@@ -267,6 +269,7 @@ def test_a_decoder_trains_on_what_its_bundle_sees(bundle: Path, tmp_path: Path) 
     assert largest_error([*read_answers(model, samples)[0][firsts[:-1]].numpy()], seen) > 0.1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_tower_trains_as_its_bundle_sees(tmp_path: Path) -> None:
     """Logits of each first token as in the bundle of the same plan, and the model's own weights."""

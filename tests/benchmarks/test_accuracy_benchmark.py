@@ -253,6 +253,7 @@ def test_a_report_tells_marks_differences_and_what_was_not_run() -> None:
     assert len(header) == len(rule) == len(line)
 
 
+@pytest.mark.slow
 def test_rows_say_where_they_act_and_what_they_cost() -> None:
     """Inside the tower a method saves there too; a plan that adapts costs what it keeps."""
     rows = {row["label"]: row for row in synthetic("main")["parts"][1]["rows"]}

@@ -34,6 +34,7 @@ from tests.runtime import test_on_gpu
 from tests.runtime.test_doctor import CPU_ONLY, CUDA, HOPPER, READY, RTX, probes
 
 
+@pytest.mark.slow
 def test_the_whole_benchmark_runs_on_a_cpu_and_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -178,6 +178,7 @@ def test_the_modern_operators_open_on_the_cpu(op: str) -> None:
     assert onnxruntime_cuda.session_on(ort, model, "CPUExecutionProvider").get_outputs()
 
 
+@pytest.mark.slow
 @pytest.mark.tensorrt
 def test_build_only_compiles_every_engine(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

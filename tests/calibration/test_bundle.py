@@ -74,6 +74,7 @@ def survivors_of_both(
     return kept
 
 
+@pytest.mark.slow
 def test_heads_of_one_rule_alone_keep_in_a_bundle_what_they_keep_in_training(
     checkpoint: Path, bundle: Path, samples: Samples, tmp_path: Path
 ) -> None:

@@ -314,6 +314,7 @@ def hard_answer(model: PrunedLlava, sample: Sample) -> tuple[list[int], dict[int
     return said, {site: model.last.survivors(site)[0] for site in model.methods}
 
 
+@pytest.mark.slow
 def test_the_bundle_answers_as_the_hard_path_of_training_does(
     trained: Callable[[str], Run], bundle: Path, data: Path, tmp_path: Path
 ) -> None:

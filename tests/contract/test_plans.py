@@ -27,6 +27,7 @@ def reused(bundle: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dic
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_plans_that_differ_get_names_that_differ(tmp_path: Path, capsys) -> None:
     checkpoint, bundle = str(save_checkpoint(tmp_path / "ck", "llama")), tmp_path / "bundle"
     command = ["export", checkpoint, "-o", str(bundle), "--method", "fastv", "--sites", "2"]
@@ -79,6 +80,7 @@ def test_options_beside_heads_may_not_contradict_them(tmp_path: Path) -> None:
     assert torch.is_tensor(tensors["layer.2.trunk.weight"])
 
 
+@pytest.mark.slow
 def test_an_engine_of_other_weights_is_built_again(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
     import shutil

@@ -78,6 +78,7 @@ def test_every_command_opens_a_snapshot(snapshot: Path, tmp_path: Path) -> None:
     assert code == 0 and said["passed"]
 
 
+@pytest.mark.slow
 def test_a_new_plan_leaves_the_blobs_as_they_are(snapshot: Path) -> None:
     blobs = damage.contents(snapshot.parents[1] / "blobs")
     plan = Plan((SitePlan(2, "fastv", {"keep_ratio": 0.25}),), MethodPlan("gtp", {"keep": 8}))

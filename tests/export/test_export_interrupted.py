@@ -169,6 +169,7 @@ def test_export_interrupted_at_any_step_leaves_nothing(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == [], number
 
 
+@pytest.mark.slow
 def test_export_killed_at_any_moment_leaves_nothing_under_the_name_and_can_be_repeated(
     tmp_path: Path,
 ) -> None:

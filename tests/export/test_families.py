@@ -38,6 +38,7 @@ class Twin(Llava):
         return TwinConfig.from_dict(raw)
 
 
+@pytest.mark.slow
 def test_another_family_is_one_object_and_its_line_in_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,6 +116,7 @@ def size_of(tensor: TensorProto) -> int:
     return int(np.prod(tensor.dims)) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
 
 
+@pytest.mark.slow_rows("tied")
 def test_every_file_passes_the_checker_at_its_targets_opset(bundle: Path) -> None:
     seen = 0
     for target, graph, file in files(bundle):

@@ -86,6 +86,9 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple
     return get
 
 
+@pytest.mark.slow_rows(
+    "qwen2-none", "qwen2-fastv", "qwen2-atp", "clip-full-none", "clip-full-fastv", "clip-full-atp"
+)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("row", MODELS)
 def test_a_conversation_about_several_images_is_that_of_torch(

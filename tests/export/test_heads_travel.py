@@ -63,6 +63,7 @@ def test_verify_finds_the_heads_in_the_bundle(made, capsys) -> None:
     assert json.loads(capsys.readouterr().out)["passed"]
 
 
+@pytest.mark.slow
 def test_heads_that_no_plan_uses_any_more_are_removed(made, tmp_path: Path) -> None:
     _, bundle = made
     before = {path.name for path in (bundle / "heads").iterdir()}

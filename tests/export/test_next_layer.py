@@ -84,6 +84,7 @@ def test_a_later_turn_is_judged_by_the_rows_of_its_own_prefill(bundle: Path) -> 
     assert [[len(site.kept) for site in turn.sites] for turn in turns] == [[9, 4], [9, 4, 9, 4]]
 
 
+@pytest.mark.slow
 def test_positions_on_a_grid_turn_the_next_layer_too(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / "checkpoint", "llama")
     config = json.loads((checkpoint / "config.json").read_text())

@@ -49,6 +49,7 @@ def noise_for(plan: str, count: int) -> np.ndarray | None:
     return drawn if plan == "draw" else None
 
 
+@pytest.mark.slow_rows("gtp")
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_vision_graph_is_what_its_paper_says(towers: Towers, plan: str) -> None:
     pixels = towers.model.preprocess(pictures(3))
@@ -266,6 +267,7 @@ def test_a_tower_without_a_class_token_prunes_by_received_attention(tmp_path: Pa
     assert error < FEATURES
 
 
+@pytest.mark.slow
 @pytest.mark.tensorrt
 def test_every_vision_graph_builds_in_tensorrt_rtx(towers: Towers, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")

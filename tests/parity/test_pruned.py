@@ -109,6 +109,7 @@ def test_dropping_equals_masking_with_one_image(tiny, plan: str) -> None:
     check(tiny(ROWS[0]), PLANS[plan])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ("fastv-two-sites", "atp-two-sites"))
 @pytest.mark.parametrize("row", ROWS[2:])
 def test_dropping_equals_masking_with_other_towers(tiny, row: str, plan: str) -> None:
@@ -136,6 +137,7 @@ def test_raw_prompt_may_end_with_an_image(tiny, plan: str) -> None:
     check(tiny("qwen2"), PLANS[plan], "In the first, <image>, and here <image>", 2, raw=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ("fastv-two-sites", "atp-two-sites", "mixed"))
 def test_reference_graphs_prune_alike(tiny, plan: str) -> None:
     check(tiny("qwen2"), PLANS[plan], num_images=2, target="reference")

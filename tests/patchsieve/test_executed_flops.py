@@ -183,6 +183,7 @@ def tap(towers: Towers) -> Iterator[Tap]:
     tap.model.close()
 
 
+@pytest.mark.slow_rows("ivtp")
 @pytest.mark.parametrize("plan", [NO_PRUNING, *PLANS, *JUDGED])
 def test_executed_shapes_cost_and_inspect_agree(request: pytest.FixtureRequest, plan: str) -> None:
     tap: Tap = request.getfixturevalue("judged" if plan in JUDGED else "tap")

@@ -72,6 +72,7 @@ def test_arguments_and_errors_are_ours(optimum: Optimum, words: list[str]) -> No
     assert told.returncode == 2 and told.stderr.count("\n") == 1
 
 
+@pytest.mark.slow_rows("wheel")
 @pytest.mark.parametrize("optimum", ["wheel"], indirect=True)
 def test_a_checkpoint_becomes_a_bundle(
     optimum: Optimum, tiny_checkpoint: Path, tmp_path: Path

@@ -139,6 +139,7 @@ def test_the_picture_is_what_the_model_saw(shown: Shown, tiny_bundle: Path) -> N
     assert np.array_equal(found, pixels)
 
 
+@pytest.mark.slow
 def test_a_class_token_counts_but_is_no_patch(tiny: Any) -> None:
     model = tiny("clip-full").model(
         [{"layer": 2, "method": "fastv", "params": {"keep_ratio": 0.5}}]

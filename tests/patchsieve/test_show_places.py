@@ -47,6 +47,7 @@ def made_of(plan: dict[str, Any], result: Result) -> View:
     return view(facts, result, QUESTION, 0)
 
 
+@pytest.mark.slow
 def test_merged_patches_stand_where_a_run_put_them(shown: Any) -> None:
     page, result = shown("tome-fastv", {"encoder": {"method": "tome", "params": {"keep": 6}},
                                         "sites": [SITE]})  # fmt: skip

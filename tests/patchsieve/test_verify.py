@@ -138,6 +138,7 @@ def test_another_preprocessor_is_named_first(own_bundle, tiny_checkpoint) -> Non
     assert (code, said["first_departure"]["name"]) == (1, "pixel_values")
 
 
+@pytest.mark.slow
 def test_another_structure_and_the_reference_target_pass(tmp_path: Path) -> None:
     checkpoint = save_checkpoint(tmp_path / "checkpoint", "qwen2-siglip-two-layers", layers=5)
     bundle = export_tiny(checkpoint, tmp_path / "bundle", targets=("reference",))
@@ -145,6 +146,7 @@ def test_another_structure_and_the_reference_target_pass(tmp_path: Path) -> None
     assert code == 0, said["first_departure"]
 
 
+@pytest.mark.slow
 def test_a_float16_bundle_is_held_to_its_own_tolerance(tmp_path: Path, tiny_checkpoint) -> None:
     bundle = export_tiny(tiny_checkpoint, tmp_path / "bundle", precision="float16")
     _, said = verify(bundle, tiny_checkpoint)

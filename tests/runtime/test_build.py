@@ -80,6 +80,7 @@ def origins(network, value: str) -> set[str]:
     return found
 
 
+@pytest.mark.slow_rows("float16")
 def test_every_graph_of_a_fastv_and_an_atp_plan_builds(bundle, engines) -> None:
     facts = files.read(bundle)
     assert {engine.graph for engine in engines} == set(facts.targets[TARGET])

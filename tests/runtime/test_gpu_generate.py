@@ -111,6 +111,7 @@ def test_two_conversations_take_turns_token_by_token(tiny, machine) -> None:
     model.close()
 
 
+@pytest.mark.slow
 def test_several_bundles_share_the_gpu(tiny, machine) -> None:
     gpu = machine()
     bundles = [tiny(ROW), tiny("llama-gqa-tied-linear-rope")]

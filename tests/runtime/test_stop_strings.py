@@ -155,6 +155,7 @@ def test_random_answers_stop_where_hugging_face_stops_and_show_what_came_before(
 # With a model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ["llama-gqa-tied-linear-rope", "qwen2"])
 def test_a_model_says_the_tokens_that_generate_says_and_stops_in_later_turns_too(
     row: str, tiny: Any
