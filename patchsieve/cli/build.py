@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from patchsieve.cli.arguments import add_target, gigabytes
 from patchsieve.cli.loading import say_target
 from patchsieve.cli.output import Progress, print_json
-from patchsieve.contract import engine_memory as build_memory
-from patchsieve.contract import files, manifest
+from patchsieve.contract import engine_memory, files, manifest
 from patchsieve.contract.links import locate
 from patchsieve.contract.targets import AHEAD_OF_TIME
 from patchsieve.tables import size, table
@@ -142,7 +141,7 @@ def _dry_run(args: argparse.Namespace, request: Request) -> int:
 
 def _expected(facts: manifest.Manifest, target: str) -> dict[str, int]:
     """Most memory of building each graph's engine, where that was measured."""
-    return build_memory.expectations(facts) if target == build_memory.MEASURED else {}
+    return engine_memory.expectations(facts) if target == engine_memory.MEASURED else {}
 
 
 def _report(args: argparse.Namespace, built: list[Built], seconds: float) -> None:

@@ -12,8 +12,7 @@ from patchsieve import plans
 from patchsieve.cli import plan_options
 from patchsieve.cli.arguments import gigabytes, integers
 from patchsieve.cli.output import Progress, print_json, require
-from patchsieve.contract import engine_memory as build_memory
-from patchsieve.contract import names
+from patchsieve.contract import engine_memory, names
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.files import read
 from patchsieve.contract.manifest import Limits, Manifest
@@ -246,7 +245,7 @@ def _facts(bundle: Path, facts: Manifest) -> dict[str, Any]:
         "slots": slots,
         "fits_engines": not is_fixed
         or all(needed <= stage.slots for needed, stage in zip(slots, facts.stages, strict=True)),
-        "build_memory_bytes": build_memory.expectations(facts),
+        "build_memory_bytes": engine_memory.expectations(facts),
         "kv_bytes_reserved": sum(a * b for a, b in zip(slots, bytes_of, strict=True)),
         "kv_bytes_reserved_unpruned": sum(a * b for a, b in zip(full, bytes_of, strict=True)),
         "bytes": sum(file.size for file in facts.files.values()),
@@ -282,7 +281,7 @@ def _print(made: dict[str, Any], facts: Manifest) -> None:
         largest = max(building, key=lambda graph: building[graph])
         print(
             f"  building engines takes at most about {size(building[largest])} of memory, for "
-            f"{largest} ({build_memory.source(facts)}; --build-memory sets it)"
+            f"{largest} ({engine_memory.source(facts)}; --build-memory sets it)"
         )
     if not made["fits_engines"]:
         engines = [stage.slots for stage in facts.stages]

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve import __version__
-from patchsieve.contract import engine_memory as build_memory
-from patchsieve.contract import files
+from patchsieve.contract import engine_memory, files
 from patchsieve.contract.manifest import Manifest
 from patchsieve.contract.targets import FULL, RTX, WITH_ENGINES
 from patchsieve.runtime.board import machine
@@ -143,7 +142,7 @@ def check_bundle(facts: Manifest, bundle: Path, found: dict[str, Any]) -> dict[s
         needed = weights + kv_bytes + int(_SPARE)
         fits = None if available is None else needed <= available
         plans[name] = {"kv_bytes": kv_bytes, "needed_bytes": needed, "fits": fits}
-    build = max(build_memory.expectations(facts).values(), default=0)
+    build = max(engine_memory.expectations(facts).values(), default=0)
     on_disk = (memory["swap"] or 0) - memory["zram"]
     return {
         "path": str(bundle),

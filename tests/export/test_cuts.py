@@ -10,8 +10,7 @@ import pytest
 
 from benchmarks.build_memory import weights_of
 from patchsieve.cli import main
-from patchsieve.contract import engine_memory as build_memory
-from patchsieve.contract import files, names
+from patchsieve.contract import engine_memory, files, names
 from patchsieve.contract.engine_memory import expected
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.export.cuts import divide
@@ -82,15 +81,15 @@ def test_a_bundle_is_cut_for_the_memory_and_counts_the_weights_that_graphs_hold(
     graphs = whole.targets["tensorrt-rtx"]
     for graph in ("vision", "stage_0", "compact"):
         there = weights_of(tmp_path / "whole" / graphs[graph])
-        headers = build_memory.weight_bytes(whole, graph) - there
+        headers = engine_memory.weight_bytes(whole, graph) - there
         assert 0 <= headers < 16_000, graph
     # One byte less than all of it, weights alone counted.
     memory = expected(weights_of(tmp_path / "whole" / graphs["stage_0"])) - 1
     options = ExportOptions(targets=("tensorrt-rtx",), build_memory=memory)
     facts = export(str(checkpoint), tmp_path / "cut", options)
     assert len(facts.cuts) == 1
-    told = build_memory.expectations(facts)
-    assert max(told.values()) < build_memory.expectations(whole)[names.stage(0)]
+    told = engine_memory.expectations(facts)
+    assert max(told.values()) < engine_memory.expectations(whole)[names.stage(0)]
     assert told["compact"] == expected(0)
 
 
@@ -113,6 +112,6 @@ def test_the_command_line_takes_gigabytes_and_says_what_building_takes(
     told = json.loads(capsys.readouterr().out)
     assert told["cuts"] == []
     facts = files.read(tmp_path / "bundle")
-    assert told["build_memory_bytes"] == build_memory.expectations(facts)
+    assert told["build_memory_bytes"] == engine_memory.expectations(facts)
     assert main(["export", "--reuse", str(tmp_path / "bundle"), "--build-memory", "1"]) == 2
     assert "nothing else | found: build_memory" in capsys.readouterr().err

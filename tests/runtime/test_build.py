@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from patchsieve.cli import main
-from patchsieve.contract import engine_memory as build_memory
-from patchsieve.contract import files, names
+from patchsieve.contract import engine_memory, files, names
 from patchsieve.contract.errors import BackendMissingError, BundleError, PatchsieveError
 from patchsieve.contract.manifest import Limits
 from patchsieve.contract.plan import Plan, SitePlan
@@ -128,7 +127,7 @@ def test_a_stage_has_a_prefill_and_a_decode_profile(bundle) -> None:
 
 
 def test_building_takes_no_more_memory_than_export_says(bundle, engines, capsys) -> None:
-    expected = build_memory.expectations(files.read(bundle))
+    expected = engine_memory.expectations(files.read(bundle))
     for one in engines:
         assert one.engine.peak_bytes <= expected[one.graph]
     assert main(["build", str(bundle), "--target", TARGET, "--quiet", "--json"]) == 0

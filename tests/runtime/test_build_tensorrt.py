@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 
-from patchsieve.contract import engine_memory as build_memory
+from patchsieve.contract import engine_memory, names
 from patchsieve.contract import files as bundle_files
-from patchsieve.contract import names
 from patchsieve.contract.errors import BackendMissingError, BundleError, PatchsieveError
 from patchsieve.contract.graphs import STAGE, Graph, Tensor
 from patchsieve.runtime.building import build as build_module
@@ -581,7 +580,7 @@ def test_the_driver_tells_the_gpu() -> None:
 
 def test_the_memory_of_a_build_is_an_estimate_where_it_was_not_measured(bundle: Path) -> None:
     facts = bundle_files.read(bundle)
-    said = build_memory.source(facts)
+    said = engine_memory.source(facts)
     assert said.startswith("measured with tensorrt-rtx, an estimate for tensorrt, tensorrt10, jetp")
     measured = replace(facts, targets={"tensorrt-rtx": facts.targets["cpu"]})
-    assert build_memory.source(measured) == "measured with tensorrt-rtx"
+    assert engine_memory.source(measured) == "measured with tensorrt-rtx"
