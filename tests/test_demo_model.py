@@ -223,6 +223,7 @@ def test_a_pruned_bundle_of_the_committed_weights_answers_too(bundle: Path) -> N
     assert _marks(bundle, "fastv-6-10") > LEAST_PRUNED
 
 
+@pytest.mark.slow
 def test_the_demo_keeps_what_is_asked_and_answers_right(tmp_path: Path) -> None:
     """What `make demo` shows: two questions on one scene keep different patches."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -73,7 +73,7 @@ def checkpoint(request, tmp_path_factory) -> Path:
     return save_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 
 
-@pytest.mark.slow_rows("qwen2-tied")
+@pytest.mark.slow
 def test_a_bundle_is_cut_for_the_memory_and_counts_the_weights_that_graphs_hold(
     checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -158,6 +158,7 @@ def in_child(act: Callable[[], object], seconds: float = 60) -> int:
 # Export.
 
 
+@pytest.mark.slow
 def test_export_interrupted_at_any_step_leaves_nothing(tmp_path: Path) -> None:
     numbers = steps(lambda progress: make(tmp_path / "whole", progress))
     shutil.rmtree(tmp_path / "whole")

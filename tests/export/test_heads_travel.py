@@ -19,6 +19,8 @@ from patchsieve.pruning.decoder.thresholds import Thresholds
 from patchsieve.pruning.heads import HeadsConfig, save_heads
 from tests.support.models import save_checkpoint
 
+pytestmark = pytest.mark.slow  # an export for each test
+
 
 def make_heads(folder: Path, seed: int, budgets: tuple[int, ...] = ()) -> Path:
     """Heads for layer 2 with a proposal of what to reserve."""

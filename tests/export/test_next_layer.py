@@ -148,6 +148,7 @@ def test_such_a_decision_builds_in_tensorrt_rtx(bundle: Path, tmp_path: Path) ->
     assert report.engine_bytes and not report.warnings
 
 
+@pytest.mark.slow
 def test_reuse_makes_the_same_decisions_from_the_bundle_alone(
     bundle: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -169,6 +170,7 @@ def test_reuse_makes_the_same_decisions_from_the_bundle_alone(
     reuse(plain, Plan((SitePlan(2, "fastv", {"keep_ratio": 0.5}),)), "half")
 
 
+@pytest.mark.slow
 def test_a_decision_that_reads_hidden_rows_need_not_merge_them(
     bundle: Path, checkpoint: Path, tmp_path: Path
 ) -> None:

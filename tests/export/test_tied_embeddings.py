@@ -18,6 +18,8 @@ from tests.support.models import save_checkpoint
 from tests.support.tiny_bundles import LIMITS, largest_error, pictures, recorded_logits
 from tests.support.tolerances import LOGITS_FLOAT32
 
+pytestmark = pytest.mark.slow  # an export for each test
+
 QUESTION = "What is on the table?"
 COUNT = 8
 # Flags of config.json and of its text_config, None where absent; has the file its own matrix?

@@ -37,6 +37,14 @@ def check(bundle, target: str, question: str, num_images: int) -> None:
     print(f"largest error of a logit: {error:.1e}")
 
 
+@pytest.mark.slow_rows(
+    "llama-biases",
+    "llama-wide-heads",
+    "clip-two-layers",
+    "qwen2-siglip-two-layers",
+    "llama-llama3-rope",
+    "llama",
+)
 @pytest.mark.parametrize("row", TINY)
 def test_one_image_gets_the_tokens_that_generate_gives(tiny, row: str) -> None:
     check(tiny(row), "cpu", *PROMPTS["one-image"])

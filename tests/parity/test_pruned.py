@@ -143,6 +143,7 @@ def test_reference_graphs_prune_alike(tiny, plan: str) -> None:
     check(tiny("qwen2"), PLANS[plan], num_images=2, target="reference")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("row", "activation"), [(ROWS[0], None), (ROWS[1], "relu")])
 def test_learned_thresholds_prune_alike(tiny, tmp_path, row: str, activation: str | None) -> None:
     noise = torch.Generator().manual_seed(5)

@@ -75,6 +75,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     return Exports(folder / "checkpoint", folder / "bundle")
 
 
+@pytest.mark.slow_rows("ivtp recipe")
 @pytest.mark.parametrize("entry", CASES.values(), ids=CASES)
 def test_cost_inspect_and_export_agree(exports: Exports, entry: Entry) -> None:
     exported = exports.make(entry)

@@ -79,7 +79,7 @@ def origins(network, value: str) -> set[str]:
     return found
 
 
-@pytest.mark.slow_rows("float16")
+@pytest.mark.slow
 def test_every_graph_of_a_fastv_and_an_atp_plan_builds(bundle, engines) -> None:
     facts = files.read(bundle)
     assert {engine.graph for engine in engines} == set(facts.targets[TARGET])
