@@ -30,7 +30,8 @@ def giving_back(folder: Path) -> Iterator[None]:
     Where the system cannot do it, nothing happens: the build takes more memory and is the same.
     """
     done = threading.Event()
-    thread = threading.Thread(target=_work, args=(folder, done), daemon=True)
+    # What was there before is read here: the thread may first run when much is mapped already.
+    thread = threading.Thread(target=_work, args=(folder, done, _resident()), daemon=True)
     thread.start()
     try:
         yield
@@ -65,9 +66,9 @@ def give_back(ranges: list[Range]) -> bool:
     return all(advise(first, size, _MADV_PAGEOUT) == 0 for first, size in ranges)
 
 
-def _work(folder: Path, done: threading.Event) -> None:
-    kept = _resident()
+def _work(folder: Path, done: threading.Event, kept: int) -> None:
     while not done.wait(_EVERY):
+        kept = min(kept, _resident())  # the system takes pages too, our libraries' among them
         if _resident() - kept > _MOST:
             if not give_back(mapped_ranges(folder)):
                 return
