@@ -200,7 +200,7 @@ def _check_weights(facts: Manifest) -> None:
                 found=f"{entry.part}, layer {entry.layer}, {entry.type[:40]}",
                 expected=f"{entry.part} in {kind}",
             )
-        if part == LAYER:
+        if part == LAYER and entry.layer is not None:
             layers.append(entry.layer)
     if sorted(layers) != list(range(facts.text.num_layers)):
         raise BundleError(

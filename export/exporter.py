@@ -126,7 +126,7 @@ def write_weights(job: Job, partial: Path, progress: Progress) -> Stored:
         tensors = weights.write(path, file.entry, file.weights, file.source, step, file.hints)
         prefix = _STEP if file.entry.part == STEP.name else ""
         stored |= {prefix + name: tensor for name, tensor in tensors.items()}
-    if job.is_tied:
+    if not job.has_own_head:
         table = stored[EMBEDDING_TABLE]
         place = table.location, table.offset, table.length, table.dtype
         stored[OUTPUT_MATRIX] = ir.ExternalTensor(

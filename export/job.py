@@ -117,8 +117,6 @@ class Job:
         config: Its config, as transformers reads it.
         options: What the user asks for.
         family: The checkpoint's model class.
-        precision: Type of each part.
-        formats: Format of each matrix.
         spec: The decoder.
         vision: Measures of the tower and the projector.
         preprocessor: Fields of the runtime's `Preprocessor`.
@@ -128,7 +126,7 @@ class Job:
         modules: What the graphs are traced from.
         stages: Layers and slots of each stage.
         weights: The files to be written.
-        is_tied: The output matrix is the table of embeddings.
+        has_own_head: The output matrix is stored apart from the table of embeddings.
         decisions: The traced decisions of the plan, by name.
     """
 
@@ -136,8 +134,6 @@ class Job:
     config: Any
     options: ExportOptions
     family: Family
-    precision: Precision
-    formats: Formats
     spec: DecoderSpec
     vision: VisionModel
     preprocessor: dict[str, Any]
@@ -147,8 +143,18 @@ class Job:
     modules: Modules
     stages: tuple[StageEntry, ...]
     weights: tuple[StoredFile, ...]
-    is_tied: bool
+    has_own_head: bool
     decisions: dict[str, ir.Model]
+
+    @property
+    def precision(self) -> Precision:
+        """Type of each part."""
+        return self.options.chosen.types
+
+    @property
+    def formats(self) -> Formats:
+        """Format of each matrix."""
+        return self.options.chosen.formats
 
     @property
     def dtype(self) -> torch.dtype:
@@ -163,7 +169,6 @@ def plan_export(directory: Path, config: Any, options: ExportOptions) -> Job:
         UnsupportedModelError: The checkpoint has a structure that is not known.
         PatchsieveError: The plan or the options do not fit it.
     """
-    precision, formats = options.chosen.types, options.chosen.formats
     family = family_of(config)
     trained = Trained.of(config)
     spec = replace(family.decoder(config), rotary_sections=trained.rotary_sections)
@@ -176,8 +181,8 @@ def plan_export(directory: Path, config: Any, options: ExportOptions) -> Job:
     _check_room(options, spec, modules.vision.num_visual, last_read > 0)
     checkpoint = Checkpoint(directory, family)
     is_tied = OUTPUT_MATRIX not in checkpoint and family.is_tied(config)
-    if not modules.stages[-1].has_packed_head:
-        _check_head(precision, is_tied)
+    has_own_head = not is_tied or modules.stages[-1].has_packed_head
+    _check_head(options.chosen.types, has_own_head)
     weights = _weights(checkpoint, options, modules, clip, is_tied)
     # Last, because tracing takes seconds and all else is refused at once.
     plan, decisions = decide_graphs(
@@ -186,15 +191,13 @@ def plan_export(directory: Path, config: Any, options: ExportOptions) -> Job:
         spec,
         vision,
         modules.plan_vision.num_visual,
-        DTYPES[precision.decoder][0],
+        DTYPES[options.chosen.types.decoder][0],
     )
     return Job(
         directory=directory,
         config=config,
         options=options,
         family=family,
-        precision=precision,
-        formats=formats,
         spec=spec,
         vision=vision,
         preprocessor=preprocessor,
@@ -204,7 +207,7 @@ def plan_export(directory: Path, config: Any, options: ExportOptions) -> Job:
         modules=modules,
         stages=_stages(options.limits, plan, modules, last_read),
         weights=tuple(weights),
-        is_tied=is_tied and not modules.stages[-1].has_packed_head,
+        has_own_head=has_own_head,
         decisions=decisions,
     )
 
@@ -285,8 +288,8 @@ def _check_room(
         )
 
 
-def _check_head(precision: Precision, is_tied: bool) -> None:
-    if is_tied and precision.head != precision.decoder:
+def _check_head(precision: Precision, has_own_head: bool) -> None:
+    if not has_own_head and precision.head != precision.decoder:
         raise PatchsieveError(
             "the output matrix is the embedding table, so both have one precision",
             found=precision,

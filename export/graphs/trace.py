@@ -140,7 +140,7 @@ def _bind_packed(graph: ir.Graph, node: ir.Node, tensors: Mapping[str, ir.Tensor
     new = ir.node(
         "Linear", [node.inputs[0], *values], {"format": form}, domain=ops.DOMAIN, version=1
     )
-    new.outputs[0].dtype, new.outputs[0].shape = node.outputs[0].dtype, node.outputs[0].shape
+    new.outputs[0].type, new.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
     convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
     if not weight.uses():
         del graph.initializers[name]
@@ -150,7 +150,8 @@ def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     """A stored tensor as an initializer, which several nodes may read."""
     assert tensor.name is not None
     if tensor.name not in graph.initializers:
-        value = ir.Value(name=tensor.name, shape=ir.Shape(tensor.shape), const_value=tensor)
+        shape = ir.Shape([int(size) for size in tensor.shape.numpy()])
+        value = ir.Value(name=tensor.name, shape=shape, const_value=tensor)
         value.dtype = tensor.dtype
         graph.register_initializer(value)
     return graph.initializers[tensor.name]
