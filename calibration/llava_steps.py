@@ -100,6 +100,12 @@ class LlavaSteps:
         features = self._tower()
         self._head(self._decoder(self._projector(features)))
 
+    @property
+    def wanted(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the checkpoint's tensors that the steps read."""
+        shapes = {w.source: w.source_shape for step in self.steps for w in step.weights}
+        return shapes | {EMBEDDING_TABLE: (self.spec.vocab_size, self.spec.hidden_size)}
+
     def _add(
         self,
         label: str,

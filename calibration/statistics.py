@@ -97,14 +97,7 @@ def collect(
     records = Records(data.path, data.image_folder)
     encoder = Encoder(checkpoint, revision=revision)
     samples = Samples(records, encoder, skip_missing=data.skip_missing)
-    drawn = _draw(samples, options)
-    most = min(options.max_tokens, decoder_of(encoder).max_rows)
-    fed = tuple(Conversation.of(samples[number], most) for number in drawn)
-    images = sum(len(each.visual) for each in fed)
-    _check_images(images, data)
-    source = Checkpoint(encoder.directory, encoder.family)
-    steps = LlavaSteps(encoder, source, fed, lambda: _pixels(samples, drawn), folder).steps
-    source.require({w.source: w.source_shape for step in steps for w in step.weights})
+    fed, steps = _plan(encoder, samples, options, folder)
     state = TrainingState(folder, _asked(checkpoint, revision, data, options), resume, "collection")
     rows = sum(len(each.token_ids) for each in fed)
     whole = _run(steps, state, Statistics(checkpoint, len(fed), rows, options.seed, {}), progress)
@@ -115,7 +108,7 @@ def collect(
         matrices=len(whole.inputs),
         records=len(fed),
         rows=rows,
-        images=images,
+        images=_images(fed),
         records_without_image=samples.missing,
         seconds=time.monotonic() - started,
     )
@@ -133,10 +126,28 @@ def _check_places(out: Path, resume: bool) -> Path:
     return partial
 
 
-def _draw(samples: Samples, options: StatisticsOptions) -> list[int]:
-    """Numbers of the samples that are fed, ascending."""
+def _plan(
+    encoder: Encoder, samples: Samples, options: StatisticsOptions, folder: Path
+) -> tuple[tuple[Conversation, ...], list[Step]]:
+    """Draw the conversations that are fed, and make the steps; refuses what cannot be fed."""
     count = min(options.records, len(samples))
-    return sorted(random.Random(options.seed).sample(range(len(samples)), count))
+    drawn = sorted(random.Random(options.seed).sample(range(len(samples)), count))
+    most = min(options.max_tokens, decoder_of(encoder).max_rows)
+    fed = tuple(Conversation.of(samples[number], most) for number in drawn)
+    if not _images(fed):
+        raise PatchsieveError(
+            "without an image the tower has no statistics",
+            found=f"no image in the {count} records drawn from {samples.records.path}",
+            do="raise --records, or give --data conversations about images",
+        )
+    source = Checkpoint(encoder.directory, encoder.family)
+    made = LlavaSteps(encoder, source, fed, lambda: _pixels(samples, drawn), folder)
+    source.require(made.wanted)
+    return fed, made.steps
+
+
+def _images(fed: Sequence[Conversation]) -> int:
+    return sum(len(each.visual) for each in fed)
 
 
 def _pixels(samples: Samples, drawn: Sequence[int]) -> Iterator[Tensor]:
@@ -145,15 +156,6 @@ def _pixels(samples: Samples, drawn: Sequence[int]) -> Iterator[Tensor]:
         pixels = samples[number].pixel_values
         if pixels is not None:
             yield from pixels.split(1)
-
-
-def _check_images(images: int, data: Data) -> None:
-    if not images:
-        raise PatchsieveError(
-            "without an image the tower has no statistics",
-            found=f"no image in the records drawn from {data.path}",
-            do="raise --records, or give --data conversations about images",
-        )
 
 
 def _asked(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from patchsieve.calibration import layerwise
@@ -348,14 +349,24 @@ def test_data_without_an_image_is_refused(checkpoint: Path, talks: Path, tmp_pat
         run(checkpoint, path, tmp_path / "statistics")
 
 
-def test_weights_that_are_not_finite_are_named(talks: Path, tmp_path: Path) -> None:
-    """Before the layers that only carry what they made."""
-    from safetensors.torch import load_file, save_file
-
+@pytest.mark.parametrize(
+    ("name", "is_lost", "says"),
+    [
+        ("layers.1.mlp.up_proj.weight", False, r"layers\.1\.mlp\.down_proj\.mean"),
+        ("layers.1.mlp.up_proj.weight", True, r"found: no layers\.1\.mlp\.up_proj\.weight"),
+        ("embed_tokens.weight", True, r"found: no embed_tokens\.weight"),
+    ],
+)
+def test_weights_that_are_not_finite_or_lost_are_named(
+    name: str, is_lost: bool, says: str, talks: Path, tmp_path: Path
+) -> None:
+    """Before the layers that only carry what an infinite number made."""
     checkpoint = checkpoint_of("llama", tmp_path)
     tensors = load_file(checkpoint / "model.safetensors")
-    name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
-    tensors[name][0, 0] = float("inf")
+    (stored,) = [each for each in tensors if each.endswith(name)]
+    tensors[stored][0, 0] = float("inf")
+    if is_lost:
+        del tensors[stored]
     save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
-    with pytest.raises(PatchsieveError, match=r"layers\.1\.mlp\.down_proj\.mean"):
+    with pytest.raises(PatchsieveError, match=says):
         run(checkpoint, talks, tmp_path / "statistics")
