@@ -1,1 +1,1 @@
-"""How matrices are rounded to low precision, and what is known of the rows they multiply."""
+"""From float matrices to int8 and int4: rounding, what guides it, and what makes it easier."""
