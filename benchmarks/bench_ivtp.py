@@ -52,6 +52,7 @@ class Shape:
     text_hidden: int
     text_layers: int
     num_keep: int
+    vocab_size: int = 1216
 
 
 SHAPES = {
@@ -73,6 +74,7 @@ def make_models(shape: Shape, folder: Path) -> tuple[Path, Path]:
         vision_hidden=shape.vision_hidden,
         image_size=shape.image_size,
         patch_size=shape.patch_size,
+        vocab_size=shape.vocab_size,
     )
     config.vision_config.num_attention_heads = shape.vision_hidden // 64
     config.vision_config.projection_dim = shape.text_hidden

@@ -1,0 +1,1 @@
+"""What low precision costs in answers and survivors, and what it saves in time and bytes."""
