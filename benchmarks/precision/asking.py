@@ -67,7 +67,13 @@ def answer(task: Task) -> list[Given]:
 
 def _ask(model: Model, plan: str, question: Question) -> Given:
     images = [str(path) for path in question.images]
-    result = model.generate(images, question.content, plan=plan, max_new_tokens=MAX_NEW_TOKENS)
+    result = model.generate(
+        images,
+        question.content,
+        plan=plan,
+        system=question.system,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
     answer = Answer(
         key=question.key,
         plan=plan,
