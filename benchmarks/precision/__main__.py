@@ -23,7 +23,7 @@ from benchmarks.accuracy.workshop import Training, Workshop
 from benchmarks.bench_ivtp import SHAPES
 from benchmarks.precision import accuracy, speed
 from benchmarks.precision.bundles import CASES, FLOAT32, PRECISIONS, Bundles
-from benchmarks.precision.report import misses, to_text
+from benchmarks.precision.report import into_page, misses, to_text
 from patchsieve.runtime.board import machine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +49,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--speed", action="store_true", help="measure time and memory instead of answers")
     add("--shape", choices=SHAPES, default="default", help="of the model for --speed")
     add("--rounds", type=int, default=7, help="runs of every plan and precision for --speed (7)")
+    add(
+        "--page",
+        action="store_true",
+        help="only copy the tables of --results into docs/precision.md",
+    )
     add("--json", action="store_true", help="print JSON instead of Markdown")
     return parser.parse_args(argv)
 
@@ -58,6 +63,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     path = args.results / "precision.json"
     known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if args.page:
+        page = ROOT / "docs" / "precision.md"
+        page.write_text(into_page(page.read_text(encoding="utf-8"), known), encoding="utf-8")
+        return 0
     shop = Workshop(args.model / "checkpoint", args.model / "clip", args.work, Training())
     bundles = Bundles(shop, args.model, args.statistics)
     cases = [case for case in CASES if case.name in args.plans]

@@ -76,6 +76,17 @@ def _times(row: Mapping[str, Any]) -> list[str]:
     return [*cells, f"{ms['decode_per_token']:.1f}", *sizes]
 
 
+def into_page(page: str, found: Mapping[str, Any]) -> str:
+    """A page with new tables between `<!-- answers -->` or `<!-- speed -->` and `<!-- end -->`."""
+    tables = {"accuracy": ("answers", _accuracy), "speed": ("speed", _speed)}
+    for key, (mark, blocks) in tables.items():
+        if key in found:
+            start = page.index(f"<!-- {mark} -->") + len(f"<!-- {mark} -->\n")
+            end = page.index("<!-- end -->", start)
+            page = f"{page[:start]}{blocks(found[key])[-1]}\n{page[end:]}"
+    return page
+
+
 def misses(found: Mapping[str, Any]) -> list[str]:
     """A line for each bar that a preset misses."""
     lines = []

@@ -13,7 +13,7 @@ from benchmarks.precision import asking, bundles
 from benchmarks.precision.accuracy import compare
 from benchmarks.precision.asking import Given, GivenFile, in_common
 from benchmarks.precision.bundles import CASES, Bundles, size
-from benchmarks.precision.report import misses, to_text
+from benchmarks.precision.report import into_page, misses, to_text
 from patchsieve.evaluation.answers import Answer
 from patchsieve.evaluation.questions import Question
 
@@ -97,6 +97,13 @@ def test_both_tables_are_printed() -> None:
     assert f"| FastV | int8 | {cells}" in text
     assert "| IVTP to 64 | int4 | 7 | 7 | 14 | 7 | 7.0 | 400 | 500 |" in text
     assert "576 visual and 64 text tokens" in text
+    page = "# A\n\n<!-- answers -->\nold\n<!-- end -->\n\n<!-- speed -->\n<!-- end -->\nLimits\n"
+    made = into_page(page, {"accuracy": accuracy | when})
+    assert (
+        "old" not in made and cells in made and "\n<!-- speed -->\n<!-- end -->\nLimits\n" in made
+    )
+    assert into_page(made, {"accuracy": accuracy | when}) == made
+    assert "| IVTP to 64 |" in into_page(made, {"speed": speed | when})
 
 
 def test_a_bundle_is_exported_once_for_all_plans_of_a_checkpoint(
