@@ -43,7 +43,7 @@ class Reader:
     """A matrix of those that read the same rows, as much as the search needs of it.
 
     Attributes:
-        sample: Some of its columns, [in, out'].
+        sample: Some of its columns, [in, out'], each at the scale at which its output counts.
         format: How it will be stored.
     """
 
@@ -67,7 +67,7 @@ def choose(readers: Sequence[Reader], inputs: InputStatistics, unit: Tensor) -> 
         unit: Natural size of each channel, positive, [in].
     """
     inputs = folded(inputs, unit)
-    readers = [_relative(reader, inputs, unit) for reader in readers]
+    readers = [_in_units(reader, inputs, unit) for reader in readers]
     weight = torch.cat([reader.sample for reader in readers], dim=1).abs().amax(1)  # [in]
     found, least = torch.ones_like(unit), torch.inf
     for candidate in _candidates(inputs, weight):
@@ -80,7 +80,7 @@ def choose(readers: Sequence[Reader], inputs: InputStatistics, unit: Tensor) -> 
 
 
 def predicted_error(readers: Sequence[Reader], inputs: InputStatistics, factors: Tensor) -> float:
-    """Mean square error of an output, summed over matrices.
+    """Mean square error of the outputs over their mean square, summed over matrices.
 
     Args:
         readers: The matrices, unfolded.
@@ -90,11 +90,12 @@ def predicted_error(readers: Sequence[Reader], inputs: InputStatistics, factors:
     after, total = folded(inputs, factors), 0.0
     for reader in readers:
         weight = reader.sample * factors[:, None]  # [in, out']
+        energy = (inputs.square @ reader.sample.square()).sum()
         error = after.square @ (_held(weight, reader.format, after) - weight).square()  # [out']
         if reader.format.is_dynamic:
-            noise = (2 * after.largest.max() / _STEPS).square() / 12
+            noise = (_span(after.largest) / _STEPS).square() / 12
             error += after.square.clamp(max=noise) @ weight.square()
-        total += float(error.mean())
+        total += float(error.sum() / energy) if energy > 0 else 0.0
     return total
 
 
@@ -103,14 +104,20 @@ def _held(weight: Tensor, form: Format, inputs: InputStatistics) -> Tensor:
     return dequantise(*quantise(weight, form, torch.float32, Hints(importance=inputs.square)))
 
 
-def _relative(reader: Reader, inputs: InputStatistics, unit: Tensor) -> Reader:
-    """The matrix for rows in units, with every output of deviation 1.
+def _span(largest: Tensor) -> Tensor:
+    """Expected range of rows, by the largest |x| of each channel, [in].
 
-    So an output counts as much whatever its own scale, which a next fold may change.
+    A channel is taken to have its peak on one side of zero, on either with equal chance.
     """
+    peaks = largest.sort(descending=True).values[:32]
+    return peaks[0] + (peaks[1:] * 0.5 ** torch.arange(1, len(peaks))).sum()
+
+
+def _in_units(reader: Reader, inputs: InputStatistics, unit: Tensor) -> Reader:
+    """The matrix for rows in units, with outputs of deviation 1 on average."""
     weight = reader.sample * unit[:, None]
-    size = (inputs.square @ weight.square()).sqrt()  # [out']
-    return Reader(weight / torch.where(size > 0, size, 1.0), reader.format)
+    size = (inputs.square @ weight.square()).mean().sqrt()
+    return Reader(weight / (size if size > 0 else 1.0), reader.format)
 
 
 def _candidates(inputs: InputStatistics, weight: Tensor) -> Iterator[Tensor]:

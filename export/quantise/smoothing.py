@@ -157,18 +157,23 @@ def smoothed(
         weight = by_matrix[matrix]
         return statistics.of(weight.name.removesuffix(".weight"), weight.shape[0])
 
+    groups = groups_of(weight.source for weight in weights)
+    made_by = {group.maker: group for group in groups}
+
     def rounded(group: Group) -> list[Weight]:
         found = (by_matrix[name] for name in group.readers if name in by_matrix)
         return [weight for weight in found if weight.format != FLOAT]
 
     def factors(group: Group) -> Tensor:
-        readers = [_reader(source, weight) for weight in rounded(group)]
+        readers = [
+            _reader(source, weight, made_by.get(weight.source.removesuffix(".weight")))
+            for weight in rounded(group)
+        ]
         known = [found for found in map(measured, group.readers) if found is not None]
         inputs = known[0] if known else assumed_inputs(source, group)
         return choose(readers, inputs, _unit(source, group))
 
-    groups = [group for group in groups_of(w.source for w in weights) if rounded(group)]
-    return Smoothed(source, groups, factors, measured)
+    return Smoothed(source, [group for group in groups if rounded(group)], factors, measured)
 
 
 def assumed_inputs(source: Source, group: Group) -> InputStatistics:
@@ -188,11 +193,14 @@ def assumed_inputs(source: Source, group: Group) -> InputStatistics:
     return InputStatistics(mean, size.square(), size * _PEAK)
 
 
-def _reader(source: Source, weight: Weight) -> Reader:
+def _reader(source: Source, weight: Weight, maker: Group | None) -> Reader:
     """What the search needs of a matrix."""
     matrix = source.read(weight.source)  # [out, in]
-    sample = matrix[:: max(1, len(matrix) // _SAMPLE)]
-    return Reader(sample.float().t(), FORMATS[weight.format])
+    some = slice(None, None, max(1, len(matrix) // _SAMPLE))
+    sample = matrix[some].float()
+    if maker is not None:
+        sample = sample / _unit(source, maker)[some, None]  # what its own group divides by counts not
+    return Reader(sample.t(), FORMATS[weight.format])
 
 
 def _unit(source: Source, group: Group) -> Tensor:
