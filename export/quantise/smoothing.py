@@ -25,7 +25,10 @@ from patchsieve.export.weights import Source, Weight
 
 Measured = Callable[[str], InputStatistics | None]  # by the name of a matrix
 _SAMPLE = 256  # columns of a matrix by which factors are judged
-_PEAK = 4.0  # largest |x| of a normed channel over its deviation, if nothing was measured
+_MEAN, _PEAK = (
+    math.sqrt(2 / math.pi),
+    4.0,
+)  # mean and largest |x| of a normal channel of deviation 1
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _NORM, _GATE, _UP = "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj"
 # What makes rows, and the matrices that read them, which nothing else does.
@@ -171,6 +174,9 @@ def smoothed(
         ]
         known = [found for found in map(measured, group.readers) if found is not None]
         inputs = known[0] if known else assumed_inputs(source, group)
+        if known and group.maker.endswith(_UP):
+            # A few rows of a product peak at a hundred times the others, which count as much.
+            inputs = _normal(inputs.mean / _MEAN)
         return choose(readers, inputs, _unit(source, group))
 
     return Smoothed(source, [group for group in groups if rounded(group)], factors, measured)
@@ -189,8 +195,12 @@ def assumed_inputs(source: Source, group: Group) -> InputStatistics:
         size = source.read(f"{group.maker}.weight").float().abs()
         if group.has_bias:
             size = torch.hypot(size, source.read(f"{group.maker}.bias").float())
-    mean = size * math.sqrt(2 / math.pi)  # of |x|, if x is normal
-    return InputStatistics(mean, size.square(), size * _PEAK)
+    return _normal(size)
+
+
+def _normal(size: Tensor) -> InputStatistics:
+    """Statistics of normal channels of these deviations."""
+    return InputStatistics(size * _MEAN, size.square(), size * _PEAK)
 
 
 def _reader(source: Source, weight: Weight, maker: Group | None) -> Reader:
@@ -199,7 +209,9 @@ def _reader(source: Source, weight: Weight, maker: Group | None) -> Reader:
     some = slice(None, None, max(1, len(matrix) // _SAMPLE))
     sample = matrix[some].float()
     if maker is not None:
-        sample = sample / _unit(source, maker)[some, None]  # what its own group divides by counts not
+        sample = (
+            sample / _unit(source, maker)[some, None]
+        )  # what its own group divides by counts not
     return Reader(sample.t(), FORMATS[weight.format])
 
 
