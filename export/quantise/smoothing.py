@@ -25,10 +25,8 @@ from patchsieve.export.weights import Source, Weight
 
 Measured = Callable[[str], InputStatistics | None]  # by the name of a matrix
 _SAMPLE = 256  # columns of a matrix by which factors are judged
-_MEAN, _PEAK = (
-    math.sqrt(2 / math.pi),
-    4.0,
-)  # mean and largest |x| of a normal channel of deviation 1
+_MEAN = math.sqrt(2 / math.pi)  # mean |x| of a normal channel of deviation 1
+_PEAK = 4.0  # and its largest
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _NORM, _GATE, _UP = "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj"
 # What makes rows, and the matrices that read them, which nothing else does.
@@ -204,14 +202,12 @@ def _normal(size: Tensor) -> InputStatistics:
 
 
 def _reader(source: Source, weight: Weight, maker: Group | None) -> Reader:
-    """What the search needs of a matrix."""
+    """What the search needs of a matrix; `maker` is the group whose rows it makes, if it does."""
     matrix = source.read(weight.source)  # [out, in]
     some = slice(None, None, max(1, len(matrix) // _SAMPLE))
     sample = matrix[some].float()
     if maker is not None:
-        sample = (
-            sample / _unit(source, maker)[some, None]
-        )  # what its own group divides by counts not
+        sample = sample / _unit(source, maker)[some, None]  # a scale that the next fold takes out
     return Reader(sample.t(), FORMATS[weight.format])
 
 
