@@ -114,6 +114,10 @@ class Smoothed:
         group = self._read_by.get(matrix)
         return None if group is None else self._of(group)
 
+    def is_measured(self, tensor: str) -> bool:
+        """Whether there are statistics of a matrix, by its tensor in the checkpoint."""
+        return self._measured(tensor.removesuffix(".weight")) is not None
+
     def hints(self, tensor: str) -> Hints:
         """What guides the rounding of a folded matrix, by its tensor in the checkpoint.
 
@@ -124,7 +128,8 @@ class Smoothed:
         found, group = self._measured(matrix), self._read_by.get(matrix)
         if found is not None:
             after = found if group is None else folded(found, self._of(group))
-            return Hints(after.square, input_scale=float(after.largest.max()) / 127)
+            # Rows of zeros have no scale: any will do.
+            return Hints(after.square, input_scale=float(after.largest.max()) / 127 or 1.0)
         if group is None:
             return NOTHING
         return Hints(folded(assumed_inputs(self._source, group), self._of(group)).square)

@@ -101,13 +101,18 @@ class Statistics:
         Raises:
             PatchsieveError: The place cannot be written; the error says where the result is kept.
         """
+        write_result(path, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The content of the file."""
         tensors = {
             f"{name}.{kind}": getattr(found, kind).contiguous()
             for name, found in self.inputs.items()
             for kind in _KINDS
         }
         about = {"format": FORMAT, "version": VERSION, **self._about()}
-        write_result(path, save(tensors, metadata={_KEY: json.dumps(about)}))
+        content: bytes = save(tensors, metadata={_KEY: json.dumps(about)})
+        return content
 
     @classmethod
     def read(cls, path: Path) -> Statistics:
