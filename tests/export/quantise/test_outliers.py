@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from patchsieve.contract.manifest import Limits
+from patchsieve.export.exporter import ExportOptions, export
 from tests.support import outliers
 from tests.support.models import make_checkpoint, tiny_llava
 
@@ -71,3 +74,26 @@ def test_the_copy_is_the_same_function_and_has_outliers(
     assert chosen
     for name in chosen:
         assert after[name] > 4 * before[name], name
+
+
+def numbers(checkpoint: Path, out: Path) -> dict[str, Tensor]:
+    """The whole numbers of a bundle in int8, by matrix."""
+    options = ExportOptions(precision="int8,head=float32", limits=Limits(32, 8, 1))
+    export(str(checkpoint), out, options)
+    found: dict[str, Tensor] = {}
+    for file in (out / "graphs" / "weights").glob("*.safetensors"):
+        tensors = load_file(file)
+        found |= {name: t.int() for name, t in tensors.items() if name.endswith(".int8")}
+    return found
+
+
+def test_a_bundle_of_scaled_channels_holds_the_numbers_of_the_plain_one(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    copy = outliers.scaled_channels(checkpoint, tmp_path / "copy")
+    expected, found = (numbers(each, tmp_path / f"{each.name}.out") for each in (checkpoint, copy))
+    assert len(expected) == len(found) > 40
+    for name, tensor in expected.items():
+        differ = (found[name] - tensor).abs()
+        assert differ.max() <= 1, name
+        assert differ.float().mean() < 0.001, name
