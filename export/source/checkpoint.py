@@ -145,14 +145,15 @@ class Checkpoint:
         """
         if not self._matrices:
             return None
-        made, packed = {}, set()
-        for name, matrix in self._matrices.items():
-            names = [f"{matrix.parts.name}.{end}" for end in matrix.parts.tensors]
-            packed.update(names)
-            stored, _ = self._stored[names[0]]
-            made[f"{stored.rpartition('.')[0]}{_WEIGHT}"] = self.read(name)
-        floats = {name: stored for name, (stored, _) in self._stored.items() if name not in packed}
-        return made | {stored: self.read(name) for name, stored in floats.items()}
+        made = {}
+        for name, (stored, _) in self._stored.items():
+            matrix, _, end = name.rpartition(".")
+            weight = f"{matrix}{_WEIGHT}"
+            if weight not in self._matrices or end == "bias":
+                made[stored] = self.read(name)
+            elif (place := f"{stored.rpartition('.')[0]}{_WEIGHT}") not in made:
+                made[place] = self.read(weight)
+        return made
 
     def require(self, wanted: dict[str, tuple[int, ...]], model: str | None = None) -> None:
         """Refuse a checkpoint that lacks a tensor or holds one of another shape.

@@ -15,6 +15,9 @@ auto_gptq/quantization/config.py; GPTQModel, gptqmodel/utils/model.py
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from patchsieve.export.source.packed import (
@@ -27,9 +30,9 @@ from patchsieve.export.source.packed import (
     unpack,
 )
 
-V1, V2 = "gptq", "gptq_v2"
+_V1, _V2 = "gptq", "gptq_v2"
 _ONES = {4: 0x11111111, 8: 0x01010101}  # 1 in every field of an integer
-_FORMAT = ("checkpoint_format", "format")
+_NAMED = ("checkpoint_format", "format")
 
 
 class Gptq(Layout):
@@ -38,6 +41,14 @@ class Gptq(Layout):
     method = "gptq"
     holders = ("qweight",)
     ends = ("qweight", "qzeros", "scales", "g_idx")
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        super().__init__(settings)
+        named = (str(settings[key]).lower() for key in _NAMED if settings.get(key))
+        name = "marlin" if settings.get("is_marlin_format") else next(named, _V1)
+        if name not in (_V1, _V2):
+            raise self.refuse(f"checkpoint_format {name}", f"{_V1} or {_V2}")
+        self.is_less_1 = name == _V1
 
     def shape(self, parts: Parts) -> tuple[int, int]:
         """Shape [out, in] of a matrix, by the headers of its tensors."""
@@ -58,7 +69,7 @@ class Gptq(Layout):
         """What the values of a matrix [out, in] mean."""
         bits = self._bits(parts)
         scales, zeros = parts.fetch("scales"), parts.fetch("qzeros")
-        if self._format() == V1:
+        if self.is_less_1:
             zeros = zeros + _ONES[bits]  # wraps at 2**32, as the writers do
         group = None
         if "g_idx" in parts:
@@ -71,7 +82,6 @@ class Gptq(Layout):
 
     def _bits(self, parts: Parts) -> int:
         """The bits of a matrix, which may differ from those of the settings (`dynamic`)."""
-        self._format()
         _, out = parts.shape("scales", FLOATS)
         _, words = parts.shape("qzeros", INT32)
         bits, rest = divmod(words * 32, out)
@@ -86,12 +96,3 @@ class Gptq(Layout):
                 f"the tensors of {parts.name} do not have the bits of the settings", bits, said
             )
         return bits
-
-    def _format(self) -> str:
-        named = (self.settings.get(key) for key in _FORMAT)
-        found = str(next((name for name in named if name), V1)).lower()
-        if found not in (V1, V2) or self.settings.get("is_marlin_format"):
-            raise self.refuse(
-                f"checkpoint_format {'marlin' if found == V1 else found}", f"{V1} or {V2}"
-            )
-        return found
