@@ -1,1 +1,1 @@
-"""How matrices become int8 and int4: what is known of a matrix, and how it is rounded."""
+"""From float matrices to int8 and int4: rounding, what guides it, and what makes it easier."""

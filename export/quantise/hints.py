@@ -1,4 +1,4 @@
-"""What is known of a matrix before it is rounded."""
+"""What is known of a matrix beside its numbers when it is quantised."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Grid:
-    """The symmetric grid on which all numbers of a matrix lie: whole numbers times a scale.
+    """Numbers that a matrix already lies on: whole numbers times a scale, zero in the middle.
 
     Attributes:
-        bits: 4 for whole numbers from -8 to 7, 8 for -128 to 127.
-        scale: [in/g, out] for blocks of g numbers along the input axis, [out] for one block each.
+        bits: 4 for -8 to 7, 8 for -128 to 127.
+        scale: [in / block, out], or [out] if an output channel has one scale.
     """
 
     bits: int
@@ -22,12 +22,19 @@ class Grid:
 
 @dataclass(frozen=True)
 class Hints:
-    """Hints for one matrix.
+    """What guides the rounding of one matrix.
 
     Attributes:
-        importance: Mean of x**2 of each input channel, [in]; None if it is not known.
-        grid: The grid that the checkpoint came with; None if its numbers lie on none.
+        importance: Mean of x**2 of each input channel, [in]: how much an error of its weights
+            counts. None if nothing is known: all count alike.
+        grid: The scales that the checkpoint came with; None for a float checkpoint.
+        input_scale: Largest |x| of the rows that the matrix multiplies, over 127: the static scale
+            that TensorRT's int8 rounds them by. None without statistics.
     """
 
     importance: Tensor | None = None
     grid: Grid | None = None
+    input_scale: float | None = None
+
+
+NOTHING = Hints()
