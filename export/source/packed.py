@@ -170,12 +170,15 @@ class Scheme:
         return made if self.factor is None else made.mul_(self.factor.float())
 
     def grid(self) -> Grid | None:
-        """The symmetric grid of the matrix; None if its numbers lie on none, or are floats."""
+        """The symmetric grid of the matrix; None if its numbers lie on none, or are floats.
+
+        One scale for each output channel is [out] at 8 bits, and one block [1, out] at 4 bits.
+        """
         has_zero = self.zero is not None and bool(self.zero.any())
         if self.bits is None or has_zero or self.group is not None or self.factor is not None:
             return None
-        scale = self.scale.float()
-        return Grid(self.bits, scale[:, 0] if scale.shape[1] == 1 else scale.t().contiguous())
+        scale = self.scale.float().t().contiguous()  # [G, out]
+        return Grid(self.bits, scale[0] if self.bits == 8 and len(scale) == 1 else scale)
 
 
 class Layout(ABC):
