@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from patchsieve.contract.errors import UnsupportedModelError
+from patchsieve.contract.formats import Format
 from patchsieve.export.families import Family, check_structure
 from patchsieve.export.quantise.hints import Grid
+from patchsieve.export.quantise.rounding import given
 from patchsieve.export.source.hub import ADAPTER
 from patchsieve.export.source.hub import locate as locate
 from patchsieve.export.source.original import CONVERT, refuse_original
@@ -137,6 +141,29 @@ class Checkpoint:
             UnsupportedModelError: Its group indices lie outside the groups.
         """
         return self._matrices[name].grid() if name in self._matrices else None
+
+    def report(self, stored: Iterable[tuple[str, Format, torch.dtype]]) -> str | None:
+        """How the quantised matrices are stored in a bundle, for people; None if there are none.
+
+        Args:
+            stored: Name in the checkpoint, format and type of each tensor of the bundle. A matrix
+                that is stored twice counts twice.
+        """
+        counts = Counter(
+            self._is_exact(name, form, dtype)
+            for name, form, dtype in stored
+            if name in self._matrices
+        )
+        found = self.quantised_with
+        return None if found is None else found.sentence(counts[True], counts[False], counts[None])
+
+    def _is_exact(self, name: str, form: Format, dtype: torch.dtype) -> bool | None:
+        """Whether a format holds a quantised matrix exactly; None if it stores floats."""
+        if not form.bits:
+            return None
+        matrix = self._matrices[name]
+        scale = given(matrix.grid(), form, matrix.shape[1])
+        return scale is not None and torch.equal(scale.to(dtype).float(), scale)
 
     def dequantised(self) -> dict[str, Tensor] | None:
         """All tensors by the names that transformers reads; None if none is quantised.

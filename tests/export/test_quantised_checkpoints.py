@@ -18,9 +18,14 @@ from patchsieve.calibration.encoder import Encoder
 from patchsieve.calibration.options import CalibrationOptions
 from patchsieve.calibration.start import begin
 from patchsieve.contract.errors import UnsupportedModelError
+from patchsieve.contract.formats import FORMATS
+from patchsieve.contract.weights import WeightsFile
 from patchsieve.cost.config import read_shape
 from patchsieve.export.families import FAMILIES
+from patchsieve.export.quantise.hints import Hints
+from patchsieve.export.quantise.rounding import dequantise
 from patchsieve.export.source.checkpoint import Checkpoint, read_config
+from patchsieve.export.weights import Weight, write
 from patchsieve.verify.reference import Reference
 from tests.export.test_checkpoint_files import (
     bin_shards,
@@ -194,14 +199,76 @@ def test_quantised_tensors_are_found_in_every_spelling_and_file(
     assert torch.equal(found.read(tower), floats.read(tower))
 
 
-def test_the_sentence_counts_matrices(stored: Path, tmp_path: Path) -> None:
-    found = Checkpoint(quantised(stored, tmp_path, CASES["pack-32"]), LLAVA).quantised_with
-    assert found is not None and found.method == "compressed-tensors"
-    said = found.sentence(exact=12, rounded=2, floats=0)
-    assert said == (
-        "14 matrices came quantised with compressed-tensors: 12 held exactly, 2 rounded again"
-    )
-    assert Checkpoint(tmp_path / "floats", LLAVA).quantised_with is None
+SOURCE = "layers.1.mlp.down_proj.weight"  # [64, 128]
+INT8S = {"int8", "int8-weights"}
+HELD = {  # case -> formats that hold the numbers of this matrix exactly
+    "gptq-32": {"int4-32"},
+    "pack-32": {"int4-32"},
+    "awq-symmetric": {"int4-32"},
+    "modelopt-int4": {"int4-32"},
+    "gptq-one": {"int4-32", "int4-64", "int4-128"} | INT8S,
+    "pack-channel": {"int4-32", "int4-64", "int4-128"} | INT8S,
+    "gptq-8-one": INT8S,
+    "int8-channel": INT8S,
+    "int8-tensor": INT8S,
+    "modelopt-int8": INT8S,
+    "gptq-8": set(),
+    "gptq-64": set(),
+    "gptq-act-order": set(),
+    "int8-asymmetric": set(),
+    "fp8-channel": set(),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_format_that_fits_holds_the_numbers_exactly(
+    name: str, stored: Path, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint(quantised(stored, tmp_path, CASES[name]), LLAVA)
+    expected = Checkpoint(tmp_path / "floats", LLAVA).read(SOURCE).t()
+    for form in FORMATS:
+        said = str(checkpoint.report([(SOURCE, FORMATS[form], torch.float32)]))
+        found = in_bundle(checkpoint, form, tmp_path / f"{form}.safetensors")
+        if form == "float":
+            assert torch.equal(found, expected) and said.endswith(": 1 stored in floating point")
+        elif form in HELD[name]:
+            assert torch.equal(found, expected) and said.endswith(": 1 held exactly")
+        else:
+            error = (found - expected).abs().max() / expected.abs().max()
+            assert 1e-4 < error < 0.3, form
+            assert said.endswith(": 1 rounded again")
+
+
+def in_bundle(checkpoint: Checkpoint, form: str, path: Path) -> Tensor:
+    """The numbers [in, out] that a bundle's file means, of a matrix stored in a format."""
+    hints = Hints(grid=checkpoint.grid(SOURCE))
+    weight = Weight(SOURCE, SOURCE, (128, 64), True, form)
+    entry = WeightsFile("layer", 1, "float32", form)
+    write(path, entry, [weight], checkpoint, lambda _: None, lambda _: hints)
+    tensors = load_file(path)
+    if form == "float":
+        return tensors[SOURCE]
+    numbers = tensors[f"{SOURCE}.{form}"]
+    if FORMATS[form].bits == 4:
+        halves = torch.stack((numbers & 15, numbers >> 4), -1).flatten(1).to(torch.int8)
+        numbers = torch.where(halves > 7, halves - 16, halves)
+    return dequantise(numbers, tensors[f"{SOURCE}.scale"])
+
+
+def test_scales_that_their_type_cannot_keep_are_not_called_exact(
+    stored: Path, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint(quantised(stored, tmp_path, CASES["pack-32"]), LLAVA)
+    names = [f"{name}.weight" for name in checkpoint.quantised_with.matrices]
+    for dtype, said in ((torch.float16, "14 held exactly"), (torch.bfloat16, "14 rounded again")):
+        line = checkpoint.report((name, FORMATS["int4-32"], dtype) for name in names)
+        assert line == f"14 matrices came quantised with compressed-tensors: {said}"
+
+
+def test_a_float_checkpoint_has_nothing_to_report(stored: Path) -> None:
+    checkpoint = Checkpoint(stored, LLAVA)
+    assert checkpoint.quantised_with is None and checkpoint.dequantised() is None
+    assert checkpoint.report([]) is None
 
 
 def test_a_quantised_head_is_no_tied_one(stored: Path, tmp_path: Path) -> None:
