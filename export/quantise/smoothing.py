@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patchsieve.contract.weights import FLOAT
+from patchsieve.contract.formats import FLOAT
 from patchsieve.export.quantise.search import Quantised, Reader, choose, folded
 from patchsieve.export.quantise.statistics import InputStatistics, Statistics
 from patchsieve.export.weights import Source
