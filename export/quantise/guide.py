@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from patchsieve.contract.formats import FLOAT, FORMATS
-from patchsieve.export.quantise.hints import NOTHING, Hints
-from patchsieve.export.quantise.rounding import dequantise, quantise
+from patchsieve.export.quantise.hints import NOTHING, Grid, Hints
+from patchsieve.export.quantise.rounding import dequantise, given, quantise
 from patchsieve.export.quantise.smoothing import smoothed
 from patchsieve.export.quantise.statistics import Statistics
 from patchsieve.export.weights import HintsOf, Source, Weight
@@ -31,25 +32,37 @@ class Guided:
 
 
 def guide(
-    weights: tuple[Weight, ...], source: Source, measured: Statistics | None = None
+    weights: tuple[Weight, ...],
+    source: Source,
+    measured: Statistics | None = None,
+    grid: Callable[[str], Grid | None] = lambda _: None,
 ) -> Guided:
     """Guide the rounding of a file's matrices.
+
+    A matrix whose format holds the checkpoint's own numbers exactly keeps them: nothing is folded
+    into it.
 
     Args:
         weights: The file's tensors, with their formats.
         source: Where they come from.
         measured: Statistics of the rows that the matrices multiply.
+        grid: The grid that a tensor came with, by its name in the checkpoint.
     """
     formats = {_matrix(w): [w.format] for w in weights if w.transposed}
     if all(FORMATS[form].bits == 0 for (form,) in formats.values()):
         return Guided(weights, source, lambda _: NOTHING)
-    even = smoothed(source, [w.source for w in weights], formats, measured, _rounded)
+    grids = {_matrix(w): grid(w.source) for w in weights if w.transposed}
+    forms = {_matrix(w): (FORMATS[w.format], w.shape[0]) for w in weights if w.transposed}
+    kept = {name for name, found in grids.items() if given(found, *forms[name]) is not None}
+    names = [w.source for w in weights]
+    even = smoothed(source, names, formats, measured, _rounded, kept)
 
     def hints(name: str) -> Hints:
         matrix = name.removesuffix(".weight")
         found = even.inputs(matrix)
         scale = None if found is None else float(found.largest.max()) / 127
-        return Hints(even.importance(matrix), input_scale=scale or None)
+        own = grids[matrix] if matrix in kept else None
+        return Hints(even.importance(matrix), own, scale or None)
 
     def with_input(weight: Weight) -> Weight:
         is_low = weight.transposed and FORMATS[weight.format].is_dynamic

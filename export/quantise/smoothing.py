@@ -145,6 +145,7 @@ def smoothed(
     formats: Mapping[str, Collection[str]],
     statistics: Statistics | None,
     quantised: Quantised,
+    kept: Collection[str] = (),
 ) -> Smoothed:
     """A source for one part of a bundle, whose matrices are made easy to round.
 
@@ -156,13 +157,18 @@ def smoothed(
         statistics: Of the activations. Without, rows after a norm are taken to be as large as its
             weights say (`assumed_inputs`).
         quantised: Rounds a matrix.
+        kept: Matrices that keep the checkpoint's numbers: a group with one of them is left.
     """
     rounded = {
         name: [kind for kind in kinds if kind != FLOAT]
         for name, kinds in formats.items()
         if any(kind != FLOAT for kind in kinds)
     }
-    groups = [group for group in groups_of(tensors) if set(group.readers) & set(rounded)]
+    groups = [
+        group
+        for group in groups_of(tensors)
+        if set(group.readers) & set(rounded) and not {group.maker, *group.readers} & set(kept)
+    ]
 
     def factors(group: Group) -> Tensor:
         wanted = [name for name in group.readers if name in rounded]

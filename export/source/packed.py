@@ -21,6 +21,7 @@ from patchsieve.export.quantise.hints import Grid
 FLOATS = ("F32", "F16", "BF16", "F64")
 INT32 = ("I32",)
 ORIGIN = "give the checkpoint that it was quantised from"
+_ROWS = 512  # output channels whose groups are looked up at once
 _AGAIN = f"download the checkpoint again, or {ORIGIN}"
 # Types as torch calls them, which a .bin file gives -> codes of safetensors.
 _CODES = {
@@ -159,14 +160,15 @@ class Scheme:
         scale, zero = self.scale.float(), None if self.zero is None else self.zero.float()
         if self.group is None:
             blocks = made.unflatten(1, (scale.shape[1], -1))  # [out, G, in/G], the same memory
-            scale, zero = scale[..., None], None if zero is None else zero[..., None]
+            if zero is not None:
+                blocks -= zero[..., None]
+            blocks *= scale[..., None]
         else:
-            blocks = made
-            scale = scale[:, self.group]  # [out, in]
-            zero = None if zero is None else zero[:, self.group]
-        if zero is not None:
-            blocks -= zero
-        blocks *= scale
+            for start in range(0, len(made), _ROWS):  # a scale for each number takes memory
+                rows = slice(start, start + _ROWS)
+                if zero is not None:
+                    made[rows] -= zero[rows][:, self.group]
+                made[rows] *= scale[rows][:, self.group]
         return made if self.factor is None else made.mul_(self.factor.float())
 
     def grid(self) -> Grid | None:

@@ -125,12 +125,8 @@ def quantisation_of(
     """
     said = list(_said(directory))
     weights = {name: dtype for name, dtype in odd.items() if name.endswith(".weight")}
-    signs = {
-        name: method
-        for name in sorted(names)
-        for end, method in _SIGNS.items()
-        if name.endswith(end)
-    }
+    ends = _SIGNS.items()
+    signs = {name: method for name in sorted(names) for end, method in ends if name.endswith(end)}
     # A scale beside a float weight counts only if the settings say what it is for.
     signs = {name: m for name, m in signs.items() if said or weights or _replaces(name, names)}
     if not (signs or (said and weights)):
@@ -144,18 +140,19 @@ def quantisation_of(
             method,
         )
         return Quantisation(method)
-    method, settings = said[0][1:] if said else (next(iter(sorted(signs.values()))), {})
-    if said and method in LAYOUTS:
+    if said and said[0][1] in LAYOUTS:
+        method, settings = said[0][1:]
         layout = LAYOUTS[method](settings)
         weights = {} if "weight" in layout.holders else weights
         signs = {name: m for name, m in signs.items() if not _belongs(name, names, odd, layout)}
         if not (signs or weights):
             return Quantisation(method, layout)
+    method = said[0][1] if said else sorted(signs.values())[0]
     name, dtype = next(iter(weights.items()), (next(iter(signs), ""), "of this name"))
     raise UnsupportedModelError(
         f"the weights of {directory} are quantised with {method}",
-        found=f"the tensor {name}, {dtype}",
-        expected=f"weights in floating point, or settings and tensors of {', '.join(LAYOUTS)}",
+        found=f"the tensor {name}, {dtype}" + ("" if said else ", and no quantization_config"),
+        expected=f"floating point, or tensors and settings of {', '.join(LAYOUTS)}",
         do=_WAYS_OUT.get(method, ORIGIN),
     )
 

@@ -19,9 +19,11 @@ from patchsieve.calibration.options import CalibrationOptions
 from patchsieve.calibration.start import begin
 from patchsieve.contract.errors import UnsupportedModelError
 from patchsieve.contract.formats import FORMATS
-from patchsieve.contract.weights import WeightsFile
+from patchsieve.contract.weights import FOLDER, WeightsFile
 from patchsieve.cost.config import read_shape
+from patchsieve.export.exporter import write_weights
 from patchsieve.export.families import FAMILIES
+from patchsieve.export.job import ExportOptions, plan_export
 from patchsieve.export.quantise.hints import Hints
 from patchsieve.export.quantise.rounding import dequantise
 from patchsieve.export.source.checkpoint import Checkpoint, read_config
@@ -246,13 +248,49 @@ def in_bundle(checkpoint: Checkpoint, form: str, path: Path) -> Tensor:
     entry = WeightsFile("layer", 1, "float32", form)
     write(path, entry, [weight], checkpoint, lambda _: None, lambda _: hints)
     tensors = load_file(path)
+    return meant(tensors, SOURCE, form)
+
+
+def meant(tensors: dict[str, Tensor], name: str, form: str) -> Tensor:
+    """The numbers [in, out] that a file's tensors mean."""
     if form == "float":
-        return tensors[SOURCE]
-    numbers = tensors[f"{SOURCE}.{form}"]
+        return tensors[name]
+    numbers = tensors[f"{name}.{form}"]
     if FORMATS[form].bits == 4:
         halves = torch.stack((numbers & 15, numbers >> 4), -1).flatten(1).to(torch.int8)
         numbers = torch.where(halves > 7, halves - 16, halves)
-    return dequantise(numbers, tensors[f"{SOURCE}.scale"])
+    return dequantise(numbers, tensors[f"{name}.scale"])
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "form", "is_exact"),
+    [
+        ("gptq-32", "decoder=int4", "int4-32", True),
+        ("pack-channel", "decoder=int4", "int4-32", True),
+        ("int8-channel", "decoder=int8", "int8", True),
+        ("awq-32", "decoder=int4", "int4-32", False),
+        ("gptq-act-order", "decoder=int4", "int4-32", False),
+    ],
+)
+def test_an_export_keeps_the_numbers_that_its_format_holds(
+    name: str, precision: str, form: str, is_exact: bool, stored: Path, tmp_path: Path, caplog
+) -> None:
+    """Nothing is folded into them, where matrices that are rounded again are smoothed."""
+    made = quantised(stored, tmp_path, CASES[name])
+    job = plan_export(made, read_config(made), ExportOptions(precision=precision))
+    write_weights(job, tmp_path, lambda *_: None)
+    floats = Checkpoint(tmp_path / "floats", LLAVA)
+    what = "held exactly" if is_exact else "rounded again"
+    method = CASES[name].settings["quant_method"]
+    assert f"14 matrices came quantised with {method}: 14 {what}" in caplog.messages
+    for layer in range(2):
+        tensors = load_file(tmp_path / FOLDER / f"layers.{layer}.safetensors")
+        norm = f"layers.{layer}.input_layernorm.weight"
+        assert torch.equal(tensors[norm], floats.read(norm)) == is_exact
+        for matrix in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"):
+            source = f"layers.{layer}.{matrix}.weight"
+            found, expected = meant(tensors, source, form), floats.read(source).t()
+            assert torch.equal(found, expected) == is_exact
 
 
 def test_scales_that_their_type_cannot_keep_are_not_called_exact(
