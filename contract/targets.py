@@ -171,7 +171,7 @@ _ROWS = (
         compiler=RTX,
         has_fixed_slots=True,
         attention_forms=names.ATTENTION_FORMS,
-        operators="tensorrt-11",
+        operators="tensorrt-rtx-1.7",
     ),
     Target(
         name="tensorrt",
