@@ -7,12 +7,13 @@ from typing import Any
 
 from patchsieve.contract import names, reads
 from patchsieve.contract.errors import BundleError
+from patchsieve.contract.formats import FORMATS
 from patchsieve.contract.graphs import STAGE, Graph, Signature, identify
 from patchsieve.contract.manifest import Manifest
 from patchsieve.contract.plan import GRID2D, NO_PRUNING, check_plan_name
 from patchsieve.contract.precision import BYTES
 from patchsieve.contract.trained import are_sections
-from patchsieve.contract.weights import FORMATS, LAYER, PARTS
+from patchsieve.contract.weights import LAYER, PARTS, STEP
 
 _MOST = 1 << 31  # no size reaches it
 _MOST_LAYERS = 4096
@@ -193,13 +194,13 @@ def _check_weights(facts: Manifest) -> None:
                 do="upgrade patchsieve",
             )
         kind = getattr(facts.precision, part.precision)
-        if entry.type != kind or (entry.layer is not None) != (part == LAYER):
+        if entry.type != kind or (entry.layer is not None) != (part in (LAYER, STEP)):
             raise BundleError(
                 f"the weights file {path[:120]} does not fit what the manifest says elsewhere",
                 found=f"{entry.part}, layer {entry.layer}, {entry.type[:40]}",
                 expected=f"{entry.part} in {kind}",
             )
-        if entry.layer is not None:
+        if part == LAYER and entry.layer is not None:
             layers.append(entry.layer)
     if sorted(layers) != list(range(facts.text.num_layers)):
         raise BundleError(
@@ -349,7 +350,8 @@ def _tensors(facts: Manifest, caches: str) -> dict[str, dict[str, _Shape]]:
         else:
             shapes[names.HIDDEN_OUT] = [1, None, text.hidden_size]
             shapes[names.query(stage.last - 1)] = [1, None, text.num_heads * text.head_dim]
-        tensors[names.stage(index)] = shapes
+        same = (names.stage(index), names.step(index))
+        tensors |= {graph: shapes for graph in same if graph == same[0] or graph in facts.graphs}
     return tensors
 
 

@@ -10,6 +10,7 @@ from patchsieve.contract import names
 VISION = "vision"
 SCORER = "scorer"
 STAGE = "stage"
+STEP = "step"  # a stage that feeds a single row, on its own copy of the weights
 DECISION = "decision"
 COMPACT = "compact"
 
@@ -49,7 +50,7 @@ class Identity:
     """What a graph is, apart from its tensors.
 
     Attributes:
-        kind: `VISION`, `SCORER`, `STAGE`, `DECISION` or `COMPACT`.
+        kind: `VISION`, `SCORER`, `STAGE`, `STEP`, `DECISION` or `COMPACT`.
         plan: The plan that a decision or a vision graph belongs to; None for what all plans share.
         stage: Number of a stage.
         layer: Of a decision, the decoder layer that its survivors enter.
@@ -63,7 +64,7 @@ class Identity:
     @property
     def is_large(self) -> bool:
         """It holds weights, and much of a request's time."""
-        return self.kind in (VISION, SCORER, STAGE)
+        return self.kind in (VISION, SCORER, STAGE, STEP)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Graph(Signature):
 
     @property
     def kind(self) -> str:
-        """`VISION`, `SCORER`, `STAGE`, `DECISION` or `COMPACT`."""
+        """`VISION`, `SCORER`, `STAGE`, `STEP`, `DECISION` or `COMPACT`."""
         return self.identity.kind
 
 
@@ -89,9 +90,9 @@ def identify(graph: str) -> Identity | None:
     whole = {names.VISION: VISION, names.SCORER: SCORER, names.COMPACT: COMPACT}
     if graph in whole:
         return Identity(whole[graph])
-    number = graph.removeprefix("stage_")
-    if number != graph and _is_number(number):
-        return Identity(STAGE, stage=int(number))
+    kind, _, number = graph.partition("_")
+    if kind in (STAGE, STEP) and _is_number(number):
+        return Identity(kind, stage=int(number))
     first, _, rest = graph.partition(".")
     if first == names.VISION and rest:
         return Identity(VISION, plan=rest)

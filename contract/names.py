@@ -52,6 +52,11 @@ def stage(index: int) -> str:
     return f"stage_{index}"
 
 
+def step(index: int) -> str:
+    """Name of a stage's graph on the copy of the decoder that feeds single rows."""
+    return f"step_{index}"
+
+
 def decide(plan: str, layer: int) -> str:
     """Name of the graph that decides, for a plan, what enters decoder layer `layer`."""
     return f"decide.{plan}.{layer}"

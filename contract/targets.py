@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from patchsieve.contract import names
 from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract.formats import FORMATS
 
 Version = tuple[int, int]
 Range = tuple[Version, Version]  # from the first on, below the second
@@ -91,6 +92,7 @@ class Target:
         opset: Of standard ONNX in its graphs.
         cache: How its stages take their caches, `names.IN_PLACE` or `names.NEW_ROWS`.
         precisions: Types that its graphs may have.
+        formats: Formats of `patchsieve.contract.formats` that its graphs may hold.
         compiler: What makes its engines; None if its graphs run as they are.
         serves: Versions of the compiler whose target this is; None if the compiler has one target.
         has_fixed_slots: The length of its caches is a number in its graphs.
@@ -113,6 +115,7 @@ class Target:
     opset: int
     cache: str
     precisions: tuple[str, ...] = _ALL
+    formats: tuple[str, ...] = tuple(FORMATS)
     compiler: Compiler | None = None
     serves: Range | None = None
     has_fixed_slots: bool = False

@@ -1,11 +1,7 @@
 """Weights files: which part of the model each holds, and how its matrices are stored.
 
-Three facts are kept apart. The *type* is what a part computes in, the *format* how the matrices of
-a file are stored, and the type of the caches is the manifest's own. A file holds one part, so that
-it can be written, hashed and read without the others.
-
-To add a format: a row of `FORMATS`, a row of `PACKINGS` in export/weights.py that writes it, the
-operation in export/graphs that reads it, and how export/lowering/base.py spells that operation.
+A file holds one part, so that it can be written, hashed and read without the others. How matrices
+are stored is in `patchsieve.contract.formats`.
 """
 
 from __future__ import annotations
@@ -13,6 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from patchsieve.contract import formats
+from patchsieve.contract.formats import FLOAT
 from patchsieve.contract.precision import Precision
 
 FOLDER = "graphs/weights/"
@@ -28,47 +26,35 @@ class Part:
         file: Name of its file without folder and ending; `{}` is the number of a layer.
         precision: The part of `Precision` that says its type.
         label: For people.
+        key: What `--precision` calls it, where its matrices may have a format; None where not.
     """
 
     name: str
     file: str
     precision: str
     label: str
+    key: str | None = None
 
     def path(self, layer: int | None = None) -> str:
         """Its file in a bundle."""
         return f"{FOLDER}{self.file.format(layer)}{ENDING}"
 
-    def entry(self, precision: Precision, layer: int | None = None) -> WeightsFile:
-        """What the manifest says of its file, in the format that every part may have."""
-        return WeightsFile(self.name, layer, getattr(precision, self.precision), FLOAT)
+    def entry(
+        self, precision: Precision, layer: int | None = None, format: str = FLOAT
+    ) -> WeightsFile:
+        """What the manifest says of its file."""
+        return WeightsFile(self.name, layer, getattr(precision, self.precision), format)
 
 
-TOWER = Part("tower", "vision", "tower", "vision tower")  # and projector
-LAYER = Part("layer", "layers.{}", "decoder", "decoder layers")
+TOWER = Part("tower", "vision", "tower", "vision tower", formats.TOWER)  # and projector
+LAYER = Part("layer", "layers.{}", "decoder", "decoder layers", formats.DECODER)
+# The decoder layers once more, in the format that feeds single rows.
+STEP = Part("step", "steps.{}", "decoder", "decoder layers for single rows", formats.STEP)
 EMBEDDINGS = Part("embeddings", "embed_tokens", "decoder", "embeddings")
-HEAD = Part("head", "head", "head", "output head")  # and the last norm
-SCORER = Part("scorer", "scorer", "tower", "CLIP scorer")  # CLIP's text tower
+HEAD = Part("head", "head", "head", "output head", formats.HEAD)  # and the last norm
+SCORER = Part("scorer", "scorer", "tower", "CLIP scorer", formats.SCORER)  # CLIP's text tower
 JOINT = Part("joint", "joint", "tower", "CLIP scorer")  # what carries an image into its space
-PARTS = {part.name: part for part in (LAYER, TOWER, EMBEDDINGS, HEAD, SCORER, JOINT)}
-
-
-@dataclass(frozen=True)
-class Format:
-    """A way to store the matrices of a file.
-
-    Attributes:
-        name: As the manifest calls it.
-        error: Largest error that it makes of a row of the model, over the row's largest entry; 0 if
-            it keeps each number. `verify` allows it.
-    """
-
-    name: str
-    error: float = 0.0
-
-
-FLOAT = "float"  # each number in the type of its part
-FORMATS = {row.name: row for row in (Format(FLOAT),)}
+PARTS = {part.name: part for part in (LAYER, STEP, TOWER, EMBEDDINGS, HEAD, SCORER, JOINT)}
 
 
 @dataclass(frozen=True)
@@ -79,7 +65,8 @@ class WeightsFile:
         part: A name of `PARTS`.
         layer: Of the decoder, for the part that has a file for each.
         type: The floating-point type that its numbers are computed in.
-        format: A key of `FORMATS`.
+        format: A key of `formats.FORMATS`: that of most of its numbers. Single matrices may have
+            another, which their tensors' names say.
     """
 
     part: str

@@ -15,7 +15,7 @@ from patchsieve.contract import files, names
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.manifest import Manifest
 from patchsieve.contract.plan import Plan
-from patchsieve.contract.weights import FOLDER
+from patchsieve.contract.weights import FOLDER, STEP
 from patchsieve.contract.writing import check_new_bundle, whole_or_nothing
 from patchsieve.export import card, weights
 from patchsieve.export.describe import PREPROCESSOR, SCORER_TOKENIZER, describe
@@ -37,6 +37,7 @@ from patchsieve.export.writer import GraphWriter
 
 Progress = Callable[[str, float], None]
 Stored = dict[str, ir.ExternalTensor]  # tensors of weights files, by name
+_STEP = "step:"  # before the name of a tensor of the decoder's second copy
 _AFTER_WEIGHTS, _AFTER_GRAPHS = 0.6, 0.95  # fractions of the whole work
 
 
@@ -122,8 +123,10 @@ def write_weights(job: Job, partial: Path, progress: Progress) -> Stored:
             done += size
             progress(f"writing weights {name}", _AFTER_WEIGHTS * done / total)
 
-        stored |= weights.write(path, file.entry, file.weights, file.source, step)
-    if job.is_tied:
+        tensors = weights.write(path, file.entry, file.weights, file.source, step, file.hints)
+        prefix = _STEP if file.entry.part == STEP.name else ""
+        stored |= {prefix + name: tensor for name, tensor in tensors.items()}
+    if not job.has_own_head:
         table = stored[EMBEDDING_TABLE]
         place = table.location, table.offset, table.length, table.dtype
         stored[OUTPUT_MATRIX] = ir.ExternalTensor(
@@ -139,7 +142,8 @@ def _write_graphs(
     form = options.attention_form or names.DECOMPOSED
     writer = GraphWriter(partial / "graphs", options.targets, form)
     has_scorer = job.clip is not None
-    total = len(job.stages) + 2 + plan.has_vision + has_scorer + len(job.decisions)
+    stages = len(job.stages) * (1 + job.formats.has_step)
+    total = stages + 2 + plan.has_vision + has_scorer + len(job.decisions)
     for done, (name, slots, graph) in enumerate(_graphs(job, stored)):
         share = (_AFTER_GRAPHS - _AFTER_WEIGHTS) * done / total
         progress(f"writing {name}", _AFTER_WEIGHTS + share)
@@ -165,6 +169,12 @@ def _graphs(job: Job, stored: Stored) -> Iterator[tuple[str, int | None, ir.Mode
     for index, (stage, entry) in enumerate(zip(modules.stages, job.stages, strict=True)):
         inputs = stage.inputs(job.dtype)
         graph = trace(stage, inputs, stage.input_names(), stage.output_names(), modules.mode)
+        if job.formats.has_step:
+            own = {k.removeprefix(_STEP): t for k, t in stored.items() if k.startswith(_STEP)}
+            rest = {k: t for k, t in stored.items() if k.partition(".")[0] != "layers"}
+            step = graph.clone()
+            bind(step, rest | own | {"inv_freq": inv_freq})
+            yield names.step(index), entry.slots, step
         bind(graph, stored | {"inv_freq": inv_freq})
         yield names.stage(index), entry.slots, graph
     yield names.COMPACT, None, compact_graph()

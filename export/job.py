@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ import onnx_ir as ir
 import torch
 from torch._subclasses import FakeTensorMode
 
-from patchsieve.contract import names
+from patchsieve.contract import formats
 from patchsieve.contract.errors import PatchsieveError, UnsupportedModelError
+from patchsieve.contract.formats import FLOAT, FORMATS, Formats, names_matched
 from patchsieve.contract.manifest import Limits
 from patchsieve.contract.manifest import Stage as StageEntry
 from patchsieve.contract.model import VisionModel
-from patchsieve.contract.plan import NO_PRUNING, Plan, check_plan_name
+from patchsieve.contract.plan import Plan
 from patchsieve.contract.precision import Precision
-from patchsieve.contract.targets import TARGETS, USUAL, WITH_ATTENTION_FORMS, WITH_ENGINES, known
 from patchsieve.contract.trained import Trained
 from patchsieve.contract.weights import (
     EMBEDDINGS,
@@ -25,6 +26,7 @@ from patchsieve.contract.weights import (
     JOINT,
     LAYER,
     SCORER,
+    STEP,
     TOWER,
     Part,
     WeightsFile,
@@ -39,105 +41,25 @@ from patchsieve.export.graphs.stage import DecoderLayer, Head, Stage
 from patchsieve.export.graphs.trace import fake_weights
 from patchsieve.export.graphs.vision import Vision
 from patchsieve.export.methods import build_method
+from patchsieve.export.options import ExportOptions as ExportOptions
 from patchsieve.export.plan_graphs import decide_graphs, plan_vision
+from patchsieve.export.quantise.hints import NOTHING
 from patchsieve.export.sites import check_sites, layers_read, side_layer
 from patchsieve.export.source.checkpoint import Checkpoint
 from patchsieve.export.source.clip import ClipSource, open_source
-from patchsieve.export.weights import DTYPES, Source, Weight, default_dtype, layout, weights_of
+from patchsieve.export.weights import (
+    DTYPES,
+    HintsOf,
+    Source,
+    Weight,
+    default_dtype,
+    layout,
+    weights_of,
+)
 
 EMBEDDING_TABLE = "embed_tokens.weight"  # [V, C]
-OUTPUT_MATRIX = "lm_head.weight"  # [V, C]
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What `export` makes of a checkpoint.
-
-    Attributes:
-        plan: What prunes where.
-        plan_name: The plan's name in the bundle.
-        cuts: Further layers at which to divide the decoder, for plans to come.
-        build_memory: Bytes that building any engine may take: the decoder is divided at as many
-            more layers as that needs. None leaves it at the sites and `cuts`.
-        targets: For which to write graphs.
-        precision: Type of each part, as `Precision.parse` reads it.
-        limits: What requests may ask for.
-        attention: How TensorRT's graphs spell float16 and bfloat16 attention, one of
-            `names.ATTENTION_FORMS`; None for the default, every one in parts.
-        scorer: Where the CLIP comes from that compares the question with an image, for a plan whose
-            pseudo_cls wants one (see `clip_source.open_source`).
-        revision: Branch, tag or commit of a hub id; None for its main branch.
-    """
-
-    plan: Plan = field(default_factory=Plan)
-    plan_name: str = NO_PRUNING
-    cuts: tuple[int, ...] = ()
-    build_memory: int | None = None
-    targets: tuple[str, ...] = ("cpu",)
-    precision: str = "float32"
-    limits: Limits = field(default_factory=lambda: Limits(512, 256, 1))
-    scorer: str | None = None
-    revision: str | None = None
-    attention: str | None = None
-
-    def __post_init__(self) -> None:
-        check_plan_name(self.plan_name)
-        limits = self.limits
-        if min(limits.max_text_tokens, limits.max_new_tokens, limits.max_images) < 1:
-            raise PatchsieveError(
-                "a limit is below 1",
-                found=limits,
-                expected="at least 1 each",
-                do="raise --max-text-tokens, --max-new-tokens or --max-images",
-            )
-        if self.plan_name == NO_PRUNING and self.plan.prunes:
-            raise PatchsieveError(
-                "the plan named none prunes nothing", do="choose another --plan-name"
-            )
-        if not self.targets:
-            raise PatchsieveError(
-                "a bundle needs a target", expected=", ".join(TARGETS), do=f"give --targets {USUAL}"
-            )
-        if self.build_memory is not None and not set(self.targets) & set(WITH_ENGINES):
-            raise PatchsieveError(
-                "--build-memory has no effect: no engine is built for these targets",
-                found=", ".join(self.targets),
-                expected=f"one of {', '.join(WITH_ENGINES)} among --targets",
-                do="remove --build-memory, or add such a target to --targets",
-            )
-        precision = Precision.parse(self.precision)
-        for target in self.targets:
-            taken = known(target).precisions
-            if not set(precision.kinds) <= set(taken):
-                raise PatchsieveError(
-                    f"the target {target} does not compute in this precision",
-                    found=precision,
-                    expected=", ".join(taken),
-                    do=f"leave {target} out of --targets, or choose another --precision",
-                )
-        if self.attention not in (None, *names.ATTENTION_FORMS):
-            raise PatchsieveError(
-                "unknown --attention",
-                found=self.attention,
-                expected=", ".join(names.ATTENTION_FORMS),
-                do="give one of these to --attention",
-            )
-        if self.attention is not None and self.attention_form is None:
-            raise PatchsieveError(
-                "--attention has no effect: no target and part of this export has a choice",
-                found=f"{', '.join(self.targets)} in {precision}",
-                expected=f"float16 or bfloat16 for {' or '.join(WITH_ATTENTION_FORMS)}",
-                do="leave --attention out, or change --targets or --precision",
-            )
-
-    @property
-    def attention_form(self) -> str | None:
-        """How half-precision attention is spelt; None if no graph has a choice."""
-        kinds = Precision.parse(self.precision)
-        is_half = {kinds.tower, kinds.decoder} != {"float32"}
-        if not is_half or not any(known(t).attention_forms for t in self.targets):
-            return None
-        return self.attention or names.DECOMPOSED
+_HEAD = "lm_head"
+OUTPUT_MATRIX = f"{_HEAD}.weight"  # [V, C]; [C, V] where it is stored in another format than float
 
 
 @dataclass(frozen=True)
@@ -170,17 +92,20 @@ class StoredFile:
         entry: What the manifest says of it.
         weights: Its tensors, in their order.
         source: Where they come from.
+        hints: What guides the rounding of its matrices.
     """
 
     path: str
     entry: WeightsFile
     weights: tuple[Weight, ...]
     source: Source
+    hints: HintsOf = lambda _: NOTHING
 
     @property
     def num_bytes(self) -> int:
         """Bytes of its tensors."""
-        return sum(part.num_bytes for weight in self.weights for part in layout(weight, self.entry))
+        stored = (layout(weight, self.entry.type) for weight in self.weights)
+        return sum(part.num_bytes for parts in stored for part in parts)
 
 
 @dataclass(frozen=True)
@@ -192,7 +117,6 @@ class Job:
         config: Its config, as transformers reads it.
         options: What the user asks for.
         family: The checkpoint's model class.
-        precision: Type of each part.
         spec: The decoder.
         vision: Measures of the tower and the projector.
         preprocessor: Fields of the runtime's `Preprocessor`.
@@ -202,7 +126,7 @@ class Job:
         modules: What the graphs are traced from.
         stages: Layers and slots of each stage.
         weights: The files to be written.
-        is_tied: The output matrix is the table of embeddings.
+        has_own_head: The output matrix is stored apart from the table of embeddings.
         decisions: The traced decisions of the plan, by name.
     """
 
@@ -210,7 +134,6 @@ class Job:
     config: Any
     options: ExportOptions
     family: Family
-    precision: Precision
     spec: DecoderSpec
     vision: VisionModel
     preprocessor: dict[str, Any]
@@ -220,8 +143,18 @@ class Job:
     modules: Modules
     stages: tuple[StageEntry, ...]
     weights: tuple[StoredFile, ...]
-    is_tied: bool
+    has_own_head: bool
     decisions: dict[str, ir.Model]
+
+    @property
+    def precision(self) -> Precision:
+        """Type of each part."""
+        return self.options.chosen.types
+
+    @property
+    def formats(self) -> Formats:
+        """Format of each matrix."""
+        return self.options.chosen.formats
 
     @property
     def dtype(self) -> torch.dtype:
@@ -236,7 +169,7 @@ def plan_export(directory: Path, config: Any, options: ExportOptions) -> Job:
         UnsupportedModelError: The checkpoint has a structure that is not known.
         PatchsieveError: The plan or the options do not fit it.
     """
-    precision, family = Precision.parse(options.precision), family_of(config)
+    family = family_of(config)
     trained = Trained.of(config)
     spec = replace(family.decoder(config), rotary_sections=trained.rotary_sections)
     vision = family.vision(config)
@@ -244,12 +177,13 @@ def plan_export(directory: Path, config: Any, options: ExportOptions) -> Job:
     cuts = _given_cuts(options, spec)
     clip = None if options.scorer is None else open_source(options.scorer)
     last_read, queries = _read_by_sites(options.plan)
-    modules = _modules(options, precision, spec, vision, clip, cuts, queries)
+    modules = _modules(options, spec, vision, clip, cuts, queries)
     _check_room(options, spec, modules.vision.num_visual, last_read > 0)
     checkpoint = Checkpoint(directory, family)
     is_tied = OUTPUT_MATRIX not in checkpoint and family.is_tied(config)
-    _check_head(precision, is_tied)
-    weights = _weights(checkpoint, precision, modules, clip, is_tied)
+    has_own_head = not is_tied or modules.stages[-1].has_packed_head
+    _check_head(options.chosen.types, has_own_head)
+    weights = _weights(checkpoint, options, modules, clip, is_tied)
     # Last, because tracing takes seconds and all else is refused at once.
     plan, decisions = decide_graphs(
         options.plan.with_positions(trained.position_rule),
@@ -257,14 +191,13 @@ def plan_export(directory: Path, config: Any, options: ExportOptions) -> Job:
         spec,
         vision,
         modules.plan_vision.num_visual,
-        DTYPES[precision.decoder][0],
+        DTYPES[options.chosen.types.decoder][0],
     )
     return Job(
         directory=directory,
         config=config,
         options=options,
         family=family,
-        precision=precision,
         spec=spec,
         vision=vision,
         preprocessor=preprocessor,
@@ -274,7 +207,7 @@ def plan_export(directory: Path, config: Any, options: ExportOptions) -> Job:
         modules=modules,
         stages=_stages(options.limits, plan, modules, last_read),
         weights=tuple(weights),
-        is_tied=is_tied,
+        has_own_head=has_own_head,
         decisions=decisions,
     )
 
@@ -308,14 +241,14 @@ def _given_cuts(options: ExportOptions, spec: DecoderSpec) -> list[int]:
 
 def _modules(
     options: ExportOptions,
-    precision: Precision,
     spec: DecoderSpec,
     vision: VisionModel,
     clip: ClipSource | None,
     cuts: list[int],
     queries: set[int],
 ) -> Modules:
-    tower_dtype, dtype, head_dtype = (DTYPES[kind][0] for kind in precision.kinds)
+    tower_dtype, dtype, head_dtype = (DTYPES[kind][0] for kind in options.chosen.types.kinds)
+    head = options.chosen.formats.of(formats.HEAD, _HEAD, spec.hidden_size, spec.vocab_size)
     scorer, joint = None, None
     with fake_weights() as mode:
         with default_dtype(tower_dtype):
@@ -335,7 +268,7 @@ def _modules(
                 cuts = divide(spec.num_layers, cuts, *parts, options.build_memory, others)
             edges = [0, *cuts, spec.num_layers]
             stages = tuple(
-                Stage(spec, first, last, head_dtype, queries)
+                Stage(spec, first, last, head_dtype, queries, has_packed_head=head != FLOAT)
                 for first, last in zip(edges, edges[1:], strict=False)
             )
     return Modules(mode, unpruned, planned, stages, scorer, joint)
@@ -355,8 +288,8 @@ def _check_room(
         )
 
 
-def _check_head(precision: Precision, is_tied: bool) -> None:
-    if is_tied and precision.head != precision.decoder:
+def _check_head(precision: Precision, has_own_head: bool) -> None:
+    if not has_own_head and precision.head != precision.decoder:
         raise PatchsieveError(
             "the output matrix is the embedding table, so both have one precision",
             found=precision,
@@ -367,18 +300,20 @@ def _check_head(precision: Precision, is_tied: bool) -> None:
 
 def _weights(
     checkpoint: Checkpoint,
-    precision: Precision,
+    options: ExportOptions,
     modules: Modules,
     clip: ClipSource | None,
     is_tied: bool,
 ) -> list[StoredFile]:
     """The weights files of a bundle; refuses a checkpoint or a CLIP that lacks some."""
+    chosen = options.chosen
 
     def file(
         part: Part, weights: list[Weight], layer: int | None = None, source: Source = checkpoint
     ) -> StoredFile:
-        entry = part.entry(precision, layer)
-        return StoredFile(part.path(layer), entry, tuple(weights), source)
+        stored = tuple(_in_format(part, weight, chosen.formats) for weight in weights)
+        entry = part.entry(chosen.types, layer, _usual_format(stored))
+        return StoredFile(part.path(layer), entry, stored, source)
 
     last = modules.stages[-1]
     shape = (last.spec.vocab_size, last.spec.hidden_size)
@@ -386,13 +321,15 @@ def _weights(
         file(TOWER, list(weights_of(modules.vision))),
         file(EMBEDDINGS, [Weight(EMBEDDING_TABLE, EMBEDDING_TABLE, shape)]),
     ]
-    for stage in modules.stages:
-        for number, layer in stage.layers.items():
-            prefix = f"layers.{number}."
-            files.append(file(LAYER, list(weights_of(layer, prefix, prefix)), int(number)))
+    for part in (LAYER, STEP) if chosen.formats.has_step else (LAYER,):
+        for stage in modules.stages:
+            for number, layer in stage.layers.items():
+                prefix = f"layers.{number}."
+                files.append(file(part, list(weights_of(layer, prefix, prefix)), int(number)))
     head = list(weights_of(last.norm, "norm.", "norm."))
-    if not is_tied:
-        head += weights_of(last.lm_head, "lm_head.", "lm_head.")
+    if not is_tied or last.has_packed_head:
+        matrix = weights_of(last.lm_head, f"{_HEAD}.", f"{_HEAD}.")
+        head += [replace(w, source=EMBEDDING_TABLE) if is_tied else w for w in matrix]
     files.append(file(HEAD, head))
     wanted = [weight for each in files for weight in each.weights]
     checkpoint.require({weight.source: weight.source_shape for weight in wanted})
@@ -404,7 +341,26 @@ def _weights(
         source = JointWeights(checkpoint, clip)
         source.require(joint)
         files += [file(SCORER, scorer, source=clip.tensors), file(JOINT, joint, source=source)]
+    matrices = (w.name for each in files for w in each.weights if w.transposed)
+    names_matched(chosen.formats, (name.removesuffix(".weight") for name in matrices))
     return files
+
+
+def _in_format(part: Part, weight: Weight, chosen: Formats) -> Weight:
+    """A tensor of a part with the format that it is stored in."""
+    if part.key is None or not weight.transposed:
+        return weight
+    name = weight.name.removesuffix(".weight")
+    key = formats.PROJECTOR if name.startswith("multi_modal_projector.") else part.key
+    return replace(weight, format=chosen.of(key, name, *weight.shape))
+
+
+def _usual_format(weights: tuple[Weight, ...]) -> str:
+    """The format of most numbers in the matrices of a file."""
+    counts = dict.fromkeys(FORMATS, 0)
+    for weight in weights:
+        counts[weight.format] += weight.transposed * math.prod(weight.shape)
+    return max(counts, key=counts.__getitem__)
 
 
 def _stages(limits: Limits, plan: Plan, modules: Modules, last_read: int) -> tuple[StageEntry, ...]:

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from patchsieve.contract.errors import PatchsieveError
-from patchsieve.contract.weights import FLOAT, WeightsFile
+from patchsieve.contract.formats import FLOAT, FORMATS
+from patchsieve.contract.weights import WeightsFile
 from patchsieve.export.graphs.layers import Linear
+from patchsieve.export.quantise.hints import NOTHING, Hints
+from patchsieve.export.quantise.rounding import pack_int4, quantise
 
 DIRECTORY = "weights"  # inside the graphs' folder: external data must lie in or below it
 DTYPES = {
@@ -24,8 +27,10 @@ DTYPES = {
     "float16": (torch.float16, ir.DataType.FLOAT16, "F16"),
     "bfloat16": (torch.bfloat16, ir.DataType.BFLOAT16, "BF16"),
 }
-_CODES = {code: dtype for _, dtype, code in DTYPES.values()}  # of safetensors
-_SIZES = {code: dtype.itemsize for dtype, _, code in DTYPES.values()}  # bytes of a number
+# Of safetensors. It has no code for four bits: two numbers are a byte.
+_CODES = {code: dtype for _, dtype, code in DTYPES.values()} | {"I8": ir.DataType.INT8}
+_SIZES = {code: dtype.itemsize for dtype, _, code in DTYPES.values()} | {"I8": 1, "U8": 1}
+SCALE, INPUT = ".scale", ".input"  # after a matrix's name: its scales, and that of its rows
 
 
 class Source(Protocol):
@@ -33,6 +38,9 @@ class Source(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor."""
+
+
+HintsOf = Callable[[str], Hints]  # what is known of a matrix, by its tensor in the checkpoint
 
 
 @dataclass(frozen=True)
@@ -44,12 +52,17 @@ class Weight:
         source: Tensor in the checkpoint.
         shape: As stored.
         transposed: The checkpoint holds [out, in].
+        format: How it is stored, a key of `formats.FORMATS`; a matrix that is transposed may have
+            another than float.
+        has_input: A scale for the rows that it multiplies is stored too.
     """
 
     name: str
     source: str
     shape: tuple[int, ...]
     transposed: bool = False
+    format: str = FLOAT
+    has_input: bool = False
 
     @property
     def source_shape(self) -> tuple[int, ...]:
@@ -90,14 +103,14 @@ class Packing:
     """
 
     layout: Callable[[Weight, str], list[Stored]]
-    pack: Callable[[Tensor, Weight, str], list[Tensor]]
+    pack: Callable[[Tensor, Weight, str, Hints], list[Tensor]]
 
 
 def _float_layout(weight: Weight, kind: str) -> list[Stored]:
     return [Stored(weight.name, DTYPES[kind][2], weight.shape)]
 
 
-def _as_float(tensor: Tensor, weight: Weight, kind: str) -> list[Tensor]:
+def _as_float(tensor: Tensor, weight: Weight, kind: str, hints: Hints) -> list[Tensor]:
     """The tensor in a type; refuses numbers that this would make infinite."""
     cast = tensor.to(DTYPES[kind][0])
     if kind == "float16" and tensor.dtype != torch.float16 and cast.isinf().any():
@@ -110,12 +123,44 @@ def _as_float(tensor: Tensor, weight: Weight, kind: str) -> list[Tensor]:
     return [cast]
 
 
-PACKINGS = {FLOAT: Packing(_float_layout, _as_float)}
+_FLOAT = Packing(_float_layout, _as_float)
 
 
-def layout(weight: Weight, entry: WeightsFile) -> list[Stored]:
-    """What a file of a format stores of a tensor."""
-    return PACKINGS[entry.format].layout(weight, entry.type)
+def _low_layout(weight: Weight, kind: str) -> list[Stored]:
+    form, code = FORMATS[weight.format], DTYPES[kind][2]
+    size_in, size_out = weight.shape
+    name = packed(weight.name, weight.format)
+    scales = (size_in // form.block, size_out) if form.block else (size_out,)
+    if form.bits == 4:
+        stored = [Stored(name, "U8", (size_in, size_out // 2))]
+    else:
+        stored = [Stored(name, "I8", weight.shape)]
+    stored.append(Stored(weight.name + SCALE, code, scales))
+    return [*stored, Stored(weight.name + INPUT, code, ())] if weight.has_input else stored
+
+
+def _as_low(tensor: Tensor, weight: Weight, kind: str, hints: Hints) -> list[Tensor]:
+    form, dtype = FORMATS[weight.format], DTYPES[kind][0]
+    numbers, scale = quantise(tensor, form, dtype, hints)
+    parts = [pack_int4(numbers) if form.bits == 4 else numbers, scale]
+    if weight.has_input:
+        assert hints.input_scale is not None, weight.name
+        parts.append(torch.tensor(hints.input_scale, dtype=dtype))
+    return parts
+
+
+_LOW = Packing(_low_layout, _as_low)
+PACKINGS = {name: _LOW if form.bits else _FLOAT for name, form in FORMATS.items()}
+
+
+def packed(name: str, form: str) -> str:
+    """What a file calls the numbers of a matrix in a format."""
+    return name if form == FLOAT else f"{name}.{form}"
+
+
+def layout(weight: Weight, kind: str) -> list[Stored]:
+    """What a file whose part has a type stores of a tensor."""
+    return PACKINGS[weight.format].layout(weight, kind)
 
 
 def write(
@@ -124,6 +169,7 @@ def write(
     weights: Sequence[Weight],
     source: Source,
     progress: Callable[[int], None],
+    hints: HintsOf = lambda _: NOTHING,
 ) -> dict[str, ir.ExternalTensor]:
     """Write one safetensors file, a tensor at a time, and return how graphs refer to it.
 
@@ -133,6 +179,7 @@ def write(
         weights: What it holds, in order.
         source: Where it comes from.
         progress: Called with the bytes of each tensor written.
+        hints: What guides the rounding of a matrix.
 
     Returns:
         One external tensor per stored tensor.
@@ -142,7 +189,7 @@ def write(
     """
     header: dict[str, object] = {}
     end = 0
-    for stored in (stored for weight in weights for stored in layout(weight, entry)):
+    for stored in (stored for weight in weights for stored in layout(weight, entry.type)):
         start, end = end, end + stored.num_bytes
         header[stored.name] = {
             "dtype": stored.code,
@@ -151,12 +198,13 @@ def write(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % 64)  # data starts at a multiple of 64 bytes
-    pack = PACKINGS[entry.format].pack
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for weight in weights:
             tensor = source.read(weight.source)
-            for numbers in pack(tensor.t() if weight.transposed else tensor, weight, entry.type):
+            tensor = tensor.t() if weight.transposed else tensor
+            pack = PACKINGS[weight.format].pack
+            for numbers in pack(tensor, weight, entry.type, hints(weight.source)):
                 # As bytes, because numpy has no bfloat16.
                 content = numbers.contiguous().flatten().view(torch.uint8).numpy()
                 file.write(content.data)
@@ -176,12 +224,15 @@ def stored_weights(path: Path) -> dict[str, ir.ExternalTensor]:
     tensors = {}
     for name, entry in header.items():
         start, stop = entry["data_offsets"]
+        dtype, shape = _CODES.get(entry["dtype"], ir.DataType.INT4), entry["shape"]
+        if dtype == ir.DataType.INT4:
+            shape = [*shape[:-1], 2 * shape[-1]]
         tensors[name] = ir.ExternalTensor(
             f"{DIRECTORY}/{path.name}",
             offset=8 + length + start,
             length=stop - start,
-            dtype=_CODES[entry["dtype"]],
-            shape=ir.Shape(entry["shape"]),
+            dtype=dtype,
+            shape=ir.Shape(shape),
             name=name,
             base_dir=str(path.parent.parent),
         )

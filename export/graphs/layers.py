@@ -36,14 +36,16 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 class Linear(nn.Module):
     """`x @ weight + bias` with weight [in, out]: a checkpoint's matrix, transposed when stored."""
 
-    def __init__(self, size_in: int, size_out: int, bias: bool) -> None:
+    def __init__(
+        self, size_in: int, size_out: int, bias: bool, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size_in, size_out))
+        self.weight = nn.Parameter(torch.empty(size_in, size_out, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(size_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        x = x @ self.weight
+        x = ops.linear(x, self.weight)
         return x if self.bias is None else x + self.bias
 
 

@@ -32,6 +32,14 @@ def _node(
     )
 
 
+def linear(rows: Tensor, weight: Tensor) -> Tensor:
+    """Multiply rows [..., in] by a matrix [in, out], which may be stored in another format."""
+    if torch.compiler.is_exporting():
+        like = rows.new_empty((*rows.shape[:-1], weight.shape[1]))
+        return _node("Linear", (rows, weight), [like])[0]
+    return rows @ weight
+
+
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last axis, the sum in float32. hidden: [1, L, C]."""
     if torch.compiler.is_exporting():

@@ -99,6 +99,7 @@ class Stage(nn.Module):
         head_dtype: Of the last norm and the output matrix; by default that of the layers.
         queries: Layers, of any stage, whose queries decisions read. Those of the layer before a cut
             are always given.
+        has_packed_head: The output matrix is stored in another format than float, [C, V].
     """
 
     def __init__(
@@ -108,8 +109,11 @@ class Stage(nn.Module):
         last: int,
         head_dtype: torch.dtype | None = None,
         queries: Collection[int] = (),
+        *,
+        has_packed_head: bool = False,
     ) -> None:
         super().__init__()
+        self.has_packed_head = has_packed_head
         self.spec, self.first, self.last = spec, first, last
         self.is_last = last == spec.num_layers
         cut = () if self.is_last else (last - 1,)
@@ -118,7 +122,12 @@ class Stage(nn.Module):
         self.layers = nn.ModuleDict({str(i): DecoderLayer(spec) for i in range(first, last)})
         if self.is_last:
             self.norm = RMSNorm(spec.hidden_size, spec.norm_eps, head_dtype)
-            self.lm_head = Head(spec, head_dtype)
+            sizes = spec.hidden_size, spec.vocab_size
+            self.lm_head = (
+                Linear(*sizes, bias=False, dtype=head_dtype)
+                if has_packed_head
+                else Head(spec, head_dtype)
+            )
         self.inv_freq = nn.Buffer(torch.tensor(spec.inv_freq, dtype=torch.float32))
 
     def forward(

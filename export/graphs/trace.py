@@ -12,9 +12,14 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir import convenience
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
+
+from patchsieve.contract.formats import FLOAT, FORMATS
+from patchsieve.export.graphs import ops
+from patchsieve.export.weights import INPUT, SCALE, packed
 
 BASE_OPSET = 18  # what torch writes natively; lowerings raise it
 
@@ -107,11 +112,49 @@ def _name_axes(model: ir.Model, leaves: list[Input]) -> None:
 
 
 def bind(model: ir.Model, tensors: Mapping[str, ir.TensorProtocol]) -> None:
-    """Give each initializer that `tensors` names its stored tensor."""
-    for name, value in model.graph.initializers.items():
+    """Give each initializer that `tensors` names its stored tensor.
+
+    A matrix that is stored in another format than float leaves the graph. The open node `Linear`
+    that reads it reads the parts of that format instead: numbers, scales, and the scale of its
+    rows if there is one. Its attribute `format` says which format it is.
+    """
+    for name, value in list(model.graph.initializers.items()):
         if name in tensors:
             value.const_value = tensors[name]
             value.dtype = tensors[name].dtype
+    for node in model.graph:
+        if node.domain == ops.DOMAIN and node.op_type == "Linear":
+            _bind_packed(model.graph, node, tensors)
+
+
+def _bind_packed(graph: ir.Graph, node: ir.Node, tensors: Mapping[str, ir.TensorProtocol]) -> None:
+    weight = node.inputs[1]
+    assert weight is not None and weight.name is not None, node
+    name = weight.name
+    form = next((form for form in FORMATS if packed(name, form) in tensors), FLOAT)
+    if form == FLOAT:
+        return
+    parts = [packed(name, form), name + SCALE, name + INPUT]
+    stored = [tensors[part] for part in parts if part in tensors]
+    values = [_initializer(graph, tensor) for tensor in stored]
+    new = ir.node(
+        "Linear", [node.inputs[0], *values], {"format": form}, domain=ops.DOMAIN, version=1
+    )
+    new.outputs[0].type, new.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+    convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
+    if not weight.uses():
+        del graph.initializers[name]
+
+
+def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """A stored tensor as an initializer, which several nodes may read."""
+    assert tensor.name is not None
+    if tensor.name not in graph.initializers:
+        shape = ir.Shape([int(size) for size in tensor.shape.numpy()])
+        value = ir.Value(name=tensor.name, shape=shape, const_value=tensor)
+        value.dtype = tensor.dtype
+        graph.register_initializer(value)
+    return graph.initializers[tensor.name]
 
 
 def _axis(axis: int | ir.SymbolicDim, named: Mapping[str, str]) -> int | ir.SymbolicDim:

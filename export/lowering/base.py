@@ -13,6 +13,7 @@ from onnx_ir import convenience, tape
 from onnx_ir.passes import common as passes
 
 from patchsieve.contract import names
+from patchsieve.contract.formats import FLOAT, FORMATS, Format
 from patchsieve.contract.targets import Target
 from patchsieve.export.graphs import ops
 from patchsieve.export.lowering.constants import fold_constants
@@ -122,6 +123,25 @@ class Lowering(ABC):
 
     # The operations, one method each.
 
+    def Linear(self, node: ir.Node) -> Sequence[ir.Value]:
+        """`ops.linear`: the matrix is made floating point again right before the product.
+
+        Compilers and ONNX Runtime find the pair and keep the matrix as it is stored: TensorRT in
+        its weight-only kernels, ONNX Runtime as `MatMulNBits`.
+        """
+        rows, numbers, *scale = inputs_of(node)
+        if not scale:
+            return [self.op("MatMul", rows, numbers)]
+        return [self.op("MatMul", rows, self.dequantised(node))]
+
+    def dequantised(self, node: ir.Node) -> ir.Value:
+        """The matrix of a node `Linear` in floating point, [in, out]."""
+        _, numbers, scale, *_ = inputs_of(node)
+        block = format_of(node).block
+        if not block:
+            return self.op("DequantizeLinear", numbers, scale, axis=1)
+        return self.op("DequantizeLinear", numbers, scale, axis=0, block_size=block)
+
     @abstractmethod
     def RMSNorm(self, node: ir.Node) -> Sequence[ir.Value]:
         """`ops.rms_norm`."""
@@ -181,6 +201,12 @@ class Heads:
             scale=node.attributes["scale"].as_float(),
             dtype=dtype_of(inputs_of(node)[0]),
         )
+
+
+def format_of(node: ir.Node) -> Format:
+    """How the matrix of an open node `Linear` is stored."""
+    named = node.attributes.get("format")
+    return FORMATS[FLOAT if named is None else named.as_string()]
 
 
 def inputs_of(node: ir.Node) -> list[ir.Value]:

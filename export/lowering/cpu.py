@@ -9,11 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from patchsieve.contract import names
 from patchsieve.contract.targets import TARGETS
-from patchsieve.export.lowering.base import Heads, Lowering, dtype_of, inputs_of, length_of
+from patchsieve.export.lowering.base import (
+    Heads,
+    Lowering,
+    dtype_of,
+    format_of,
+    inputs_of,
+    length_of,
+)
 
 MICROSOFT = "com.microsoft"
 GROUPED_WIDTH = 8  # GroupQueryAttention takes heads of a multiple of this width
@@ -28,6 +36,27 @@ class Cpu(Lowering):
     def RMSNorm(self, node: ir.Node) -> Sequence[ir.Value]:
         """Spelt out; ONNX Runtime fuses these nodes into its own norm when it loads the graph."""
         return [self.norm_in_parts(node)]
+
+    def Linear(self, node: ir.Node) -> Sequence[ir.Value]:
+        """In int8 the rows are rounded too, as they come, and products are summed in int32.
+
+        `DynamicQuantizeLinear` has one scale for all rows. So each row is divided by its largest
+        entry first: a row of small numbers keeps as many digits as any other.
+        """
+        if not format_of(node).is_dynamic:
+            return super().Linear(node)
+        rows, numbers, scale, *_ = inputs_of(node)
+        kind = dtype_of(rows)
+        wide = self.cast(rows, kind, ir.DataType.FLOAT)
+        largest = self.op("ReduceMax", self.op("Abs", wide), self.constant([-1]), keepdims=1)
+        # A row of zeros stays one.
+        largest = self.op("Max", largest, self.constant(1e-30, np.float32))
+        even = self.op("Div", wide, largest)
+        whole, step, zero = self.ops("DynamicQuantizeLinear", even, domain="", num_outputs=3)
+        summed = self.op("MatMulInteger", whole, numbers, zero)
+        both = self.op("Mul", step, self.cast(scale, dtype_of(scale), ir.DataType.FLOAT))
+        found = self.op("Mul", self.op("Cast", summed, to=ir.DataType.FLOAT), both)
+        return [self.cast(self.op("Mul", found, largest), ir.DataType.FLOAT, kind)]
 
     def Rotary(self, node: ir.Node) -> Sequence[ir.Value]:
         """The angles serve as the operator's table, each row its own entry."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from patchsieve.contract.formats import FORMATS
 from patchsieve.contract.manifest import Manifest
-from patchsieve.contract.weights import FORMATS
 
 # Largest error of a row's entries over the row's largest entry. float32: sums in another order,
 # which grow through the layers. float16: each operator rounds to 5e-4, the reference does not.

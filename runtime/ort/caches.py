@@ -6,6 +6,7 @@ Both are bound to their session once and live as long as the binding. Neither is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +37,10 @@ class View:
 
 
 class Buffers(ABC):
-    """Caches of a stage and their binding.
+    """Caches of a stage and their bindings.
 
     Args:
-        session: The stage's.
+        sessions: The stage's, and that of its copy for single rows if it has one.
         stage: Its layers.
         text: The decoder's measures.
         dtype: Of the caches.
@@ -47,10 +48,11 @@ class Buffers(ABC):
 
     Attributes:
         outputs: The stage's outputs other than its caches, bound first.
+        bindings: One for each session.
     """
 
     def __init__(
-        self, session: Any, stage: Stage, text: TextModel, dtype: str, device: str
+        self, sessions: Sequence[Any], stage: Stage, text: TextModel, dtype: str, device: str
     ) -> None:
         self.text, self.dtype, self.device = text, np.dtype(dtype), device
         self.names = [
@@ -59,14 +61,15 @@ class Buffers(ABC):
             for name in (names.key_cache(layer), names.value_cache(layer))
         ]
         caches = {name + suffix for name in self.names for suffix in (names.OUT, names.NEW)}
-        self.outputs = [out.name for out in session.get_outputs() if out.name not in caches]
-        self.binding = session.io_binding()
-        for name in self.outputs:
-            self.binding.bind_output(name, device)
+        self.outputs = [out.name for out in sessions[0].get_outputs() if out.name not in caches]
+        self.bindings = [session.io_binding() for session in sessions]
+        for binding in self.bindings:
+            for name in self.outputs:
+                binding.bind_output(name, device)
 
     @abstractmethod
-    def bind(self, slot: int, count: int) -> None:
-        """Prepare the binding for `count` rows after the `slot` rows present."""
+    def bind(self, binding: Any, slot: int, count: int) -> None:
+        """Prepare a binding for `count` rows after the `slot` rows present."""
 
     @abstractmethod
     def read(self, name: str, length: int) -> Any:
@@ -90,11 +93,12 @@ class InPlace(Buffers):
         # Zeroed pages take memory only when they are written.
         self.arrays = {name: np.zeros(shape, self.dtype) for name in self.names}
         self.values = {n: ort.OrtValue.ortvalue_from_numpy(a) for n, a in self.arrays.items()}
-        for name, value in self.values.items():
-            self.binding.bind_ortvalue_input(name, value)
-            self.binding.bind_ortvalue_output(name + names.OUT, value)
+        for binding in self.bindings:
+            for name, value in self.values.items():
+                binding.bind_ortvalue_input(name, value)
+                binding.bind_ortvalue_output(name + names.OUT, value)
 
-    def bind(self, slot: int, count: int) -> None:
+    def bind(self, binding: Any, slot: int, count: int) -> None:
         """Nothing: the graph itself writes at `slot`."""
 
     def read(self, name: str, length: int) -> Any:
@@ -119,11 +123,11 @@ class NewRows(Buffers):
         shape = (1, slots, self.text.num_kv_heads * self.text.head_dim)
         self.values = {name: self._allocate(shape) for name in self.names}
 
-    def bind(self, slot: int, count: int) -> None:
+    def bind(self, binding: Any, slot: int, count: int) -> None:
         """The past as input, the rows after it as output."""
         for name in self.names:
-            self._view(name, 0, slot).bind_input(self.binding, name)
-            self._view(name, slot, count).bind_output(self.binding, name + names.NEW)
+            self._view(name, 0, slot).bind_input(binding, name)
+            self._view(name, slot, count).bind_output(binding, name + names.NEW)
 
     def read(self, name: str, length: int) -> Any:
         """The rows present, [1, length, G * D]."""
