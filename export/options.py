@@ -8,7 +8,7 @@ from pathlib import Path
 
 from patchsieve.contract import names
 from patchsieve.contract.errors import PatchsieveError
-from patchsieve.contract.formats import FLOAT, Chosen, parse
+from patchsieve.contract.formats import FLOAT, INT4_CPU, INT4_GPU, Chosen, parse
 from patchsieve.contract.manifest import Limits
 from patchsieve.contract.plan import NO_PRUNING, Plan, check_plan_name
 from patchsieve.contract.targets import TARGETS, USUAL, WITH_ATTENTION_FORMS, WITH_ENGINES, known
@@ -81,8 +81,11 @@ class ExportOptions:
     @cached_property
     def chosen(self) -> Chosen:
         """What `precision` says."""
-        is_for_gpus = all(known(target).device != "cpu" for target in self.targets)
-        return parse(self.precision, is_for_gpus=is_for_gpus)
+        rows = [known(target) for target in self.targets]
+        is_for_gpus = all(row.device != "cpu" for row in rows)
+        has_small_blocks = not is_for_gpus and all(INT4_CPU in row.formats for row in rows)
+        int4 = INT4_CPU if has_small_blocks else INT4_GPU
+        return parse(self.precision, is_for_gpus=is_for_gpus, int4=int4)
 
     @property
     def attention_form(self) -> str | None:
