@@ -53,5 +53,5 @@ def _codes(values: Tensor) -> Tensor:
     # `bucketize` leaves a number that equals a half below it: right where that code is even.
     odd = torch.arange(len(halves)) % 2 == 1
     halves = torch.where(odd, halves.nextafter(torch.zeros(())), halves)
-    codes = torch.bucketize(values.abs(), halves, out_int32=True).to(torch.uint8)
+    codes = torch.bucketize(values.abs().contiguous(), halves, out_int32=True).to(torch.uint8)
     return codes | (values.signbit().to(torch.uint8) << 3)
