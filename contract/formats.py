@@ -42,6 +42,11 @@ class Format:
     is_proven: bool = True
 
     @property
+    def rounds_rows(self) -> bool:
+        """TensorRT computes in it too, where a scale for the rows is stored."""
+        return self.is_dynamic or (self.is_float and not self.block)
+
+    @property
     def has_levels(self) -> bool:
         """Its scales are FP8 themselves, with one of float32 for the whole matrix."""
         return self.is_float and self.block > 0

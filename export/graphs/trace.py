@@ -18,7 +18,8 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from patchsieve.contract.formats import FLOAT, FORMATS
-from patchsieve.export.graphs import ops
+from patchsieve.export.graphs import blocks, ops
+from patchsieve.export.graphs.blocks import Kind
 from patchsieve.export.weights import INPUT, SCALE, WHOLE, packed
 
 BASE_OPSET = 18  # what torch writes natively; lowerings raise it
@@ -76,7 +77,7 @@ def trace(
     with mode or contextlib.nullcontext(), _quiet():
         arguments = pytree.tree_map(example, inputs)
     axes_of = pytree.tree_map(dynamic, inputs)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), ops.blocks() as parts:
         program = torch.export.export(module.eval(), arguments, dynamic_shapes=axes_of)
         converted = torch.onnx.export(
             program,
@@ -87,6 +88,11 @@ def trace(
             output_names=output_names,
         )
     assert converted is not None  # torch returns None only for its old exporter
+
+    def again(part: nn.Module, kinds: list[Kind], ins: list[str], outs: list[str]) -> ir.Model:
+        return trace(part, ([Input(*kind) for kind in kinds],), ins, outs, mode)
+
+    blocks.put_in(converted.model, module, parts, again)
     _name_axes(converted.model, leaves)
     return converted.model
 

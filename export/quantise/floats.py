@@ -47,6 +47,17 @@ def quantise_blocks(weight: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]
     return codes[:, 0::2] | (codes[:, 1::2] << 4), scale, whole
 
 
+def rounded(weight: Tensor, block: int) -> Tensor:
+    """What a matrix [in, out] is held as, float32: NVFP4 if it has blocks, FP8 if not."""
+    if not block:
+        numbers, scale = quantise(weight, torch.float32)
+        return numbers.float() * scale
+    codes, scale, whole = quantise_blocks(weight, block)
+    halves = torch.stack([codes & 15, codes >> 4], -1).view(weight.shape).long()
+    steps = torch.tensor([*_STEPS, *(-step for step in _STEPS)])
+    return steps[halves] * (scale.float() * whole).repeat_interleave(block, 0)
+
+
 def _codes(values: Tensor) -> Tensor:
     """The codes of the nearest FP4 numbers, a sign and three bits in each byte."""
     halves = torch.tensor(_HALVES)
