@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from patchsieve.contract.formats import FLOAT, FORMATS
 from patchsieve.export.graphs import blocks, ops
 from patchsieve.export.graphs.blocks import Kind
-from patchsieve.export.weights import INPUT, SCALE, packed
+from patchsieve.export.weights import INPUT, SCALE, WHOLE, packed
 
 BASE_OPSET = 18  # what torch writes natively; lowerings raise it
 
@@ -149,7 +149,7 @@ def _bind_packed(graph: ir.Graph, node: ir.Node, tensors: Mapping[str, ir.Tensor
     form = next((form for form in FORMATS if packed(name, form) in tensors), FLOAT)
     if form == FLOAT:
         return
-    parts = [packed(name, form), name + SCALE, name + INPUT]
+    parts = [packed(name, form), name + SCALE, name + WHOLE, name + INPUT]
     stored = [tensors[part] for part in parts if part in tensors]
     values = [_initializer(graph, tensor) for tensor in stored]
     new = ir.node(

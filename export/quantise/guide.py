@@ -60,7 +60,7 @@ def guide(
         return replace(even.hints(name), grid=grids[name] if name in kept else None)
 
     def with_input(weight: Weight) -> Weight:
-        is_low = weight.transposed and FORMATS[weight.format].is_dynamic
+        is_low = weight.transposed and FORMATS[weight.format].rounds_rows
         return replace(weight, has_input=is_low and even.is_measured(weight.source))
 
     return Guided(tuple(map(with_input, weights)), even, hints)
