@@ -157,9 +157,7 @@ def _tower(vision: VisionModel) -> Group:
     matrices = [
         matrix
         for index in layers
-        for matrix in _block(
-            f"vision_tower.encoder.layers.{index}", size, vision.intermediate_size
-        )
+        for matrix in _block(f"vision_tower.encoder.layers.{index}", size, vision.intermediate_size)
     ]
     part = weights.TOWER
     return Group(part, formats.TOWER, part.label, None, numbers, tuple(matrices))

@@ -142,7 +142,10 @@ def test_llava_in_int4_has_the_bytes_of_the_arithmetic(
     assert chosen.types == Precision("float16", "float16", "float16")
     measured = measures_of_config(MODELS[model])
     found = sizes.groups(measured.text, measured.vision, has_own_head=not measured.is_tied)
-    rows = {(row.part, row.format): row.bytes for row in sizes.shares(found, chosen.types, chosen.formats)}
+    rows = {
+        (row.part, row.format): row.bytes
+        for row in sizes.shares(found, chosen.types, chosen.formats)
+    }
     assert rows["decoder layers", "int4-128"] == layers * SCALED
     assert rows["embeddings", "float"] == 32064 * width * 2
     assert rows["output head", "int8-weights"] == 32064 * width + 2 * 32064
