@@ -43,7 +43,9 @@ from patchsieve.export.graphs.vision import Vision
 from patchsieve.export.methods import build_method
 from patchsieve.export.options import ExportOptions as ExportOptions
 from patchsieve.export.plan_graphs import decide_graphs, plan_vision
+from patchsieve.export.quantise.guide import guide
 from patchsieve.export.quantise.hints import NOTHING
+from patchsieve.export.quantise.statistics import Statistics
 from patchsieve.export.sites import check_sites, layers_read, side_layer
 from patchsieve.export.source.checkpoint import Checkpoint
 from patchsieve.export.source.clip import ClipSource, open_source
@@ -308,12 +310,15 @@ def _weights(
     """The weights files of a bundle; refuses a checkpoint or a CLIP that lacks some."""
     chosen = options.chosen
 
+    measured = None if options.statistics is None else Statistics.read(options.statistics)
+
     def file(
         part: Part, weights: list[Weight], layer: int | None = None, source: Source = checkpoint
     ) -> StoredFile:
         stored = tuple(_in_format(part, weight, chosen.formats) for weight in weights)
         entry = part.entry(chosen.types, layer, _usual_format(stored))
-        return StoredFile(part.path(layer), entry, stored, source)
+        guided = guide(stored, source, measured)
+        return StoredFile(part.path(layer), entry, guided.weights, guided.source, guided.hints)
 
     last = modules.stages[-1]
     shape = (last.spec.vocab_size, last.spec.hidden_size)

@@ -39,6 +39,7 @@ _OF_A_NEW_BUNDLE = (
     "scorer",
     "targets",
     "precision",
+    "statistics",
     "attention",
     "max_text_tokens",
     "max_new_tokens",
@@ -89,6 +90,13 @@ def _add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="float32 (default), float16 or bfloat16, or by part: "
         "tower=float16,decoder=bfloat16,head=float32",
+    )
+    add(
+        "--statistics",
+        type=Path,
+        metavar="STATS",
+        help="activation statistics that patchsieve calibrate --statistics collected; they guide "
+        "the rounding to int8 and int4 (default: what the weights alone say)",
     )
     add(
         "--attention",
@@ -171,6 +179,7 @@ def _export(
         scorer=args.scorer,
         revision=args.revision,
         attention=args.attention,
+        statistics=args.statistics,
     )
     return export(args.checkpoint, args.output, options, progress, spent)
 
