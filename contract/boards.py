@@ -8,7 +8,7 @@ weights files a TensorRT target needs only the table of embeddings when it runs.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from patchsieve.contract.formats import Chosen
 from patchsieve.contract.manifest import Manifest
 from patchsieve.contract.model import TextModel, VisionModel
 from patchsieve.contract.precision import BYTES, Precision
-from patchsieve.contract.sizes import Group, group_bytes
+from patchsieve.contract.sizes import Group
 from patchsieve.contract.targets import TARGETS, WITH_ENGINES
 from patchsieve.contract.weights import EMBEDDINGS, HEAD, JOINT, LAYER, SCORER, TOWER
 
@@ -119,8 +119,7 @@ def of_bundle(facts: Manifest, plan: str, target: str | None = None) -> Demand:
             facts.text, facts.vision, facts.precision, rows, slots[0], facts.limits.max_images
         ),
         libraries=_LIBRARIES[has_engines],
-        building=max(engine_memory.expectations(facts).values(), default=0) if has_engines else 0,
-        largest=max(parts.values(), default=0) if has_engines else 0,
+        **_building(engine_memory.by_format(facts, graph) for graph in held if has_engines),
     )
 
 
@@ -169,13 +168,14 @@ def of_model(
         request: What is asked.
         has_engines: TensorRT runs it.
     """
-    counts = group_bytes(found, chosen.types, chosen.formats)
-    engines = engines_of(found, counts, [*request.cuts, text.num_layers])
-    total, largest = sum(counts), 0
+    counts = [group.num_bytes(chosen.types, chosen.formats) for group in found]
+    total = sum(sum(each.values()) for each in counts)
+    engines: dict[str, dict[str, int]] = {}
     if has_engines:
-        table = sum(n for each, n in zip(found, counts, strict=True) if each.part == EMBEDDINGS)
-        total = sum(engines.values()) + (request.num_visions - 1) * engines["vision"] + table
-        largest = max(engines.values())
+        engines = engines_of(found, counts, [*request.cuts, text.num_layers])
+        held = {graph: sum(each.values()) for graph, each in engines.items()}
+        total = sum(held.values()) + (request.num_visions - 1) * held[names.VISION]
+        total += text.vocab_size * text.hidden_size * BYTES[chosen.types.decoder]  # mapped
     return Demand(
         weights=total,
         kv=request.kv,
@@ -183,19 +183,25 @@ def of_model(
             text, vision, chosen.types, request.rows, request.slots, request.images
         ),
         libraries=_LIBRARIES[has_engines],
-        building=engine_memory.expected(largest) if has_engines else 0,
-        largest=largest,
+        **_building(engines.values()),
     )
 
 
+def _building(engines: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The most that building one of some engines takes, and the weights of that engine."""
+    pairs = [(engine_memory.expected(each), sum(each.values())) for each in engines]
+    building, largest = max(pairs, default=(0, 0))
+    return {"building": building, "largest": largest}
+
+
 def engines_of(
-    found: Sequence[Group], counts: Sequence[int], ends: Sequence[int]
-) -> dict[str, int]:
-    """Bytes of the weights in each engine.
+    found: Sequence[Group], counts: Sequence[Mapping[str, int]], ends: Sequence[int]
+) -> dict[str, dict[str, int]]:
+    """Bytes of the weights in each engine, by format.
 
     Args:
         found: The model's tensors.
-        counts: Bytes of each.
+        counts: Bytes of each group by format.
         ends: The layer after the last of each stage.
     """
     is_tied = not any(group.part == HEAD and group.matrices for group in found)
@@ -203,13 +209,14 @@ def engines_of(
     graphs = {TOWER: names.VISION, JOINT: names.VISION, SCORER: names.SCORER, HEAD: last}
     if is_tied:
         graphs[EMBEDDINGS] = last
-    held: dict[str, int] = {}
+    held: dict[str, dict[str, int]] = {}
     for group, count in zip(found, counts, strict=True):
         graph = graphs.get(group.part)
         if group.part == LAYER and group.layer is not None:
             graph = names.stage(bisect_right(ends, group.layer))
         if graph is not None:
-            held[graph] = held.get(graph, 0) + count
+            engine = held.setdefault(graph, {})
+            engine |= {form: engine.get(form, 0) + n for form, n in count.items()}
     return held
 
 

@@ -7,7 +7,7 @@ from the files of a bundle.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from patchsieve.contract import formats, weights
@@ -140,11 +140,6 @@ def merged(rows: Iterable[Share]) -> list[Share]:
 def total(rows: Iterable[Share]) -> int:
     """Bytes of all rows."""
     return sum(row.bytes for row in rows)
-
-
-def group_bytes(found: Sequence[Group], types: Precision, chosen: Formats) -> list[int]:
-    """Bytes of each group."""
-    return [sum(group.num_bytes(types, chosen).values()) for group in found]
 
 
 def _tower(vision: VisionModel) -> Group:
