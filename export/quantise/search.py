@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from patchsieve.contract.formats import Format
+from patchsieve.export.quantise import floats
 from patchsieve.export.quantise.hints import Hints
 from patchsieve.export.quantise.rounding import dequantise, quantise
 from patchsieve.export.quantise.statistics import InputStatistics
@@ -101,6 +102,8 @@ def predicted_error(readers: Sequence[Reader], inputs: InputStatistics, factors:
 
 def _held(weight: Tensor, form: Format, inputs: InputStatistics) -> Tensor:
     """What a matrix [in, out] is read as after it was stored in a format."""
+    if form.is_float:
+        return floats.rounded(weight, form.block)
     return dequantise(*quantise(weight, form, torch.float32, Hints(importance=inputs.square)))
 
 

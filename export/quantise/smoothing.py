@@ -141,7 +141,10 @@ class Smoothed:
 
 
 def smoothed(
-    source: Source, weights: Sequence[Weight], statistics: Statistics | None = None
+    source: Source,
+    weights: Sequence[Weight],
+    statistics: Statistics | None = None,
+    kept: Collection[str] = (),
 ) -> Smoothed:
     """A source for one file of weights, whose matrices are made easy to round.
 
@@ -151,6 +154,7 @@ def smoothed(
             judged. A group of only such is left.
         statistics: Of the activations, by `Weight.name`. Without, rows after a norm are taken to be
             as large as its weights say (`assumed_inputs`).
+        kept: Matrices that keep the checkpoint's numbers: a group with one of them is left.
 
     Raises:
         PatchsieveError: As it is read, if the statistics are those of another model.
@@ -182,7 +186,8 @@ def smoothed(
             inputs = _normal(inputs.mean / _MEAN)
         return choose(readers, inputs, _unit(source, group))
 
-    return Smoothed(source, [group for group in groups if rounded(group)], factors, measured)
+    free = (g for g in groups if not {g.maker, *g.readers} & set(kept))
+    return Smoothed(source, [group for group in free if rounded(group)], factors, measured)
 
 
 def assumed_inputs(source: Source, group: Group) -> InputStatistics:
