@@ -27,10 +27,12 @@ class Format:
         bits: Of one number, without its scale; 0 for the bits of its part's type.
         block: Numbers along the input axis that share a scale; 0 if an output channel has one.
         is_dynamic: `cpu` computes in this format too: it rounds the rows that a matrix multiplies.
-        is_float: Its numbers are floating point of `bits` bits: FP8 (E4M3) or FP4 (E2M1).
+            is_float: Its numbers are floating point of `bits` bits: FP8 (E4M3) or FP4 (E2M1).
         is_proven: Engines with it have run, or run on a CPU. No GPU has run one that has not.
-        error: Largest error that it makes of a row of the model, over the row's largest entry; 0 if
-            it keeps each number. `verify` allows it.
+        error: Of what a matrix makes of a row, or a layer of matrices, over the row in the 2-norm:
+            the mean over rows that `verify` allows. 0 if it keeps each number. Measured on the demo
+            model and on tiny ones, int8 makes 0.005 to 0.03 and int4 0.05 to 0.2, at any depth; a
+            matrix with wrong scales or in a wrong place makes 1 and more.
     """
 
     name: str
@@ -74,8 +76,8 @@ INT4_CPU, INT4_GPU = "int4-32", "int4-128"
 FP8, NVFP4 = "fp8", "nvfp4"
 _ROWS = (
     Format(FLOAT),
-    Format(INT8, bits=8, is_dynamic=True, error=0.25),
-    Format(INT8_WEIGHTS, bits=8, error=0.25),
+    Format(INT8, bits=8, is_dynamic=True, error=0.1),
+    Format(INT8_WEIGHTS, bits=8, error=0.1),
     Format("int4-32", bits=4, block=32, error=0.5),
     Format("int4-64", bits=4, block=64, error=0.5),
     Format("int4-128", bits=4, block=128, error=0.5),
