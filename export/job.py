@@ -17,9 +17,10 @@ from patchsieve.contract.errors import PatchsieveError, UnsupportedModelError
 from patchsieve.contract.formats import FLOAT, FORMATS, Formats, names_matched
 from patchsieve.contract.manifest import Limits
 from patchsieve.contract.manifest import Stage as StageEntry
-from patchsieve.contract.model import VisionModel
+from patchsieve.contract.model import TextModel, VisionModel
 from patchsieve.contract.plan import Plan
 from patchsieve.contract.precision import Precision
+from patchsieve.contract.sizes import groups
 from patchsieve.contract.trained import Trained
 from patchsieve.contract.weights import (
     EMBEDDINGS,
@@ -32,13 +33,12 @@ from patchsieve.contract.weights import (
     Part,
     WeightsFile,
 )
-from patchsieve.export.cuts import divide, num_bytes
+from patchsieve.export.cuts import cuts_for
 from patchsieve.export.families import Family, family_of
 from patchsieve.export.families.specs import DecoderSpec
 from patchsieve.export.graphs.joint import JointCls, JointWeights
-from patchsieve.export.graphs.layers import RMSNorm
 from patchsieve.export.graphs.scorer import TextScorer
-from patchsieve.export.graphs.stage import DecoderLayer, Head, Stage
+from patchsieve.export.graphs.stage import Stage
 from patchsieve.export.graphs.trace import fake_weights
 from patchsieve.export.graphs.vision import Vision
 from patchsieve.export.methods import build_method
@@ -265,12 +265,9 @@ def _modules(
                 scorer, joint = TextScorer(clip.text), JointCls(vision, clip.text.width)
         with default_dtype(dtype):
             if options.build_memory is not None:
-                others = {"the vision tower": num_bytes(planned)}
-                if scorer is not None:
-                    others["the scorer"] = num_bytes(scorer)
-                norm = RMSNorm(spec.hidden_size, spec.norm_eps, head_dtype)
-                parts = num_bytes(DecoderLayer(spec)), num_bytes(norm, Head(spec, head_dtype))
-                cuts = divide(spec.num_layers, cuts, *parts, options.build_memory, others)
+                measured = TextModel("", **vars(spec)), vision
+                found = groups(*measured, scorer=None if clip is None else clip.text.measures)
+                cuts = cuts_for(options.build_memory, cuts, found, options.chosen)
             edges = [0, *cuts, spec.num_layers]
             stages = tuple(
                 Stage(spec, first, last, head_dtype, queries, has_packed_head=head != FLOAT)

@@ -19,6 +19,7 @@ from patchsieve.export.families.specs import DecoderSpec
 from patchsieve.export.families.structures import (
     DECODERS,
     TOWERS,
+    decoder_biases,
     decoder_sizes,
     decoder_spec,
     with_defaults,
@@ -95,6 +96,10 @@ class Family(ABC):
     def decoder_sizes(self, config: Any) -> dict[str, int]:
         """The sizes among `decoder`'s entries: from `vocab_size` to `head_dim`."""
         return decoder_sizes(config.text_config)
+
+    def decoder_biases(self, config: Any) -> dict[str, bool]:
+        """The biases among `decoder`'s entries: from `qkv_bias` to `mlp_bias`."""
+        return decoder_biases(config.text_config)
 
     @abstractmethod
     def canonical(self, name: str) -> str:
