@@ -10,7 +10,7 @@ from typing import Any
 
 from patchsieve import plans
 from patchsieve.cli import plan_options
-from patchsieve.cli.arguments import gigabytes, integers
+from patchsieve.cli.arguments import PRECISION, gigabytes, integers
 from patchsieve.cli.output import Progress, print_json, require
 from patchsieve.contract import engine_memory, names
 from patchsieve.contract.errors import PatchsieveError
@@ -88,8 +88,7 @@ def _add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--precision",
         metavar="P",
-        help="float32 (default), float16 or bfloat16, or by part: "
-        "tower=float16,decoder=bfloat16,head=float32",
+        help=f"{PRECISION} (default: float32)",
     )
     add(
         "--statistics",
