@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import onnx
 import pytest
 
 from patchsieve.contract import files, names
@@ -185,6 +186,18 @@ def test_a_stage_has_the_size_of_its_files(precision: str, tmp_path: Path) -> No
     weights = sum(facts.files[path].size for path in facts.graphs[graph].weights)
     assert weights > 4e6
     assert 0 < build(tmp_path / "bundle", graph, tmp_path, "8.9") - weights < OVERHEAD
+
+
+def test_a_bundle_says_what_its_quantised_graphs_need(integers: Path) -> None:
+    facts = files.read(integers)
+    for target, graphs in facts.targets.items():
+        opsets = set()
+        for path in graphs.values():
+            model = onnx.load(integers / path, load_external_data=False)
+            opsets |= {entry.version for entry in model.opset_import if not entry.domain}
+        assert max(opsets) == facts.needs[target].opset, target
+    assert facts.needs["cuda"].versions == ">=1.25"
+    assert facts.needs["jetpack6"].versions == TARGETS["jetpack6"].versions
 
 
 # What a target refuses, before any work.
