@@ -171,15 +171,20 @@ class Lowering(ABC):
 
     def run(self) -> None:
         """Replace every open node."""
+        named: set[str] = set()  # a matrix may be read twice: its first product has the name
         for node in list(self.graph):
             if node.domain != ops.DOMAIN:
                 continue
             self._tape = tape.Tape()
+            product = _product_of(node)
             new = list(getattr(self, node.op_type)(node))
             is_inner = not node.outputs[0].is_graph_output()
             convenience.replace_nodes_and_values(
                 self.graph, node, [node], self._tape.nodes, node.outputs, new
             )
+            if product is not None and is_inner and product not in named:
+                named.add(product)
+                new[0].name = product
             if node.op_type == "Mark" and is_inner:  # last: the replacement passes on its own name
                 new[0].name = node.attributes["name"].as_string()
         first = next(iter(self.graph))
@@ -212,6 +217,13 @@ def format_of(node: ir.Node) -> Format:
     """How the matrix of an open node `Linear` is stored."""
     named = node.attributes.get("format")
     return FORMATS[FLOAT if named is None else named.as_string()]
+
+
+def _product_of(node: ir.Node) -> str | None:
+    """What `verify` calls the product of an open node `Linear`; None for other nodes."""
+    if node.op_type != "Linear":
+        return None
+    return names.product(str(inputs_of(node)[1].name).partition(".weight")[0])
 
 
 def inputs_of(node: ir.Node) -> list[ir.Value]:
