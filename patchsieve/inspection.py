@@ -1,6 +1,7 @@
 """What a bundle holds and what it reserves, read from its manifest: no backend, no numpy.
 
-Only the measures of a text scorer are read elsewhere: at the beginning of its weights file.
+Only the formats of matrices and the measures of a text scorer are read elsewhere: at the beginning
+of the weights files.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from patchsieve import cost
+from patchsieve import cost, memory
+from patchsieve.contract import boards, stored
 from patchsieve.contract.errors import RequestError
 from patchsieve.contract.files import check_files, is_there, read
 from patchsieve.contract.graphs import Signature
@@ -61,16 +63,22 @@ def inspect(
         name: plan_costs(facts, name) | plan_flops(shape, facts.plans[name], text_tokens, images)
         for name in ([plan] if plan else facts.plans)
     }
-    return {"bundle": str(bundle), **_model(facts)} | {
-        "text_tokens": text_tokens,
-        "images": images,
-        "plans": plans,
-        "targets": targets(facts),
-        "files": {name: file.size for name, file in facts.files.items()},
-        "bytes": sum(file.size for file in facts.files.values()),
-        "parts": parts(facts),
-        "engines": engines(bundle),
-    }
+    held = memory.weights(stored.shares(bundle, facts))
+    held |= memory.places(boards.of_bundle(facts, plan or facts.default_plan))
+    return (
+        {"bundle": str(bundle), **_model(facts)}
+        | held
+        | {
+            "text_tokens": text_tokens,
+            "images": images,
+            "plans": plans,
+            "targets": targets(facts),
+            "files": {name: file.size for name, file in facts.files.items()},
+            "bytes": sum(file.size for file in facts.files.values()),
+            "parts": parts(facts),
+            "engines": engines(bundle),
+        }
+    )
 
 
 def _model(facts: Manifest) -> dict[str, Any]:

@@ -60,6 +60,21 @@ def places_table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def places_line(found: Mapping[str, Any]) -> str:
+    """The same in one line: "8 GB runs it and cannot build its engines, 16 GB holds it"."""
+    words = {
+        (True, True): "holds it",
+        (True, False): "runs it and cannot build its engines",
+        (False, True): "builds its engines and cannot run it",
+        (False, False): "is too small",
+    }
+    boards_of: dict[str, list[str]] = {}
+    for fit in found["boards"]:
+        word = words[fit["run"] >= 0, (fit["build"] or 0) >= 0]
+        boards_of.setdefault(word, []).append(fit["memory"])
+    return "; ".join(f"{', '.join(names)} {word}" for word, names in boards_of.items())
+
+
 def advice(found: Mapping[str, Any]) -> list[str]:
     """What to do where a model runs on a board but its engines cannot be built there."""
     tight = [fit for fit in found["boards"] if fit["run"] >= 0 and (fit["build"] or 0) < 0]
