@@ -63,22 +63,18 @@ def inspect(
         name: plan_costs(facts, name) | plan_flops(shape, facts.plans[name], text_tokens, images)
         for name in ([plan] if plan else facts.plans)
     }
-    held = memory.weights(stored.shares(bundle, facts))
-    held |= memory.places(boards.of_bundle(facts, plan or facts.default_plan))
-    return (
-        {"bundle": str(bundle), **_model(facts)}
-        | held
-        | {
-            "text_tokens": text_tokens,
-            "images": images,
-            "plans": plans,
-            "targets": targets(facts),
-            "files": {name: file.size for name, file in facts.files.items()},
-            "bytes": sum(file.size for file in facts.files.values()),
-            "parts": parts(facts),
-            "engines": engines(bundle),
-        }
-    )
+    said = {"bundle": str(bundle), **_model(facts)}
+    said |= weights_and_boards(bundle, facts, plan or facts.default_plan)
+    return said | {
+        "text_tokens": text_tokens,
+        "images": images,
+        "plans": plans,
+        "targets": targets(facts),
+        "files": {name: file.size for name, file in facts.files.items()},
+        "bytes": sum(file.size for file in facts.files.values()),
+        "parts": parts(facts),
+        "engines": engines(bundle),
+    }
 
 
 def _model(facts: Manifest) -> dict[str, Any]:
@@ -104,6 +100,12 @@ def _model(facts: Manifest) -> dict[str, Any]:
         ],
         "default_plan": facts.default_plan,
     }
+
+
+def weights_and_boards(bundle: Path, facts: Manifest, plan: str) -> dict[str, Any]:
+    """Bytes of the weights by part and format, and the boards that hold a request under a plan."""
+    rows = stored.shares(bundle, facts)
+    return memory.weights(rows) | memory.places(boards.of_bundle(facts, plan))
 
 
 def plan_costs(facts: Manifest, name: str) -> dict[str, Any]:

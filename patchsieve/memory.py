@@ -53,7 +53,7 @@ def places_table(found: Mapping[str, Any]) -> str:
         f"activations about {size(needs['activations'])}",
         f"libraries about {size(needs['libraries'])}",
     ]
-    lines = [table(header, rows), f"running: {', '.join(parts)}"]
+    lines = [table(header, rows), f"running {needs['target']}: {', '.join(parts)}"]
     if builds:
         lines.append(f"building: the largest engine, {size(needs['largest'])} of weights")
     lines += advice(found)

@@ -12,7 +12,7 @@ from patchsieve import memory, plans
 from patchsieve.cli import plan_options
 from patchsieve.cli.arguments import PRECISION, gigabytes, integers
 from patchsieve.cli.output import Progress, print_json, require
-from patchsieve.contract import boards, engine_memory, names, stored
+from patchsieve.contract import engine_memory, names
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.files import read
 from patchsieve.contract.manifest import Limits, Manifest
@@ -21,6 +21,7 @@ from patchsieve.contract.targets import TARGETS, USUAL, WITH_ATTENTION_FORMS, th
 from patchsieve.contract.trained import Trained
 from patchsieve.contract.writing import check_new_bundle
 from patchsieve.export.card import next_commands
+from patchsieve.inspection import weights_and_boards
 from patchsieve.pruning import catalogue
 from patchsieve.pruning.entry import DECODER
 from patchsieve.pruning.recipes import Size
@@ -257,8 +258,7 @@ def _facts(bundle: Path, facts: Manifest) -> dict[str, Any]:
         "kv_bytes_reserved": sum(a * b for a, b in zip(slots, bytes_of, strict=True)),
         "kv_bytes_reserved_unpruned": sum(a * b for a, b in zip(full, bytes_of, strict=True)),
         "bytes": sum(file.size for file in facts.files.values()),
-        **memory.weights(stored.shares(bundle, facts)),
-        **memory.places(boards.of_bundle(facts, plan)),
+        **weights_and_boards(bundle, facts, plan),
         "graph_bytes": {
             target: sum(facts.files[path].size for path in graphs.values())
             for target, graphs in facts.targets.items()

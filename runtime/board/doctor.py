@@ -137,7 +137,7 @@ def check_bundle(
         found: Facts of the machine.
         runs: Targets that run here.
     """
-    target = next((name for name in runs if name in facts.targets), boards.target_of(facts))
+    target = next((name for name in runs if name in facts.targets), boards.target_of(facts.targets))
     memory, available = found["memory_bytes"], found["memory_bytes"]["available"]
     demands = {name: boards.of_bundle(facts, name, target) for name in facts.plans}
     build = max(engine_memory.expectations(facts).values(), default=0)

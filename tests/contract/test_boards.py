@@ -53,7 +53,7 @@ def llava(model: str, precision: str, cuts: tuple[int, ...] = ()) -> boards.Dema
     kv = text.num_layers * 2 * text.num_kv_heads * text.head_dim * 2 * slots
     request = Request(cuts, num_visions=1, kv=kv, rows=512 + 576, slots=slots, images=1)
     found = sizes.groups(text, measured.vision)
-    return boards.of_model(text, measured.vision, found, chosen, request, has_engines=True)
+    return boards.of_model(text, measured.vision, found, chosen, request, "tensorrt")
 
 
 @pytest.mark.parametrize(
