@@ -217,5 +217,5 @@ def _decode(layer: Any, x: Tensor, position_ids: Tensor | None, spec: DecoderSpe
     inv_freq = torch.tensor(spec.inv_freq, dtype=torch.float32)
     cos, sin = rotary_tables(positions, inv_freq, spec, x.dtype)
     empty = x.new_zeros(1, spec.num_kv_heads, x.shape[1], spec.head_dim)
-    out: Tensor = layer(x, cos, sin, places[:1], places, (empty, empty))[0]
+    out: Tensor = layer(x, cos, sin, places[:1], places, empty, empty)[0]
     return out

@@ -1,8 +1,8 @@
 """How much memory it takes to build an engine: export obeys it, build and doctor report it.
 
 Measured with TensorRT-RTX 1.7.1, which builds without a GPU (benchmarks/LOG.md): what the process
-has resident at most, all included, in float16, bfloat16 and float32, int8 and int4. Other libraries
-were not measured, and time kernels on the GPU as they build: theirs may be more.
+has resident at most, all included, in float16, bfloat16, float32, int8, FP8, NVFP4 and int4. Other
+libraries were not measured, and time kernels on the GPU as they build: theirs may be more.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from patchsieve.contract.targets import AHEAD_OF_TIME, WITH_ENGINES
 MEASURED = AHEAD_OF_TIME[0]
 # Bytes whatever the engine, pages of the weights that are not yet given back among them; and tenths
 # of a byte for each byte of its weights.
-_ALWAYS, _TENTHS = 550_000_000, 17
-# If matrices of four bits are among the weights, and for those. They are rearranged for kernels.
-_ALWAYS_PACKED, _TENTHS_PACKED = 650_000_000, 21
-_PACKED = {name for name, form in FORMATS.items() if form.bits == 4}
+ALWAYS, _TENTHS = 550_000_000, 17
+# Of int4, which is unpacked and packed again. 208, 415, 623 and 679 MB took 0.81, 1.55, 2.17 and
+# 2.45 GB.
+_TENTHS_INT4 = 30
+_INT4 = {name for name, form in FORMATS.items() if form.bits == 4 and not form.is_float}
 
 
 def source(facts: Manifest) -> str:
@@ -31,18 +32,13 @@ def source(facts: Manifest) -> str:
 
 def expected(weights: Mapping[str, int]) -> int:
     """Most bytes that are resident while an engine is built, from its weights' bytes by format."""
-    return always(weights) + tenths(weights) // 10
-
-
-def always(weights: Mapping[str, int]) -> int:
-    """The bytes of that which do not grow with the weights."""
-    return _ALWAYS_PACKED if any(weights[form] for form in _PACKED & set(weights)) else _ALWAYS
+    return ALWAYS + tenths(weights) // 10
 
 
 def tenths(weights: Mapping[str, int]) -> int:
     """What the weights add to it, in tenths of a byte, which are exact."""
     return sum(
-        count * (_TENTHS_PACKED if form in _PACKED else _TENTHS) for form, count in weights.items()
+        count * (_TENTHS_INT4 if form in _INT4 else _TENTHS) for form, count in weights.items()
     )
 
 

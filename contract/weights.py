@@ -27,7 +27,7 @@ class Part:
         file: Name of its file without folder and ending; `{}` is the number of a layer.
         precision: The part of `Precision` that says its type.
         label: For people.
-        key: What `--precision` calls it, where its matrices may have a format; None where not.
+        key: What `--precision` calls it, if its matrices may have a format; None otherwise.
     """
 
     name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,6 +60,7 @@ from patchsieve.export.weights import (
     weights_of,
 )
 
+_LOG = logging.getLogger(__name__)
 EMBEDDING_TABLE = "embed_tokens.weight"  # [V, C]
 _HEAD = "lm_head"
 OUTPUT_MATRIX = f"{_HEAD}.weight"  # [V, C]; [C, V] where it is stored in another format than float
@@ -186,6 +188,7 @@ def plan_export(directory: Path, config: Any, options: ExportOptions) -> Job:
     has_own_head = not is_tied or modules.stages[-1].has_packed_head
     _check_head(options.chosen.types, has_own_head)
     weights = _weights(checkpoint, options, modules, clip, is_tied)
+    _say_quantised(checkpoint, weights)
     # Last, because tracing takes seconds and all else is refused at once.
     plan, decisions = decide_graphs(
         options.plan.with_positions(trained.position_rule),
@@ -314,7 +317,8 @@ def _weights(
     ) -> StoredFile:
         stored = tuple(_in_format(part, weight, chosen.formats) for weight in weights)
         entry = part.entry(chosen.types, layer, _usual_format(stored))
-        guided = guide(stored, source, measured)
+        own = {"grid": checkpoint.grid} if source is checkpoint else {}
+        guided = guide(stored, source, measured, **own)
         return StoredFile(part.path(layer), entry, guided.weights, guided.source, guided.hints)
 
     last = modules.stages[-1]
@@ -346,6 +350,17 @@ def _weights(
     matrices = (w.name for each in files for w in each.weights if w.transposed)
     names_matched(chosen.formats, (name.removesuffix(".weight") for name in matrices))
     return files
+
+
+def _say_quantised(checkpoint: Checkpoint, files: list[StoredFile]) -> None:
+    """Say how the matrices of a checkpoint that came quantised are stored."""
+    said = checkpoint.report(
+        (weight.source, FORMATS[weight.format], DTYPES[file.entry.type][0])
+        for file in files
+        for weight in file.weights
+    )
+    if said is not None:
+        _LOG.warning("%s", said)
 
 
 def _in_format(part: Part, weight: Weight, chosen: Formats) -> Weight:

@@ -129,8 +129,8 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
         "--sites",
         type=integers,
         metavar="LAYERS",
-        help="layers at whose input to prune, required but with --statistics; the paper's are "
-        "4,14,24 of 32",
+        help="layers at whose input to prune, such as the paper's 4,14,24 of 32; required without "
+        "--statistics",
     )
     add(
         "--target-tokens",

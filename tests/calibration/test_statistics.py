@@ -25,7 +25,10 @@ from patchsieve.calibration.statistics import Collected, collect
 from patchsieve.calibration.statistics_options import StatisticsOptions
 from patchsieve.cli import main
 from patchsieve.contract.errors import PatchsieveError
+from patchsieve.export.job import plan_export
+from patchsieve.export.options import ExportOptions
 from patchsieve.export.quantise.statistics import Statistics
+from patchsieve.export.source.checkpoint import read_config
 from patchsieve.runtime.records import Records
 from tests.support.conversations import make_conversations
 from tests.support.models import save_checkpoint
@@ -370,3 +373,17 @@ def test_weights_that_are_not_finite_or_lost_are_named(
     save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
     with pytest.raises(PatchsieveError, match=says):
         run(checkpoint, talks, tmp_path / "statistics")
+
+
+@pytest.mark.parametrize("row", ["llama", "qwen2-siglip-two-layers"])
+def test_every_matrix_of_an_export_has_statistics_of_its_size(
+    row: str, talks: Path, tmp_path: Path
+) -> None:
+    checkpoint = checkpoint_of(row, tmp_path)
+    _, found = run(checkpoint, talks, tmp_path / "statistics")
+    job = plan_export(checkpoint, read_config(checkpoint), ExportOptions())
+    weights = [weight for file in job.weights for weight in file.weights]
+    sizes = {w.source.removesuffix(".weight"): w.shape[0] for w in weights if w.transposed}
+    sizes["lm_head"] = job.spec.hidden_size
+    assert set(sizes) == set(found.inputs)
+    assert all(found.of(name, size) is not None for name, size in sizes.items())
