@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from patchsieve.contract import names
 from patchsieve.contract.errors import PatchsieveError
-from patchsieve.contract.formats import FORMATS
+from patchsieve.contract.formats import FORMATS, FP8, INT4_CPU, NVFP4
 
 Version = tuple[int, int]
 Range = tuple[Version, Version]  # from the first on, below the second
@@ -31,7 +31,14 @@ _JETPACK = (
     "sudo apt-get install -y python3-libnvinfer && python3 -m venv --system-site-packages .venv"
 )
 CUDA_LIBRARIES = 'pip install "onnxruntime-gpu[cuda,cudnn]"'  # where no CUDA toolkit is
+# It has int4, blocks of a matrix, and QuantizeLinear without a zero point.
+QUANTISED_OPSET = 21
 _ALL = ("float32", "float16", "bfloat16")
+
+
+def _but(*absent: str) -> tuple[str, ...]:
+    """Every format but these."""
+    return tuple(name for name in FORMATS if name not in absent)
 
 
 @dataclass(frozen=True)
@@ -86,10 +93,13 @@ class Target:
         name: What users call it.
         library: What builds or runs its graphs, as pip calls it.
         versions: Which of the library's versions read the graphs, as pip spells a range.
+        quantised_versions: The same for graphs that hold quantised matrices; "" if there is no
+            difference.
         install: The line that installs the library; boards have lines of their own.
         where: The machines, for people.
         backend: What runs it, one of `BACKENDS`.
-        opset: Of standard ONNX in its graphs.
+        opset: Of standard ONNX in its graphs; that of a graph that holds quantised matrices is at
+            least `QUANTISED_OPSET`.
         cache: How its stages take their caches, `names.IN_PLACE` or `names.NEW_ROWS`.
         precisions: Types that its graphs may have.
         formats: Formats of `patchsieve.contract.formats` that its graphs may hold.
@@ -116,6 +126,7 @@ class Target:
     cache: str
     precisions: tuple[str, ...] = _ALL
     formats: tuple[str, ...] = tuple(FORMATS)
+    quantised_versions: str = ""
     compiler: Compiler | None = None
     serves: Range | None = None
     has_fixed_slots: bool = False
@@ -146,6 +157,7 @@ _ROWS = (
         precisions=("float32", "float16"),  # ONNX Runtime has few kernels for bfloat16
         device="cpu",
         is_checkable=True,
+        formats=_but(FP8, NVFP4),
     ),
     Target(
         name="cuda",
@@ -161,6 +173,8 @@ _ROWS = (
         device="cuda",
         install_on_board=_GPU_ON_JETPACK_6,
         is_checkable=True,
+        quantised_versions=">=1.25",  # the first with CUDA kernels for all of opset 21
+        formats=_but(FP8, NVFP4),
     ),
     Target(
         name="tensorrt-rtx",
@@ -174,7 +188,7 @@ _ROWS = (
         compiler=RTX,
         has_fixed_slots=True,
         attention_forms=names.ATTENTION_FORMS,
-        operators="tensorrt-11",
+        operators="tensorrt-rtx-1.7",
     ),
     Target(
         name="tensorrt",
@@ -191,6 +205,8 @@ _ROWS = (
         has_fixed_slots=True,
         attention_forms=names.ATTENTION_FORMS,
         operators="tensorrt-11",
+        # NVIDIA documents int4 in blocks of 64 and 128 alone.
+        formats=_but(INT4_CPU),
     ),
     Target(
         name="tensorrt10",
@@ -207,6 +223,7 @@ _ROWS = (
         has_fixed_slots=True,
         attention_forms=names.ATTENTION_FORMS,
         operators="tensorrt-10.15",
+        formats=_but(INT4_CPU),
     ),
     Target(
         name="jetpack6",
@@ -224,6 +241,7 @@ _ROWS = (
         operators="tensorrt-10.3",
         is_checkable=True,
         is_for_boards=True,
+        formats=_but(INT4_CPU, NVFP4),  # FP4 came with 10.8; FP8 is for Thor, not for Orin
     ),
     Target(
         name="reference",
@@ -238,6 +256,7 @@ _ROWS = (
         device="cpu",
         is_checkable=True,
         is_to_compare=True,
+        formats=_but(FP8, NVFP4),
     ),
 )
 TARGETS = {row.name: row for row in _ROWS}

@@ -78,6 +78,7 @@ def _inline(graph: ir.Graph, node: ir.Node, model: ir.Model, path: str, name: st
     """Put a part's nodes where its node is, its parameters named by the path of its module."""
     part = model.clone().graph
     for inner, outer in zip(part.inputs, node.inputs, strict=True):
+        assert outer is not None, node
         convenience.replace_all_uses_with(inner, outer)
     for own, value in list(part.initializers.items()):
         full = own.replace("module", path, 1)

@@ -14,7 +14,7 @@ from onnx_ir.passes import common as passes
 
 from patchsieve.contract import names
 from patchsieve.contract.formats import FLOAT, FORMATS, Format
-from patchsieve.contract.targets import Target
+from patchsieve.contract.targets import QUANTISED_OPSET, Target
 from patchsieve.export.graphs import ops
 from patchsieve.export.lowering.constants import fold_constants
 
@@ -136,11 +136,16 @@ class Lowering(ABC):
 
     def dequantised(self, node: ir.Node) -> ir.Value:
         """The matrix of a node `Linear` in floating point, [in, out]."""
-        _, numbers, scale, *_ = inputs_of(node)
-        block = format_of(node).block
-        if not block:
+        rows, numbers, scale, *whole = inputs_of(node)
+        form = format_of(node)
+        if not form.block:
             return self.op("DequantizeLinear", numbers, scale, axis=1)
-        return self.op("DequantizeLinear", numbers, scale, axis=0, block_size=block)
+        block: dict[str, Any] = {"axis": 0, "block_size": form.block}
+        if not form.has_levels:
+            return self.op("DequantizeLinear", numbers, scale, **block)
+        wide = self.op("DequantizeLinear", scale, *whole)
+        matrix = self.op("DequantizeLinear", numbers, wide, **block)
+        return self.cast(matrix, ir.DataType.FLOAT, dtype_of(rows))
 
     @abstractmethod
     def RMSNorm(self, node: ir.Node) -> Sequence[ir.Value]:
@@ -166,15 +171,20 @@ class Lowering(ABC):
 
     def run(self) -> None:
         """Replace every open node."""
+        named: set[str] = set()  # a matrix may be read twice: its first product has the name
         for node in list(self.graph):
             if node.domain != ops.DOMAIN:
                 continue
             self._tape = tape.Tape()
+            product = _product_of(node)
             new = list(getattr(self, node.op_type)(node))
             is_inner = not node.outputs[0].is_graph_output()
             convenience.replace_nodes_and_values(
                 self.graph, node, [node], self._tape.nodes, node.outputs, new
             )
+            if product is not None and is_inner and product not in named:
+                named.add(product)
+                new[0].name = product
             if node.op_type == "Mark" and is_inner:  # last: the replacement passes on its own name
                 new[0].name = node.attributes["name"].as_string()
         first = next(iter(self.graph))
@@ -207,6 +217,13 @@ def format_of(node: ir.Node) -> Format:
     """How the matrix of an open node `Linear` is stored."""
     named = node.attributes.get("format")
     return FORMATS[FLOAT if named is None else named.as_string()]
+
+
+def _product_of(node: ir.Node) -> str | None:
+    """What `verify` calls the product of an open node `Linear`; None for other nodes."""
+    if node.op_type != "Linear":
+        return None
+    return names.product(str(inputs_of(node)[1].name).partition(".weight")[0])
 
 
 def inputs_of(node: ir.Node) -> list[ir.Value]:
@@ -258,10 +275,17 @@ def lower(
     for node in model.graph:
         node.version = None
     model.opset_imports.clear()
-    model.opset_imports.update({"": lowering.target.opset} | lowering.domains)
+    model.opset_imports.update({"": _opset(model.graph, lowering)} | lowering.domains)
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
     passes.TopologicalSortPass()(model)
     model.producer_name = "patchsieve"
     model.producer_version = None
     return model
+
+
+def _opset(graph: ir.Graph, lowering: type[Lowering]) -> int:
+    """The target's opset, or a higher one where the graph holds quantised numbers."""
+    if any(node.op_type == "DequantizeLinear" for node in graph):
+        return max(lowering.target.opset, QUANTISED_OPSET)
+    return lowering.target.opset

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
-from patchsieve.contract.formats import FLOAT, FORMATS
-from patchsieve.export.quantise.hints import NOTHING, Hints
-from patchsieve.export.quantise.rounding import dequantise, quantise
+from patchsieve.contract.formats import FORMATS
+from patchsieve.export.quantise.hints import NOTHING, Grid, Hints
+from patchsieve.export.quantise.rounding import given
 from patchsieve.export.quantise.smoothing import smoothed
 from patchsieve.export.quantise.statistics import Statistics
 from patchsieve.export.weights import HintsOf, Source, Weight
@@ -31,40 +29,38 @@ class Guided:
 
 
 def guide(
-    weights: tuple[Weight, ...], source: Source, measured: Statistics | None = None
+    weights: tuple[Weight, ...],
+    source: Source,
+    measured: Statistics | None = None,
+    grid: Callable[[str], Grid | None] = lambda _: None,
 ) -> Guided:
     """Guide the rounding of a file's matrices.
+
+    A matrix whose format holds the checkpoint's own numbers exactly keeps them: nothing is folded
+    into it.
 
     Args:
         weights: The file's tensors, with their formats.
         source: Where they come from.
         measured: Statistics of the rows that the matrices multiply.
+        grid: The grid that a tensor came with, by its name in the checkpoint.
     """
-    formats = {_matrix(w): [w.format] for w in weights if w.transposed}
-    if all(FORMATS[form].bits == 0 for (form,) in formats.values()):
+    if all(FORMATS[weight.format].bits == 0 for weight in weights):
         return Guided(weights, source, lambda _: NOTHING)
-    even = smoothed(source, [w.source for w in weights], formats, measured, _rounded)
+    grids = {weight.source: grid(weight.source) for weight in weights if weight.transposed}
+    kept = [
+        weight.source
+        for weight in weights
+        if weight.transposed
+        and given(grids[weight.source], FORMATS[weight.format], weight.shape[0]) is not None
+    ]
+    even = smoothed(source, weights, measured, [name.removesuffix(".weight") for name in kept])
 
     def hints(name: str) -> Hints:
-        matrix = name.removesuffix(".weight")
-        found = even.inputs(matrix)
-        scale = None if found is None else float(found.largest.max()) / 127
-        return Hints(even.importance(matrix), input_scale=scale or None)
+        return replace(even.hints(name), grid=grids[name] if name in kept else None)
 
     def with_input(weight: Weight) -> Weight:
-        is_low = weight.transposed and FORMATS[weight.format].is_dynamic
-        known = is_low and measured is not None and measured.of(_matrix(weight)) is not None
-        return replace(weight, has_input=known)
+        is_low = weight.transposed and FORMATS[weight.format].rounds_rows
+        return replace(weight, has_input=is_low and even.is_measured(weight.source))
 
     return Guided(tuple(map(with_input, weights)), even, hints)
-
-
-def _matrix(weight: Weight) -> str:
-    return weight.source.removesuffix(".weight")
-
-
-def _rounded(weight: Tensor, form: str) -> Tensor:
-    """What a matrix [in, out] is held as in a format."""
-    if form == FLOAT:
-        return weight
-    return dequantise(*quantise(weight, FORMATS[form], torch.float32))

@@ -11,8 +11,8 @@ with channels taken as uncorrelated and rounding errors as uniform:
 
     E[(dy_k)**2] = sum_j E[x_j**2] * dW_jk**2 + sum_j min(step**2 / 12, E[x_j**2]) * W_jk**2
 
-dW is what the format really rounds. The second sum is for formats that round activations too, with
-one step for all channels: step = (largest - smallest x) / 255.
+dW is what the format really rounds. The second sum is for formats that round rows too, with one
+step for all channels: step = (largest - smallest x) / 255.
 
 Differs from the papers: both forms are tried with mean and largest |x|, for every format; the error
 is predicted from statistics of each channel, so that no rows are kept; and s_j is a unit of the
@@ -22,17 +22,20 @@ scaled, with the inverse in the matrices, gets the same numbers; and stored norm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from patchsieve.contract.formats import Format
+from patchsieve.export.quantise import floats
+from patchsieve.export.quantise.hints import Hints
+from patchsieve.export.quantise.rounding import dequantise, quantise
 from patchsieve.export.quantise.statistics import InputStatistics
 
-Quantised = Callable[[Tensor, str], Tensor]  # (weight [in, out], format) -> what it is held as
-ACTIVATION_STEPS = {"int8": 255}  # formats that round activations too -> steps of their range
-EXPONENTS = tuple(a / 10 for a in range(11))
+EXPONENTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # finer steps gained nothing on the demo model
+_STEPS = 255  # of the range of rows
 _WIDEST = 12  # a factor is at most 2**12 from the middle one, per unit
 
 
@@ -41,12 +44,12 @@ class Reader:
     """A matrix of those that read the same rows, as much as the search needs of it.
 
     Attributes:
-        sample: Some of its columns, [in, out'].
-        formats: How it will be stored; several if a bundle has it more than once.
+        sample: Some of its columns, [in, out'], each at the scale at which its output counts.
+        format: How it will be stored.
     """
 
     sample: Tensor
-    formats: Collection[str]
+    format: Format
 
 
 def folded(inputs: InputStatistics, factors: Tensor) -> InputStatistics:
@@ -56,23 +59,20 @@ def folded(inputs: InputStatistics, factors: Tensor) -> InputStatistics:
     )
 
 
-def choose(
-    readers: Sequence[Reader], inputs: InputStatistics, unit: Tensor, quantised: Quantised
-) -> Tensor:
+def choose(readers: Sequence[Reader], inputs: InputStatistics, unit: Tensor) -> Tensor:
     """The factors of the candidates that make the smallest error, [in].
 
     Args:
         readers: The matrices that read the rows.
         inputs: What is known of the rows.
         unit: Natural size of each channel, positive, [in].
-        quantised: Rounds a matrix.
     """
     inputs = folded(inputs, unit)
-    readers = [_relative(reader, inputs, unit) for reader in readers]
+    readers = [_in_units(reader, inputs, unit) for reader in readers]
     weight = torch.cat([reader.sample for reader in readers], dim=1).abs().amax(1)  # [in]
     found, least = torch.ones_like(unit), torch.inf
     for candidate in _candidates(inputs, weight):
-        error = predicted_error(readers, inputs, candidate, quantised)
+        error = predicted_error(readers, inputs, candidate)
         if error < least:
             found, least = candidate, error
     factors = found * unit
@@ -80,38 +80,47 @@ def choose(
     return factors / _power_of_two(factors.median())
 
 
-def predicted_error(
-    readers: Sequence[Reader], inputs: InputStatistics, factors: Tensor, quantised: Quantised
-) -> float:
-    """Mean square error of an output, summed over matrices and formats.
+def predicted_error(readers: Sequence[Reader], inputs: InputStatistics, factors: Tensor) -> float:
+    """Mean square error of the outputs over their mean square, summed over matrices.
 
     Args:
         readers: The matrices, unfolded.
         inputs: Statistics of the rows, unfolded.
         factors: What to fold, [in].
-        quantised: Rounds a matrix.
     """
     after, total = folded(inputs, factors), 0.0
-    span = 2 * after.largest.max()
     for reader in readers:
         weight = reader.sample * factors[:, None]  # [in, out']
-        for kind in reader.formats:
-            error = after.square @ (quantised(weight, kind) - weight).square()  # [out']
-            if steps := ACTIVATION_STEPS.get(kind):
-                noise = (span / steps).square() / 12
-                error += after.square.clamp(max=noise) @ weight.square()
-            total += float(error.mean())
+        energy = (inputs.square @ reader.sample.square()).sum()
+        error = after.square @ (_held(weight, reader.format, after) - weight).square()  # [out']
+        if reader.format.is_dynamic:
+            noise = (_span(after.largest) / _STEPS).square() / 12
+            error += after.square.clamp(max=noise) @ weight.square()
+        total += float(error.sum() / energy) if energy > 0 else 0.0
     return total
 
 
-def _relative(reader: Reader, inputs: InputStatistics, unit: Tensor) -> Reader:
-    """The matrix for rows in units, with every output of deviation 1.
+def _held(weight: Tensor, form: Format, inputs: InputStatistics) -> Tensor:
+    """What a matrix [in, out] is read as after it was stored in a format."""
+    if form.is_float:
+        return floats.rounded(weight, form.block)
+    return dequantise(*quantise(weight, form, torch.float32, Hints(importance=inputs.square)))
 
-    So an output counts as much whatever its own scale, which a next fold may change.
+
+def _span(largest: Tensor) -> Tensor:
+    """Expected range of rows, by the largest |x| of each channel, [in].
+
+    A channel is taken to have its peak on one side of zero, on either with equal chance.
     """
+    peaks = largest.sort(descending=True).values[:32]
+    return peaks[0] + (peaks[1:] * 0.5 ** torch.arange(1, len(peaks))).sum()
+
+
+def _in_units(reader: Reader, inputs: InputStatistics, unit: Tensor) -> Reader:
+    """The matrix for rows in units, with outputs of deviation 1 on average."""
     weight = reader.sample * unit[:, None]
-    size = (inputs.square @ weight.square()).sqrt()  # [out']
-    return Reader(weight / torch.where(size > 0, size, 1.0), reader.formats)
+    size = (inputs.square @ weight.square()).mean().sqrt()
+    return Reader(weight / (size if size > 0 else 1.0), reader.format)
 
 
 def _candidates(inputs: InputStatistics, weight: Tensor) -> Iterator[Tensor]:

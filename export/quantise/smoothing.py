@@ -11,19 +11,22 @@ o_proj are no group, and fc1 and fc2 are none because their activation is no pro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from patchsieve.contract.formats import FLOAT
-from patchsieve.export.quantise.search import Quantised, Reader, choose, folded
+from patchsieve.contract.formats import FLOAT, FORMATS
+from patchsieve.export.quantise.hints import NOTHING, Hints
+from patchsieve.export.quantise.search import Reader, choose, folded
 from patchsieve.export.quantise.statistics import InputStatistics, Statistics
-from patchsieve.export.weights import Source
+from patchsieve.export.weights import Source, Weight
 
-_SAMPLE = 256  # columns of a matrix by which factors are judged
-_PEAK = 4.0  # largest |x| of a normed channel over its deviation, if nothing was measured
+Measured = Callable[[str], InputStatistics | None]  # by the name of a matrix
+_SAMPLE = 128  # columns of a matrix by which factors are judged
+_MEAN = math.sqrt(2 / math.pi)  # mean |x| of a normal channel of deviation 1
+_PEAK = 4.0  # and its largest
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _NORM, _GATE, _UP = "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj"
 # What makes rows, and the matrices that read them, which nothing else does.
@@ -58,8 +61,8 @@ def groups_of(tensors: Iterable[str]) -> list[Group]:
     """The groups among tensors of one part, by their names in the checkpoint (`Weight.source`).
 
     Args:
-        tensors: Such as `layers.0.input_layernorm.weight`. A group needs all of its matrices; a
-            head that is tied to the embeddings is not among them.
+        tensors: Those of one file, such as `layers.0.input_layernorm.weight`. A group needs all of
+            its matrices: a head that is tied to the embeddings goes by their name and is left.
     """
     names, found = set(tensors), []
     for maker, readers in _STRUCTURE:
@@ -80,7 +83,7 @@ class Smoothed:
         source: The checkpoint.
         groups: Those to fold.
         factors: Gives the factors s of a group, [C], which are kept.
-        statistics: Of the checkpoint's activations, if there are any.
+        measured: Gives the statistics of the rows that a matrix multiplies, unfolded.
     """
 
     def __init__(
@@ -88,9 +91,9 @@ class Smoothed:
         source: Source,
         groups: Collection[Group],
         factors: Callable[[Group], Tensor],
-        statistics: Statistics | None = None,
+        measured: Measured = lambda _: None,
     ) -> None:
-        self._source, self._factors, self._statistics = source, factors, statistics
+        self._source, self._factors, self._measured = source, factors, measured
         self._chosen: dict[Group, Tensor] = {}
         self._made_by = {group.maker: group for group in groups}
         self._read_by = {reader: group for group in groups for reader in group.readers}
@@ -111,27 +114,25 @@ class Smoothed:
         group = self._read_by.get(matrix)
         return None if group is None else self._of(group)
 
-    def inputs(self, matrix: str) -> InputStatistics | None:
-        """Measured statistics of the rows that the folded matrix multiplies, if there are any.
+    def is_measured(self, tensor: str) -> bool:
+        """Whether there are statistics of a matrix, by its tensor in the checkpoint."""
+        return self._measured(tensor.removesuffix(".weight")) is not None
 
-        `square` is the importance of each channel, `largest.max() / 127` the static scale of int8.
+    def hints(self, tensor: str) -> Hints:
+        """What guides the rounding of a folded matrix, by its tensor in the checkpoint.
+
+        The importance of its channels is measured or else assumed, as its factors are. The scale of
+        its rows is measured, or absent.
         """
-        found = None if self._statistics is None else self._statistics.of(matrix)
-        factor = self.factor(matrix)
-        return found if found is None or factor is None else folded(found, factor)
-
-    def importance(self, matrix: str) -> Tensor | None:
-        """Mean x**2 of each input channel of the folded matrix, measured or else assumed, [in].
-
-        None if nothing is known: no statistics, and no group.
-        """
-        found = self.inputs(matrix)
+        matrix = tensor.removesuffix(".weight")
+        found, group = self._measured(matrix), self._read_by.get(matrix)
         if found is not None:
-            return found.square
-        group = self._read_by.get(matrix)
+            after = found if group is None else folded(found, self._of(group))
+            # Rows of zeros have no scale: any will do.
+            return Hints(after.square, input_scale=float(after.largest.max()) / 127 or 1.0)
         if group is None:
-            return None
-        return assumed_inputs(self._source, group).square / self._of(group) ** 2
+            return NOTHING
+        return Hints(folded(assumed_inputs(self._source, group), self._of(group)).square)
 
     def _of(self, group: Group) -> Tensor:
         if group not in self._chosen:
@@ -141,37 +142,52 @@ class Smoothed:
 
 def smoothed(
     source: Source,
-    tensors: Iterable[str],
-    formats: Mapping[str, Collection[str]],
-    statistics: Statistics | None,
-    quantised: Quantised,
+    weights: Sequence[Weight],
+    statistics: Statistics | None = None,
+    kept: Collection[str] = (),
 ) -> Smoothed:
-    """A source for one part of a bundle, whose matrices are made easy to round.
+    """A source for one file of weights, whose matrices are made easy to round.
 
     Args:
         source: The checkpoint.
-        tensors: The part's tensors, by their names in the checkpoint.
-        formats: How each matrix will be stored, by its name without ".weight". Matrices that are
-            not named stay float: they are folded, but not judged. A group of only such is left.
-        statistics: Of the activations. Without, rows after a norm are taken to be as large as its
-            weights say (`assumed_inputs`).
-        quantised: Rounds a matrix.
+        weights: The file's tensors. Matrices that stay float are folded with their group, but not
+            judged. A group of only such is left.
+        statistics: Of the activations, by `Weight.name`. Without, rows after a norm are taken to be
+            as large as its weights say (`assumed_inputs`).
+        kept: Matrices that keep the checkpoint's numbers: a group with one of them is left.
+
+    Raises:
+        PatchsieveError: As it is read, if the statistics are those of another model.
     """
-    rounded = {
-        name: [kind for kind in kinds if kind != FLOAT]
-        for name, kinds in formats.items()
-        if any(kind != FLOAT for kind in kinds)
-    }
-    groups = [group for group in groups_of(tensors) if set(group.readers) & set(rounded)]
+    by_matrix = {each.source.removesuffix(".weight"): each for each in weights if each.transposed}
+
+    def measured(matrix: str) -> InputStatistics | None:
+        if statistics is None or matrix not in by_matrix:
+            return None
+        weight = by_matrix[matrix]
+        return statistics.of(weight.name.removesuffix(".weight"), weight.shape[0])
+
+    groups = groups_of(weight.source for weight in weights)
+    made_by = {group.maker: group for group in groups}
+
+    def rounded(group: Group) -> list[Weight]:
+        found = (by_matrix[name] for name in group.readers if name in by_matrix)
+        return [weight for weight in found if weight.format != FLOAT]
 
     def factors(group: Group) -> Tensor:
-        wanted = [name for name in group.readers if name in rounded]
-        readers = [_reader(source.read(f"{name}.weight"), rounded[name]) for name in wanted]
-        measured = None if statistics is None else statistics.of(wanted[0], len(readers[0].sample))
-        inputs = measured or assumed_inputs(source, group)
-        return choose(readers, inputs, _unit(source, group), quantised)
+        readers = [
+            _reader(source, weight, made_by.get(weight.source.removesuffix(".weight")))
+            for weight in rounded(group)
+        ]
+        known = [found for found in map(measured, group.readers) if found is not None]
+        inputs = known[0] if known else assumed_inputs(source, group)
+        if known and group.maker.endswith(_UP):
+            # A few rows of a product peak at a hundred times the others, which count as much.
+            inputs = _normal(inputs.mean / _MEAN)
+        return choose(readers, inputs, _unit(source, group))
 
-    return Smoothed(source, groups, factors, statistics)
+    free = (g for g in groups if not {g.maker, *g.readers} & set(kept))
+    return Smoothed(source, [group for group in free if rounded(group)], factors, measured)
 
 
 def assumed_inputs(source: Source, group: Group) -> InputStatistics:
@@ -187,14 +203,22 @@ def assumed_inputs(source: Source, group: Group) -> InputStatistics:
         size = source.read(f"{group.maker}.weight").float().abs()
         if group.has_bias:
             size = torch.hypot(size, source.read(f"{group.maker}.bias").float())
-    mean = size * math.sqrt(2 / math.pi)  # of |x|, if x is normal
-    return InputStatistics(mean, size.square(), size * _PEAK)
+    return _normal(size)
 
 
-def _reader(weight: Tensor, formats: Collection[str]) -> Reader:
-    """What the search needs of a matrix [out, in]."""
-    sample = weight[:: max(1, len(weight) // _SAMPLE)]
-    return Reader(sample.float().t(), formats)
+def _normal(size: Tensor) -> InputStatistics:
+    """Statistics of normal channels of these deviations."""
+    return InputStatistics(size * _MEAN, size.square(), size * _PEAK)
+
+
+def _reader(source: Source, weight: Weight, maker: Group | None) -> Reader:
+    """What the search needs of a matrix; `maker` is the group whose rows it makes, if it does."""
+    matrix = source.read(weight.source)  # [out, in]
+    some = slice(None, None, max(1, len(matrix) // _SAMPLE))
+    sample = matrix[some].float()
+    if maker is not None:
+        sample = sample / _unit(source, maker)[some, None]  # a scale that the next fold takes out
+    return Reader(sample.t(), FORMATS[weight.format])
 
 
 def _unit(source: Source, group: Group) -> Tensor:

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPModel
 
+from patchsieve.contract.formats import FORMATS
 from patchsieve.export.families import family_of
 from patchsieve.export.families.specs import DecoderSpec
 from patchsieve.export.graphs.next_layer import NextLayer, Projections
+from patchsieve.export.quantise.hints import Hints
+from patchsieve.export.quantise.rounding import dequantise, quantise
 from patchsieve.export.quantise.smoothing import Group, Smoothed, groups_of, smoothed
 from patchsieve.export.quantise.statistics import InputStatistics, Statistics
+from patchsieve.export.weights import Weight
 from tests.support.models import TINY, tiny_llava
 from tests.support.tiny_clip import WINDOW, save_clip
 
@@ -49,12 +53,16 @@ def some_factors(source: Table) -> Any:
     return factors
 
 
-def int8(weight: Tensor, kind: str) -> Tensor:
-    """Round to nearest, symmetric, a scale for each output (int8) or block of 32 inputs (int4)."""
-    most = 127 if kind.startswith("int8") else 7
-    blocks = weight if most == 127 else weight.unflatten(0, (-1, 32))
-    scale = blocks.abs().amax(-2, keepdim=True).clamp(min=1e-30) / most
-    return ((blocks / scale).round() * scale).reshape(weight.shape)
+def weights(source: Table, formats: dict[str, str]) -> list[Weight]:
+    """The tensors of a file; `formats` is by a part of a matrix's name."""
+    found = []
+    for name, tensor in source.tensors.items():
+        is_matrix = tensor.dim() == 2
+        kinds = (kind for part, kind in formats.items() if is_matrix and part in name)
+        shape = tuple(tensor.shape)
+        shape = shape[::-1] if is_matrix else shape
+        found.append(Weight(name, name, shape, is_matrix, next(kinds, "float")))
+    return found
 
 
 # The same function.
@@ -189,8 +197,7 @@ def test_groups_are_found_among_the_tensors_of_a_part() -> None:
 
 def test_only_groups_with_a_rounded_matrix_are_folded() -> None:
     source = layer()
-    formats = {"layers.0.self_attn.k_proj": ["int8"], "layers.0.mlp.down_proj": ["float"]}
-    folded = smoothed(source, source.tensors, formats, None, int8)
+    folded = smoothed(source, weights(source, {"k_proj": "int8"}))
     for name, tensor in source.tensors.items():
         is_changed = name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
         is_changed |= name.endswith("input_layernorm.weight")
@@ -256,24 +263,26 @@ def scale_channels(source: Table, given: Statistics, by: float) -> tuple[Table, 
 def test_scaled_channels_get_the_numbers_of_the_plain_checkpoint(kind, measured, biased) -> None:
     plain = layer(biased)
     outliers, of_outliers = scale_channels(plain, statistics(), 30.0)
-    formats = {name.removesuffix(".weight"): [kind] for name in plain.tensors if "proj" in name}
+    stored = weights(plain, {"proj": kind})
     sources = [
-        smoothed(source, plain.tensors, formats, known if measured else None, int8)
+        smoothed(source, stored, known if measured else None)
         for source, known in ((plain, statistics()), (outliers, of_outliers))
     ]
     for name in plain.tensors:
         one, other = (source.read(name) for source in sources)
         torch.testing.assert_close(other, one, rtol=1e-5, atol=0)
-        matrix = name.removesuffix(".weight")
-        if (importance := sources[0].importance(matrix)) is not None:
-            torch.testing.assert_close(sources[1].importance(matrix), importance)
+        before, after = (source.hints(name) for source in sources)
+        assert (before.importance is None) == (after.importance is None)
+        assert (before.input_scale is None) == (not measured or before.importance is None)
+        if before.importance is not None:
+            torch.testing.assert_close(after.importance, before.importance)
 
 
 def test_norms_are_stored_as_powers_of_two() -> None:
     source = layer()
-    formats = {"layers.0.mlp.up_proj": ["int4-32"], "layers.0.self_attn.q_proj": ["int8"]}
+    stored = weights(source, {"mlp.up_proj": "int4-32", "q_proj": "int8"})
     for known in (None, statistics()):
-        folded = smoothed(source, source.tensors, formats, known, int8)
+        folded = smoothed(source, stored, known)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             size = folded.read(f"layers.0.{norm}.weight").abs()
             assert torch.equal(size, torch.exp2(torch.log2(size).round()))
@@ -286,22 +295,24 @@ def test_dead_channels_do_no_harm() -> None:
     source.tensors["layers.0.mlp.up_proj.weight"][5] = 0
     source.tensors["layers.0.mlp.up_proj.bias"][5] = 0
     source.tensors["layers.0.self_attn.q_proj.weight"][:, 11] = 0
-    formats = {f"layers.0.{name}"[:-7]: ["int8", "int4-32"] for name in LAYER if "proj" in name}
-    folded = smoothed(source, source.tensors, formats, None, int8)
-    for name in source.tensors:
-        assert folded.read(name).isfinite().all(), name
+    for kind in ("int8", "int4-32"):
+        folded = smoothed(source, weights(source, {"proj": kind}))
+        for name in source.tensors:
+            assert folded.read(name).isfinite().all(), name
 
 
-def test_inputs_are_those_of_the_folded_matrix() -> None:
+def test_hints_are_of_the_folded_matrix() -> None:
     source, known = layer(), statistics()
     name = "layers.0.mlp.gate_proj"
-    folded = smoothed(source, source.tensors, {name: ["int8"]}, known, int8)
-    factor, before, after = folded.factor(name), known.of(name), folded.inputs(name)
-    torch.testing.assert_close(after.largest * factor, before.largest)
-    torch.testing.assert_close(after.mean * factor, before.mean)
-    torch.testing.assert_close(folded.importance(name) * factor**2, before.square)
+    folded = smoothed(source, weights(source, {"gate_proj": "int8"}), known)
+    factor, before, hints = folded.factor(name), known.of(name), folded.hints(f"{name}.weight")
+    torch.testing.assert_close(hints.importance * factor**2, before.square)
+    assert hints.input_scale == pytest.approx(float((before.largest / factor).max()) / 127)
     assert folded.factor("layers.0.self_attn.o_proj") is None
-    assert folded.inputs("layers.0.self_attn.o_proj") is None
+    assert folded.hints("layers.0.self_attn.o_proj.weight") == Hints()
+    # What is in no folded group has the statistics as they are.
+    other = folded.hints("layers.0.mlp.down_proj.weight")
+    assert torch.equal(other.importance, known.of("layers.0.mlp.down_proj").square)
 
 
 # What it is for.
@@ -315,7 +326,7 @@ def test_outliers_cost_little_with_smoothing_and_much_without(kind: str, measure
     rows = torch.randn(200, 64) * known.of(name).square.sqrt()
     if not measured:  # the rows that are assumed
         rows = torch.randn(200, 64) * outliers.read("layers.0.post_attention_layernorm.weight")
-    folded = smoothed(outliers, outliers.tensors, {name: [kind]}, known if measured else None, int8)
+    folded = smoothed(outliers, weights(outliers, {"gate_proj": kind}), known if measured else None)
     errors = [
         error(rows / factor, source.read(f"{name}.weight").t(), kind)
         for source, factor in ((outliers, 1.0), (folded, folded.factor(name)))
@@ -331,4 +342,5 @@ def error(rows: Tensor, weight: Tensor, kind: str) -> float:
         low = rows.min().clamp(max=0)
         step = (rows.max().clamp(min=0) - low) / 255
         held = ((rows - low) / step).round() * step + low
-    return float((held @ int8(weight, kind) - rows @ weight).norm() / (rows @ weight).norm())
+    stored = dequantise(*quantise(weight, FORMATS[kind], torch.float32))
+    return float((held @ stored - rows @ weight).norm() / (rows @ weight).norm())
