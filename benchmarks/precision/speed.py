@@ -7,7 +7,6 @@ round has a random picture of its own. Peak memory is that of a process for each
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ import numpy as np
 from benchmarks.accuracy.workshop import log, run
 from benchmarks.bench_ivtp import SHAPES, Shape, make_models, question
 from benchmarks.precision.bundles import size
+from benchmarks.precision.peak import NEW_TOKENS, THREADS
 from patchsieve.contract.plan import NO_PRUNING, Plan, PseudoCls, SitePlan
 from patchsieve.pruning.recipes import Size, ivtp
 from patchsieve.runtime.model import Model
@@ -28,7 +28,7 @@ from patchsieve.runtime.model import Model
 PARTS = ("vision", "scorer", "prefill", "decide", "ttft", "decode_per_token")
 PLANS = (NO_PRUNING, "ivtp", "atp")
 _VOCABULARY = 32064  # LLaVA-1.5's: the head is a tenth of this decoder's bytes
-_TEXT, _NEW = 64, 32  # tokens of the prompt, and of the answer
+_TEXT = 64  # tokens of the prompt
 # ATP's scores at three of IVTP's sites, with the same numbers for every picture: 144 of 576 tokens
 # on average over 16 layers, in the shares of the paper's table 2. Thresholds would keep all or
 # nothing of a random model's tokens.
@@ -46,9 +46,12 @@ def measure(folder: Path, precisions: Sequence[str], shape: str, rounds: int) ->
     """
     sizes = replace(SHAPES[shape], vocab_size=_VOCABULARY if shape == "default" else 1216)
     bundles = {each: _bundle(folder / shape, each, shape, sizes) for each in precisions}
-    peaks = {each: _peak(bundle, sizes.image_size) for each, bundle in bundles.items()}
-    models = {each: Model(bundle, threads=2, check="size") for each, bundle in bundles.items()}
-    times = _alternate(models, sizes.image_size, rounds)
+    models = {
+        each: Model(bundle, threads=THREADS, check="size") for each, bundle in bundles.items()
+    }
+    text, side = question(next(iter(models.values())), _TEXT), sizes.image_size
+    times = _alternate(models, side, text, rounds)
+    peaks = {each: _peak(bundle, side, text) for each, bundle in bundles.items()}
     for model in models.values():
         model.close()
     rows = [
@@ -61,10 +64,10 @@ def measure(folder: Path, precisions: Sequence[str], shape: str, rounds: int) ->
 
 
 def _alternate(
-    models: Mapping[str, Model], side: int, rounds: int
+    models: Mapping[str, Model], side: int, text: str, rounds: int
 ) -> dict[tuple[str, str], dict[str, float]]:
     """Median milliseconds by precision and plan."""
-    text, noise = question(next(iter(models.values())), _TEXT), np.random.default_rng(0)
+    noise = np.random.default_rng(0)
     runs = [(each, plan) for plan in PLANS for each in models]
     times: dict[tuple[str, str], list[dict[str, float]]] = {key: [] for key in runs}
     for number in range(rounds + 1):  # the first warms up
@@ -81,7 +84,7 @@ def _alternate(
 
 
 def _request(model: Model, plan: str, image: np.ndarray, text: str) -> dict[str, float]:
-    options: dict[str, Any] = {"max_new_tokens": _NEW, "ignore_eos": True, "stop": ()}
+    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True, "stop": ()}
     result = model.generate(image, text, plan=plan, **options)
     return {part: float(result.timings_ms.get(part) or 0.0) for part in PARTS}
 
@@ -101,7 +104,7 @@ def _bundle(folder: Path, precision: str, name: str, shape: Shape) -> Path:
     fixed = Plan(tuple(SitePlan(i, "atp", open_thresholds, n) for i, n in _ATP_SITES[name]))
     words = [str(folder / "checkpoint"), "-o", str(bundle), "--scorer", str(folder / "clip")]
     words += ["--precision", precision, "--max-text-tokens", "128"]
-    run(["export", *words, "--max-new-tokens", str(_NEW), *_plan(folder, "ivtp", plan)])
+    run(["export", *words, "--max-new-tokens", str(NEW_TOKENS), *_plan(folder, "ivtp", plan)])
     run(["export", "--reuse", str(bundle), *_plan(folder, "atp", fixed)])
     return bundle
 
@@ -112,21 +115,7 @@ def _plan(folder: Path, name: str, plan: Plan) -> list[str]:
     return ["--plan", str(path), "--plan-name", name, "--quiet"]
 
 
-def _peak(bundle: Path, side: int) -> int:
-    """Peak memory of a process that answers one request under each plan, bytes."""
-    words = [sys.executable, "-m", "benchmarks.precision.speed", str(bundle), str(side)]
+def _peak(bundle: Path, side: int, text: str) -> int:
+    """Peak memory of a process that answers one request under each plan, bytes; 0 if unknown."""
+    words = [sys.executable, "-m", "benchmarks.precision.peak", str(bundle), str(side), text]
     return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def main() -> None:
-    """Answer a request under each plan, and print the peak memory."""
-    bundle, side = sys.argv[1:]
-    model = Model(bundle, threads=2, check="size")
-    image = np.random.default_rng(0).integers(0, 256, (int(side), int(side), 3), np.uint8)
-    for plan in PLANS:
-        _request(model, plan, image, question(model, _TEXT))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-
-if __name__ == "__main__":
-    main()
