@@ -54,7 +54,7 @@ def measure(
             floats = found[case.label, FLOAT32].result()
             for precision in precisions:
                 given = found[case.label, precision].result()
-                row = {"plan": case.label, "precision": precision}
+                row: dict[str, Any] = {"plan": case.label, "precision": precision}
                 row |= {"bytes": size(bundles.of(case, precision))}
                 rows.append(row | compare(questions, given, floats))
                 log(f"  {case.label}, {precision}: {_brief(rows[-1])}")
