@@ -123,6 +123,12 @@ def layer_output(layer: int) -> str:
     return f"layers.{layer}.output"
 
 
+def product(matrix: str) -> str:
+    """Inner value of a graph: what a matrix makes of its rows, [..., out], without a bias."""
+    return f"{matrix}{PRODUCT}"
+
+
+PRODUCT = ".product"  # after the name of a matrix
 OUT = ".out"  # after the name of a cache: the same buffer, updated, [1, G, S, D]
 NEW = ".new"  # after the name of a cache: the rows to be written after the past, [1, L, G * D]
 

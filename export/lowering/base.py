@@ -14,7 +14,7 @@ from onnx_ir.passes import common as passes
 
 from patchsieve.contract import names
 from patchsieve.contract.formats import FLOAT, FORMATS, Format
-from patchsieve.contract.targets import Target
+from patchsieve.contract.targets import QUANTISED_OPSET, Target
 from patchsieve.export.graphs import ops
 from patchsieve.export.lowering.constants import fold_constants
 
@@ -27,9 +27,6 @@ class Lowering(ABC):
 
     target: ClassVar[Target]
     domains: ClassVar[dict[str, int]] = {}  # opsets of operators that are not standard ONNX
-    # The least opset of a graph that holds quantised numbers: 21 has int4, blocks of a matrix, and
-    # QuantizeLinear without a zero point.
-    quantised_opset: ClassVar[int] = 21
 
     def __init__(self, graph: ir.Graph, attention: str = names.DECOMPOSED) -> None:
         self.graph, self.attention = graph, attention
@@ -174,15 +171,20 @@ class Lowering(ABC):
 
     def run(self) -> None:
         """Replace every open node."""
+        named: set[str] = set()  # a matrix may be read twice: its first product has the name
         for node in list(self.graph):
             if node.domain != ops.DOMAIN:
                 continue
             self._tape = tape.Tape()
+            product = _product_of(node)
             new = list(getattr(self, node.op_type)(node))
             is_inner = not node.outputs[0].is_graph_output()
             convenience.replace_nodes_and_values(
                 self.graph, node, [node], self._tape.nodes, node.outputs, new
             )
+            if product is not None and is_inner and product not in named:
+                named.add(product)
+                new[0].name = product
             if node.op_type == "Mark" and is_inner:  # last: the replacement passes on its own name
                 new[0].name = node.attributes["name"].as_string()
         first = next(iter(self.graph))
@@ -215,6 +217,13 @@ def format_of(node: ir.Node) -> Format:
     """How the matrix of an open node `Linear` is stored."""
     named = node.attributes.get("format")
     return FORMATS[FLOAT if named is None else named.as_string()]
+
+
+def _product_of(node: ir.Node) -> str | None:
+    """What `verify` calls the product of an open node `Linear`; None for other nodes."""
+    if node.op_type != "Linear":
+        return None
+    return names.product(str(inputs_of(node)[1].name).partition(".weight")[0])
 
 
 def inputs_of(node: ir.Node) -> list[ir.Value]:
@@ -278,5 +287,5 @@ def lower(
 def _opset(graph: ir.Graph, lowering: type[Lowering]) -> int:
     """The target's opset, or a higher one where the graph holds quantised numbers."""
     if any(node.op_type == "DequantizeLinear" for node in graph):
-        return max(lowering.target.opset, lowering.quantised_opset)
+        return max(lowering.target.opset, QUANTISED_OPSET)
     return lowering.target.opset

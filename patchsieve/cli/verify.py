@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         if first is None:
             print(f"{len(parts)} parts compared with {args.against}: the bundle agrees")
         else:
-            print(f"first to depart: {first.name}, plan {first.plan}")
+            print(f"first to depart: {_named(first)}")
         say_target(args, both.choice)
     return 0 if first is None else DEPARTS
 
@@ -142,29 +142,51 @@ def _as_json(
 
 
 def _print_tables(plans: list[str], parts: list[Part]) -> None:
-    """A table for each plan; what a plan before it has shown with the same numbers is left out."""
-    seen: set[tuple[str, float | None, str]] = set()
+    """A table for each plan; what a plan before it has shown with the same numbers is left out.
+
+    Single matrices are left out too unless they depart: their layer's line names the worst.
+    """
+    seen: set[tuple[object, ...]] = set()
     for plan in plans:
-        shown = [part for part in parts if part.plan == plan]
-        rows = [part for part in shown if (part.name, part.max_error, part.note) not in seen]
+        shown = [
+            part for part in parts if part.plan == plan and (part.departs or not part.is_product)
+        ]
+        rows = [part for part in shown if _numbers(part) not in seen]
         more = f", {len(shown) - len(rows)} parts as above" if len(rows) < len(shown) else ""
         print(f"plan {plan}{more}\n{_table(rows)}\n")
-        seen |= {(part.name, part.max_error, part.note) for part in shown}
+        seen |= set(map(_numbers, shown))
+
+
+def _numbers(part: Part) -> tuple[object, ...]:
+    return part.name, part.max_error, part.own_error, part.note
 
 
 def _table(parts: list[Part]) -> str:
+    has_own = any(part.own_error is not None for part in parts)
     rows = [
         (
             part.name,
             _number(part.max_error),
             _number(part.relative_error),
+            _number(part.mean_error),
+            *((_number(part.own_error),) if has_own else ()),
             _number(part.tolerance),
             "DEPARTS" if part.departs else "ok",
             part.note,
         )
         for part in parts
     ]
-    return table(("part", "max error", "relative", "tolerance", "verdict", ""), rows)
+    own = ("own",) if has_own else ()
+    header = ("part", "max error", "relative", "row mean", *own, "tolerance", "verdict", "")
+    return table(header, rows)
+
+
+def _named(part: Part) -> str:
+    """A part that departs, in one line."""
+    said = f"{part.name}, plan {part.plan}"
+    if part.own_error is None or part.tolerance is None:
+        return said
+    return f"{said}: own error {part.own_error:.1e}, its format allows {part.tolerance:.1e}"
 
 
 def _number(value: float | None) -> str:

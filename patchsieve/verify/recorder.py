@@ -11,6 +11,8 @@ from patchsieve.contract import names, reads
 from patchsieve.runtime.cache import StageCache
 from patchsieve.runtime.ort.backend import OrtBackend
 
+MOST_STEPS = 8  # rows decoded that are kept: each asks the whole of the checkpoint's decoder
+
 
 class Run(NamedTuple):
     """What one run of a graph was fed, its caches left out, and what it returned."""
@@ -33,6 +35,9 @@ class Recorder:
         self.inputs: dict[str, dict[str, np.ndarray]] = {}
         self.values: dict[str, np.ndarray] = {}  # by tensor name; decisions by graph, then tensor
         self.runs: dict[str, list[Run]] = {}  # of a decision one for each image
+        self.steps: list[dict[str, np.ndarray]] = []  # by tensor name, of each row decoded
+        self.before: list[int] = []  # rows in the cache of each stage before the first of them
+        self._caches: Sequence[StageCache] = ()
 
     def allocate(self, stage: int, slots: int) -> Any:
         """As the backend does."""
@@ -60,9 +65,7 @@ class Recorder:
         if graph not in self.inputs:
             self.inputs[graph] = {k: self._copy(v) for k, v in inputs.items()}
             first, last = cache.stage.first, cache.stage.last
-            hidden = {names.HIDDEN_OUT: names.layer_output(last - 1)}
-            for name, value in out.items():
-                self.values[hidden.get(name, name)] = self._copy(value)
+            self.values |= self._named(out, cache)
             rows = cache.length + len(inputs[names.KEEP_INDICES])
             for layer in range(first, last):
                 for name in (names.key_cache(layer), names.value_cache(layer)):
@@ -72,8 +75,32 @@ class Recorder:
     def decode(
         self, hidden: np.ndarray, steps: Sequence[Mapping[str, Any]], caches: Sequence[StageCache]
     ) -> np.ndarray:
-        """As the backend does; what a later token leaves is not kept."""
-        return self.inner.decode(hidden, steps, caches)
+        """As the backend does; what the first rows leave is kept."""
+        if len(self.steps) == MOST_STEPS:
+            return self.inner.decode(hidden, steps, caches)
+        self.before = self.before or [cache.length for cache in caches]
+        self._caches, found = caches, {names.HIDDEN: self._copy(hidden)}
+        rows: Any = hidden
+        for index, (inputs, cache) in enumerate(zip(steps, caches, strict=True)):
+            out = self.inner.run_stage(index, {names.HIDDEN: rows, **inputs}, cache)
+            rows = out.get(names.HIDDEN_OUT)
+            found |= self._named(out, cache)
+        self.steps.append(found)
+        return self.inner.fetch("logits of a new token", out[names.LOGITS])[0]
+
+    def cached(self) -> dict[str, np.ndarray]:
+        """Keys and values [1, G, P + T, D] of each layer up to the last row of `steps`."""
+        found = {}
+        for cache, before in zip(self._caches, self.before, strict=True):
+            for layer in range(cache.stage.first, cache.stage.last):
+                for name in (names.key_cache(layer), names.value_cache(layer)):
+                    found[name] = cache.buffers.rows(name, before + len(self.steps))
+        return found
+
+    def _named(self, out: Mapping[str, Any], cache: StageCache) -> dict[str, np.ndarray]:
+        """Outputs of a stage by their names in the whole decoder."""
+        hidden = {names.HIDDEN_OUT: names.layer_output(cache.stage.last - 1)}
+        return {hidden.get(name, name): self._copy(value) for name, value in out.items()}
 
     def key_cache(self, cache: StageCache, layer: int) -> Any:
         """As the backend does."""

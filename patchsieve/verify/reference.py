@@ -7,10 +7,10 @@ rows: a row that is dropped leaves the list of rows and keeps its position.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -23,6 +23,7 @@ from patchsieve.contract.errors import PatchsieveError, UnsupportedModelError
 from patchsieve.contract.plan import Plan, PseudoCls
 from patchsieve.contract.trained import Trained
 from patchsieve.export.families import family_of
+from patchsieve.export.graphs.vision import Vision
 from patchsieve.export.plan_graphs import plan_vision
 from patchsieve.export.source.checkpoint import Checkpoint, locate, read_config
 from patchsieve.export.weights import weights_of
@@ -41,6 +42,7 @@ class Layers:
         cache: For `decode`.
         position: Of the next row.
         row_positions: Of the rows that the last layer was fed, [L]; with A rotary sections [L, A].
+        fed: Positions of the rows that each layer was fed, and which rows each saw, bool [L, L].
     """
 
     hidden: list[np.ndarray] = field(default_factory=list)
@@ -51,6 +53,21 @@ class Layers:
     cache: Any = None
     position: int = 0
     row_positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    fed: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+
+
+class Reduced(NamedTuple):
+    """What a vision module that prunes gives.
+
+    Attributes:
+        features: Of each image, [N, C].
+        ids: Their raster ids, [N].
+        cls: The projected CLS, [B, C].
+    """
+
+    features: list[np.ndarray]
+    ids: list[np.ndarray]
+    cls: np.ndarray
 
 
 # Asked before a layer, given what the layers so far made: the rows that enter it, and all rows
@@ -136,20 +153,10 @@ class Reference:
         return torch.stack(list(features)).numpy(), layers
 
     @torch.no_grad()
-    def reduced(
-        self, plan: Plan, pixel_values: np.ndarray, noise: np.ndarray | None
-    ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
-        """Run a plan's vision module in torch, on the checkpoint's weights in float32.
+    def plan_vision(self, plan: Plan) -> Vision:
+        """A plan's vision module on the checkpoint's weights in float32.
 
         Hugging Face has no tower that prunes: `vision` holds the tower itself against it.
-
-        Args:
-            plan: The plan.
-            pixel_values: [B, 3, h, w].
-            noise: [B, patches], where a method draws.
-
-        Returns:
-            Features [N, C] and raster ids [N] of each image, and the projected CLS [B, C].
         """
         # The space that words are compared in is the scorer's, which the checkpoint does not hold.
         plan = replace(plan, pseudo_cls=PseudoCls("none"))
@@ -160,11 +167,24 @@ class Reference:
             tensor = self.checkpoint.read(weight.source).float()
             state[weight.name] = tensor.t() if weight.transposed else tensor
         module.load_state_dict(state)
+        return module
+
+    @torch.no_grad()
+    def reduced(
+        self, module: Vision, pixel_values: np.ndarray, noise: np.ndarray | None
+    ) -> Reduced:
+        """Run a plan's vision module.
+
+        Args:
+            module: What `plan_vision` gave.
+            pixel_values: [B, 3, h, w].
+            noise: [B, patches], where a method draws.
+        """
         drawn = () if noise is None else (torch.from_numpy(noise),)
         features, ids, _, *wanted, cls = module(torch.from_numpy(pixel_values), *drawn)
         counts = wanted[0].tolist() if wanted else [module.num_visual] * len(features)
         tokens, places = (without_padding(each.numpy(), counts) for each in (features, ids))
-        return tokens, places, cls.numpy()
+        return Reduced(tokens, places, cls.numpy())
 
     @torch.no_grad()
     def embed(self, input_ids: np.ndarray, features: np.ndarray) -> np.ndarray:
@@ -213,8 +233,9 @@ class Reference:
                 x, row = torch.from_numpy(hidden)[:, kept], row[kept]
             seen_by = (row <= last_seen[row, None]) | (row == row[:, None])  # [L, L]
             out.row_positions = places[row]
+            out.fed.append((out.row_positions, seen_by))
             at = torch.from_numpy(out.row_positions)
-            x, query = self._layer(index, x, at, out.cache, torch.from_numpy(seen_by))
+            x, query = self.layer(index, x, at, out.cache, torch.from_numpy(seen_by))
             made = out.cache.layers[index]
             out.hidden.append(x.numpy())
             out.query.append(query.numpy())
@@ -222,7 +243,7 @@ class Reference:
             out.value.append(made.values.numpy())
             stays = int((row < count).sum())  # the rows to come do not see side rows
             made.keys, made.values = made.keys[:, :, :stays], made.values[:, :, :stays]
-        out.logits = self._logits(x)
+        out.logits = self.logits(x)
         return out
 
     @torch.no_grad()
@@ -238,15 +259,23 @@ class Reference:
         return self._rotated(layer, x, angles)
 
     @torch.no_grad()
-    def decode(self, layers: Layers, count: int) -> np.ndarray:
-        """Logits of greedy tokens after a prefill, end tokens or not, [count, V]."""
+    def decode(self, layers: Layers, count: int, said: Sequence[int] = ()) -> np.ndarray:
+        """Logits of tokens after a prefill, end tokens or not, [count, V].
+
+        Args:
+            layers: What the prefill made.
+            count: How many.
+            said: The tokens; greedy ones after these.
+        """
         logits = [layers.logits]
         while len(logits) < count:
-            x = self.model.get_input_embeddings()(torch.tensor([[int(logits[-1].argmax())]]))
+            greedy = int(logits[-1].argmax())
+            token = said[len(logits) - 1] if len(logits) <= len(said) else greedy
+            x = self.model.get_input_embeddings()(torch.tensor([[token]]))
             for index in range(len(self.decoder.layers)):
-                x, _ = self._layer(index, x, torch.tensor([layers.position]), layers.cache)
+                x, _ = self.layer(index, x, torch.tensor([layers.position]), layers.cache)
             layers.position += 1
-            logits.append(self._logits(x))
+            logits.append(self.logits(x))
         return np.stack(logits)
 
     @torch.no_grad()
@@ -262,7 +291,7 @@ class Reference:
         )
         return torch.cat(made.logits).numpy()
 
-    def _layer(
+    def layer(
         self, index: int, x: Tensor, positions: Tensor, cache: Any, seen: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """One decoder layer: rows [1, L, C] after it and its rotated queries [1, L, H * D].
@@ -312,7 +341,8 @@ class Reference:
             for each in zip(*by_axis, strict=True)
         )
 
-    def _logits(self, x: Tensor) -> np.ndarray:
+    def logits(self, x: Tensor) -> np.ndarray:
+        """Logits [V] of the last of rows [1, L, C]."""
         return self.head(self.decoder.norm(x[:, -1]))[0].numpy()
 
 
@@ -344,12 +374,14 @@ def side_rows(positions: np.ndarray, image_index: np.ndarray) -> tuple[np.ndarra
     return positions[following], last
 
 
-def tapped(path: Path) -> bytes:
-    """A graph whose named inner values (rows after each layer) are outputs too."""
+def tapped(path: Path, has_products: bool) -> bytes:
+    """A graph whose rows after each layer are outputs too, and what each matrix makes if wanted."""
     model = onnx.load(str(path), load_external_data=False)
     present = {value.name for value in model.graph.output}
     for node in model.graph.node:
         for name in node.output:
-            if name.endswith(".output") and "layers." in name and name not in present:
+            is_rows = name.endswith(".output") and "layers." in name
+            is_product = has_products and name.endswith(names.PRODUCT)
+            if (is_rows or is_product) and name not in present:
                 model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
     return model.SerializeToString()

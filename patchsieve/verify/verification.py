@@ -2,99 +2,47 @@
 
 The bundle runs as it always does, through its runtime; a recorder keeps what its graphs returned.
 The checkpoint runs in Hugging Face (`patchsieve.verify.reference`). Both sides feed themselves, so
-that the first part that departs is where to look.
+that the first part that departs is where to look. Where matrices are rounded to int8 or int4, their
+errors add up on the way; there each part counts by what the checkpoint makes of the bundle's rows
+before it (`patchsieve.verify.low`), and the sum of all is shown beside it.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from patchsieve.contract import files, names
-from patchsieve.contract.errors import PatchsieveError
+from patchsieve.contract import names, reads
 from patchsieve.contract.plan import NO_PRUNING
-from patchsieve.contract.targets import CHECKABLE
-from patchsieve.runtime.backend import Backend
-from patchsieve.runtime.bundle import Bundle
-from patchsieve.runtime.inputs.images import load_image
+from patchsieve.export.methods import build_method
 from patchsieve.runtime.inputs.prompt import ExpandedPrompt, Prompt, expand
-from patchsieve.runtime.model import Model
-from patchsieve.runtime.ort.backend import OrtBackend
 from patchsieve.runtime.positions import number_rows
 from patchsieve.runtime.pseudo_cls import cosines, pool
 from patchsieve.runtime.result import Result
-from patchsieve.runtime.sampling_options import PLAIN
-from patchsieve.runtime.target import AUTO, Choice, choose
 from patchsieve.verify import reference as hf
 from patchsieve.verify import sites
+from patchsieve.verify.low import PROJECTOR, Tower, worst
+from patchsieve.verify.opened import Opened
 from patchsieve.verify.parts import (
     PIXEL_TOLERANCE,
-    TOLERANCE,
+    Alone,
     Part,
-    allowed_error,
     compare,
+    compare_alone,
+    compare_next,
     compare_survivors,
     compare_tokens,
 )
-from patchsieve.verify.recorder import Recorder
+
+# A rounded tower's patches whose scores are as good as equal may change places within one layer.
+FEWEST_BY_SAME_ROWS = 0.9
 
 
-class Verification:
-    """One request on both sides.
-
-    Args:
-        bundle: The bundle's directory.
-        checkpoint: A directory or a hub id.
-        target: Which of the bundle's graphs, or "auto"; they run in ONNX Runtime on the CPU.
-        threads: Of the bundle's backend.
-        revision: Branch, tag or commit of a hub id; None for its main branch.
-
-    Attributes:
-        choice: The target, and why "auto" took it.
-    """
-
-    def __init__(
-        self,
-        bundle: Path,
-        checkpoint: str,
-        *,
-        target: str = AUTO,
-        threads: int | None = None,
-        revision: str | None = None,
-    ) -> None:
-        self.choice = Choice(target)
-        if target == AUTO:
-            self.choice = choose(bundle, files.read(bundle), among=CHECKABLE)
-            target = self.choice.target
-        if target not in CHECKABLE:
-            raise PatchsieveError(
-                "verify cannot run this target: it runs graphs in ONNX Runtime",
-                found=target,
-                expected=", ".join(CHECKABLE),
-                do="choose one of these with --target",
-            )
-
-        def recorder(opened: Bundle) -> Backend:
-            facts = opened.manifest
-            graphs = {facts.vision_graph(plan) for plan in facts.plans}
-            graphs |= set(map(names.stage, range(len(facts.stages))))
-            models = {graph: hf.tapped(opened.graph_path(graph)) for graph in graphs}
-            self.recorder = Recorder(
-                OrtBackend(opened, threads=threads, models=models, device="cpu")
-            )
-            return self.recorder
-
-        self.model = Model(bundle, target=target, backend=recorder)
-        self.facts = self.model.facts
-        self.reference = hf.Reference(checkpoint, revision)
-        self._check_shapes(checkpoint)
-        self.tolerance = allowed_error(self.facts)
-        self.is_exact = self.tolerance == TOLERANCE["float32"]
+class Verification(Opened):
+    """One request on both sides."""
 
     def compare(
         self, images: Any, prompt: str, plan: str, *, raw: bool = False, count: int = 32
@@ -112,35 +60,21 @@ class Verification:
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         count = min(count, self.facts.limits.max_new_tokens)
         result, failure = self._answer(images, prompt, plan, raw, count)
+        cached = self.recorder.cached()
         inputs = self._hf_inputs(images, prompt, raw)
         built = self._prompt(prompt, len(images), raw)
         our_features, our_ids = self._seen(plan)
         rows = expand(built, [len(ids) for ids in our_ids])
-        cls: np.ndarray | None = None
-        whole, layers_seen = self.reference.vision(inputs[names.PIXEL_VALUES])
-        features = list(whole)
         yield from self._inputs(plan, rows.token_ids, inputs)
-        if self.facts.plans[plan].has_vision:
-            features, patch_ids, cls = self._reduced(plan, inputs[names.PIXEL_VALUES])
-            yield self._patches(plan, patch_ids)
-        else:
-            patch_ids = our_ids
-            yield from self._tower(plan, layers_seen)
-        theirs = np.concatenate(features)  # the tokens of all images, [N, C]
-        yield self._part(plan, names.IMAGE_FEATURES, np.concatenate(our_features), theirs)
-        if list(map(len, features)) != list(map(len, our_features)):
+        seen = yield from self._vision(plan, inputs[names.PIXEL_VALUES])
+        if list(map(len, seen.features)) != list(map(len, our_features)):
             return  # other tokens: nothing after them can be compared
-        embeddings = self.reference.embed(rows.token_ids[None], theirs)
-        fed = self.recorder.inputs[names.stage(0)][names.HIDDEN]
-        num_rows = len(rows.token_ids)
-        yield self._part(plan, "embeddings", fed[:, :num_rows], embeddings)
-        if fed[:, :num_rows].shape != embeddings.shape:
+        embeddings = yield from self._embeddings(plan, seen, result, built, rows)
+        if embeddings is None:
             return  # other rows: nothing after them can be compared
-        if fed.shape[1] > num_rows and cls is not None:
-            side, note = self._side_rows(plan, cls, result, built)
-            yield self._part(plan, "pseudo-CLS", fed[:, num_rows:], side, note=note)
-            embeddings = np.concatenate((embeddings, side), axis=1)
-        yield from self._decoder(plan, embeddings, rows, patch_ids)
+        yield from self._decoder(plan, embeddings, rows, seen.ids)
+        if self.low is not None:
+            yield from self.low.steps(plan, self._layers, cached)
         if failure:
             yield Part(plan, "greedy tokens", departs=True, note=failure)
         else:
@@ -148,11 +82,77 @@ class Verification:
 
     def _tokens(self, plan: str, result: Result, inputs: dict[str, np.ndarray], count: int) -> Part:
         """The answer, against `count` greedy tokens of the checkpoint."""
+        said, by = result.token_ids, "eager decoding of the survivors"
+        if self.low is not None:
+            logits = self.reference.decode(self._layers, len(said), said)
+            return compare_next(plan, said, self.low.chosen(), logits, by)
         if plan == NO_PRUNING and not self.facts.text.rotary_sections:
-            said, by = self.reference.generate(inputs, count), "generate"
+            logits, by = self.reference.generate(inputs, count), "generate"
         else:
-            said, by = self.reference.decode(self._layers, count), "eager decoding of the survivors"
-        return compare_tokens(plan, result.token_ids, said, by, self.tolerance)
+            logits = self.reference.decode(self._layers, count)
+        return compare_tokens(plan, said, logits, by, self.tolerance)
+
+    def _vision(self, plan: str, pixels: np.ndarray) -> Generator[Part, None, hf.Reduced]:
+        """The tower, the projector, and what prunes in them.
+
+        Returns:
+            The checkpoint's tokens. Where a rounded tower prunes, they are of the bundle's rows, so
+            that other survivors end there.
+        """
+        facts, tower = self.facts, None
+        graph = facts.vision_graph(plan)
+        if facts.plans[plan].has_vision:
+            noise = self.recorder.inputs[graph].get(names.NOISE)
+            module = self.reference.plan_vision(facts.plans[plan])
+            seen = self.reference.reduced(module, pixels, noise)
+            if self.low is not None:
+                tower = self.low.tower(graph, pixels, module, noise)
+                yield from self._tower(plan, graph, None, tower)
+            yield self._patches(plan, seen.ids, None if tower is None else tower.reduced.ids)
+            seen = seen if tower is None else tower.reduced
+        else:
+            whole, layers = self.reference.vision(pixels)
+            seen = hf.Reduced(list(whole), self._seen(plan)[1], whole[:, 0])
+            if self.low is not None:
+                tower = self.low.tower(graph, pixels)
+            yield from self._tower(plan, graph, layers, tower)
+        ours, theirs = (np.concatenate(rows) for rows in (self._seen(plan)[0], seen.features))
+        alone = None
+        if tower is not None and self.low is not None:
+            yield from self.low.products(plan, tower.products, self._values(graph))
+            alone = self.low.features(tower)
+        yield self._part(plan, names.IMAGE_FEATURES, ours, theirs, alone=alone)
+        return seen
+
+    def _embeddings(
+        self,
+        plan: str,
+        seen: hf.Reduced,
+        result: Result,
+        prompt: Prompt,
+        rows: ExpandedPrompt,
+    ) -> Generator[Part, None, np.ndarray | None]:
+        """What enters the decoder.
+
+        Returns:
+            The checkpoint's rows [1, L0 + M, C]; None if the bundle's are other in number.
+        """
+        embed, low = self.reference.embed, self.low is not None
+        embeddings = embed(rows.token_ids[None], np.concatenate(seen.features))
+        fed, count = self.recorder.inputs[names.stage(0)][names.HIDDEN], len(rows.token_ids)
+        alone = None
+        if low:
+            ours = embed(rows.token_ids[None], np.concatenate(self._seen(plan)[0]))
+            alone = Alone(ours, self.tolerance)
+        yield self._part(plan, "embeddings", fed[:, :count], embeddings, alone=alone)
+        if fed[:, :count].shape != embeddings.shape:
+            return None
+        if fed.shape[1] > count and self.facts.plans[plan].pseudo_cls is not None:
+            side, note = self._side_rows(plan, seen.cls, result, prompt)
+            alone = Alone(side, self.allowed.layer(PROJECTOR)) if low else None
+            yield self._part(plan, "pseudo-CLS", fed[:, count:], side, note=note, alone=alone)
+            embeddings = np.concatenate((embeddings, side), axis=1)
+        return embeddings
 
     def _decoder(
         self,
@@ -186,38 +186,9 @@ class Verification:
         for index in range(facts.text.num_layers):
             yield from decisions.get(index, ())
             yield from self._layer(plan, index, layers)
-        yield self._part(plan, "logits", self.recorder.values[names.LOGITS][0], layers.logits[None])
-
-    def close(self) -> None:
-        """Give back memory."""
-        self.model.close()
-
-    def _answer(
-        self, images: list[Any], prompt: str, plan: str, raw: bool, count: int
-    ) -> tuple[Result, str]:
-        """The bundle's answer, or why it gave none although its graphs ran."""
-        result = Result()
-        options: dict[str, Any] = {"raw": raw, "max_new_tokens": count, "ignore_eos": True} | PLAIN
-        answer = self.model.stream(images, prompt, plan=plan, result=result, **options)
-        try:
-            deque(answer, maxlen=0)
-            return result, ""
-        except PatchsieveError as error:
-            if names.LOGITS not in self.recorder.values:
-                raise
-            return result, str(error)
-
-    def _hf_inputs(self, images: list[Any], prompt: str, raw: bool) -> dict[str, np.ndarray]:
-        message = self.model.bundle.prompts.user_message(prompt, len(images))
-        pictures = [load_image(image) for image in images]
-        return self.reference.inputs(pictures, prompt if raw else [dict(message)])
-
-    def _prompt(self, prompt: str, num_images: int, raw: bool) -> Prompt:
-        """The prompt that the bundle feeds, each image still one token."""
-        prompts = self.model.bundle.prompts
-        if raw:
-            return prompts.build_raw(prompt, num_images)
-        return prompts.build([prompts.user_message(prompt, num_images)], num_images)
+        alone = None if self.low is None else self.low.prompt_logits()
+        ours = self.recorder.values[names.LOGITS][0]
+        yield self._part(plan, "logits", ours, layers.logits[None], alone=alone)
 
     def _seen(self, plan: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Features [N, C] and raster ids [N] of each image that the bundle's graph returned."""
@@ -226,22 +197,33 @@ class Verification:
         counts = values.get(f"{graph}/{names.NUM_WANTED}", [ids.shape[1]] * len(ids))
         return hf.without_padding(features, counts), hf.without_padding(ids, counts)
 
-    def _reduced(
-        self, plan: str, pixels: np.ndarray
-    ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
-        """The same and the CLS by the plan's methods in torch, on the noise that was drawn."""
-        fed = self.recorder.inputs[self.facts.vision_graph(plan)]
-        return self.reference.reduced(self.facts.plans[plan], pixels, fed.get(names.NOISE))
+    def _values(self, graph: str) -> dict[str, np.ndarray]:
+        """What a graph other than a stage returned."""
+        start = f"{graph}/"
+        values = self.recorder.values.items()
+        return {name.removeprefix(start): rows for name, rows in values if name.startswith(start)}
 
-    def _patches(self, plan: str, given: list[np.ndarray]) -> Part:
-        """Survivors of the tower; the features say of those that are no patches."""
+    def _patches(
+        self, plan: str, given: list[np.ndarray], by_same_rows: list[np.ndarray] | None
+    ) -> Part:
+        """Survivors of the tower; the features say of those that are no patches.
+
+        Args:
+            plan: The plan.
+            given: The checkpoint's, by its own rows.
+            by_same_rows: The checkpoint's by the bundle's rows, where the tower is rounded.
+        """
         ours, theirs = np.concatenate(self._seen(plan)[1]), np.concatenate(given)
-        common = len(np.intersect1d(ours, theirs))
-        note = f"{common} ids in common of {len(np.unique(ours))} and {len(np.unique(theirs))}"
-        # float16 may swap patches whose scores are as good as equal; float32 seldom does.
-        fewest = 1.0 if self.facts.precision.tower == "float32" else 0.99
-        departs = common < fewest * len(np.unique(theirs))
-        return Part(plan, "survivors of the tower", departs=departs, note=note)
+        share, note = _common_ids(ours, theirs)
+        if by_same_rows is not None:
+            judged, by_rows = _common_ids(ours, np.concatenate(by_same_rows))
+            note = f"{share:.1%} in common; {by_rows} by the same rows"
+            fewest = FEWEST_BY_SAME_ROWS
+        else:
+            # float16 may swap patches whose scores are as good as equal; float32 seldom does.
+            judged, fewest = share, 1.0 if self.facts.precision.tower == "float32" else 0.99
+        departs = judged < fewest
+        return Part(plan, "survivors of the tower", departs=departs, in_common=share, note=note)
 
     def _inputs(self, plan: str, ids: np.ndarray, inputs: dict[str, np.ndarray]) -> Iterator[Part]:
         """Pixels and token ids; an image counts as one token where the plan leaves fewer."""
@@ -256,11 +238,25 @@ class Verification:
         note = f"{len(ids)} and {len(hf_ids)} ids" if departs else f"{len(ids)} ids"
         yield Part(plan, "token ids", departs=departs, note=note)
 
-    def _tower(self, plan: str, layers: list[np.ndarray]) -> Iterator[Part]:
-        """Each layer of the tower."""
+    def _tower(
+        self, plan: str, graph: str, layers: list[np.ndarray] | None, tower: Tower | None
+    ) -> Iterator[Part]:
+        """Each layer of the tower; the checkpoint's have other rows where it prunes."""
+        values = self._values(graph)
         for index in range(self.facts.vision.num_layers_run):
-            rows = self.recorder.values[f"{names.VISION}/vision.layers.{index}.output"]
-            yield self._part(plan, f"vision layer {index}", rows, layers[index])
+            rows, name = values[f"vision.layers.{index}.output"], f"vision layer {index}"
+            if tower is None or self.low is None:
+                if layers is not None:
+                    yield self._part(plan, name, rows, layers[index])
+                continue
+            made = tower.layers[index]
+            products = self.low.products(plan, made.products, values)
+            yield from products
+            alone, note = self.low.tower_layer(index, made), worst(products)
+            if layers is not None:
+                yield self._part(plan, name, rows, layers[index], note=note, alone=alone)
+            elif rows.shape == made.hidden.shape:
+                yield compare_alone(plan, name, rows, alone)
 
     def _layer(self, plan: str, index: int, layers: hf.Layers) -> Iterator[Part]:
         """Keys, values and rows of a layer; its queries where the bundle returns them."""
@@ -271,9 +267,23 @@ class Verification:
             ("queries", names.query(index), layers.query),
             ("hidden rows", names.layer_output(index), layers.hidden),
         ]
+        first, others, states = [], [], dict[str, Alone]()
+        if self.low is not None:
+            made = self.low.layer(index, layers)
+            states = self.low.states(index, made)
+            first, others = (
+                self.low.products(plan, made.products, values, index, is_first=is_first)
+                for is_first in (True, False)
+            )
+        yield from first
         for what, name, theirs in pairs:
+            label, note = f"layer {index} {what}", ""
+            if what == "hidden rows":
+                yield from others
+                note = worst([*first, *others])
             if name in values:
-                yield self._part(plan, f"layer {index} {what}", values[name], theirs[index], index)
+                rows, alone = values[name], states.get(what)
+                yield self._part(plan, label, rows, theirs[index], index, note, alone)
 
     def _judge(self, plan: str, decisions: dict[int, list[Part]]) -> hf.Judge:
         """Compare decisions, then continue with the bundle's survivors, so that a tie ends here."""
@@ -282,7 +292,12 @@ class Verification:
             runs = self.recorder.runs[names.decide(plan, layer)]
             hidden, parts = made.hidden[-1], decisions.setdefault(layer, [])
             for image, (fed, told) in enumerate(runs):
-                theirs = self._decided(plan, layer, made, fed)
+                theirs, carried = self._decided(plan, layer, made, fed), None
+                closest = 0.0 if self.is_exact else self.tolerance
+                if self.low is not None:
+                    carried = theirs.keep
+                    theirs = self._decided(plan, layer, self.low.recorded(made), fed)
+                    closest = max(closest, self._next_error(plan, layer))
                 visual, keep = fed[names.VISUAL_ROWS], told[names.KEEP_OUT]
                 part = compare_survivors(
                     plan,
@@ -290,8 +305,9 @@ class Verification:
                     keep[visual],
                     theirs.keep,
                     theirs.scores,
-                    0.0 if self.is_exact else self.tolerance,
+                    closest,
                     image if len(runs) > 1 else None,
+                    carried,
                 )
                 moved = told.get(names.MERGED_INTO)
                 if moved is not None and theirs.moved is not None:
@@ -304,6 +320,14 @@ class Verification:
             return np.flatnonzero(keep), hidden
 
         return judge
+
+    def _next_error(self, plan: str, layer: int) -> float:
+        """Error of a decision's queries and keys, where it makes those of the layer at the site."""
+        site = next(site for site in self.facts.plans[plan].sites if site.layer == layer)
+        if reads.NEXT_LAYER not in build_method(site).reads:
+            return 0.0
+        matrices = (f"layers.{layer}.self_attn.{name}" for name in ("q_proj", "k_proj"))
+        return max(map(self.allowed.product, matrices))
 
     def _decided(
         self, plan: str, layer: int, made: hf.Layers, fed: dict[str, np.ndarray]
@@ -355,25 +379,13 @@ class Verification:
         theirs: np.ndarray,
         layer: int | None = None,
         note: str = "",
+        alone: Alone | None = None,
     ) -> Part:
-        return compare(plan, name, ours, theirs, self.tolerance, layer, note)
+        return compare(plan, name, ours, theirs, self.tolerance, layer, note, alone)
 
-    def _check_shapes(self, checkpoint: str) -> None:
-        """Refuse another model's checkpoint at once."""
-        text = self.reference.config.text_config
-        ours: dict[str, Any] = {
-            "hidden_size": self.facts.text.hidden_size,
-            "num_hidden_layers": self.facts.text.num_layers,
-            "vocab_size": self.facts.text.vocab_size,
-            "num_attention_heads": self.facts.text.num_heads,
-        }
-        theirs = {name: getattr(text, name) for name in ours}
-        ours["rotary_sections"] = list(self.facts.text.rotary_sections)
-        theirs["rotary_sections"] = list(self.reference.sections)
-        if ours != theirs:
-            raise PatchsieveError(
-                f"the bundle was not made from {checkpoint}",
-                found=ours,
-                expected=theirs,
-                do="name the bundle's own checkpoint with --against",
-            )
+
+def _common_ids(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, str]:
+    """Share of the checkpoint's raster ids that the bundle has too, and both counts for people."""
+    common, count = len(np.intersect1d(ours, theirs)), len(np.unique(theirs))
+    note = f"{common} ids in common of {len(np.unique(ours))} and {count}"
+    return common / max(count, 1), note

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from patchsieve.contract import files as bundle_files
-from patchsieve.contract import model, weights
+from patchsieve.contract import model
 from patchsieve.contract.names import decide
 from patchsieve.contract.precision import BYTES
-from patchsieve.verify.parts import TOLERANCE, allowed_error
+from patchsieve.verify.parts import TOLERANCE
 from patchsieve.verify.reference import cache_name
 from patchsieve.verify.verification import compare_tokens
 from tests.support.bundles import PHOTO, PLAN, PROMPT, command, command_json, export_tiny
@@ -157,15 +157,6 @@ def test_a_float16_bundle_is_held_to_its_own_tolerance(tmp_path: Path, tiny_chec
 
 def test_every_type_of_a_bundle_has_a_tolerance() -> None:
     assert TOLERANCE.keys() == BYTES.keys()
-
-
-def test_a_coarser_format_of_weights_widens_the_tolerance(tiny_bundle, monkeypatch) -> None:
-    facts = bundle_files.read(tiny_bundle)
-    assert allowed_error(facts) == TOLERANCE["float32"]
-    monkeypatch.setitem(weights.FORMATS, "coarse", weights.Format("coarse", error=0.5))
-    path, entry = next(iter(facts.weights.items()))
-    stored = facts.weights | {path: replace(entry, format="coarse")}
-    assert allowed_error(replace(facts, weights=stored)) == 0.5
 
 
 def test_what_the_checkpoint_asks_of_answers_does_not_change_what_is_compared(
