@@ -1,4 +1,4 @@
-"""The folder of an interrupted training: what it was asked to do, so that trainings do not mix."""
+"""The folder of an interrupted run: what it was asked to do, so that runs do not mix."""
 
 from __future__ import annotations
 
@@ -70,17 +70,19 @@ def asked(
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where a training keeps what it needs to be resumed.
+    """Where a training, or another long run, keeps what it needs to be resumed.
 
     Attributes:
         folder: Holds the Trainer's checkpoints, and what the training was asked to do.
         asked: What it is asked to do now, see `asked`.
         resumes: Continue from what the folder holds.
+        run: What kind of run it is, for people.
     """
 
     folder: Path
     asked: dict[str, Any]
     resumes: bool
+    run: str = "training"
 
     def prepare(self, last: Path | None) -> None:
         """Make the folder of a new training, or check that of the one to resume.
@@ -97,7 +99,7 @@ class TrainingState:
             return
         if last is not None:
             raise PatchsieveError(
-                f"{self.folder} holds a training that was interrupted",
+                f"{self.folder} holds a {self.run} that was interrupted",
                 found=last.name,
                 do="add --resume to continue it, or remove it",
             )
@@ -117,10 +119,10 @@ class TrainingState:
                 found=error,
                 do=f"remove {self.folder}, and start without --resume",
             ) from error
-        other = [name for name in _OF_A_TRAINING if found.get(name) != self.asked[name]]
+        other = [name for name in self.asked if found.get(name) != self.asked[name]]
         if other:
             raise PatchsieveError(
-                "the training to resume had other options",
+                f"the {self.run} to resume had other options",
                 found=", ".join(f"{name} {self.asked[name]}" for name in other),
                 expected=", ".join(f"{name} {found.get(name)}" for name in other),
                 do=f"give the same options, or remove {self.folder}",

@@ -20,6 +20,7 @@ from patchsieve.calibration.thresholds import (
     learned_heads,
 )
 from patchsieve.contract.errors import PatchsieveError
+from patchsieve.export.source.checkpoint import Checkpoint
 from patchsieve.pruning.decoder.atp import ATP
 from patchsieve.pruning.decoder.thresholds import INITIAL_THETA_S, Thresholds
 from patchsieve.pruning.decoder.training import average_tokens
@@ -99,6 +100,7 @@ def _llava(encoder: Encoder, options: CalibrationOptions) -> Any:
     return encoder.family.load(
         encoder.directory,
         encoder.config,
+        Checkpoint(encoder.directory, encoder.family).dequantised(),
         dtype=torch.bfloat16 if is_half else torch.float32,
         # On a CPU the backward pass of SDPA is slower than that of plain products.
         attn_implementation=None if torch.cuda.is_available() else "eager",

@@ -27,6 +27,8 @@ class Format:
         bits: Of one number, without its scale; 0 for the bits of its part's type.
         block: Numbers along the input axis that share a scale; 0 if an output channel has one.
         is_dynamic: `cpu` computes in this format too: it rounds the rows that a matrix multiplies.
+        is_float: Its numbers are floating point of `bits` bits: FP8 (E4M3) or FP4 (E2M1).
+        is_proven: Engines with it have run, or run on a CPU. No GPU has run one that has not.
         error: Of what a matrix makes of a row, or a layer of matrices, over the row in the 2-norm:
             the mean over rows that `verify` allows. 0 if it keeps each number. Measured on the demo
             model and on tiny ones, int8 makes 0.005 to 0.03 and int4 0.05 to 0.2, at any depth; a
@@ -38,13 +40,26 @@ class Format:
     block: int = 0
     is_dynamic: bool = False
     error: float = 0.0
+    is_float: bool = False
+    is_proven: bool = True
+
+    @property
+    def rounds_rows(self) -> bool:
+        """TensorRT computes in it too, where a scale for the rows is stored."""
+        return self.is_dynamic or (self.is_float and not self.block)
+
+    @property
+    def has_levels(self) -> bool:
+        """Its scales are FP8 themselves, with one of float32 for the whole matrix."""
+        return self.is_float and self.block > 0
 
     def num_bytes(self, size_in: int, size_out: int, kind: str) -> int:
         """Bytes of a matrix with its scales, in a part of a type."""
         if not self.bits:
             return size_in * size_out * BYTES[kind]
         scales = size_out * (size_in // self.block if self.block else 1)
-        return size_in * size_out * self.bits // 8 + scales * BYTES[kind]
+        stored = scales + BYTES["float32"] if self.has_levels else scales * BYTES[kind]
+        return size_in * size_out * self.bits // 8 + stored
 
     def takes(self, size_in: int, size_out: int) -> bool:
         """Whether it can hold a matrix of these sizes."""
@@ -58,6 +73,7 @@ INT8 = "int8"
 INT8_WEIGHTS = "int8-weights"
 INT4 = "int4"  # in `--precision`: int4-32 or int4-128, by the targets
 INT4_CPU, INT4_GPU = "int4-32", "int4-128"
+FP8, NVFP4 = "fp8", "nvfp4"
 _ROWS = (
     Format(FLOAT),
     Format(INT8, bits=8, is_dynamic=True, error=0.1),
@@ -65,6 +81,8 @@ _ROWS = (
     Format("int4-32", bits=4, block=32, error=0.5),
     Format("int4-64", bits=4, block=64, error=0.5),
     Format("int4-128", bits=4, block=128, error=0.5),
+    Format(FP8, bits=8, error=0.25, is_float=True, is_proven=False),
+    Format(NVFP4, bits=4, block=16, error=0.5, is_float=True, is_proven=False),
 )
 FORMATS = {row.name: row for row in _ROWS}
 
@@ -85,6 +103,8 @@ PRESETS: dict[str, dict[str, str]] = {
     INT8: {TOWER: INT8, SCORER: INT8, DECODER: INT8} | _LOW_HEAD,
     INT4: {TOWER: INT8, SCORER: INT8, DECODER: INT4} | _LOW_HEAD,
     "mixed": {TOWER: INT8, SCORER: INT8, DECODER: INT8, STEP: INT4} | _LOW_HEAD,
+    FP8: {TOWER: FP8, SCORER: FP8, DECODER: FP8, HEAD: FP8},
+    NVFP4: {TOWER: FP8, SCORER: FP8, DECODER: NVFP4, HEAD: FP8},
 }
 
 
@@ -150,7 +170,7 @@ class Chosen:
     cache: str
 
 
-def parse(text: str, *, is_for_gpus: bool = False) -> Chosen:
+def parse(text: str, *, is_for_gpus: bool = False, int4: str = INT4_CPU) -> Chosen:
     """Read `--precision`: a type, a format or a preset, then parts and matrices by name.
 
     Examples: "float16", "int4", "mixed", "int4:float16,head=float16",
@@ -161,6 +181,7 @@ def parse(text: str, *, is_for_gpus: bool = False) -> Chosen:
     Args:
         text: What the user gave.
         is_for_gpus: No target runs on a CPU.
+        int4: What "int4" means for the targets.
 
     Raises:
         PatchsieveError: It cannot be read.
@@ -183,7 +204,7 @@ def parse(text: str, *, is_for_gpus: bool = False) -> Chosen:
         parts = {}
     parts |= {key: value for key, value in named.items() if key in _PARTS}
     default = "float16" if is_for_gpus else "float32"
-    split = {key: _split(value, text, is_for_gpus) for key, value in parts.items()}
+    split = {key: _split(value, text, int4) for key, value in parts.items()}
     low = any(kind is None for _, kind in split.values())
     types = {key: kind or default for key, (_, kind) in split.items() if key in _TYPED}
     types.setdefault(TOWER, default if low else "float32")
@@ -192,18 +213,17 @@ def parse(text: str, *, is_for_gpus: bool = False) -> Chosen:
     precision = Precision(**types)
     _check_types(split, precision, text)
     rest = {k: v for k, v in named.items() if k not in (*_PARTS, CACHE)}
-    exceptions = tuple((k, _split(v, text, is_for_gpus)[0]) for k, v in rest.items())
+    exceptions = tuple((k, _split(v, text, int4)[0]) for k, v in rest.items())
     stored = {key: name for key, (name, _) in split.items() if name != FLOAT}
     return Chosen(precision, Formats(stored, exceptions), named.get(CACHE, precision.decoder))
 
 
-def _split(value: str, text: str, is_for_gpus: bool) -> tuple[str, str | None]:
+def _split(value: str, text: str, int4: str) -> tuple[str, str | None]:
     """Format and type of "int4", "int4:float16", "float16" or "float"; None for no type."""
     if value in BYTES:
         return FLOAT, value
     name, mark, kind = value.partition(":")
-    if name == INT4:
-        name = INT4_GPU if is_for_gpus else INT4_CPU
+    name = int4 if name == INT4 else name
     if name not in FORMATS or (mark and kind not in BYTES):
         raise _unreadable(text)
     return name, kind or None

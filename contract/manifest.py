@@ -23,7 +23,7 @@ from patchsieve.contract.model import (
 from patchsieve.contract.plan import Plan
 from patchsieve.contract.precision import BYTES, Precision
 from patchsieve.contract.targets import TARGETS, Target
-from patchsieve.contract.weights import WeightsFile
+from patchsieve.contract.weights import WeightsFile, in_words
 
 # 2 added `needs` and `target_tensors`, 3 `text.rotary_sections`. 4 has typed graphs, each with its
 # weights files, and says the type of the caches and their form: `patchsieve.contract.older`.
@@ -149,6 +149,13 @@ class Manifest:
     def cuts(self) -> list[int]:
         """Layers at which the decoder is divided."""
         return [stage.first for stage in self.stages[1:]]
+
+    @property
+    def numbers(self) -> str:
+        """Types and formats: "float32; tower and decoder int8, head int8-weights"."""
+        stored = in_words(self.weights.values())
+        caches = "" if self.cache_type == self.precision.decoder else f"caches {self.cache_type}"
+        return "; ".join(part for part in (str(self.precision), stored, caches) if part)
 
     def vision_graph(self, plan: str) -> str:
         """The graph that makes a plan's visual tokens."""

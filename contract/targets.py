@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from patchsieve.contract import names
 from patchsieve.contract.errors import PatchsieveError
-from patchsieve.contract.formats import FORMATS
+from patchsieve.contract.formats import FORMATS, FP8, INT4_CPU, NVFP4
 
 Version = tuple[int, int]
 Range = tuple[Version, Version]  # from the first on, below the second
@@ -32,6 +32,11 @@ _JETPACK = (
 )
 CUDA_LIBRARIES = 'pip install "onnxruntime-gpu[cuda,cudnn]"'  # where no CUDA toolkit is
 _ALL = ("float32", "float16", "bfloat16")
+
+
+def _but(*absent: str) -> tuple[str, ...]:
+    """Every format but these."""
+    return tuple(name for name in FORMATS if name not in absent)
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,7 @@ _ROWS = (
         precisions=("float32", "float16"),  # ONNX Runtime has few kernels for bfloat16
         device="cpu",
         is_checkable=True,
+        formats=_but(FP8, NVFP4),
     ),
     Target(
         name="cuda",
@@ -161,6 +167,7 @@ _ROWS = (
         device="cuda",
         install_on_board=_GPU_ON_JETPACK_6,
         is_checkable=True,
+        formats=_but(FP8, NVFP4),
     ),
     Target(
         name="tensorrt-rtx",
@@ -174,7 +181,7 @@ _ROWS = (
         compiler=RTX,
         has_fixed_slots=True,
         attention_forms=names.ATTENTION_FORMS,
-        operators="tensorrt-11",
+        operators="tensorrt-rtx-1.7",
     ),
     Target(
         name="tensorrt",
@@ -191,6 +198,8 @@ _ROWS = (
         has_fixed_slots=True,
         attention_forms=names.ATTENTION_FORMS,
         operators="tensorrt-11",
+        # NVIDIA documents int4 in blocks of 64 and 128 alone.
+        formats=_but(INT4_CPU),
     ),
     Target(
         name="tensorrt10",
@@ -207,6 +216,7 @@ _ROWS = (
         has_fixed_slots=True,
         attention_forms=names.ATTENTION_FORMS,
         operators="tensorrt-10.15",
+        formats=_but(INT4_CPU),
     ),
     Target(
         name="jetpack6",
@@ -224,6 +234,7 @@ _ROWS = (
         operators="tensorrt-10.3",
         is_checkable=True,
         is_for_boards=True,
+        formats=_but(INT4_CPU, NVFP4),  # FP4 came with 10.8; FP8 is for Thor, not for Orin
     ),
     Target(
         name="reference",
@@ -238,6 +249,7 @@ _ROWS = (
         device="cpu",
         is_checkable=True,
         is_to_compare=True,
+        formats=_but(FP8, NVFP4),
     ),
 )
 TARGETS = {row.name: row for row in _ROWS}

@@ -7,6 +7,7 @@ are stored is in `patchsieve.contract.formats`.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from patchsieve.contract import formats
@@ -26,7 +27,7 @@ class Part:
         file: Name of its file without folder and ending; `{}` is the number of a layer.
         precision: The part of `Precision` that says its type.
         label: For people.
-        key: What `--precision` calls it, where its matrices may have a format; None where not.
+        key: What `--precision` calls it, if its matrices may have a format; None otherwise.
     """
 
     name: str
@@ -57,6 +58,11 @@ JOINT = Part("joint", "joint", "tower", "CLIP scorer")  # what carries an image 
 PARTS = {part.name: part for part in (LAYER, STEP, TOWER, EMBEDDINGS, HEAD, SCORER, JOINT)}
 
 
+# What people call the parts that may have a format of their own, in the order of a sentence.
+_CALLED = {"tower": "tower", "layer": "decoder", "step": "single rows", "head": "head"}
+_CALLED |= {"scorer": "scorer"}
+
+
 @dataclass(frozen=True)
 class WeightsFile:
     """What the manifest says of a weights file.
@@ -82,3 +88,17 @@ def of_path(path: str) -> tuple[Part, int | None] | None:
         if found := re.fullmatch(pattern, path, re.ASCII):
             return part, int(found[1]) if found.groups() else None
     return None
+
+
+def in_words(files: Iterable[WeightsFile]) -> str:
+    """The formats of parts that are not floats: "tower and decoder int8, head int8-weights"."""
+    held: dict[str, list[str]] = {}
+    for file in files:
+        formats_of = held.setdefault(file.part, [])
+        formats_of += [file.format] if file.format not in formats_of else []
+    called: dict[str, list[str]] = {}
+    for part, name in _CALLED.items():
+        kinds = held.get(part, [FLOAT])
+        if kinds != [FLOAT]:
+            called.setdefault(" and ".join(kinds), []).append(name)
+    return ", ".join(f"{' and '.join(names)} {kinds}" for kinds, names in called.items())

@@ -134,7 +134,7 @@ def _model(facts: Manifest, licence: Licence) -> str:
                 f"{vision.model_type}, {vision.image_size} px, {rows} x {columns} patches, "
                 f"{vision.num_visual} visual tokens an image",
             ),
-            ("precision", facts.precision),
+            ("precision", facts.numbers),
             ("size", f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"),
             ("made by", f"patchsieve {facts.patchsieve_version}"),
         ],

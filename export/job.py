@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +17,10 @@ from patchsieve.contract.errors import PatchsieveError, UnsupportedModelError
 from patchsieve.contract.formats import FLOAT, FORMATS, Formats, names_matched
 from patchsieve.contract.manifest import Limits
 from patchsieve.contract.manifest import Stage as StageEntry
-from patchsieve.contract.model import VisionModel
+from patchsieve.contract.model import TextModel, VisionModel
 from patchsieve.contract.plan import Plan
 from patchsieve.contract.precision import Precision
+from patchsieve.contract.sizes import groups
 from patchsieve.contract.trained import Trained
 from patchsieve.contract.weights import (
     EMBEDDINGS,
@@ -31,19 +33,20 @@ from patchsieve.contract.weights import (
     Part,
     WeightsFile,
 )
-from patchsieve.export.cuts import divide, num_bytes
+from patchsieve.export.cuts import cuts_for
 from patchsieve.export.families import Family, family_of
 from patchsieve.export.families.specs import DecoderSpec
 from patchsieve.export.graphs.joint import JointCls, JointWeights
-from patchsieve.export.graphs.layers import RMSNorm
 from patchsieve.export.graphs.scorer import TextScorer
-from patchsieve.export.graphs.stage import DecoderLayer, Head, Stage
+from patchsieve.export.graphs.stage import Stage
 from patchsieve.export.graphs.trace import fake_weights
 from patchsieve.export.graphs.vision import Vision
 from patchsieve.export.methods import build_method
 from patchsieve.export.options import ExportOptions as ExportOptions
 from patchsieve.export.plan_graphs import decide_graphs, plan_vision
+from patchsieve.export.quantise.guide import guide
 from patchsieve.export.quantise.hints import NOTHING
+from patchsieve.export.quantise.statistics import Statistics
 from patchsieve.export.sites import check_sites, layers_read, side_layer
 from patchsieve.export.source.checkpoint import Checkpoint
 from patchsieve.export.source.clip import ClipSource, open_source
@@ -57,6 +60,7 @@ from patchsieve.export.weights import (
     weights_of,
 )
 
+_LOG = logging.getLogger(__name__)
 EMBEDDING_TABLE = "embed_tokens.weight"  # [V, C]
 _HEAD = "lm_head"
 OUTPUT_MATRIX = f"{_HEAD}.weight"  # [V, C]; [C, V] where it is stored in another format than float
@@ -184,6 +188,7 @@ def plan_export(directory: Path, config: Any, options: ExportOptions) -> Job:
     has_own_head = not is_tied or modules.stages[-1].has_packed_head
     _check_head(options.chosen.types, has_own_head)
     weights = _weights(checkpoint, options, modules, clip, is_tied)
+    _say_quantised(checkpoint, weights)
     # Last, because tracing takes seconds and all else is refused at once.
     plan, decisions = decide_graphs(
         options.plan.with_positions(trained.position_rule),
@@ -260,12 +265,9 @@ def _modules(
                 scorer, joint = TextScorer(clip.text), JointCls(vision, clip.text.width)
         with default_dtype(dtype):
             if options.build_memory is not None:
-                others = {"the vision tower": num_bytes(planned)}
-                if scorer is not None:
-                    others["the scorer"] = num_bytes(scorer)
-                norm = RMSNorm(spec.hidden_size, spec.norm_eps, head_dtype)
-                parts = num_bytes(DecoderLayer(spec)), num_bytes(norm, Head(spec, head_dtype))
-                cuts = divide(spec.num_layers, cuts, *parts, options.build_memory, others)
+                measured = TextModel("", **vars(spec)), vision
+                found = groups(*measured, scorer=None if clip is None else clip.text.measures)
+                cuts = cuts_for(options.build_memory, cuts, found, options.chosen)
             edges = [0, *cuts, spec.num_layers]
             stages = tuple(
                 Stage(spec, first, last, head_dtype, queries, has_packed_head=head != FLOAT)
@@ -308,12 +310,16 @@ def _weights(
     """The weights files of a bundle; refuses a checkpoint or a CLIP that lacks some."""
     chosen = options.chosen
 
+    measured = None if options.statistics is None else Statistics.read(options.statistics)
+
     def file(
         part: Part, weights: list[Weight], layer: int | None = None, source: Source = checkpoint
     ) -> StoredFile:
         stored = tuple(_in_format(part, weight, chosen.formats) for weight in weights)
         entry = part.entry(chosen.types, layer, _usual_format(stored))
-        return StoredFile(part.path(layer), entry, stored, source)
+        own = {"grid": checkpoint.grid} if source is checkpoint else {}
+        guided = guide(stored, source, measured, **own)
+        return StoredFile(part.path(layer), entry, guided.weights, guided.source, guided.hints)
 
     last = modules.stages[-1]
     shape = (last.spec.vocab_size, last.spec.hidden_size)
@@ -344,6 +350,17 @@ def _weights(
     matrices = (w.name for each in files for w in each.weights if w.transposed)
     names_matched(chosen.formats, (name.removesuffix(".weight") for name in matrices))
     return files
+
+
+def _say_quantised(checkpoint: Checkpoint, files: list[StoredFile]) -> None:
+    """Say how the matrices of a checkpoint that came quantised are stored."""
+    said = checkpoint.report(
+        (weight.source, FORMATS[weight.format], DTYPES[file.entry.type][0])
+        for file in files
+        for weight in file.weights
+    )
+    if said is not None:
+        _LOG.warning("%s", said)
 
 
 def _in_format(part: Part, weight: Weight, chosen: Formats) -> Weight:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from patchsieve.contract.errors import PatchsieveError
-from patchsieve.contract.formats import FLOAT, FORMATS
+from patchsieve.contract.formats import FLOAT, FORMATS, NVFP4
 from patchsieve.contract.weights import WeightsFile
 from patchsieve.export.graphs.layers import Linear
+from patchsieve.export.quantise import floats
 from patchsieve.export.quantise.hints import NOTHING, Hints
 from patchsieve.export.quantise.rounding import pack_int4, quantise
 
@@ -28,9 +29,13 @@ DTYPES = {
     "bfloat16": (torch.bfloat16, ir.DataType.BFLOAT16, "BF16"),
 }
 # Of safetensors. It has no code for four bits: two numbers are a byte.
-_CODES = {code: dtype for _, dtype, code in DTYPES.values()} | {"I8": ir.DataType.INT8}
-_SIZES = {code: dtype.itemsize for dtype, _, code in DTYPES.values()} | {"I8": 1, "U8": 1}
-SCALE, INPUT = ".scale", ".input"  # after a matrix's name: its scales, and that of its rows
+_FP8 = "F8_E4M3"
+_CODES = {code: dtype for _, dtype, code in DTYPES.values()}
+_CODES |= {"I8": ir.DataType.INT8, _FP8: ir.DataType.FLOAT8E4M3FN}
+_SIZES = {code: dtype.itemsize for dtype, _, code in DTYPES.values()}
+_SIZES |= {"I8": 1, "U8": 1, _FP8: 1}
+# After a matrix's name: its scales, the scale of these, and that of its rows.
+SCALE, WHOLE, INPUT = ".scale", ".whole", ".input"
 
 
 class Source(Protocol):
@@ -40,6 +45,7 @@ class Source(Protocol):
         """Read one tensor."""
 
 
+INT8_LARGEST = 127  # what `Hints.input_scale` is over
 HintsOf = Callable[[str], Hints]  # what is known of a matrix, by its tensor in the checkpoint
 
 
@@ -134,18 +140,26 @@ def _low_layout(weight: Weight, kind: str) -> list[Stored]:
     if form.bits == 4:
         stored = [Stored(name, "U8", (size_in, size_out // 2))]
     else:
-        stored = [Stored(name, "I8", weight.shape)]
+        stored = [Stored(name, _FP8 if form.is_float else "I8", weight.shape)]
+    if form.has_levels:
+        levels = Stored(weight.name + SCALE, _FP8, scales), Stored(weight.name + WHOLE, "F32", ())
+        return [*stored, *levels]
     stored.append(Stored(weight.name + SCALE, code, scales))
     return [*stored, Stored(weight.name + INPUT, code, ())] if weight.has_input else stored
 
 
 def _as_low(tensor: Tensor, weight: Weight, kind: str, hints: Hints) -> list[Tensor]:
     form, dtype = FORMATS[weight.format], DTYPES[kind][0]
-    numbers, scale = quantise(tensor, form, dtype, hints)
+    if form.has_levels:
+        return list(floats.quantise_blocks(tensor, form.block))
+    most = floats.LARGEST if form.is_float else INT8_LARGEST
+    numbers, scale = (
+        floats.quantise(tensor, dtype) if form.is_float else quantise(tensor, form, dtype, hints)
+    )
     parts = [pack_int4(numbers) if form.bits == 4 else numbers, scale]
     if weight.has_input:
         assert hints.input_scale is not None, weight.name
-        parts.append(torch.tensor(hints.input_scale, dtype=dtype))
+        parts.append(torch.tensor(hints.input_scale * INT8_LARGEST / most, dtype=dtype))
     return parts
 
 
@@ -224,8 +238,9 @@ def stored_weights(path: Path) -> dict[str, ir.ExternalTensor]:
     tensors = {}
     for name, entry in header.items():
         start, stop = entry["data_offsets"]
-        dtype, shape = _CODES.get(entry["dtype"], ir.DataType.INT4), entry["shape"]
-        if dtype == ir.DataType.INT4:
+        four_bits = ir.DataType.FLOAT4E2M1 if name.endswith(NVFP4) else ir.DataType.INT4
+        dtype, shape = _CODES.get(entry["dtype"], four_bits), entry["shape"]
+        if dtype == four_bits:
             shape = [*shape[:-1], 2 * shape[-1]]
         tensors[name] = ir.ExternalTensor(
             f"{DIRECTORY}/{path.name}",

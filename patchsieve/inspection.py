@@ -79,7 +79,7 @@ def _model(facts: Manifest) -> dict[str, Any]:
         "bundle_schema": facts.schema_version,
         "patchsieve_version": facts.patchsieve_version,
         "checkpoint": facts.checkpoint,
-        "precision": str(facts.precision),
+        "precision": facts.numbers,
         "attention": facts.attention,
         "text": asdict(facts.text),
         "vision": asdict(facts.vision),

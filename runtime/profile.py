@@ -236,7 +236,7 @@ def _subject(model: Model) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine.facts() | {"backend": model.backend.describe()},
         "checkpoint": model.facts.checkpoint,
-        "precision": str(model.facts.precision),
+        "precision": model.facts.numbers,
         "target": model.bundle.target,
     }
 

@@ -19,6 +19,7 @@ from patchsieve.export.families.specs import DecoderSpec
 from patchsieve.export.families.structures import (
     DECODERS,
     TOWERS,
+    decoder_biases,
     decoder_sizes,
     decoder_spec,
     with_defaults,
@@ -96,6 +97,10 @@ class Family(ABC):
         """The sizes among `decoder`'s entries: from `vocab_size` to `head_dim`."""
         return decoder_sizes(config.text_config)
 
+    def decoder_biases(self, config: Any) -> dict[str, bool]:
+        """The biases among `decoder`'s entries: from `qkv_bias` to `mlp_bias`."""
+        return decoder_biases(config.text_config)
+
     @abstractmethod
     def canonical(self, name: str) -> str:
         """The one spelling, that of the graph modules, of a tensor's stored name."""
@@ -129,12 +134,22 @@ class Family(ABC):
     def parts(self, model: Any) -> Parts:
         """The modules of a model that `load` gave."""
 
-    def load(self, directory: Path, config: Any, **options: Any) -> Any:
-        """Hugging Face's model of a checkpoint; `options` are those of its `from_pretrained`."""
+    def load(
+        self, directory: Path, config: Any, tensors: dict[str, Any] | None, **options: Any
+    ) -> Any:
+        """Hugging Face's model of a checkpoint.
+
+        Args:
+            directory: The checkpoint.
+            config: Its config.
+            tensors: What `Checkpoint.dequantised` gives, which replaces the files' tensors.
+            **options: Those of `from_pretrained`.
+        """
         import transformers
 
         model_class = getattr(transformers, self.model_class)
-        return model_class.from_pretrained(directory, config=config, **options)
+        place = directory if tensors is None else None
+        return model_class.from_pretrained(place, config=config, state_dict=tensors, **options)
 
     def config(self, raw: dict[str, Any], path: Path) -> Any:
         """Hugging Face's config of a config.json's content.

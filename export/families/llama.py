@@ -44,17 +44,25 @@ def sizes(config: Any) -> dict[str, Any]:
     }
 
 
+def biases(config: Any) -> dict[str, bool]:
+    """Which of the layers' matrices have biases, by the names of `DecoderSpec`."""
+    llama, qwen2 = config.model_type == "llama", config.model_type == "qwen2"
+    attention = llama and bool(getattr(config, "attention_bias", False))
+    return {
+        "qkv_bias": qwen2 or attention,
+        "output_bias": attention,
+        "mlp_bias": llama and bool(getattr(config, "mlp_bias", False)),
+    }
+
+
 def spec(config: Any) -> DecoderSpec:
     """Read a text config. Raises UnsupportedModelError for a rotary kind that grows with length."""
     inv_freq, rotary_scale = _rotary(config)
-    llama, qwen2 = config.model_type == "llama", config.model_type == "qwen2"
     return DecoderSpec(
         **sizes(config),
         norm_eps=config.rms_norm_eps,
         activation=config.hidden_act,
-        qkv_bias=qwen2 or (llama and config.attention_bias),
-        output_bias=llama and config.attention_bias,
-        mlp_bias=llama and config.mlp_bias,
+        **biases(config),
         inv_freq=inv_freq,
         rotary_scale=rotary_scale,
         max_rows=min(config.max_position_embeddings, _window(config)),

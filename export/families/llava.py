@@ -96,7 +96,8 @@ class Llava(Family):
 
     def is_tied(self, config: Any) -> bool:
         """Either config's flag ties (transformers 5.23, `LlavaConfig.__post_init__`)."""
-        return bool(config.tie_word_embeddings or config.text_config.tie_word_embeddings)
+        both = (config, config.text_config)
+        return any(getattr(each, "tie_word_embeddings", False) for each in both)
 
     def preprocessor(self, directory: Path, vision: VisionModel) -> dict[str, Any]:
         """Read a preprocessor that gives every picture the size of the tower.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from patchsieve.contract.model import TextModel, VisionModel
+from patchsieve.contract.sizes import TextTower
 
 
 @dataclass(frozen=True)
@@ -133,3 +134,8 @@ class TextSpec:
     width: int
     norm_eps: float
     activation: str
+
+    @property
+    def measures(self) -> TextTower:
+        """What its bytes depend on."""
+        return TextTower(**{f.name: getattr(self, f.name) for f in fields(TextTower)})

@@ -33,6 +33,11 @@ def decoder_sizes(text_config: Any) -> dict[str, int]:
     return _module(text_config, DECODERS, "decoder").sizes(text_config)
 
 
+def decoder_biases(text_config: Any) -> dict[str, bool]:
+    """The biases among the entries of `decoder_spec`, without torch."""
+    return _module(text_config, DECODERS, "decoder").biases(text_config)
+
+
 def tower_spec(vision_config: Any) -> TowerSpec:
     """Describe the vision tower of a vision config, or refuse it."""
     return _module(vision_config, TOWERS, "vision tower").spec(vision_config)

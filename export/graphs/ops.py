@@ -7,10 +7,19 @@ is plain ONNX.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DOMAIN = "patchsieve"
+BLOCK = "Block"
+
+Part = Callable[..., tuple[Tensor, ...]]  # a method of a module
+
+_met: ContextVar[list[Part] | None] = ContextVar("blocks that the traced module met", default=None)
 
 
 def _node(
@@ -30,6 +39,41 @@ def _node(
             version=1,
         )
     )
+
+
+@contextmanager
+def blocks() -> Iterator[list[Part]]:
+    """Inside, `block` leaves one node for each part, in the order of the list."""
+    found: list[Part] = []
+    token = _met.set(found)
+    try:
+        yield found
+    finally:
+        _met.reset(token)
+
+
+def block(part: Part, like: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Run a method of a module that a graph holds many times over, such as a layer.
+
+    While a graph is traced it leaves one node. `trace` puts the part's own nodes in its place,
+    which it traces once for all modules of one description (`spec`).
+
+    Args:
+        part: The method. Its module has no inputs or choices but `spec` and its parameters.
+        like: Tensors of the types and shapes of its outputs.
+        inputs: What it takes.
+    """
+    found = _met.get()
+    if found is None or not torch.compiler.is_exporting():
+        return part(*inputs)
+    found.append(part)
+    return _node(BLOCK, inputs, like, number=len(found) - 1)
+
+
+def module_of(part: Part) -> nn.Module:
+    """The module whose method a part is."""
+    module: nn.Module = part.__self__  # type: ignore[attr-defined]
+    return module
 
 
 def linear(rows: Tensor, weight: Tensor) -> Tensor:

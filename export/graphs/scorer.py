@@ -23,6 +23,7 @@ class TextLayer(nn.Module):
 
     def __init__(self, spec: TextSpec) -> None:
         super().__init__()
+        self.spec = spec
         size, inner = spec.hidden_size, spec.intermediate_size
         self.num_heads, self.scale = spec.num_heads, (size // spec.num_heads) ** -0.5
         self.layer_norm1 = nn.LayerNorm(size, eps=spec.norm_eps)
@@ -38,13 +39,13 @@ class TextLayer(nn.Module):
         )
         self.activation = activation(spec.activation)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor]:
         """[W, P, C] under an additive mask [1, 1, P, P] -> the same shape."""
         rows, attn = self.layer_norm1(x), self.self_attn
         query, key, value = (attn[name](rows) for name in ("q_proj", "k_proj", "v_proj"))
         mixed = ops.attention(query, key, value, self.num_heads, self.scale, mask)
         x = x + attn["out_proj"](mixed)
-        return x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x))))
+        return (x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x)))),)
 
 
 class TextTower(nn.Module):
@@ -67,7 +68,7 @@ class TextTower(nn.Module):
         positions = cast(nn.Embedding, self.embeddings["position_embedding"]).weight
         x = self.embeddings["token_embedding"](text_ids) + positions  # [W, P, C]
         for layer in cast(nn.ModuleList, self.encoder.layers):
-            x = layer(x, mask.to(x.dtype))
+            (x,) = ops.block(layer.forward, [x], x, mask.to(x.dtype))
         return self.final_layer_norm(x)
 
 

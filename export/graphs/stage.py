@@ -53,8 +53,9 @@ class DecoderLayer(nn.Module):
         sin: Tensor,
         slot: Tensor,
         last_key: Tensor,
-        cache: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        key_cache: Tensor,
+        value_cache: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """[1, L, C] -> the same, the rotated queries [1, L, H * D], and the caches updated."""
         spec, attn = self.spec, self.self_attn
         rows = self.input_layernorm(x)
@@ -64,7 +65,8 @@ class DecoderLayer(nn.Module):
             query,
             key,
             attn.v_proj(rows),
-            *cache,
+            key_cache,
+            value_cache,
             slot,
             last_key,
             spec.num_heads,
@@ -74,7 +76,7 @@ class DecoderLayer(nn.Module):
         x = x + attn.o_proj(mixed)
         rows = self.post_attention_layernorm(x)
         gated = self.activation(self.mlp["gate_proj"](rows)) * self.mlp["up_proj"](rows)
-        return x + self.mlp["down_proj"](gated), query, (keys, values)
+        return x + self.mlp["down_proj"](gated), query, keys, values
 
 
 class Head(nn.Module):
@@ -160,10 +162,13 @@ class Stage(nn.Module):
         queries: list[Tensor] = []
         updated: list[Tensor] = []
         for (number, layer), cache in zip(self.layers.items(), caches, strict=True):
-            x, query, cache = layer(x, cos, sin, slot, last_key, cache)
+            query = x.new_empty(1, x.shape[1], self.spec.num_heads * self.spec.head_dim)
+            like = [x, query, *cache]
+            given = (x, cos, sin, slot, last_key, *cache)
+            x, query, *grown = ops.block(layer.forward, like, *given)
             x = ops.mark(x, names.layer_output(int(number)))
             queries += [query] if int(number) in self.queries else []
-            updated += cache
+            updated += grown
         if not self.is_last:
             return (x, *queries, *updated)
         assert logits_row is not None  # the last stage has it

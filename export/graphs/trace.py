@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from patchsieve.contract.formats import FLOAT, FORMATS
-from patchsieve.export.graphs import ops
-from patchsieve.export.weights import INPUT, SCALE, packed
+from patchsieve.export.graphs import blocks, ops
+from patchsieve.export.graphs.blocks import Kind
+from patchsieve.export.weights import INPUT, SCALE, WHOLE, packed
 
 BASE_OPSET = 18  # what torch writes natively; lowerings raise it
 
@@ -61,22 +62,10 @@ def trace(
         The graph, at opset 18, its initializers not yet bound to stored tensors.
     """
     leaves = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Input)]
-    axes = sorted({axis for leaf in leaves for axis in leaf.shape if isinstance(axis, str)})
-    lengths = sizes or {axis: 7 + 4 * place for place, axis in enumerate(axes)}
-
-    def example(leaf: Input) -> torch.Tensor:
-        shape = [lengths[n] if isinstance(n, str) else n for n in leaf.shape]
-        return torch.zeros(shape, dtype=leaf.dtype)
-
-    def dynamic(leaf: Input) -> dict[int, Any]:
-        # Not a named Dim: an order among axes (an image's rows are rows) contradicts its range.
-        free = (i for i, n in enumerate(leaf.shape) if isinstance(n, str))
-        return dict.fromkeys(free, torch.export.Dim.DYNAMIC)
-
     with mode or contextlib.nullcontext(), _quiet():
-        arguments = pytree.tree_map(example, inputs)
-    axes_of = pytree.tree_map(dynamic, inputs)
-    with torch.no_grad(), _quiet():
+        arguments = pytree.tree_map(_example(leaves, sizes), inputs)
+    axes_of = pytree.tree_map(_dynamic, inputs)
+    with torch.no_grad(), _quiet(), ops.blocks() as parts:
         program = torch.export.export(module.eval(), arguments, dynamic_shapes=axes_of)
         converted = torch.onnx.export(
             program,
@@ -87,8 +76,34 @@ def trace(
             output_names=output_names,
         )
     assert converted is not None  # torch returns None only for its old exporter
+
+    def again(part: nn.Module, kinds: list[Kind], ins: list[str], outs: list[str]) -> ir.Model:
+        return trace(part, ([Input(*kind) for kind in kinds],), ins, outs, mode)
+
+    blocks.put_in(converted.model, module, parts, again)
     _name_axes(converted.model, leaves)
     return converted.model
+
+
+def _example(
+    leaves: list[Input], sizes: Mapping[str, int] | None
+) -> Callable[[Input], torch.Tensor]:
+    """Makes the tensor that stands for an input, each axis of a length of its own."""
+    axes = sorted({axis for leaf in leaves for axis in leaf.shape if isinstance(axis, str)})
+    lengths = sizes or {axis: 7 + 4 * place for place, axis in enumerate(axes)}
+
+    def example(leaf: Input) -> torch.Tensor:
+        shape = [lengths[n] if isinstance(n, str) else n for n in leaf.shape]
+        return torch.zeros(shape, dtype=leaf.dtype)
+
+    return example
+
+
+def _dynamic(leaf: Input) -> dict[int, Any]:
+    """The axes of an input that may change."""
+    # Not a named Dim: an order among axes (an image's rows are rows) contradicts its range.
+    free = (i for i, n in enumerate(leaf.shape) if isinstance(n, str))
+    return dict.fromkeys(free, torch.export.Dim.DYNAMIC)
 
 
 def _name_axes(model: ir.Model, leaves: list[Input]) -> None:
@@ -134,7 +149,7 @@ def _bind_packed(graph: ir.Graph, node: ir.Node, tensors: Mapping[str, ir.Tensor
     form = next((form for form in FORMATS if packed(name, form) in tensors), FLOAT)
     if form == FLOAT:
         return
-    parts = [packed(name, form), name + SCALE, name + INPUT]
+    parts = [packed(name, form), name + SCALE, name + WHOLE, name + INPUT]
     stored = [tensors[part] for part in parts if part in tensors]
     values = [_initializer(graph, tensor) for tensor in stored]
     new = ir.node(

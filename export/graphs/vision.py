@@ -27,7 +27,7 @@ class TowerLayer(nn.Module):
 
     def __init__(self, spec: TowerSpec) -> None:
         super().__init__()
-        size = spec.hidden_size
+        self.spec, size = spec, spec.hidden_size
         self.num_heads = spec.num_heads
         self.scale = (size // spec.num_heads) ** -0.5
         self.layer_norm1 = nn.LayerNorm(size, eps=spec.norm_eps)
@@ -46,17 +46,26 @@ class TowerLayer(nn.Module):
 
     def forward(self, x: Tensor, index: int, walk: Walk) -> Tensor:
         """[B, n, C] -> [B, n', C], pruned on the way where `walk` says so for layer `index`."""
+        bias = walk.bias()
+        given = (x,) if bias is None else (x, bias.to(x.dtype))
+        x, *states = ops.block(self.attend, [x, x, x, x], *given)
+        if walk.methods:
+            query, key, value = map(self._split, states)
+            walk.remember(Layer(query, key, self.scale, value=value))
+        x = walk.prune(index, x, is_inside=True)
+        (x,) = ops.block(self.widen, [x], x)
+        return walk.prune(index, x, is_inside=False)
+
+    def attend(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The layer's first half, [B, n, C] -> the same, and its queries, keys and values."""
         rows, attn = self.layer_norm1(x), self.self_attn
         query, key, value = (attn[name](rows) for name in ("q_proj", "k_proj", "v_proj"))
-        bias = walk.bias()
-        bias = None if bias is None else bias.to(query.dtype)
         mixed = ops.attention(query, key, value, self.num_heads, self.scale, bias)
-        if walk.methods:
-            heads = [self._split(states) for states in (query, key, value)]
-            walk.remember(Layer(heads[0], heads[1], self.scale, value=heads[2]))
-        x = walk.prune(index, x + attn["out_proj"](mixed), is_inside=True)
-        x = x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x))))
-        return walk.prune(index, x, is_inside=False)
+        return x + attn["out_proj"](mixed), query, key, value
+
+    def widen(self, x: Tensor) -> tuple[Tensor]:
+        """The layer's second half, [B, n, C] -> the same."""
+        return (x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x)))),)
 
     def _split(self, states: Tensor) -> Tensor:
         """[B, n, H * D] -> [B, H, n, D]."""

@@ -27,6 +27,9 @@ class Lowering(ABC):
 
     target: ClassVar[Target]
     domains: ClassVar[dict[str, int]] = {}  # opsets of operators that are not standard ONNX
+    # The least opset of a graph that holds quantised numbers: 21 has int4, blocks of a matrix, and
+    # QuantizeLinear without a zero point.
+    quantised_opset: ClassVar[int] = 21
 
     def __init__(self, graph: ir.Graph, attention: str = names.DECOMPOSED) -> None:
         self.graph, self.attention = graph, attention
@@ -136,11 +139,16 @@ class Lowering(ABC):
 
     def dequantised(self, node: ir.Node) -> ir.Value:
         """The matrix of a node `Linear` in floating point, [in, out]."""
-        _, numbers, scale, *_ = inputs_of(node)
-        block = format_of(node).block
-        if not block:
+        rows, numbers, scale, *whole = inputs_of(node)
+        form = format_of(node)
+        if not form.block:
             return self.op("DequantizeLinear", numbers, scale, axis=1)
-        return self.op("DequantizeLinear", numbers, scale, axis=0, block_size=block)
+        block: dict[str, Any] = {"axis": 0, "block_size": form.block}
+        if not form.has_levels:
+            return self.op("DequantizeLinear", numbers, scale, **block)
+        wide = self.op("DequantizeLinear", scale, *whole)
+        matrix = self.op("DequantizeLinear", numbers, wide, **block)
+        return self.cast(matrix, ir.DataType.FLOAT, dtype_of(rows))
 
     @abstractmethod
     def RMSNorm(self, node: ir.Node) -> Sequence[ir.Value]:
@@ -270,10 +278,17 @@ def lower(
     for node in model.graph:
         node.version = None
     model.opset_imports.clear()
-    model.opset_imports.update({"": lowering.target.opset} | lowering.domains)
+    model.opset_imports.update({"": _opset(model.graph, lowering)} | lowering.domains)
     passes.CommonSubexpressionEliminationPass()(model)
     passes.RemoveUnusedNodesPass()(model)
     passes.TopologicalSortPass()(model)
     model.producer_name = "patchsieve"
     model.producer_version = None
     return model
+
+
+def _opset(graph: ir.Graph, lowering: type[Lowering]) -> int:
+    """The target's opset, or a higher one where the graph holds quantised numbers."""
+    if any(node.op_type == "DequantizeLinear" for node in graph):
+        return max(lowering.target.opset, lowering.quantised_opset)
+    return lowering.target.opset

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from patchsieve.contract.targets import TARGETS
-from patchsieve.export.lowering.base import Heads, inputs_of, length_of
+from patchsieve.export.lowering.base import Heads, Lowering, inputs_of, length_of
 from patchsieve.export.lowering.cpu import Cpu
 from patchsieve.export.lowering.new_rows import NewRows
 
@@ -30,8 +30,16 @@ class Cuda(NewRows, Cpu):
     """Norm, rotary embedding and the tower's attention as on the CPU."""
 
     # Opset 18: of the operators that 21 changed, releases up to 1.24 have no CUDA kernel. They, and
-    # a copy to the host and back for each, would go to the CPU without a word.
+    # a copy to the host and back for each, would go to the CPU without a word. Graphs that hold
+    # quantised weights are of 21, and so are for 1.25 and later.
     target = TARGETS["cuda"]
+
+    def Linear(self, node: ir.Node) -> Sequence[ir.Value]:
+        """DequantizeLinear -> MatMul, fused into `MatMulNBits`: int4 since 1.20, int8 since 1.25.
+
+        CUDA has kernels neither for `DynamicQuantizeLinear` nor for rows in int8.
+        """
+        return Lowering.Linear(self, node)
 
     def CachedAttention(self, node: ir.Node) -> Sequence[ir.Value]:
         """Attention over past and new rows; the new ones go out."""

@@ -14,15 +14,17 @@ import onnx_ir as ir
 from patchsieve.contract.targets import TARGETS
 from patchsieve.export.lowering.base import Heads, dtype_of, inputs_of
 from patchsieve.export.lowering.new_rows import NewRows
+from patchsieve.export.lowering.static_rows import StaticRows
 
 FLOAT = ir.DataType.FLOAT
 
 
-class JetPack6(NewRows):
+class JetPack6(NewRows, StaticRows):
     """Operators of opset 18; sums of norms and softmax in float32 whatever the weights are."""
 
-    # Opset 18: 21 would be needed for one operator only, DequantizeLinear over blocks of a weight,
-    # which no graph holds. TensorRT 10.3 reads opsets up to 20 and that operator too.
+    # Opset 18, and 21 for a graph that holds quantised weights. TensorRT 10.3 lists opsets up to 20
+    # and reads the blocks of DequantizeLinear, which are of 21. No other operator here changed
+    # between the two but in the types that it may have.
     target = TARGETS["jetpack6"]
 
     def RMSNorm(self, node: ir.Node) -> Sequence[ir.Value]:

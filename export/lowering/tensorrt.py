@@ -14,11 +14,12 @@ from patchsieve.contract import names
 from patchsieve.contract.targets import TARGETS
 from patchsieve.export.lowering.base import Heads
 from patchsieve.export.lowering.reference import Reference
+from patchsieve.export.lowering.static_rows import StaticRows
 
 FLOAT = ir.DataType.FLOAT
 
 
-class TensorRT(Reference):
+class TensorRT(StaticRows, Reference):
     """Attention in parts; `--attention` asks for the operator in float16 and bfloat16.
 
     Scores and softmax of the parts are float32, all else has the part's own type. NVIDIA's own

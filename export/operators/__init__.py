@@ -1,9 +1,9 @@
 """What a target's parser takes, by tables that lie beside this file, each fact with its source.
 
 A table says of each operator: the opset version since which it is taken (`since`), the types of its
-inputs and outputs (`types`, `outputs`, by the kinds of the table) and the inputs that these do not
-concern (`free`), inputs that must be constants (`constant`), have a certain rank (`rank`), lie
-`below` a number where constant, or may not be given (`absent`), values of attributes
+inputs and outputs (`types`, `outputs`, by the kinds of the table), inputs that have types of their
+own (`inputs`) or any (`free`), inputs that must be constants (`constant`), have a certain rank
+(`rank`), lie `below` a number where constant, or may not be given (`absent`), values of attributes
 (`attributes`), attributes that may not be set (`without`), inputs of one type (`same_types`), and
 the most outputs. `refused` names operators that are not allowed, and who says so. A table that
 `extends` another changes what it names. An operator of another domain is called "domain::Name".
@@ -32,6 +32,7 @@ class Rule:
     since: int = 1
     types: str | None = None
     outputs: str | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
     free: tuple[int, ...] = ()
     constant: tuple[int, ...] = ()
     rank: dict[str, list[int]] = field(default_factory=dict)
@@ -143,7 +144,9 @@ def _misfits(
             yield f"its version {version}, taken since {rule.since}"
     inputs = {place: name for place, name in enumerate(node.input) if name}
     typed = {place: name for place, name in inputs.items() if place not in rule.free}
-    yield from _wrong_types(graph, "input", typed, rule.types, table)
+    for place, name in typed.items():
+        kind = rule.inputs.get(str(place), rule.types)
+        yield from _wrong_types(graph, "input", {place: name}, kind, table)
     yield from _wrong_types(graph, "output", dict(enumerate(node.output)), rule.outputs, table)
     types = {graph.types.get(name) for name in typed.values()}
     if rule.same_types and len(types) > 1:

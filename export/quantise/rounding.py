@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from patchsieve.contract.formats import Format
-from patchsieve.export.quantise.hints import NOTHING, Hints
+from patchsieve.export.quantise.hints import NOTHING, Grid, Hints
 
 _LEAST, _MOST = -8, 7  # of four bits
 # A block's scale over the one that reaches its largest number: smaller ones clip it, and round all
@@ -33,19 +33,40 @@ def quantise(
     Returns:
         int8 [in, out], and the scales: [out], or [in / block, out].
     """
+    scale = given(hints.grid, form, len(weight))
     if form.block:
         columns = weight.split(_COLUMNS, dim=1)
-        grids = _grids(form, hints, weight.shape)
+        grids = [None] * len(columns) if scale is None else scale.split(_COLUMNS, 1)
         parts = [
             _blocks(c.float(), form.block, dtype, hints.importance, grid)
-            for c, grid in zip(columns, grids, strict=False)
+            for c, grid in zip(columns, grids, strict=True)
         ]
         return torch.cat([q for q, _ in parts], 1), torch.cat([s for _, s in parts], 1)
-    scale = _given(form, hints)
+    least = -127 if scale is None else -128
     if scale is None:
         scale = weight.float().abs().amax(0) / 127
     scale = _usable(scale, dtype)
-    return (weight.float() / scale.float()).round_().clamp_(-127, 127).to(torch.int8), scale
+    return (weight.float() / scale.float()).round_().clamp_(least, 127).to(torch.int8), scale
+
+
+def given(grid: Grid | None, form: Format, size_in: int) -> Tensor | None:
+    """The scales of a grid as a format stores them; None if it cannot hold its numbers exactly.
+
+    Args:
+        grid: That of a matrix [in, out]; None without.
+        form: The format.
+        size_in: Input channels of the matrix.
+
+    Returns:
+        [out], or [in / block, out].
+    """
+    if grid is None or grid.bits > form.bits:
+        return None
+    scale = grid.scale if grid.scale.ndim == 2 else grid.scale[None]  # [G, out]
+    if not form.block:
+        return scale[0] if len(scale) == 1 else None
+    blocks, rest = divmod(size_in // len(scale), form.block)
+    return None if rest else scale.repeat_interleave(blocks, 0)
 
 
 def dequantise(numbers: Tensor, scale: Tensor) -> Tensor:
@@ -95,25 +116,6 @@ def _search(rows: Tensor, dtype: torch.dtype, cost: Tensor | None) -> Tensor:
 
 def _round(rows: Tensor, scale: Tensor) -> Tensor:
     return (rows / scale.float().unsqueeze(1)).round_().clamp_(_LEAST, _MOST)
-
-
-def _given(form: Format, hints: Hints) -> Tensor | None:
-    """The checkpoint's own scales, where the format can hold its numbers exactly."""
-    if hints.grid is None or hints.grid.bits != form.bits:
-        return None
-    return hints.grid.scale if hints.grid.scale.ndim == (2 if form.block else 1) else None
-
-
-def _grids(form: Format, hints: Hints, shape: torch.Size) -> tuple[Tensor | None, ...]:
-    """The checkpoint's scales for each group of columns, one for each of our blocks."""
-    count = -(-shape[1] // _COLUMNS)
-    scale = _given(form, hints)
-    if scale is None:
-        return (None,) * count
-    size = shape[0] // len(scale)  # input channels that share a scale in the checkpoint
-    if size % form.block:
-        return (None,) * count
-    return scale.repeat_interleave(size // form.block, 0).split(_COLUMNS, 1)
 
 
 def _usable(scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.trained import KEY
+from patchsieve.export.source.quantised import SETTINGS
 from patchsieve.export.source.weight_files import (
     INDEX,
     ORDER,
@@ -46,6 +47,7 @@ _SMALL = (
     "sentencepiece.bpe.model",
     "tekken.json",
     ADAPTER,
+    *SETTINGS,
 )
 # Weights to ask for if the hub's listing cannot be had: what is cached is all that comes then.
 _UNLISTED = (ORDER[0], ORDER[1], "model-*-of-*.safetensors")

@@ -27,7 +27,7 @@ COMMANDS = {
     "cost": "count FLOPs and KV bytes of a plan, with no weights",
     "inspect": "show what a bundle holds and what it costs",
     "verify": "compare a bundle with its checkpoint, layer by layer",
-    "calibrate": "learn a checkpoint's pruning thresholds",
+    "calibrate": "learn pruning thresholds, or collect activation statistics",
     "eval": "score a bundle's answers, pruned beside unpruned",
     "doctor": "say what this machine can run and what it lacks",
 }

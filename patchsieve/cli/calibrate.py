@@ -1,12 +1,13 @@
-"""`patchsieve calibrate CHECKPOINT --data DATA -o OUT`: thresholds that fit a model."""
+"""`patchsieve calibrate CHECKPOINT --data DATA -o OUT`: thresholds or statistics of a model."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING
 
+from patchsieve.cli import calibrate_statistics
 from patchsieve.cli.calibrate_options import add_arguments as add_arguments
-from patchsieve.cli.calibrate_options import data_of, options_of
+from patchsieve.cli.calibrate_options import data_of, options_of, statistics_of
 from patchsieve.cli.output import Progress, print_json, require
 from patchsieve.pruning.heads import CONFIG
 from patchsieve.runtime.board.abilities import CALIBRATION
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate, print what survives."""
+    if args.statistics:
+        return calibrate_statistics.run(args, statistics_of(args), data_of(args))
     options, data = options_of(args), data_of(args)
     require(CALIBRATION, "cpu,export,calibration", "calibrate")
     from patchsieve.calibration.run import calibrate, is_main_process

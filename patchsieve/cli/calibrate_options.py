@@ -15,8 +15,10 @@ from patchsieve.calibration.options import (
     ScoreOptions,
     TrainingOptions,
 )
-from patchsieve.cli import plan_options
+from patchsieve.calibration.statistics_options import StatisticsOptions
+from patchsieve.cli import calibrate_statistics, plan_options
 from patchsieve.cli.arguments import integers, numbers
+from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import TRAINED_RULES
 from patchsieve.contract.trained import LAYOUTS
 from patchsieve.pruning import catalogue
@@ -35,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_training(training)
     _add_language_model(training)
     _add_heads(training)
-    defaults = {field.name: field.default for kind in _KINDS for field in fields(kind)}
-    parser.set_defaults(**{k: value for k, value in defaults.items() if value is not MISSING})
+    calibrate_statistics.add_arguments(parser.add_argument_group("activation statistics"))
+    parser.set_defaults(**_defaults())
 
 
 def options_of(args: argparse.Namespace) -> CalibrationOptions:
@@ -45,6 +47,12 @@ def options_of(args: argparse.Namespace) -> CalibrationOptions:
     Raises:
         PatchsieveError: They contradict each other.
     """
+    calibrate_statistics.check_absent(args)
+    if args.sites is None:
+        raise PatchsieveError(
+            "thresholds need layers at which to prune",
+            do="give --sites, such as 4,14,24, or collect activation statistics with --statistics",
+        )
     counts = None if args.counts is None else tuple(args.counts)
     return _fill(
         CalibrationOptions,
@@ -57,9 +65,24 @@ def options_of(args: argparse.Namespace) -> CalibrationOptions:
     )
 
 
+def statistics_of(args: argparse.Namespace) -> StatisticsOptions:
+    """The options that the command line gives with --statistics.
+
+    Raises:
+        PatchsieveError: There are options of thresholds among them.
+    """
+    return calibrate_statistics.options_of(args, {"sites": None, "held_out": None} | _defaults())
+
+
 def data_of(args: argparse.Namespace) -> Data:
     """The conversations that the command line names."""
     return _fill(Data, args, path=args.data)
+
+
+def _defaults() -> dict[str, Any]:
+    """Options of thresholds that have a default."""
+    defaults = {field.name: field.default for kind in _KINDS for field in fields(kind)}
+    return {name: value for name, value in defaults.items() if value is not MISSING}
 
 
 def _fill(kind: type[Kind], args: argparse.Namespace, **given: Any) -> Kind:
@@ -86,7 +109,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="OUT",
-        help="directory to write: heads, or with --train-lm a whole checkpoint",
+        help="directory to write: heads, or with --train-lm a whole checkpoint; with --statistics "
+        "a file",
     )
     add(
         "--held-out", type=Path, metavar="DATA", help="data to count survivors on (default: --data)"
@@ -104,9 +128,9 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
     add(
         "--sites",
         type=integers,
-        required=True,
         metavar="LAYERS",
-        help="layers at whose input to prune; the paper's are 4,14,24 of 32",
+        help="layers at whose input to prune, such as the paper's 4,14,24 of 32; required without "
+        "--statistics",
     )
     add(
         "--target-tokens",
@@ -156,8 +180,12 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     )
     add("--workers", type=int, help="processes that load data (default: %(default)s)")
     add("--save-steps", type=int, help="steps between checkpoints (default: %(default)s)")
-    add("--resume", action="store_true", help="continue the interrupted training in OUT.partial")
-    add("--seed", type=int, help="seed of data order and new heads (default: %(default)s)")
+    add("--resume", action="store_true", help="continue the interrupted run in OUT.partial")
+    add(
+        "--seed",
+        type=int,
+        help="seed of data order, new heads and drawn records (default: %(default)s)",
+    )
 
 
 def _add_language_model(group: argparse._ArgumentGroup) -> None:

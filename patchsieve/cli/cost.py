@@ -1,4 +1,4 @@
-"""`patchsieve cost --config CONFIG_JSON --method M`, and `patchsieve cost BUNDLE`."""
+"""`patchsieve cost --model NAME --method M`, with `--config CONFIG_JSON`, and of a bundle."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from patchsieve import cost as costs
-from patchsieve import inspection
-from patchsieve.cli import cost_spellings, plan_options
+from patchsieve import inspection, memory
+from patchsieve.cli import cost_memory, cost_spellings, plan_options
+from patchsieve.cli.arguments import PRECISION
 from patchsieve.cli.cost_spellings import COSTS_ONLY, Chosen
 from patchsieve.cli.output import print_json
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.files import read
 from patchsieve.contract.manifest import Manifest
 from patchsieve.contract.plan import NO_PRUNING, Plan
-from patchsieve.contract.precision import BYTES
 from patchsieve.tables import flops, plural, size, table
 
 _CONVENTIONS = {"papers": costs.PAPERS, "runtime": costs.RUNTIME}
@@ -27,7 +27,8 @@ _TEXT_TOKENS = 512  # of a request, where no bundle limits it
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.description = (
-        "FLOPs, tokens per layer and KV bytes of a plan, counted from shapes with no weights. A "
+        "FLOPs, tokens per layer and KV bytes of a plan, bytes of the weights by part and format, "
+        "and the boards whose memory holds them: counted from shapes with no weights. A "
         "multiply-accumulate is 2 FLOPs; norms, softmax and the decisions are not counted. "
         f"Methods that have costs only: {', '.join(COSTS_ONLY)} after the tower."
     )
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "bundle", nargs="?", type=Path, help="take the model, its plan and its limits from a bundle"
     )
     add("--config", type=Path, metavar="JSON", help="take the model from a LLaVA config.json")
+    add("--model", choices=tuple(costs.MODELS), help="take a model whose shape is known")
     plan = parser.add_argument_group("what prunes where, as export takes it")
     plan.add_argument("--plan", metavar="PLAN", help="a plan file or, with a bundle, a plan's name")
     plan_options.add_arguments(plan)
@@ -54,8 +56,14 @@ def _add_request_arguments(group: Any) -> None:
     add("--images", type=int, help="images of the request (default: a bundle's limit; else 1)")
     add(
         "--precision",
-        choices=tuple(BYTES),
-        help="type of keys and values (default: a bundle's own; else float16)",
+        metavar="P",
+        help=f"{PRECISION} (default: a bundle's own; else float16)",
+    )
+    add(
+        "--targets",
+        metavar="T",
+        help="targets that --precision is for, as export takes them: int4 is int4-32 for a CPU and "
+        "int4-128 for GPUs alone (default: a bundle's own; else tensorrt, or cpu for mixed)",
     )
     add(
         "--convention",
@@ -68,8 +76,9 @@ def _add_request_arguments(group: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Count, pruned beside unpruned."""
-    shape, manifest = _model(args)
-    request = _request(args, manifest)
+    manifest = _manifest(args)
+    model = cost_memory.subject(args, manifest)
+    shape, request = model.shape, _request(args, manifest)
     chosen = _chosen(args, shape, manifest)
     if args.placement is not None and getattr(chosen.plan, "encoder", None) is None:
         raise PatchsieveError(
@@ -78,24 +87,31 @@ def run(args: argparse.Namespace) -> int:
             do="remove --placement",
         )
     schedule, is_exact = _schedule(args, shape, chosen, request["text_tokens"])
+    counted = request | {
+        "convention": _CONVENTIONS[request["convention"]],
+        "precision": model.cache_type,
+    }
     pruned, full = (
-        costs.cost(shape, each, **request | {"convention": _CONVENTIONS[request["convention"]]})
-        for each in (schedule, costs.no_pruning(shape))
+        costs.cost(shape, each, **counted) for each in (schedule, costs.no_pruning(shape))
     )
     facts: dict[str, Any] = {
         "plan": chosen.name,
         "sites": chosen.plan.layers if isinstance(chosen.plan, Plan) else [],
         "is_costs_only": not chosen.is_exported,
         "is_upper_bound": not is_exact,
+        "precision": args.precision or (manifest.numbers if manifest else "float16"),
+        "cache_type": model.cache_type,
     } | request
     if manifest is not None and manifest.plans.get(chosen.name) is chosen.plan:
         held = inspection.plan_costs(manifest, chosen.name)
         facts["kv_bytes_reserved"] = held["kv_bytes"]
         facts["kv_bytes_reserved_unpruned"] = held["kv_bytes_unpruned"]
+    taken = cost_memory.facts(model, chosen, pruned, request["text_tokens"], request["images"])
     if args.json:
-        print_json(facts | as_dict(pruned, full))
+        print_json(facts | as_dict(pruned, full) | taken)
     else:
         _print(facts, pruned, full)
+        print(f"\n{memory.weights_table(taken['weights'])}\n\n{memory.places_table(taken)}")
     return 0
 
 
@@ -103,14 +119,12 @@ def _request(args: argparse.Namespace, manifest: Manifest | None) -> dict[str, A
     """The request, and what counts: as asked, else as the bundle has it."""
     usual: dict[str, Any] = {
         "convention": "papers",
-        "precision": "float16",
         "text_tokens": _TEXT_TOKENS,
         "images": 1,
     }
     if manifest is not None:
         usual = {
             "convention": "runtime",
-            "precision": manifest.precision.decoder,
             "text_tokens": manifest.limits.max_text_tokens,
             "images": manifest.limits.max_images,
         }
@@ -175,18 +189,17 @@ def _facts(each: costs.Cost) -> dict[str, Any]:
     }
 
 
-def _model(args: argparse.Namespace) -> tuple[costs.ModelShape, Manifest | None]:
-    if (args.bundle is None) == (args.config is None):
+def _manifest(args: argparse.Namespace) -> Manifest | None:
+    """What the bundle says of itself; None if the model is no bundle."""
+    given = [name for name in ("bundle", "config", "model") if getattr(args, name) is not None]
+    if len(given) != 1:
         raise PatchsieveError(
-            "cost needs a model",
-            found="two" if args.bundle else "none",
-            expected="--config CONFIG_JSON, or a bundle",
-            do="add --config, or name one bundle" if args.bundle is None else "remove --config",
+            "cost needs one model",
+            found=" and ".join(given) or "none",
+            expected="--config CONFIG_JSON, --model NAME, or a bundle",
+            do="name one of these" if given else "add --model or --config, or name a bundle",
         )
-    if args.config is not None:
-        return costs.read_shape(args.config), None
-    manifest = read(args.bundle)
-    return costs.from_bundle(args.bundle, manifest), manifest
+    return None if args.bundle is None else read(args.bundle)
 
 
 def _print(facts: dict[str, Any], pruned: costs.Cost, full: costs.Cost) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from patchsieve import plans
 from patchsieve.cli import plan_options
-from patchsieve.cli.arguments import gigabytes, integers
+from patchsieve.cli.arguments import PRECISION, gigabytes, integers
 from patchsieve.cli.output import Progress, print_json, require
 from patchsieve.contract import engine_memory, names
 from patchsieve.contract.errors import PatchsieveError
@@ -39,6 +39,7 @@ _OF_A_NEW_BUNDLE = (
     "scorer",
     "targets",
     "precision",
+    "statistics",
     "attention",
     "max_text_tokens",
     "max_new_tokens",
@@ -87,8 +88,14 @@ def _add_bundle_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--precision",
         metavar="P",
-        help="float32 (default), float16 or bfloat16, or by part: "
-        "tower=float16,decoder=bfloat16,head=float32",
+        help=f"{PRECISION} (default: float32)",
+    )
+    add(
+        "--statistics",
+        type=Path,
+        metavar="STATS",
+        help="activation statistics that patchsieve calibrate --statistics collected; they guide "
+        "the rounding to int8 and int4 (default: what the weights alone say)",
     )
     add(
         "--attention",
@@ -171,6 +178,7 @@ def _export(
         scorer=args.scorer,
         revision=args.revision,
         attention=args.attention,
+        statistics=args.statistics,
     )
     return export(args.checkpoint, args.output, options, progress, spent)
 

@@ -133,7 +133,7 @@ def _as_json(
         "bundle": str(args.bundle),
         "against": args.against,
         "target": both.model.bundle.target,
-        "precision": str(both.facts.precision),
+        "precision": both.facts.numbers,
         "plans": plans,
         "passed": first is None,
         "first_departure": None if first is None else first.to_dict(),

@@ -9,13 +9,18 @@ the stages are not counted; attention is counted over all pairs, as the papers d
 """
 
 from patchsieve.cost.config import (
+    MODELS,
     DecoderShape,
+    Measures,
     ModelShape,
     ScorerShape,
     TowerShape,
     from_bundle,
     from_manifest,
+    measures_of_config,
+    read_measures,
     read_shape,
+    scorer_of,
     shape_of_config,
 )
 from patchsieve.cost.flops import (
@@ -39,12 +44,14 @@ from patchsieve.cost.methods import (
 from patchsieve.pruning.schedules import geometric, linear
 
 __all__ = [
+    "MODELS",
     "PAPERS",
     "RUNTIME",
     "Convention",
     "Cost",
     "DecoderShape",
     "Flops",
+    "Measures",
     "ModelShape",
     "Schedule",
     "ScorerShape",
@@ -58,9 +65,12 @@ __all__ = [
     "in_tower",
     "ivtp",
     "linear",
+    "measures_of_config",
     "no_pruning",
     "of_plan",
+    "read_measures",
     "read_shape",
     "resampler",
+    "scorer_of",
     "shape_of_config",
 ]

@@ -7,15 +7,26 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from patchsieve.contract import stored
 from patchsieve.contract.errors import BundleError, PatchsieveError, UnsupportedModelError
 from patchsieve.contract.manifest import Manifest
-from patchsieve.contract.model import VisionModel
+from patchsieve.contract.model import TextModel, VisionModel
+from patchsieve.contract.sizes import TextTower
 from patchsieve.contract.weights import SCORER
 from patchsieve.export.families import check_structure
 from patchsieve.export.source.original import refuse_original
 
-_LARGEST_HEADER = 1 << 22  # bytes of a scorer's list of tensors
-_SCORER_MLP = ".mlp.fc1.weight"  # one in each of its layers
+_SCORER_BIAS = ".mlp.fc1.bias"  # one in each of its layers
+_SCORER_TABLE = "text_model.embeddings.token_embedding.weight"
+
+# Checkpoints by name, as far as their config.json departs from Hugging Face's defaults.
+_VICUNA = {"model_type": "llama", "vocab_size": 32064}
+_13B = {"hidden_size": 5120, "intermediate_size": 13824}
+_13B |= {"num_hidden_layers": 40, "num_attention_heads": 40}
+MODELS: dict[str, dict[str, Any]] = {
+    "llava-1.5-7b": {"model_type": "llava", "text_config": _VICUNA},
+    "llava-1.5-13b": {"model_type": "llava", "text_config": _VICUNA | _13B},
+}
 
 
 def _check_sizes(shape: Any) -> None:
@@ -150,8 +161,32 @@ class ModelShape:
         _check_sizes(self)
 
 
+@dataclass(frozen=True)
+class Measures:
+    """All that the bytes of a model depend on; its shape follows.
+
+    Attributes:
+        is_tied: The output matrix is the table of embeddings.
+    """
+
+    text: TextModel
+    vision: VisionModel
+    is_tied: bool
+
+    @property
+    def shape(self) -> ModelShape:
+        """What the FLOPs depend on."""
+        sizes = {field.name: getattr(self.text, field.name) for field in fields(DecoderShape)}
+        return _shape(DecoderShape(**sizes), self.vision)
+
+
 def read_shape(path: Path) -> ModelShape:
     """Read a model's shape from its config.json, or from the directory that holds it."""
+    return read_measures(path).shape
+
+
+def read_measures(path: Path) -> Measures:
+    """Read a model's measures from its config.json, or from the directory that holds it."""
     path = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -162,11 +197,16 @@ def read_shape(path: Path) -> ModelShape:
             expected="the config.json of a checkpoint that export takes",
             do="give --config such a file, or the directory that holds it",
         ) from error
-    return shape_of_config(config)
+    return measures_of_config(config)
 
 
 def shape_of_config(config: Any) -> ModelShape:
-    """Read the shape out of a config.json's content, as the model's family reads it for export.
+    """Read the shape out of a config.json's content, as the model's family reads it for export."""
+    return measures_of_config(config).shape
+
+
+def measures_of_config(config: Any) -> Measures:
+    """Read the measures out of a config.json's content.
 
     Raises:
         UnsupportedModelError: It is of a structure that export does not know.
@@ -181,7 +221,10 @@ def shape_of_config(config: Any) -> ModelShape:
     refuse_original(config)
     family = check_structure(config)
     model = family.plain(config)
-    return _shape(DecoderShape(**family.decoder_sizes(model)), family.vision(model))
+    sizes, biases = family.decoder_sizes(model), family.decoder_biases(model)
+    DecoderShape(**sizes)  # refuses what no decoder can have
+    text = TextModel(model_type=model.text_config.model_type, **sizes, **biases)
+    return Measures(text, family.vision(model), family.is_tied(model))
 
 
 def from_bundle(bundle: Path, manifest: Manifest) -> ModelShape:
@@ -190,29 +233,38 @@ def from_bundle(bundle: Path, manifest: Manifest) -> ModelShape:
     Raises:
         BundleError: The scorer's weights are not there or not readable.
     """
-    shape = from_manifest(manifest)
-    if manifest.scorer is None:
+    shape, tower = from_manifest(manifest), scorer_of(bundle, manifest)
+    if tower is None:
         return shape
+    sizes = {field.name: getattr(tower, field.name) for field in fields(ScorerShape)}
+    return replace(shape, scorer=ScorerShape(**sizes))
+
+
+def scorer_of(bundle: Path, manifest: Manifest) -> TextTower | None:
+    """The measures of a bundle's text scorer; None without one.
+
+    They are read from the names and shapes that its weights file begins with.
+
+    Raises:
+        BundleError: The scorer's weights are not there or not readable.
+    """
+    if manifest.scorer is None:
+        return None
     path = bundle / SCORER.path()
-    return replace(shape, scorer=_scorer(path, manifest.scorer.window, manifest.scorer.width))
-
-
-def _scorer(path: Path, window: int, width: int) -> ScorerShape:
-    """The measures of a text tower, from the names and shapes that its weights file begins with."""
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, _LARGEST_HEADER)))
-        layers = [each["shape"] for name, each in header.items() if name.endswith(_SCORER_MLP)]
-        hidden, inner = layers[0]  # stored [in, out]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        found = stored.header(path)
+        inner = [each["shape"][0] for name, each in found.items() if name.endswith(_SCORER_BIAS)]
+        vocab, hidden = found[_SCORER_TABLE]["shape"]
+        return TextTower(
+            vocab, hidden, inner[0], len(inner), manifest.scorer.window, manifest.scorer.width
+        )
+    except (BundleError, ValueError, LookupError, TypeError) as error:
         raise BundleError(
             f"cannot read the measures of the text scorer in {path}",
             found=error,
             expected="the weights of CLIP's text tower (safetensors)",
             do="copy or export the bundle again",
         ) from error
-    return ScorerShape(hidden, inner, len(layers), window, width)
 
 
 def from_manifest(manifest: Manifest) -> ModelShape:

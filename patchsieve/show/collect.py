@@ -150,7 +150,7 @@ def timed(answers: Sequence[Answer], ask: Callable[[str], Result], runs: int) ->
 def _machine(model: Model) -> str:
     device = model.backend.describe()
     where = f"{device['library']}, {device['device']}"
-    return f"{model.bundle.target}, {model.facts.precision}, {where}"
+    return f"{model.bundle.target}, {model.facts.numbers}, {where}"
 
 
 def _answer(result: Result) -> Answer:

@@ -98,7 +98,11 @@ class Reference:
         try:
             self.processor = self.family.processor(directory, self.config)
             self.model = self.family.load(
-                directory, self.config, dtype=torch.float32, attn_implementation="eager"
+                directory,
+                self.config,
+                self.checkpoint.dequantised(),
+                dtype=torch.float32,
+                attn_implementation="eager",
             ).eval()
         except (OSError, ValueError) as error:
             raise PatchsieveError(

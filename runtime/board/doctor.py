@@ -148,7 +148,7 @@ def check_bundle(facts: Manifest, bundle: Path, found: dict[str, Any]) -> dict[s
         "path": str(bundle),
         "targets": sorted(facts.targets),
         "has_engines": bool(set(WITH_ENGINES) & set(facts.targets)),
-        "precision": str(facts.precision),
+        "precision": facts.numbers,
         "weight_bytes": weights,
         "build_bytes": build,
         "build_fits": None if available is None else build <= available + on_disk,

@@ -10,10 +10,13 @@ import pytest
 
 from benchmarks.build_memory import weights_of
 from patchsieve.cli import main
-from patchsieve.contract import engine_memory, files, names
+from patchsieve.contract import boards, engine_memory, files, names, weights
 from patchsieve.contract.engine_memory import expected
 from patchsieve.contract.errors import PatchsieveError
-from patchsieve.export.cuts import divide
+from patchsieve.contract.formats import FLOAT, parse
+from patchsieve.contract.sizes import Group, groups
+from patchsieve.cost import MODELS, measures_of_config
+from patchsieve.export.cuts import cuts_for, divide
 from patchsieve.export.exporter import ExportOptions, export
 from tests.support.models import save_checkpoint
 
@@ -22,16 +25,16 @@ MB = 10**6
 
 
 def largest(num_layers: int, cuts: list[int]) -> int:
-    """Bytes of the largest stage."""
+    """Millions of bytes of the largest stage."""
     edges = [0, *cuts, num_layers]
     assert edges == sorted(set(edges))
     sizes = [(last - first) * LAYER for first, last in pairwise(edges)]
     sizes[-1] += HEAD
-    return max(sizes) * MB
+    return max(sizes)
 
 
 def divided(num_layers: int, cuts: list[int], most: int) -> list[int]:
-    return divide(num_layers, cuts, LAYER * MB, HEAD * MB, expected(most * MB), {})
+    return divide(num_layers, cuts, LAYER, HEAD, most)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +56,7 @@ def test_the_cuts_of_a_model_of_32_layers(most: int, cuts: list[int], wanted: li
 def test_no_fewer_cuts_and_no_smaller_stages_would_do(most: int, cut: list[int]) -> None:
     found = divided(8, cut, most)
     others = [sorted({*cut, *more}) for n in range(8) for more in combinations(range(1, 8), n)]
-    fit = [(len(cuts), largest(8, cuts)) for cuts in others if largest(8, cuts) <= most * MB]
+    fit = [(len(cuts), largest(8, cuts)) for cuts in others if largest(8, cuts) <= most]
     assert set(cut) <= set(found)
     assert len(found) == min(fit)[0]
     if not cut:  # else the largest stage may lie in the other part
@@ -61,10 +64,35 @@ def test_no_fewer_cuts_and_no_smaller_stages_would_do(most: int, cut: list[int])
 
 
 def test_what_cannot_be_divided_is_named_with_the_memory_that_it_takes() -> None:
+    chosen = parse("float16")
+    tensors = [group(weights.LAYER, 200, index) for index in range(32)]
+    tensors.append(group(weights.HEAD, 130))
+    least = expected({FLOAT: 660 * MB})
+    assert cuts_for(least, [30], tensors, chosen) == list(range(1, 32))
     with pytest.raises(PatchsieveError, match=r"one layer and the output head.*--build-memory 1.7"):
-        divided(32, [], 659)
+        cuts_for(least - 1, [], tensors, chosen)
+    tensors.append(group(weights.TOWER, 500))
     with pytest.raises(PatchsieveError, match=r"the vision tower \(1.00 GB.*--build-memory 2.3,"):
-        divide(32, [], LAYER * MB, HEAD * MB, expected(700 * MB), {"the vision tower": 10**9})
+        cuts_for(expected({FLOAT: 700 * MB}), [], tensors, chosen)
+
+
+def group(part: weights.Part, numbers: int, layer: int | None = None) -> Group:
+    """Some millions of numbers that are no matrix."""
+    return Group(part, part.key, part.label, layer, numbers * MB, ())
+
+
+@pytest.mark.parametrize(("precision", "num_cuts"), [("float16", 8), ("int8", 4), ("int4", 2)])
+def test_fewer_cuts_do_for_fewer_bits(precision: str, num_cuts: int) -> None:
+    # 2.95 GB (int4: 2.85) hold 4 float16 layers of 0.69 GB each, 8 of 0.34 GB, 13 of 0.22 GB.
+    measured = measures_of_config(MODELS["llava-1.5-7b"])
+    tensors = groups(measured.text, measured.vision)
+    chosen = parse(precision, is_for_gpus=True)
+    found = cuts_for(int(3.5e9), [], tensors, chosen)
+    assert len(found) == num_cuts
+    edges = [*found, 32]
+    counts = [each.num_bytes(chosen.types, chosen.formats) for each in tensors]
+    engines = boards.engines_of(tensors, counts, edges)
+    assert max(map(expected, engines.values())) <= 3.5e9
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2-tied"])
@@ -84,13 +112,13 @@ def test_a_bundle_is_cut_for_the_memory_and_counts_the_weights_that_graphs_hold(
         headers = engine_memory.weight_bytes(whole, graph) - there
         assert 0 <= headers < 16_000, graph
     # One byte less than all of it, weights alone counted.
-    memory = expected(weights_of(tmp_path / "whole" / graphs["stage_0"])) - 1
+    memory = expected({FLOAT: weights_of(tmp_path / "whole" / graphs["stage_0"])}) - 1
     options = ExportOptions(targets=("tensorrt-rtx",), build_memory=memory)
     facts = export(str(checkpoint), tmp_path / "cut", options)
     assert len(facts.cuts) == 1
     told = engine_memory.expectations(facts)
     assert max(told.values()) < engine_memory.expectations(whole)[names.stage(0)]
-    assert told["compact"] == expected(0)
+    assert told["compact"] == expected({})
 
 
 def test_the_command_line_takes_gigabytes_and_says_what_building_takes(

@@ -5,6 +5,7 @@ A build that succeeds proves little: a parser may drop an input without a word. 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class LayerSummary:
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    tensors: tuple[TensorSummary, ...] = field(default=(), repr=False)  # the outputs
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,19 @@ class NetworkSummary:
             if layer.kind == "ATTENTION_INPUT"
         )
 
+    @property
+    def constants(self) -> tuple[TensorSummary, ...]:
+        """Every stored tensor."""
+        return tuple(layer.tensors[0] for layer in self.layers if layer.kind == "CONSTANT")
+
+    def stored(self, dtype: str) -> int:
+        """Numbers of more than one dimension that are stored in a type, such as `INT4`."""
+        return sum(
+            math.prod(one.shape)
+            for one in self.constants
+            if one.dtype == dtype and len(one.shape) > 1
+        )
+
     def count(self, kind: str) -> int:
         """Count the layers of a kind, such as `ROTARY_EMBEDDING`."""
         return sum(layer.kind == kind for layer in self.layers)
@@ -131,6 +146,7 @@ def summarize(network: Any) -> NetworkSummary:
                 layer.name,
                 tuple(_name(layer.get_input(i)) for i in range(layer.num_inputs)),
                 tuple(_name(layer.get_output(i)) for i in range(layer.num_outputs)),
+                tuple(_tensor(layer.get_output(i)) for i in range(layer.num_outputs)),
             )
             for layer in layers
         ),
