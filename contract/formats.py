@@ -194,7 +194,9 @@ def parse(text: str, *, is_for_gpus: bool = False, int4: str = INT4_CPU) -> Chos
         if not (mark and key and value) or key in named:
             raise _unreadable(text)
         named[key] = value
-    kind, _, given = whole.partition(":")
+    kind, mark, given = whole.partition(":")
+    if not (whole or named) or text.lstrip().startswith(",") or (mark and not given):
+        raise _unreadable(text)
     parts = dict.fromkeys(_TYPED, whole)
     if kind in PRESETS:
         parts = {
@@ -213,7 +215,7 @@ def parse(text: str, *, is_for_gpus: bool = False, int4: str = INT4_CPU) -> Chos
     precision = Precision(**types)
     _check_types(split, precision, text)
     rest = {k: v for k, v in named.items() if k not in (*_PARTS, CACHE)}
-    exceptions = tuple((k, _split(v, text, int4)[0]) for k, v in rest.items())
+    exceptions = tuple((k, _excepted(k, v, text, int4)) for k, v in rest.items())
     stored = {key: name for key, (name, _) in split.items() if name != FLOAT}
     return Chosen(precision, Formats(stored, exceptions), named.get(CACHE, precision.decoder))
 
@@ -227,6 +229,19 @@ def _split(value: str, text: str, int4: str) -> tuple[str, str | None]:
     if name not in FORMATS or (mark and kind not in BYTES):
         raise _unreadable(text)
     return name, kind or None
+
+
+def _excepted(name: str, value: str, text: str, int4: str) -> str:
+    """Format of single matrices, which have no type of their own."""
+    form, kind = _split(value, text, int4)
+    if kind is not None:
+        raise PatchsieveError(
+            f"matrices have the type of their part: --precision gives {name[:80]} another type",
+            found=f"{name[:80]}={value}",
+            expected=f"a format alone, such as {name[:80]}={form}",
+            do="leave the type out there, or give it to the part in --precision",
+        )
+    return form
 
 
 def _check_types(
