@@ -21,11 +21,11 @@ from patchsieve.contract.sizes import Group
 from patchsieve.contract.targets import TARGETS, WITH_ENGINES
 from patchsieve.contract.weights import EMBEDDINGS, HEAD, JOINT, LAYER, SCORER, TOWER
 
-# What Linux sees of a board's memory; firmware keeps the rest. An Orin Nano of 8 GB has 7.44 GiB
-# with JetPack 6 (github.com/henrygd/beszel/issues/286), 7.3 GiB with JetPack 5.
-_SEEN = 0.92
-# What the system takes of it: 0.58 GB without a desktop (github.com/dusty-nv/jetson-containers/
-# issues/342, Orin Nano, JetPack 5.1.2), and about 0.8 GB for the desktop (docs/setup.md there).
+# What Linux sees of the memory; firmware keeps the rest. tests/recorded/jetson: 7620 MiB of an
+# Orin Nano of 8 GB with JetPack 6.2, 62817 MiB of an AGX Orin of 64 GB with 7.2.
+_SEEN = 0.93
+# What the system takes of it: 1.41 GB in the recording of the Orin Nano; 0.58 GB without a desktop
+# (github.com/dusty-nv/jetson-containers/issues/342, the same board, JetPack 5.1.2).
 SYSTEM = int(1.5e9)
 NEW_TOKENS = 256  # of an answer, where no bundle limits it
 # Assumptions: Python and the library of a target, the CUDA context included.
@@ -65,6 +65,7 @@ class Demand:
     """Bytes that a model takes on a machine under a plan.
 
     Attributes:
+        target: What runs it.
         weights: Of its engines, or of the files that ONNX Runtime maps, embeddings included.
         kv: Of the KV caches that a request reserves.
         activations: Of a prefill: an estimate.
@@ -73,6 +74,7 @@ class Demand:
         largest: Weights of the largest engine.
     """
 
+    target: str
     weights: int
     kv: int
     activations: int
@@ -85,7 +87,7 @@ class Demand:
         """All that is there while a request is answered."""
         return self.weights + self.kv + self.activations + self.libraries
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, Any]:
         """All of it by name."""
         return asdict(self) | {"running": self.running}
 
@@ -98,7 +100,7 @@ def of_bundle(facts: Manifest, plan: str, target: str | None = None) -> Demand:
         plan: The plan.
         target: What runs it; by default a target of TensorRT if the bundle has one.
     """
-    target = target or target_of(facts)
+    target = target or target_of(facts.targets)
     has_engines = target in WITH_ENGINES
     held = {graph: facts.graphs[graph].weights for graph in facts.targets.get(target, {})}
     parts = {graph: engine_memory.weight_bytes(facts, graph) for graph in held}
@@ -113,6 +115,7 @@ def of_bundle(facts: Manifest, plan: str, target: str | None = None) -> Demand:
     kv = sum(n * facts.row_bytes(stage) for n, stage in zip(slots, facts.stages, strict=True))
     rows = slots[0] - facts.limits.max_new_tokens
     return Demand(
+        target=target,
         weights=total,
         kv=kv,
         activations=activations(
@@ -123,9 +126,9 @@ def of_bundle(facts: Manifest, plan: str, target: str | None = None) -> Demand:
     )
 
 
-def target_of(facts: Manifest) -> str:
-    """The target of a bundle that a board would run: one of TensorRT if it has one."""
-    return min(facts.targets, key=lambda target: target not in WITH_ENGINES, default="")
+def target_of(targets: Iterable[str]) -> str:
+    """The target that a board would run: one of TensorRT if there is one."""
+    return min(targets, key=lambda target: target not in WITH_ENGINES, default="")
 
 
 @dataclass(frozen=True)
@@ -155,8 +158,7 @@ def of_model(
     found: Sequence[Group],
     chosen: Chosen,
     request: Request,
-    *,
-    has_engines: bool,
+    target: str,
 ) -> Demand:
     """What a model that is not exported takes.
 
@@ -166,8 +168,9 @@ def of_model(
         found: Its tensors, from `sizes.groups`.
         chosen: Their types and formats.
         request: What is asked.
-        has_engines: TensorRT runs it.
+        target: What runs it.
     """
+    has_engines = target in WITH_ENGINES
     counts = [group.num_bytes(chosen.types, chosen.formats) for group in found]
     total = sum(sum(each.values()) for each in counts)
     engines: dict[str, dict[str, int]] = {}
@@ -177,6 +180,7 @@ def of_model(
         total = sum(held.values()) + (request.num_visions - 1) * held[names.VISION]
         total += text.vocab_size * text.hidden_size * BYTES[chosen.types.decoder]  # mapped
     return Demand(
+        target=target,
         weights=total,
         kv=request.kv,
         activations=activations(

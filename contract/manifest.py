@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from patchsieve.contract import names
+from patchsieve.contract.formats import FORMATS
 from patchsieve.contract.graphs import SCORER, STAGE, VISION, Graph, Signature
 from patchsieve.contract.model import (
     Embeddings,
@@ -160,6 +161,11 @@ class Manifest:
         stored = in_words(self.weights.values())
         caches = "" if self.cache_type == self.precision.decoder else f"caches {self.cache_type}"
         return "; ".join(part for part in (str(self.precision), stored, caches) if part)
+
+    @property
+    def is_dynamic(self) -> bool:
+        """ONNX Runtime rounds rows to the format of a weights file on a CPU."""
+        return any(FORMATS[entry.format].is_dynamic for entry in self.weights.values())
 
     def vision_graph(self, plan: str) -> str:
         """The graph that makes a plan's visual tokens."""

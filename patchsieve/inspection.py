@@ -1,6 +1,7 @@
 """What a bundle holds and what it reserves, read from its manifest: no backend, no numpy.
 
-Only the measures of a text scorer are read elsewhere: at the beginning of its weights file.
+Only the formats of matrices and the measures of a text scorer are read elsewhere: at the beginning
+of the weights files.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from patchsieve import cost
+from patchsieve import cost, memory
+from patchsieve.contract import boards, stored
 from patchsieve.contract.errors import RequestError
 from patchsieve.contract.files import check_files, is_there, read
 from patchsieve.contract.graphs import Signature
@@ -61,7 +63,9 @@ def inspect(
         name: plan_costs(facts, name) | plan_flops(shape, facts.plans[name], text_tokens, images)
         for name in ([plan] if plan else facts.plans)
     }
-    return {"bundle": str(bundle), **_model(facts)} | {
+    said = {"bundle": str(bundle), **_model(facts)}
+    said |= weights_and_boards(bundle, facts, plan or facts.default_plan)
+    return said | {
         "text_tokens": text_tokens,
         "images": images,
         "plans": plans,
@@ -96,6 +100,12 @@ def _model(facts: Manifest) -> dict[str, Any]:
         ],
         "default_plan": facts.default_plan,
     }
+
+
+def weights_and_boards(bundle: Path, facts: Manifest, plan: str) -> dict[str, Any]:
+    """Bytes of the weights by part and format, and the boards that hold a request under a plan."""
+    rows = stored.shares(bundle, facts)
+    return memory.weights(rows) | memory.places(boards.of_bundle(facts, plan))
 
 
 def plan_costs(facts: Manifest, name: str) -> dict[str, Any]:

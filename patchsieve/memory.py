@@ -53,11 +53,26 @@ def places_table(found: Mapping[str, Any]) -> str:
         f"activations about {size(needs['activations'])}",
         f"libraries about {size(needs['libraries'])}",
     ]
-    lines = [table(header, rows), f"running: {', '.join(parts)}"]
+    lines = [table(header, rows), f"running {needs['target']}: {', '.join(parts)}"]
     if builds:
         lines.append(f"building: the largest engine, {size(needs['largest'])} of weights")
     lines += advice(found)
     return "\n".join(lines)
+
+
+def places_line(found: Mapping[str, Any]) -> str:
+    """The same in one line: "8 GB runs it and cannot build its engines, 16 GB holds it"."""
+    words = {
+        (True, True): "holds it",
+        (True, False): "runs it and cannot build its engines",
+        (False, True): "builds its engines and cannot run it",
+        (False, False): "is too small",
+    }
+    boards_of: dict[str, list[str]] = {}
+    for fit in found["boards"]:
+        word = words[fit["run"] >= 0, (fit["build"] or 0) >= 0]
+        boards_of.setdefault(word, []).append(fit["memory"])
+    return "; ".join(f"{', '.join(names)} {word}" for word, names in boards_of.items())
 
 
 def advice(found: Mapping[str, Any]) -> list[str]:

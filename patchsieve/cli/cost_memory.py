@@ -15,7 +15,7 @@ from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.formats import FLOAT, Chosen
 from patchsieve.contract.manifest import Manifest
 from patchsieve.contract.plan import Plan
-from patchsieve.contract.targets import TARGETS, WITH_ENGINES
+from patchsieve.contract.targets import TARGETS
 from patchsieve.cost.flops import kv_bytes_per_token
 from patchsieve.export.options import ExportOptions
 
@@ -54,11 +54,6 @@ class Subject:
             return self.numbers.cache
         assert self.manifest is not None  # without a bundle there are numbers
         return self.manifest.cache_type
-
-    @property
-    def has_engines(self) -> bool:
-        """A board runs it by TensorRT."""
-        return bool(set(self.targets) & set(WITH_ENGINES))
 
 
 def subject(args: argparse.Namespace, manifest: Manifest | None) -> Subject:
@@ -133,8 +128,8 @@ def facts(
         images=images,
     )
     text, vision = model.measures.text, model.measures.vision
-    has_engines = model.has_engines
-    demand = boards.of_model(text, vision, found, numbers, request, has_engines=has_engines)
+    target = boards.target_of(model.targets)
+    demand = boards.of_model(text, vision, found, numbers, request, target)
     return memory.weights(rows) | memory.places(demand)
 
 

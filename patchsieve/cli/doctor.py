@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from patchsieve import memory
 from patchsieve.cli.output import print_json
 from patchsieve.tables import size, table
 
@@ -37,21 +38,21 @@ def run(args: argparse.Namespace) -> int:
 
 def _machine(report: dict[str, Any]) -> str:
     facts = report["machine"]
-    memory, cpu = facts["memory_bytes"], facts["cpu"]
+    found, cpu = facts["memory_bytes"], facts["cpu"]
     shared = ", shared with the GPU" if facts["unified_memory"] else ""
-    zram = f" ({size(memory['zram'])} zram)" if memory["zram"] else ""
+    zram = f" ({size(found['zram'])} zram)" if found["zram"] else ""
     lines = [
         f"patchsieve {report['patchsieve']}, Python {facts['python']}, {facts['architecture']}",
         f"cpu     {cpu['model']}, {cpu['cores_allowed']} of {cpu['cores']} cores",
-        f"memory  {_size(memory['total'])}{shared}, {_size(memory['available'])} available, "
-        f"swap {_size(memory['swap'])}{zram}, disk {size(facts['disk_free_bytes'])} free",
+        f"memory  {_size(found['total'])}{shared}, {_size(found['available'])} available, "
+        f"swap {_size(found['swap'])}{zram}, disk {size(facts['disk_free_bytes'])} free",
     ]
     lines += _board(facts["jetson"]) if facts["jetson"] else []
     for gpu in facts["gpus"]:
         capability = gpu["compute_capability"] or "?"
-        memory = "memory shared" if gpu["memory"] is None else size(gpu["memory"])
+        own = "memory shared" if gpu["memory"] is None else size(gpu["memory"])
         lines.append(
-            f"gpu     {gpu['name']}, {memory}, compute capability {capability}, "
+            f"gpu     {gpu['name']}, {own}, compute capability {capability}, "
             f"driver {gpu['driver'] or '?'}"
         )
     cuda = facts["cuda"]
@@ -119,10 +120,11 @@ def _installs(report: dict[str, Any]) -> str:
 
 
 def _bundle(bundle: dict[str, Any]) -> str:
+    """Whether each plan fits here; and off a board, which boards hold the bundle."""
     rows = [
         (
             f"plan {name}",
-            size(bundle["weight_bytes"]),
+            size(plan["memory"]["weights"]),
             size(plan["kv_bytes"]),
             size(plan["needed_bytes"]),
             _size(bundle["available_bytes"]),
@@ -130,8 +132,11 @@ def _bundle(bundle: dict[str, Any]) -> str:
         )
         for name, plan in bundle["plans"].items()
     ]
-    header = (bundle["path"], "weights", "KV cache", "needed", "available", "")
-    return table(header, rows)
+    header = (f"{bundle['path']}, {bundle['target']}", "weights", "KV cache")
+    lines = [table((*header, "needed", "available", ""), rows), bundle["precision"]]
+    if bundle["boards"]:
+        lines.append(f"board of {memory.places_line(bundle)}")
+    return "\n".join(lines)
 
 
 def _size(count: int | None) -> str:

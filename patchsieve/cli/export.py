@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from patchsieve import plans
+from patchsieve import memory, plans
 from patchsieve.cli import plan_options
 from patchsieve.cli.arguments import PRECISION, gigabytes, integers
 from patchsieve.cli.output import Progress, print_json, require
@@ -21,6 +21,7 @@ from patchsieve.contract.targets import TARGETS, USUAL, WITH_ATTENTION_FORMS, th
 from patchsieve.contract.trained import Trained
 from patchsieve.contract.writing import check_new_bundle
 from patchsieve.export.card import next_commands
+from patchsieve.inspection import weights_and_boards
 from patchsieve.pruning import catalogue
 from patchsieve.pruning.entry import DECODER
 from patchsieve.pruning.recipes import Size
@@ -257,6 +258,7 @@ def _facts(bundle: Path, facts: Manifest) -> dict[str, Any]:
         "kv_bytes_reserved": sum(a * b for a, b in zip(slots, bytes_of, strict=True)),
         "kv_bytes_reserved_unpruned": sum(a * b for a, b in zip(full, bytes_of, strict=True)),
         "bytes": sum(file.size for file in facts.files.values()),
+        **weights_and_boards(bundle, facts, plan),
         "graph_bytes": {
             target: sum(facts.files[path].size for path in graphs.values())
             for target, graphs in facts.targets.items()
@@ -283,6 +285,11 @@ def _print(made: dict[str, Any], facts: Manifest) -> None:
             f"  layers {stage.first}-{stage.last - 1}: "
             f"at most {budget} visual tokens an image, {count} KV slots"
         )
+    formats: dict[str, int] = {}
+    for row in made["weights"]:
+        formats[row["format"]] = formats.get(row["format"], 0) + row["bytes"]
+    stored_as = ", ".join(f"{name} {size(count)}" for name, count in formats.items())
+    print(f"  weights: {facts.numbers} ({stored_as})")
     reserved, unpruned = made["kv_bytes_reserved"], made["kv_bytes_reserved_unpruned"]
     print(f"  KV reservation {size(reserved)}, unpruned {size(unpruned)}")
     if building := made["build_memory_bytes"]:
@@ -291,6 +298,7 @@ def _print(made: dict[str, Any], facts: Manifest) -> None:
             f"  building engines takes at most about {size(building[largest])} of memory, for "
             f"{largest} ({engine_memory.source(facts)}; --build-memory sets it)"
         )
+    print(f"  board of {memory.places_line(made)} (patchsieve inspect says why)")
     if not made["fits_engines"]:
         engines = [stage.slots for stage in facts.stages]
         print(

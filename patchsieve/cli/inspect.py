@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from patchsieve import inspection
+from patchsieve import inspection, memory
 from patchsieve.cli.output import Progress, print_json
 from patchsieve.contract.manifest import Needs
 from patchsieve.contract.model import Generation
@@ -147,7 +147,11 @@ def _flops(facts: dict[str, Any], costs: dict[str, Any]) -> str:
 
 
 def _sizes(facts: dict[str, Any]) -> str:
-    return table(("part", "size"), [(k, size(v)) for k, v in facts["parts"].items()])
+    """Weights by part and format, all other files, and the boards that hold them."""
+    graphs = facts["parts"]["graphs"]
+    other = facts["bytes"] - facts["weight_bytes"] - graphs
+    held = memory.weights_table(facts["weights"], {"graphs": graphs, "other files": other})
+    return f"{held}\n\n{memory.places_table(facts)}"
 
 
 def _targets(facts: dict[str, Any]) -> str:

@@ -221,9 +221,10 @@ def measures_of_config(config: Any) -> Measures:
     refuse_original(config)
     family = check_structure(config)
     model = family.plain(config)
-    sizes, biases = family.decoder_sizes(model), family.decoder_biases(model)
+    sizes: dict[str, Any] = family.decoder_sizes(model)
     DecoderShape(**sizes)  # refuses what no decoder can have
-    text = TextModel(model_type=model.text_config.model_type, **sizes, **biases)
+    sizes |= family.decoder_biases(model) | {"model_type": model.text_config.model_type}
+    text = TextModel(**sizes)
     return Measures(text, family.vision(model), family.is_tied(model))
 
 

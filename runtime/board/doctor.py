@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from patchsieve import __version__
-from patchsieve.contract import engine_memory, files
+from patchsieve.contract import boards, engine_memory, files
 from patchsieve.contract.manifest import Manifest
 from patchsieve.contract.targets import FULL, RTX, WITH_ENGINES
 from patchsieve.runtime.board import machine
@@ -40,7 +41,6 @@ LIBRARIES = {
     "optimum": ("optimum",),
     "lmms_eval": ("lmms-eval", "lmms_eval"),
 }
-_SPARE = 300e6  # bytes of Python, ONNX Runtime and the activations of one request
 
 
 def diagnose(probes: Probes | None = None, bundle: Path | None = None) -> dict[str, Any]:
@@ -75,7 +75,8 @@ def diagnose(probes: Probes | None = None, bundle: Path | None = None) -> dict[s
         "warnings": pitfalls(probes, facts, libraries, providers) + other_copies(probes),
     }
     if bundle is not None:
-        report["bundle"] = check_bundle(files.read(bundle), bundle, facts)
+        runs = [target for target, steps in abilities.items() if steps["run"].can]
+        report["bundle"] = check_bundle(files.read(bundle), bundle, facts, runs)
         report["warnings"] += bundle_pitfalls(report["bundle"], disk)
     return report
 
@@ -125,33 +126,44 @@ def _same(module: str, distribution: str) -> bool:
     return one[:count] == other[:count]
 
 
-def check_bundle(facts: Manifest, bundle: Path, found: dict[str, Any]) -> dict[str, Any]:
-    """Whether memory holds a bundle's weights, each plan's KV cache, and a build of engines."""
-    graphs = {path for paths in facts.targets.values() for path in paths.values()}
-    weights = sum(
-        file.size
-        for path, file in facts.files.items()
-        if path not in graphs and path.endswith(".safetensors")
-    )
-    memory = found["memory_bytes"]
-    available = memory["available"]
-    plans = {}
-    for name in facts.plans:
-        pairs = zip(facts.stages, facts.slots(name), strict=True)
-        kv_bytes = sum(facts.row_bytes(stage) * slots for stage, slots in pairs)
-        needed = weights + kv_bytes + int(_SPARE)
-        fits = None if available is None else needed <= available
-        plans[name] = {"kv_bytes": kv_bytes, "needed_bytes": needed, "fits": fits}
+def check_bundle(
+    facts: Manifest, bundle: Path, found: dict[str, Any], runs: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Whether memory holds a bundle, a request under each plan, and a build of engines.
+
+    Args:
+        facts: The bundle's manifest.
+        bundle: Its directory.
+        found: Facts of the machine.
+        runs: Targets that run here.
+    """
+    target = next((name for name in runs if name in facts.targets), boards.target_of(facts.targets))
+    memory, available = found["memory_bytes"], found["memory_bytes"]["available"]
+    demands = {name: boards.of_bundle(facts, name, target) for name in facts.plans}
     build = max(engine_memory.expectations(facts).values(), default=0)
     on_disk = (memory["swap"] or 0) - memory["zram"]
+    # Off a board, the boards that it may be made for.
+    places = [] if found["jetson"] else boards.fits(boards.of_bundle(facts, facts.default_plan))
     return {
         "path": str(bundle),
         "targets": sorted(facts.targets),
+        "target": target,
         "has_engines": bool(set(WITH_ENGINES) & set(facts.targets)),
+        "is_dynamic": "cpu" in facts.targets and facts.is_dynamic,
+        "has_vnni": found["cpu"]["has_vnni"],
         "precision": facts.numbers,
-        "weight_bytes": weights,
+        "weight_bytes": sum(facts.files[path].size for path in facts.weights),
         "build_bytes": build,
         "build_fits": None if available is None else build <= available + on_disk,
         "available_bytes": available,
-        "plans": plans,
+        "plans": {
+            name: {
+                "kv_bytes": demand.kv,
+                "needed_bytes": demand.running,
+                "fits": None if available is None else demand.running <= available,
+                "memory": demand.to_dict(),
+            }
+            for name, demand in demands.items()
+        },
+        "boards": [place.to_dict() for place in places],
     }

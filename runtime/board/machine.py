@@ -21,6 +21,7 @@ from patchsieve.runtime.board.power import throttling
 
 # Debian packages that have the version of JetPack's TensorRT; the first that is there counts.
 TENSORRT_PACKAGES = ("python3-libnvinfer", "libnvinfer10", "libnvinfer8")
+_VNNI = {"avx512_vnni", "avx_vnni"}  # in /proc/cpuinfo, of x86 CPUs; Arm's have no "flags"
 _SMI = ("name", "driver_version", "memory.total", "compute_cap")
 
 
@@ -129,14 +130,19 @@ def memory(probes: Probes) -> dict[str, int | None]:
 
 
 def cpu(probes: Probes) -> dict[str, Any]:
-    """Model, cores of the machine, and cores that this process may use."""
+    """Model, cores of the machine, cores that this process may use, and whether it has VNNI.
+
+    VNNI multiplies bytes without saturation, in the x86 CPUs that have it; None for other CPUs.
+    """
     text = _read(probes.root / "proc/cpuinfo")
     match = re.search(r"^(?:model name|Model|Hardware)\s*:\s*(.+)$", text, re.MULTILINE)
     count = len(re.findall(r"^processor\s*:", text, re.MULTILINE))
+    flags = re.search(r"^flags\s*:\s*(.+)$", text, re.MULTILINE)
     return {
         "model": match.group(1).strip() if match else probes.architecture,
         "cores": count or os.cpu_count() or 1,
         "cores_allowed": len(os.sched_getaffinity(0)),
+        "has_vnni": bool(_VNNI & set(flags.group(1).split())) if flags else None,
     }
 
 

@@ -14,6 +14,7 @@ SWAPFILE = (
     "sudo fallocate -l {0}G /swapfile && sudo chmod 600 /swapfile && sudo mkswap /swapfile && "
     "sudo swapon /swapfile"
 )
+_WITHOUT_VNNI = "int4,tower=int8-weights,scorer=int8-weights"
 _TIGHT_SWAP = 8 << 30  # boards with less memory than 16 GB need this much swap to build
 _OLDEST_JETPACK = (6, 1)  # 5 has TensorRT 8.5 and 6.0 has 8.6, which no target of ours serves
 
@@ -107,8 +108,14 @@ def bundle_pitfalls(bundle: dict[str, Any], disk: int) -> Iterator[str]:
                 f"plan {name} does not fit in memory | found: "
                 f"{bundle['available_bytes'] / 1e9:.1f} GB available | expected: "
                 f"{plan['needed_bytes'] / 1e9:.1f} GB | what to do: close other programs, or "
-                "export with a smaller --budget or --precision float16"
+                "export with a smaller --budget, or --precision int4"
             )
+    if bundle["is_dynamic"] and bundle["has_vnni"] is False:
+        yield (
+            "this CPU has no VNNI, so products of int8 saturate in ONNX Runtime and answers get "
+            f"worse | found: {bundle['precision']} | expected: avx512_vnni or avx_vnni in "
+            f"/proc/cpuinfo | what to do: export with --precision {_WITHOUT_VNNI}"
+        )
     if not bundle["has_engines"]:
         return
     if bundle["build_fits"] is False:

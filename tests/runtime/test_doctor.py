@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,13 +13,17 @@ import onnx
 import onnxruntime
 import pytest
 
+from patchsieve.contract.boards import BOARDS
+from patchsieve.contract.formats import parse
 from patchsieve.contract.targets import CUDA_LIBRARIES, FULL, TARGETS, of_compiler, of_version
+from patchsieve.contract.weights import PARTS
 from patchsieve.runtime.board import cuda_provider
 from patchsieve.runtime.board.abilities import EXPORT, INSTALL, install_line
 from patchsieve.runtime.board.doctor import diagnose
 from patchsieve.runtime.board.machine import Probes, module_version
-from patchsieve.runtime.board.pitfalls import bundle_pitfalls
+from patchsieve.runtime.board.pitfalls import _WITHOUT_VNNI, bundle_pitfalls
 from tests.support.bundles import PHOTO, command, command_json
+from tests.support.damage import edit_manifest
 
 pytest_plugins = ["tests.support.bundles"]
 
@@ -515,11 +520,57 @@ def test_an_empty_proc_leaves_unknowns_and_no_error(tmp_path: Path, tiny_bundle:
 
 def test_a_build_that_memory_and_swap_cannot_hold_is_seen(tmp_path: Path) -> None:
     bundle = {"plans": {}, "has_engines": True, "weight_bytes": 14e9, "build_bytes": 20 << 30}
-    bundle |= {"available_bytes": 6 << 30, "build_fits": False}
+    bundle |= {"available_bytes": 6 << 30, "build_fits": False, "is_dynamic": False}
     build, disk = bundle_pitfalls(bundle, disk=10 << 30)
     assert "fallocate -l 14G" in build
     assert "10.7 GB free" in disk and "14.0 GB" in disk
     assert not list(bundle_pitfalls(bundle | {"has_engines": False}, disk=0))
+
+
+CPUINFO = "processor\t: 0\nmodel name\t: A CPU\nflags\t\t: fpu avx2 {}\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "precision", "is_warned"),
+    [
+        (CPUINFO.format("avx512f"), "int8", True),
+        (CPUINFO.format("avx512f avx512_vnni"), "int8", False),
+        (CPUINFO.format("avx_vnni"), "int8", False),
+        ("processor\t: 0\nFeatures\t: fp asimd asimddp\n", "int8", False),  # Arm
+        (CPUINFO.format(""), _WITHOUT_VNNI, False),
+        (CPUINFO.format(""), "float32", False),
+    ],
+)
+def test_int8_on_a_cpu_without_vnni_is_a_warning(
+    tmp_path: Path, tiny_bundle: Path, cpuinfo: str, precision: str, is_warned: bool
+) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, folder)
+    chosen = parse(precision).formats.parts
+    keys = {part.name: part.key for part in PARTS.values()}
+
+    def change(data: dict[str, Any]) -> None:
+        for entry in data["weights"].values():
+            entry["format"] = chosen.get(keys[entry["part"]] or "", "float")
+
+    edit_manifest(folder, change)
+    machine = probes(tmp_path / "root", CPU_ONLY, files={"proc/cpuinfo": cpuinfo})
+    warnings = [text for text in diagnose(machine, folder)["warnings"] if "VNNI" in text]
+    assert bool(warnings) is is_warned
+    for text in warnings:
+        assert f"--precision {_WITHOUT_VNNI}" in text and "tower and decoder int8" in text
+
+
+def test_a_bundle_says_its_target_and_the_boards_that_hold_it(
+    tmp_path: Path, tiny_bundle: Path
+) -> None:
+    bundle = diagnose(probes(tmp_path / "a", CPU_ONLY), tiny_bundle)["bundle"]
+    assert bundle["target"] == "cpu"
+    assert [fit["memory"] for fit in bundle["boards"]] == [board.name for board in BOARDS]
+    assert all(fit["runs"] and fit["builds"] is None for fit in bundle["boards"])
+    files = {"etc/nv_tegra_release": recorded("jetpack6.release.txt")}
+    on_board = diagnose(probes(tmp_path / "b", CPU_ONLY, files=files), tiny_bundle)
+    assert on_board["machine"]["jetson"] and on_board["bundle"]["boards"] == []
 
 
 def test_every_target_that_export_writes_is_in_the_table(tmp_path: Path) -> None:
