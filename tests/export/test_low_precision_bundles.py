@@ -23,6 +23,7 @@ from patchsieve.export.quantise.statistics import InputStatistics, Statistics
 from patchsieve.runtime.building.compile import build_engine
 from patchsieve.runtime.building.profiles import profiles
 from patchsieve.runtime.trt.engines import Options
+from tests.support.bundles import command
 from tests.support.models import save_checkpoint
 from tests.support.networks import parse_network
 from tests.support.once import once
@@ -257,6 +258,17 @@ def test_a_bundle_says_what_its_quantised_graphs_need(integers: Path) -> None:
         assert max(opsets) == facts.needs[target].opset, target
     assert facts.needs["cuda"].versions == ">=1.25"
     assert facts.needs["jetpack6"].versions == TARGETS["jetpack6"].versions
+
+
+@pytest.mark.slow
+def test_export_says_which_formats_no_gpu_has_run(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "checkpoint", "llama", **SIZES)
+    for precision, said in (("nvfp4:float16", "nvfp4: unproven, no GPU"), ("int8", "")):
+        out = tmp_path / f"{precision[:4]}"
+        given = ("--targets", RTX, "--precision", precision)
+        code, text, _ = command("export", checkpoint, "-o", out, *given)
+        assert code == 0
+        assert ("unproven" in text) == bool(said) and said in text
 
 
 # What a target refuses, before any work.
