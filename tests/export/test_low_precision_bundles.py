@@ -33,7 +33,7 @@ FASTV = Plan((SitePlan(1, "fastv", {"keep_ratio": 0.5}),))
 # Each format somewhere, beside float and with the exceptions that a user may name.
 # The MLP's 352 columns do not fit blocks of 64 or 128, so that int8 weights are there too.
 INTEGERS = "tower=int8:float16,decoder=int4-64:float16,layers.1=int4-128,*.v_proj=float,head=int8"
-FLOATS = "nvfp4:float16,layers.1.mlp=fp8"
+FLOATS = "nvfp4:float16,decisions=nvfp4,layers.1.mlp=fp8"
 WIDE = ("FLOAT", "HALF")
 OVERHEAD = 4e6  # bytes that an engine of a stage may have besides its weights
 STORED = {"int8": "INT8", "int8-weights": "INT8", "fp8": "FP8", "nvfp4": "FP4"}
