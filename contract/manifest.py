@@ -23,7 +23,7 @@ from patchsieve.contract.model import (
 )
 from patchsieve.contract.plan import Plan
 from patchsieve.contract.precision import BYTES, Precision
-from patchsieve.contract.targets import TARGETS, Target
+from patchsieve.contract.targets import QUANTISED_OPSET, TARGETS, Target
 from patchsieve.contract.weights import WeightsFile, in_words
 
 # 2 added `needs` and `target_tensors`, 3 `text.rotary_sections`. 4 has typed graphs, each with its
@@ -71,7 +71,7 @@ class Needs:
         library: The Python package, as pip calls it.
         versions: Which of its versions, as pip spells a range.
         where: The machines, for people.
-        opset: Of standard ONNX in the target's graphs.
+        opset: The highest of standard ONNX in the target's graphs.
     """
 
     library: str
@@ -80,9 +80,13 @@ class Needs:
     opset: int
 
     @classmethod
-    def of(cls, target: Target) -> Needs:
-        """What the table says of a target."""
-        return cls(target.library, target.versions, target.where, target.opset)
+    def of(cls, target: Target, *, is_quantised: bool = False) -> Needs:
+        """What the table says of a target, for a bundle that holds quantised matrices or none."""
+        versions, opset = target.versions, target.opset
+        if is_quantised:
+            versions = target.quantised_versions or versions
+            opset = max(opset, QUANTISED_OPSET)
+        return cls(target.library, versions, target.where, opset)
 
     def __str__(self) -> str:
         """One line."""

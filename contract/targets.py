@@ -31,6 +31,8 @@ _JETPACK = (
     "sudo apt-get install -y python3-libnvinfer && python3 -m venv --system-site-packages .venv"
 )
 CUDA_LIBRARIES = 'pip install "onnxruntime-gpu[cuda,cudnn]"'  # where no CUDA toolkit is
+# It has int4, blocks of a matrix, and QuantizeLinear without a zero point.
+QUANTISED_OPSET = 21
 _ALL = ("float32", "float16", "bfloat16")
 
 
@@ -91,10 +93,13 @@ class Target:
         name: What users call it.
         library: What builds or runs its graphs, as pip calls it.
         versions: Which of the library's versions read the graphs, as pip spells a range.
+        quantised_versions: The same for graphs that hold quantised matrices; "" if there is no
+            difference.
         install: The line that installs the library; boards have lines of their own.
         where: The machines, for people.
         backend: What runs it, one of `BACKENDS`.
-        opset: Of standard ONNX in its graphs.
+        opset: Of standard ONNX in its graphs; that of a graph that holds quantised matrices is at
+            least `QUANTISED_OPSET`.
         cache: How its stages take their caches, `names.IN_PLACE` or `names.NEW_ROWS`.
         precisions: Types that its graphs may have.
         formats: Formats of `patchsieve.contract.formats` that its graphs may hold.
@@ -121,6 +126,7 @@ class Target:
     cache: str
     precisions: tuple[str, ...] = _ALL
     formats: tuple[str, ...] = tuple(FORMATS)
+    quantised_versions: str = ""
     compiler: Compiler | None = None
     serves: Range | None = None
     has_fixed_slots: bool = False
@@ -167,6 +173,7 @@ _ROWS = (
         device="cuda",
         install_on_board=_GPU_ON_JETPACK_6,
         is_checkable=True,
+        quantised_versions=">=1.25",  # the first with CUDA kernels for all of opset 21
         formats=_but(FP8, NVFP4),
     ),
     Target(

@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from patchsieve import __version__
+from patchsieve.contract.formats import FORMATS
 from patchsieve.contract.manifest import File, Manifest, Needs
 from patchsieve.contract.model import Embeddings, Scorer, TextModel, Tokens
 from patchsieve.contract.plan import NO_PRUNING, Plan
@@ -41,6 +42,7 @@ def describe(
         files: Size and hash of every file.
     """
     options = job.options
+    is_quantised = any(FORMATS[name].bits for name in job.formats.used)
     return Manifest(
         patchsieve_version=__version__,
         checkpoint=checkpoint,
@@ -60,7 +62,9 @@ def describe(
         cache_type=job.precision.decoder,
         weights={file.path: file.entry for file in job.weights},
         target_graphs=writer.target_graphs,
-        needs={target: Needs.of(known(target)) for target in options.targets},
+        needs={
+            target: Needs.of(known(target), is_quantised=is_quantised) for target in options.targets
+        },
         files=files,
         scorer=_scorer(job),
         generation=prompts["generation"],

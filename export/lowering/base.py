@@ -14,7 +14,7 @@ from onnx_ir.passes import common as passes
 
 from patchsieve.contract import names
 from patchsieve.contract.formats import FLOAT, FORMATS, Format
-from patchsieve.contract.targets import Target
+from patchsieve.contract.targets import QUANTISED_OPSET, Target
 from patchsieve.export.graphs import ops
 from patchsieve.export.lowering.constants import fold_constants
 
@@ -27,9 +27,6 @@ class Lowering(ABC):
 
     target: ClassVar[Target]
     domains: ClassVar[dict[str, int]] = {}  # opsets of operators that are not standard ONNX
-    # The least opset of a graph that holds quantised numbers: 21 has int4, blocks of a matrix, and
-    # QuantizeLinear without a zero point.
-    quantised_opset: ClassVar[int] = 21
 
     def __init__(self, graph: ir.Graph, attention: str = names.DECOMPOSED) -> None:
         self.graph, self.attention = graph, attention
@@ -290,5 +287,5 @@ def lower(
 def _opset(graph: ir.Graph, lowering: type[Lowering]) -> int:
     """The target's opset, or a higher one where the graph holds quantised numbers."""
     if any(node.op_type == "DequantizeLinear" for node in graph):
-        return max(lowering.target.opset, lowering.quantised_opset)
+        return max(lowering.target.opset, QUANTISED_OPSET)
     return lowering.target.opset

@@ -24,7 +24,7 @@ from patchsieve.export.quantise.statistics import InputStatistics, Statistics
 from patchsieve.export.weights import Source, Weight
 
 Measured = Callable[[str], InputStatistics | None]  # by the name of a matrix
-_SAMPLE = 256  # columns of a matrix by which factors are judged
+_SAMPLE = 128  # columns of a matrix by which factors are judged
 _MEAN = math.sqrt(2 / math.pi)  # mean |x| of a normal channel of deviation 1
 _PEAK = 4.0  # and its largest
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -179,7 +179,7 @@ class Checkpoint:
             if weight not in self._matrices or end == "bias":
                 made[stored] = self.read(name)
             elif (place := f"{stored.rpartition('.')[0]}{_WEIGHT}") not in made:
-                made[place] = self.read(weight)
+                made[place] = self.read(weight).contiguous()
         return made
 
     def require(self, wanted: dict[str, tuple[int, ...]], model: str | None = None) -> None:

@@ -7,8 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from patchsieve.contract.manifest import Limits
+from patchsieve.export.exporter import ExportOptions, write_weights
+from patchsieve.export.job import plan_export
+from patchsieve.export.source.checkpoint import read_config
 from tests.support import outliers
 from tests.support.models import make_checkpoint, tiny_llava
 
@@ -71,3 +76,27 @@ def test_the_copy_is_the_same_function_and_has_outliers(
     assert chosen
     for name in chosen:
         assert after[name] > 4 * before[name], name
+
+
+def numbers(checkpoint: Path, out: Path) -> dict[str, Tensor]:
+    """The whole numbers of the matrices that an export in int8 stores."""
+    options = ExportOptions(precision="int8,head=float32", limits=Limits(32, 8, 1))
+    job = plan_export(checkpoint, read_config(checkpoint), options)
+    write_weights(job, out, lambda *_: None)
+    found: dict[str, Tensor] = {}
+    for file in out.rglob("*.safetensors"):
+        tensors = load_file(file)
+        found |= {name: t.int() for name, t in tensors.items() if name.endswith(".int8")}
+    return found
+
+
+def test_an_export_of_scaled_channels_stores_the_numbers_of_the_plain_checkpoint(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    copy = outliers.scaled_channels(checkpoint, tmp_path / "copy")
+    expected, found = (numbers(each, tmp_path / f"{each.name}.out") for each in (checkpoint, copy))
+    assert len(expected) == len(found) >= 40
+    for name, tensor in expected.items():
+        differ = (found[name] - tensor).abs()
+        assert differ.max() <= 1, name
+        assert differ.float().mean() < 0.001, name
