@@ -57,3 +57,11 @@ def test_the_card_and_the_commands_say_the_same(own_bundle: Path) -> None:
     assert command_json("inspect", own_bundle)[1]["precision"] == said
     assert said in command("inspect", own_bundle)[1].splitlines()[0]
     assert command_json("doctor", own_bundle)[1]["bundle"]["precision"] == said
+
+
+def test_export_says_weights_and_boards_in_short(own_bundle: Path) -> None:
+    plan = ("--method", "fastv", "--sites", "2", "--keep-ratio", "0.75")
+    code, out, _ = command("export", "--reuse", own_bundle, *plan, "--quiet")
+    assert code == 0
+    assert "  weights: float32 (float " in out
+    assert "  board of 8 GB, 16 GB, 32 GB, 64 GB holds it" in out
