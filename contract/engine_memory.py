@@ -16,7 +16,7 @@ from patchsieve.contract.targets import AHEAD_OF_TIME, WITH_ENGINES
 MEASURED = AHEAD_OF_TIME[0]
 # Bytes whatever the engine, pages of the weights that are not yet given back among them; and tenths
 # of a byte for each byte of its weights.
-_ALWAYS, _TENTHS = 550_000_000, 17
+ALWAYS, _TENTHS = 550_000_000, 17
 # Of int4, which is unpacked and packed again. 208, 415, 623 and 679 MB took 0.81, 1.55, 2.17 and
 # 2.45 GB.
 _TENTHS_INT4 = 30
@@ -32,12 +32,7 @@ def source(facts: Manifest) -> str:
 
 def expected(weights: Mapping[str, int]) -> int:
     """Most bytes that are resident while an engine is built, from its weights' bytes by format."""
-    return always(weights) + tenths(weights) // 10
-
-
-def always(weights: Mapping[str, int]) -> int:
-    """The bytes of that which do not grow with the weights."""
-    return _ALWAYS
+    return ALWAYS + tenths(weights) // 10
 
 
 def tenths(weights: Mapping[str, int]) -> int:

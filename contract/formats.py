@@ -86,22 +86,17 @@ _ROWS = (
 )
 FORMATS = {row.name: row for row in _ROWS}
 
-# Keys of `--precision` that name a part. "step" is the copy of the decoder that feeds single rows.
-TOWER, PROJECTOR, SCORER, DECODER, STEP, HEAD = (
-    "tower",
-    "projector",
-    "scorer",
-    "decoder",
-    "step",
-    "head",
-)
+# Keys of `--precision` that name a part. "decisions" are the decoder's layers before the plan's
+# last site, whose rounding changes what survives; "step" is the copy that feeds single rows.
+TOWER, PROJECTOR, SCORER = "tower", "projector", "scorer"
+DECODER, DECISIONS, STEP, HEAD = "decoder", "decisions", "step", "head"
 CACHE = "cache"
 _TYPED = {TOWER: "tower", DECODER: "decoder", HEAD: "head"}  # parts with a type of their own
-_PARTS = (TOWER, PROJECTOR, SCORER, DECODER, STEP, HEAD)
+_PARTS = (TOWER, PROJECTOR, SCORER, DECODER, DECISIONS, STEP, HEAD)
 _LOW_HEAD = {HEAD: INT8_WEIGHTS}
 PRESETS: dict[str, dict[str, str]] = {
     INT8: {TOWER: INT8, SCORER: INT8, DECODER: INT8} | _LOW_HEAD,
-    INT4: {TOWER: INT8, SCORER: INT8, DECODER: INT4} | _LOW_HEAD,
+    INT4: {TOWER: INT8, SCORER: INT8, DECODER: INT4, DECISIONS: INT8} | _LOW_HEAD,
     "mixed": {TOWER: INT8, SCORER: INT8, DECODER: INT8, STEP: INT4} | _LOW_HEAD,
     FP8: {TOWER: FP8, SCORER: FP8, DECODER: FP8, HEAD: FP8},
     NVFP4: {TOWER: FP8, SCORER: FP8, DECODER: NVFP4, HEAD: FP8},
@@ -116,10 +111,13 @@ class Formats:
         parts: Of each part that is not stored in floating point.
         exceptions: Pairs of a matrix's name and its format; the last that fits counts. A name may
             be a pattern, or the beginning of names up to a dot.
+        decided: The decoder's layers before the plan's last site, which have the format of
+            "decisions" if it is among the parts.
     """
 
     parts: Mapping[str, str] = field(default_factory=dict)
     exceptions: tuple[tuple[str, str], ...] = ()
+    decided: int = 0
 
     @property
     def has_step(self) -> bool:
@@ -144,10 +142,17 @@ class Formats:
             A key of `FORMATS`; int8 weights where the format of the part cannot hold the sizes.
         """
         chosen = self.parts.get(part, FLOAT)
+        if part == DECODER and DECISIONS in self.parts and _layer(name) < self.decided:
+            chosen = self.parts[DECISIONS]
         for pattern, kind in self.exceptions:
             if fits(pattern, name):
                 chosen = kind
         return chosen if FORMATS[chosen].takes(size_in, size_out) else INT8_WEIGHTS
+
+
+def _layer(name: str) -> int:
+    """The decoder layer of a matrix, such as layers.3.mlp.up_proj."""
+    return int(name.split(".")[1])
 
 
 def fits(pattern: str, name: str) -> bool:
@@ -170,7 +175,9 @@ class Chosen:
     cache: str
 
 
-def parse(text: str, *, is_for_gpus: bool = False, int4: str = INT4_CPU) -> Chosen:
+def parse(
+    text: str, *, is_for_gpus: bool = False, int4: str = INT4_CPU, decided: int = 0
+) -> Chosen:
     """Read `--precision`: a type, a format or a preset, then parts and matrices by name.
 
     Examples: "float16", "int4", "mixed", "int4:float16,head=float16",
@@ -182,21 +189,13 @@ def parse(text: str, *, is_for_gpus: bool = False, int4: str = INT4_CPU) -> Chos
         text: What the user gave.
         is_for_gpus: No target runs on a CPU.
         int4: What "int4" means for the targets.
+        decided: The decoder's layers before the plan's last site.
 
     Raises:
         PatchsieveError: It cannot be read.
     """
-    words = [word.strip() for word in text.split(",")]
-    whole = "" if "=" in words[0] else words.pop(0)
-    named: dict[str, str] = {}
-    for word in words:
-        key, mark, value = (each.strip() for each in word.partition("="))
-        if not (mark and key and value) or key in named:
-            raise _unreadable(text)
-        named[key] = value
-    kind, mark, given = whole.partition(":")
-    if not (whole or named) or text.lstrip().startswith(",") or (mark and not given):
-        raise _unreadable(text)
+    whole, named = _words(text)
+    kind, _, given = whole.partition(":")
     parts = dict.fromkeys(_TYPED, whole)
     if kind in PRESETS:
         parts = {
@@ -216,8 +215,24 @@ def parse(text: str, *, is_for_gpus: bool = False, int4: str = INT4_CPU) -> Chos
     _check_types(split, precision, text)
     rest = {k: v for k, v in named.items() if k not in (*_PARTS, CACHE)}
     exceptions = tuple((k, _excepted(k, v, text, int4)) for k, v in rest.items())
-    stored = {key: name for key, (name, _) in split.items() if name != FLOAT}
-    return Chosen(precision, Formats(stored, exceptions), named.get(CACHE, precision.decoder))
+    stored = {key: n for key, (n, _) in split.items() if n != FLOAT or key == DECISIONS}
+    formats = Formats(stored, exceptions, decided)
+    return Chosen(precision, formats, named.get(CACHE, precision.decoder))
+
+
+def _words(text: str) -> tuple[str, dict[str, str]]:
+    """What is said of the whole, "" if nothing, and of each name."""
+    words = [word.strip() for word in text.split(",")]
+    whole = "" if "=" in words[0] else words.pop(0)
+    named: dict[str, str] = {}
+    for word in words:
+        key, mark, value = (each.strip() for each in word.partition("="))
+        if not (mark and key and value) or key in named:
+            raise _unreadable(text)
+        named[key] = value
+    if not (whole or named) or text.lstrip().startswith(",") or whole.endswith(":"):
+        raise _unreadable(text)
+    return whole, named
 
 
 def _split(value: str, text: str, int4: str) -> tuple[str, str | None]:
@@ -248,7 +263,8 @@ def _check_types(
     split: Mapping[str, tuple[str, str | None]], precision: Precision, text: str
 ) -> None:
     """Refuse a type for a part that has the type of another."""
-    same = {PROJECTOR: precision.tower, SCORER: precision.tower, STEP: precision.decoder}
+    same = dict.fromkeys((PROJECTOR, SCORER), precision.tower)
+    same |= dict.fromkeys((DECISIONS, STEP), precision.decoder)
     for part, (_, kind) in split.items():
         if part in same and kind not in (None, same[part]):
             raise PatchsieveError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
-from patchsieve.contract.engine_memory import always, expected, tenths
+from patchsieve.contract.engine_memory import ALWAYS, expected, tenths
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.formats import Chosen
 from patchsieve.contract.sizes import Group
@@ -39,7 +39,7 @@ def cuts_for(
         "one layer and the output head": both,
     }
     _check(whole, memory)
-    room = 10 * (memory - always(both))
+    room = 10 * (memory - ALWAYS)
     return divide(len(layers), cuts, tenths(layer), tenths(head), room)
 
 

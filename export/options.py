@@ -93,7 +93,8 @@ class ExportOptions:
         is_for_gpus = all(row.device != "cpu" for row in rows)
         has_small_blocks = not is_for_gpus and all(INT4_CPU in row.formats for row in rows)
         int4 = INT4_CPU if has_small_blocks else INT4_GPU
-        return parse(self.precision, is_for_gpus=is_for_gpus, int4=int4)
+        decided = max(self.plan.layers, default=0)
+        return parse(self.precision, is_for_gpus=is_for_gpus, int4=int4, decided=decided)
 
     @property
     def attention_form(self) -> str | None:

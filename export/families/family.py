@@ -93,11 +93,11 @@ class Family(ABC):
         """The decoder of Hugging Face's config. Reads rotary frequencies, so it needs torch."""
         return decoder_spec(config.text_config)
 
-    def decoder_sizes(self, config: Any) -> dict[str, int]:
+    def decoder_sizes(self, config: Any) -> dict[str, Any]:
         """The sizes among `decoder`'s entries: from `vocab_size` to `head_dim`."""
         return decoder_sizes(config.text_config)
 
-    def decoder_biases(self, config: Any) -> dict[str, bool]:
+    def decoder_biases(self, config: Any) -> dict[str, Any]:
         """The biases among `decoder`'s entries: from `qkv_bias` to `mlp_bias`."""
         return decoder_biases(config.text_config)
 

@@ -44,7 +44,7 @@ def sizes(config: Any) -> dict[str, Any]:
     }
 
 
-def biases(config: Any) -> dict[str, bool]:
+def biases(config: Any) -> dict[str, Any]:
     """Which of the layers' matrices have biases, by the names of `DecoderSpec`."""
     llama, qwen2 = config.model_type == "llama", config.model_type == "qwen2"
     attention = llama and bool(getattr(config, "attention_bias", False))
