@@ -195,9 +195,7 @@ def parse(
         PatchsieveError: It cannot be read.
     """
     whole, named = _words(text)
-    kind, mark, given = whole.partition(":")
-    if mark and not given:
-        raise _unreadable(text)
+    kind, _, given = whole.partition(":")
     parts = dict.fromkeys(_TYPED, whole)
     if kind in PRESETS:
         parts = {
@@ -232,7 +230,7 @@ def _words(text: str) -> tuple[str, dict[str, str]]:
         if not (mark and key and value) or key in named:
             raise _unreadable(text)
         named[key] = value
-    if not (whole or named) or text.lstrip().startswith(","):
+    if not (whole or named) or text.lstrip().startswith(",") or whole.endswith(":"):
         raise _unreadable(text)
     return whole, named
 

@@ -67,7 +67,7 @@ def test_parts_types_and_formats_are_three_facts() -> None:
 
 
 def test_a_part_that_is_named_wins_over_the_preset() -> None:
-    chosen = parse(" int4 , tower = float32 ,head=float16, projector=int8")
+    chosen = parse(" int8 , tower = float32 ,head=float16, projector=int8,decoder=int4")
     assert chosen.formats.parts == {"scorer": "int8", "decoder": "int4-32", "projector": "int8"}
     assert chosen.types.kinds == ("float32", "float32", "float16")
     assert parse("mixed,step=float").formats.has_step is False
@@ -86,6 +86,18 @@ def test_matrices_are_excepted_by_name_by_layer_and_by_pattern() -> None:
     assert formats.of("tower", "vision_tower.encoder.layers.0.mlp.fc1", 64, 64) == "int8"
     assert formats.of("projector", "multi_modal_projector.linear_1", 64, 64) == "float"
     assert set(formats.used) == {"int8", "int4-32", "int8-weights", "float"}
+
+
+def test_layers_before_the_last_site_may_have_a_format_of_their_own() -> None:
+    for text, early in (("int4", "int8"), ("int4,decisions=float", "float"), ("int8", "int8")):
+        formats = parse(text, decided=3).formats
+        late = formats.parts["decoder"]
+        found = [formats.of("decoder", f"layers.{i}.mlp.up_proj", 64, 64) for i in (0, 2, 3, 11)]
+        assert found == [early, early, late, late]
+    step = parse("mixed,decisions=float", decided=3).formats
+    assert step.of("step", "layers.0.mlp.up_proj", 64, 64) == "int4-32"
+    named = parse("int4,layers.0=int4-64", decided=3).formats
+    assert named.of("decoder", "layers.0.mlp.up_proj", 64, 64) == "int4-64"
 
 
 @pytest.mark.parametrize(
