@@ -9,6 +9,7 @@ from patchsieve.contract import names, reads
 from patchsieve.contract.errors import BundleError
 from patchsieve.contract.formats import FORMATS
 from patchsieve.contract.graphs import STAGE, Graph, Signature, identify
+from patchsieve.contract.graphs import STEP as STEP_GRAPH
 from patchsieve.contract.manifest import Manifest
 from patchsieve.contract.plan import GRID2D, NO_PRUNING, check_plan_name
 from patchsieve.contract.precision import BYTES
@@ -177,7 +178,7 @@ def _check_weights(facts: Manifest) -> None:
             found=facts.cache_type[:60],
             expected=", ".join(BYTES),
         )
-    layers = []
+    layers: dict[str, list[int]] = {LAYER.name: [], STEP.name: []}
     for path, entry in facts.weights.items():
         if path not in facts.files:
             raise BundleError(
@@ -200,13 +201,30 @@ def _check_weights(facts: Manifest) -> None:
                 found=f"{entry.part}, layer {entry.layer}, {entry.type[:40]}",
                 expected=f"{entry.part} in {kind}",
             )
-        if part == LAYER and entry.layer is not None:
-            layers.append(entry.layer)
-    if sorted(layers) != list(range(facts.text.num_layers)):
+        if entry.layer is not None:
+            layers[part.name].append(entry.layer)
+    for name, found in layers.items():
+        if sorted(found) != list(range(facts.text.num_layers)) and (found or name == LAYER.name):
+            copy = "" if name == LAYER.name else ", copied for single rows,"
+            raise BundleError(
+                f"the manifest does not list the weights of each decoder layer{copy} once",
+                found=sorted(found)[:10],
+                expected=f"0 to {facts.text.num_layers - 1}",
+                do="export the bundle again",
+            )
+    _check_steps(facts, bool(layers[STEP.name]))
+
+
+def _check_steps(facts: Manifest, has_copy: bool) -> None:
+    """Refuse a copy of the decoder for single rows without its graphs, or some of them alone."""
+    count = len(facts.stages) if has_copy else 0
+    found = sorted(name for name, graph in facts.graphs.items() if graph.kind == STEP_GRAPH)
+    if found != sorted(names.step(index) for index in range(count)):
         raise BundleError(
-            "the manifest does not list the weights of each decoder layer once",
-            found=sorted(layers)[:10],
-            expected=f"0 to {facts.text.num_layers - 1}",
+            "the graphs for single rows are not one for each stage",
+            found=", ".join(found)[:120] or "none",
+            expected=f"step_0 to step_{count - 1}" if count else "none without their weights",
+            do="export the bundle again",
         )
 
 

@@ -27,7 +27,7 @@ class Format:
         bits: Of one number, without its scale; 0 for the bits of its part's type.
         block: Numbers along the input axis that share a scale; 0 if an output channel has one.
         is_dynamic: `cpu` computes in this format too: it rounds the rows that a matrix multiplies.
-            is_float: Its numbers are floating point of `bits` bits: FP8 (E4M3) or FP4 (E2M1).
+        is_float: Its numbers are floating point of `bits` bits: FP8 (E4M3) or FP4 (E2M1).
         is_proven: Engines with it have run, or run on a CPU. No GPU has run one that has not.
         error: Of what a matrix makes of a row, or a layer of matrices, over the row in the 2-norm:
             the mean over rows that `verify` allows. 0 if it keeps each number. Measured on the demo
@@ -86,8 +86,8 @@ _ROWS = (
 )
 FORMATS = {row.name: row for row in _ROWS}
 
-# Keys of `--precision` that name a part. "decisions" are the decoder's layers before the plan's last
-# site, whose rounding changes what survives; "step" is the decoder's copy that feeds single rows.
+# Keys of `--precision` that name a part. "decisions" are the decoder's layers before the plan's
+# last site, whose rounding changes what survives; "step" is the decoder's copy for single rows.
 TOWER, PROJECTOR, SCORER = "tower", "projector", "scorer"
 DECODER, DECISIONS, STEP, HEAD = "decoder", "decisions", "step", "head"
 CACHE = "cache"
@@ -99,7 +99,7 @@ PRESETS: dict[str, dict[str, str]] = {
     INT4: {TOWER: INT8, SCORER: INT8, DECODER: INT4, DECISIONS: INT8} | _LOW_HEAD,
     "mixed": {TOWER: INT8, SCORER: INT8, DECODER: INT8, STEP: INT4} | _LOW_HEAD,
     FP8: {TOWER: FP8, SCORER: FP8, DECODER: FP8, HEAD: FP8},
-    NVFP4: {TOWER: FP8, SCORER: FP8, DECODER: NVFP4, HEAD: FP8},
+    NVFP4: {TOWER: FP8, SCORER: FP8, DECODER: NVFP4, DECISIONS: FP8, HEAD: FP8},
 }
 
 
@@ -214,7 +214,7 @@ def parse(
     precision = Precision(**types)
     _check_types(split, precision, text)
     rest = {k: v for k, v in named.items() if k not in (*_PARTS, CACHE)}
-    exceptions = tuple((k, _split(v, text, int4)[0]) for k, v in rest.items())
+    exceptions = tuple((k, _excepted(k, v, text, int4)) for k, v in rest.items())
     stored = {key: n for key, (n, _) in split.items() if n != FLOAT or key == DECISIONS}
     formats = Formats(stored, exceptions, decided)
     return Chosen(precision, formats, named.get(CACHE, precision.decoder))
@@ -230,6 +230,8 @@ def _words(text: str) -> tuple[str, dict[str, str]]:
         if not (mark and key and value) or key in named:
             raise _unreadable(text)
         named[key] = value
+    if not (whole or named) or text.lstrip().startswith(",") or whole.endswith(":"):
+        raise _unreadable(text)
     return whole, named
 
 
@@ -242,6 +244,19 @@ def _split(value: str, text: str, int4: str) -> tuple[str, str | None]:
     if name not in FORMATS or (mark and kind not in BYTES):
         raise _unreadable(text)
     return name, kind or None
+
+
+def _excepted(name: str, value: str, text: str, int4: str) -> str:
+    """Format of single matrices, which have no type of their own."""
+    form, kind = _split(value, text, int4)
+    if kind is not None:
+        raise PatchsieveError(
+            f"matrices have the type of their part: --precision gives {name[:80]} another type",
+            found=f"{name[:80]}={value}",
+            expected=f"a format alone, such as {name[:80]}={form}",
+            do="leave the type out there, or give it to the part in --precision",
+        )
+    return form
 
 
 def _check_types(

@@ -15,7 +15,7 @@ from patchsieve.contract.sizes import PROJECTOR_LABEL, PROJECTOR_PREFIX, Share, 
 from patchsieve.contract.weights import HEAD, PARTS
 
 _LARGEST_HEADER = 1 << 24  # bytes
-SCALE, INPUT = ".scale", ".input"  # after a matrix's name: its scales, and that of its rows
+_BESIDE = (".scale", ".whole", ".input")  # after a matrix's name: what belongs to its numbers
 Tensors = dict[str, dict[str, Any]]
 
 
@@ -76,5 +76,5 @@ def _tensors(found: Tensors) -> Iterator[tuple[str, str, int]]:
     for name, entry in found.items():
         start, end = entry["data_offsets"]
         matrix, _, last = name.rpartition(".")
-        is_packed = last in FORMATS or name.endswith((SCALE, INPUT))
+        is_packed = last in FORMATS or name.endswith(_BESIDE)
         yield name, packed.get(matrix, FLOAT) if is_packed else FLOAT, end - start

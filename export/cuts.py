@@ -30,7 +30,7 @@ def cuts_for(
     """
     counts = [(group.part, group.num_bytes(chosen.types, chosen.formats)) for group in groups]
     layers = [each for part, each in counts if part == LAYER]
-    layer = max(layers, key=tenths)  # they differ where --precision excepts some
+    layer = max(layers, key=tenths)  # they may differ, by decisions= and exceptions
     head = _sum(each for part, each in counts if part == HEAD)
     both = _sum((layer, head))
     whole = {

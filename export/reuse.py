@@ -17,7 +17,7 @@ from patchsieve.contract.graphs import STAGE
 from patchsieve.contract.manifest import Manifest
 from patchsieve.contract.plan import NO_PRUNING, Plan, check_plan_name
 from patchsieve.contract.targets import known
-from patchsieve.contract.weights import JOINT, TOWER
+from patchsieve.contract.weights import JOINT, LAYER, TOWER
 from patchsieve.contract.writing import one_line
 from patchsieve.export import card
 from patchsieve.export.families.specs import DecoderSpec
@@ -166,7 +166,8 @@ def _trace(
         graphs[names.vision(plan_name)] = vision_graph(vision, mode)
     read, stored = next_layers(plan), dict[str, ir.ExternalTensor]()
     for path, entry in old.weights.items():
-        if entry.part in (TOWER.name, JOINT.name) or entry.layer in read:
+        is_layer = entry.part == LAYER.name and entry.layer in read  # not its copy for single rows
+        if entry.part in (TOWER.name, JOINT.name) or is_layer:
             stored |= stored_weights(bundle / path)
     for graph in graphs.values():
         bind(graph, stored)

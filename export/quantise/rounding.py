@@ -60,7 +60,7 @@ def given(grid: Grid | None, form: Format, size_in: int) -> Tensor | None:
     Returns:
         [out], or [in / block, out].
     """
-    if grid is None or grid.bits > form.bits:
+    if grid is None or form.is_float or grid.bits > form.bits:
         return None
     scale = grid.scale if grid.scale.ndim == 2 else grid.scale[None]  # [G, out]
     if not form.block:

@@ -16,8 +16,9 @@ step for all channels: step = (largest - smallest x) / 255.
 
 Differs from the papers: both forms are tried with mean and largest |x|, for every format; the error
 is predicted from statistics of each channel, so that no rows are kept; and s_j is a unit of the
-channel times a power of two. The unit is the norm's own weight. So a checkpoint whose channels are
-scaled, with the inverse in the matrices, gets the same numbers; and stored norms round nothing.
+channel, the norm's own weight, times a power of two. So a checkpoint whose channels are scaled,
+with the inverse in the matrices, gets the same numbers, and stored norms round nothing. Where the
+rows were measured, s_j = 1 and parts of the unit are tried too.
 """
 
 from __future__ import annotations
@@ -59,19 +60,24 @@ def folded(inputs: InputStatistics, factors: Tensor) -> InputStatistics:
     )
 
 
-def choose(readers: Sequence[Reader], inputs: InputStatistics, unit: Tensor) -> Tensor:
+def choose(
+    readers: Sequence[Reader], inputs: InputStatistics, unit: Tensor, *, is_measured: bool = False
+) -> Tensor:
     """The factors of the candidates that make the smallest error, [in].
 
     Args:
         readers: The matrices that read the rows.
         inputs: What is known of the rows.
         unit: Natural size of each channel, positive, [in].
+        is_measured: The inputs are statistics.
     """
     inputs = folded(inputs, unit)
     readers = [_in_units(reader, inputs, unit) for reader in readers]
     weight = torch.cat([reader.sample for reader in readers], dim=1).abs().amax(1)  # [in]
     found, least = torch.ones_like(unit), torch.inf
-    for candidate in _candidates(inputs, weight):
+    # What a norm's own weight says is known without statistics: only with them may it be left.
+    own = _own_scales(unit) if is_measured else []
+    for candidate in (*own, *_candidates(inputs, weight)):
         error = predicted_error(readers, inputs, candidate)
         if error < least:
             found, least = candidate, error
@@ -135,6 +141,13 @@ def _candidates(inputs: InputStatistics, weight: Tensor) -> Iterator[Tensor]:
                 if key not in seen:
                     seen.add(key)
                     yield candidate
+
+
+def _own_scales(unit: Tensor) -> Iterator[Tensor]:
+    """Factors over the unit that fold part of it, none of it first (s = 1), [in]."""
+    yield 1 / unit
+    for a in EXPONENTS[1:-1]:
+        yield _power_of_two(_bounded(unit ** (a - 1)))
 
 
 def _bounded(sizes: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ def smoothed(
         if known and group.maker.endswith(_UP):
             # A few rows of a product peak at a hundred times the others, which count as much.
             inputs = _normal(inputs.mean / _MEAN)
-        return choose(readers, inputs, _unit(source, group))
+        return choose(readers, inputs, _unit(source, group), is_measured=bool(known))
 
     free = (g for g in groups if not {g.maker, *g.readers} & set(kept))
     return Smoothed(source, [group for group in free if rounded(group)], factors, measured)

@@ -15,12 +15,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from patchsieve.export.source.packed import FLOATS, INT32, Layout, Parts, Scheme, unpack
 
-_FIELD = (0, 4, 1, 5, 2, 6, 3, 7)  # where each of eight output channels lies in its integer
 _FIELDS = 8
 _NAMED = ("version", "checkpoint_format", "format")  # entries of the settings that name a layout
 _GEMM, _GEMV = ("gemm", "exllama", "ipex"), "gemv"  # exllama and ipex are made of gemm when loaded
@@ -88,5 +86,5 @@ class Awq(Layout):
 
 
 def _in_order(fields: Tensor) -> Tensor:
-    """Fields [rows, out] with the output channels in their order."""
-    return fields.unflatten(1, (-1, _FIELDS))[..., torch.tensor(_FIELD)].flatten(1)
+    """Fields [rows, out] with the output channels in their order: four even ones, then four odd."""
+    return fields.unflatten(1, (-1, 2, 4)).transpose(2, 3).flatten(1)

@@ -8,12 +8,13 @@ import re
 
 # Help of --precision: what export and cost take.
 PRECISION = (
-    "how numbers are stored and computed. A type: float32, float16, bfloat16. A preset: int8; int4 "
-    "(decoder int4, tower int8); mixed (int8, and a copy of the decoder in int4 that feeds single "
-    "rows; ONNX Runtime alone). Or by part, after a comma: tower=, projector=, scorer=, decoder=, "
-    "step= (that copy), head=, or a matrix's name, with a type or a format (float, int8, "
-    "int8-weights, int4, int4-32, int4-64, int4-128), a type after a colon: int4:float16. Example: "
-    "int4,head=float16,layers.0=float"
+    "how numbers are stored and computed: a type (float32, float16, bfloat16), or a preset. int8; "
+    "int4: decoder int4, tower int8; mixed: int8, and a copy of the decoder in int4 that feeds "
+    "single rows (ONNX Runtime alone); fp8 and nvfp4, for GPUs that have them. After a comma by "
+    "part: tower=, projector=, scorer=, decoder=, decisions= (its layers before the last site), "
+    "step= (that copy), head=, or a matrix's name, with a type or a format: float, int8, "
+    "int8-weights, int4, int4-32, int4-64, int4-128, fp8, nvfp4; a type after a colon. Example: "
+    "int4:float16,head=float16,layers.0=float"
 )
 
 

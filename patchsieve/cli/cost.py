@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     model = cost_memory.subject(args, manifest)
     shape, request = model.shape, _request(args, manifest)
     chosen = _chosen(args, shape, manifest)
+    model = model.under(chosen.plan)
     if args.placement is not None and getattr(chosen.plan, "encoder", None) is None:
         raise PatchsieveError(
             "--placement has no effect on a plan that prunes nothing in the tower",

@@ -14,7 +14,7 @@ from patchsieve.contract import boards, formats, sizes, stored
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.formats import FLOAT, Chosen
 from patchsieve.contract.manifest import Manifest
-from patchsieve.contract.plan import Plan
+from patchsieve.contract.plan import NO_PRUNING, Plan
 from patchsieve.contract.targets import TARGETS
 from patchsieve.cost.flops import kv_bytes_per_token
 from patchsieve.export.options import ExportOptions
@@ -30,15 +30,17 @@ class Subject:
         measures: Of its parts.
         manifest: Of the bundle; None for a config.
         bundle: Its directory.
-        numbers: Types and formats; None for those that the bundle has.
+        precision: As --precision says; None for that of the bundle.
         targets: What the model is to run on.
+        numbers: Types and formats, under a plan; None for those that the bundle has.
     """
 
     measures: costs.Measures
     manifest: Manifest | None
     bundle: Path | None
-    numbers: Chosen | None
+    precision: str | None
     targets: tuple[str, ...]
+    numbers: Chosen | None = None
 
     @property
     def shape(self) -> costs.ModelShape:
@@ -46,6 +48,19 @@ class Subject:
         if self.manifest is None or self.bundle is None:
             return self.measures.shape
         return costs.from_bundle(self.bundle, self.manifest)
+
+    def under(self, plan: Plan | costs.Schedule) -> Subject:
+        """The same under a plan, on whose sites formats may depend.
+
+        Raises:
+            PatchsieveError: The targets do not take the precision.
+        """
+        if self.precision is None:
+            return self
+        given = plan if isinstance(plan, Plan) else Plan()
+        name = "counted" if given.prunes else NO_PRUNING
+        options = ExportOptions(given, name, targets=self.targets, precision=self.precision)
+        return replace(self, numbers=options.chosen)
 
     @property
     def cache_type(self) -> str:
@@ -57,10 +72,10 @@ class Subject:
 
 
 def subject(args: argparse.Namespace, manifest: Manifest | None) -> Subject:
-    """The model that the arguments name, in the precision that they ask for.
+    """The model that the arguments name.
 
     Raises:
-        PatchsieveError: There is no such model, or no such precision for the targets.
+        PatchsieveError: It cannot be read, or an option has no effect.
     """
     if manifest is None:
         named = args.model is not None
@@ -71,16 +86,13 @@ def subject(args: argparse.Namespace, manifest: Manifest | None) -> Subject:
         measures = costs.Measures(manifest.text, manifest.vision, is_tied)
     targets = _targets(args, manifest)
     text = args.precision or (None if manifest else _USUAL)
-    numbers = None
-    if text is not None:
-        numbers = ExportOptions(targets=targets, precision=text).chosen
-    elif args.targets is not None:
+    if text is None and args.targets is not None:
         raise PatchsieveError(
             "--targets has no effect on what a bundle holds",
             found=args.targets,
             do="add --precision, or remove --targets",
         )
-    return Subject(measures, manifest, args.bundle, numbers, targets)
+    return Subject(measures, manifest, args.bundle, text, targets)
 
 
 def _targets(args: argparse.Namespace, manifest: Manifest | None) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from patchsieve.cli.output import Progress, print_json, require
 from patchsieve.contract import engine_memory, names
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.files import read
+from patchsieve.contract.formats import FORMATS
 from patchsieve.contract.manifest import Limits, Manifest
 from patchsieve.contract.plan import NO_PRUNING, Plan
 from patchsieve.contract.targets import TARGETS, USUAL, WITH_ATTENTION_FORMS, those
@@ -290,6 +291,8 @@ def _print(made: dict[str, Any], facts: Manifest) -> None:
         formats[row["format"]] = formats.get(row["format"], 0) + row["bytes"]
     stored_as = ", ".join(f"{name} {size(count)}" for name, count in formats.items())
     print(f"  weights: {facts.numbers} ({stored_as})")
+    if unproven := [name for name in formats if name in FORMATS and not FORMATS[name].is_proven]:
+        print(f"  {', '.join(unproven)}: unproven, no GPU has run such an engine yet")
     reserved, unpruned = made["kv_bytes_reserved"], made["kv_bytes_reserved_unpruned"]
     print(f"  KV reservation {size(reserved)}, unpruned {size(unpruned)}")
     if building := made["build_memory_bytes"]:

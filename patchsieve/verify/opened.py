@@ -71,9 +71,8 @@ class Opened:
             self.allowed = Allowed(facts, opened.place.file)
             is_low = bool(self.allowed.formats)
             models = {graph: hf.tapped(opened.graph_path(graph), is_low) for graph in graphs}
-            self.recorder = Recorder(
-                OrtBackend(opened, threads=threads, models=models, device="cpu")
-            )
+            backend = OrtBackend(opened, threads=threads, models=models, device="cpu")
+            self.recorder = Recorder(backend, keeps_steps=is_low)
             return self.recorder
 
         self.model = Model(bundle, target=target, backend=recorder)

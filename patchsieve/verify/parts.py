@@ -194,9 +194,8 @@ def compare_survivors(
         note += ", the others tie"
     share = common / max(int(theirs.sum()), 1)
     if carried is not None:
-        note = f"{note} by the same rows"
         share = int((ours & carried).sum()) / max(int(carried.sum()), 1)
-        note = f"{share:.1%} in common; {note}"
+        note = f"{share:.1%} in common; by the same rows {note}"
     name = f"survivors at layer {layer}" + ("" if image is None else f" of image {image}")
     return Part(plan, name, layer, departs=not is_tie, in_common=share, note=note)
 

@@ -22,12 +22,17 @@ class Run(NamedTuple):
 
 
 class Recorder:
-    """A backend that keeps the first result of each graph, in float32 and off the device."""
+    """A backend that keeps the first result of each graph, in float32 and off the device.
+
+    Args:
+        inner: The backend.
+        keeps_steps: The first rows decoded are kept too.
+    """
 
     has_fixed_slots = False
 
-    def __init__(self, inner: OrtBackend) -> None:
-        self.inner = inner
+    def __init__(self, inner: OrtBackend, *, keeps_steps: bool = False) -> None:
+        self.inner, self.most_steps = inner, MOST_STEPS if keeps_steps else 0
         self.forget()
 
     def forget(self) -> None:
@@ -76,7 +81,7 @@ class Recorder:
         self, hidden: np.ndarray, steps: Sequence[Mapping[str, Any]], caches: Sequence[StageCache]
     ) -> np.ndarray:
         """As the backend does; what the first rows leave is kept."""
-        if len(self.steps) == MOST_STEPS:
+        if len(self.steps) == self.most_steps:
             return self.inner.decode(hidden, steps, caches)
         self.before = self.before or [cache.length for cache in caches]
         self._caches, found = caches, {names.HIDDEN: self._copy(hidden)}

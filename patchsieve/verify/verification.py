@@ -217,7 +217,7 @@ class Verification(Opened):
         share, note = _common_ids(ours, theirs)
         if by_same_rows is not None:
             judged, by_rows = _common_ids(ours, np.concatenate(by_same_rows))
-            note = f"{share:.1%} in common; {by_rows} by the same rows"
+            note = f"{share:.1%} in common; by the same rows {by_rows}"
             fewest = FEWEST_BY_SAME_ROWS
         else:
             # float16 may swap patches whose scores are as good as equal; float32 seldom does.
@@ -255,7 +255,7 @@ class Verification(Opened):
             alone, note = self.low.tower_layer(index, made), worst(products)
             if layers is not None:
                 yield self._part(plan, name, rows, layers[index], note=note, alone=alone)
-            elif rows.shape == made.hidden.shape:
+            elif rows.shape == made.fed.shape == made.hidden.shape:  # a layer that prunes none
                 yield compare_alone(plan, name, rows, alone)
 
     def _layer(self, plan: str, index: int, layers: hf.Layers) -> Iterator[Part]:

@@ -14,7 +14,7 @@ SWAPFILE = (
     "sudo fallocate -l {0}G /swapfile && sudo chmod 600 /swapfile && sudo mkswap /swapfile && "
     "sudo swapon /swapfile"
 )
-_WITHOUT_VNNI = "int4,tower=int8-weights,scorer=int8-weights"
+_WITHOUT_VNNI = "int4,tower=int8-weights,scorer=int8-weights,decisions=int8-weights"
 _TIGHT_SWAP = 8 << 30  # boards with less memory than 16 GB need this much swap to build
 _OLDEST_JETPACK = (6, 1)  # 5 has TensorRT 8.5 and 6.0 has 8.6, which no target of ours serves
 

@@ -49,7 +49,7 @@ def llava(model: str, precision: str, cuts: tuple[int, ...] = ()) -> boards.Dema
     """A request of 512 text tokens and an image to TensorRT, no pruning, 256 new tokens."""
     measured = measures_of_config(MODELS[model])
     text, slots = measured.text, 512 + 576 + 256
-    chosen = parse(precision, is_for_gpus=True)
+    chosen = parse(precision, is_for_gpus=True, int4="int4-128")
     kv = text.num_layers * 2 * text.num_kv_heads * text.head_dim * 2 * slots
     request = Request(cuts, num_visions=1, kv=kv, rows=512 + 576, slots=slots, images=1)
     found = sizes.groups(text, measured.vision)
@@ -88,9 +88,9 @@ def test_the_sum_of_7b_in_int4_by_hand() -> None:
     assert nano.build is not None and nano.build < 0
     layers = 32 * 202_375_168 * (0.5 + 2 / 128)
     head = 32064 * (4096 + 2)
-    assert demand.building == pytest.approx(0.65e9 + 2.1 * layers + 1.7 * head, rel=1e-3)
+    assert demand.building == pytest.approx(0.55e9 + 3.0 * layers + 1.7 * head, rel=1e-3)
     divided = boards.fits(llava("llava-1.5-7b", "int4", cuts=(16,)))[0]
-    assert divided.build is not None and divided.build > 1e9
+    assert divided.build is not None and divided.build > 0.5e9
 
 
 def test_building_takes_what_was_measured_and_not_much_more() -> None:
@@ -103,10 +103,11 @@ def test_building_takes_what_was_measured_and_not_much_more() -> None:
         ({int8: 941}, 2016),
         ({int4: 209}, 1080),
         ({int4: 418, int8: 131}, 1671),
+        ({int4: 627, int8: 131}, 2254),
     ]
     for weights, peak in measured:
         expected = engine_memory.expected({form: mb * 10**6 for form, mb in weights.items()})
-        assert peak * 10**6 <= expected < 1.2 * peak * 10**6, weights
+        assert peak * 10**6 <= expected < 1.25 * peak * 10**6, weights
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from patchsieve.contract import files, sizes, stored
 from patchsieve.contract.errors import BundleError
 from patchsieve.contract.formats import parse
 from patchsieve.contract.model import TextModel
+from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.contract.precision import Precision
 from patchsieve.cost import MODELS, measures_of_config
 from patchsieve.export.exporter import ExportOptions, export
@@ -27,6 +28,8 @@ PRECISIONS = [
     "mixed",
     "int4-64,projector=int8,scorer=float,layers.0=float,*.down_proj=int8-weights",
     "decoder=int4,head=int4",
+    "fp8",
+    "nvfp4,projector=int4",
 ]
 ROWS = ["llama-biases", "qwen2-tied", "qwen2-siglip-two-layers", "llama-gqa-tied-linear-rope"]
 
@@ -66,7 +69,9 @@ def checkpoint(request, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_files_are_of_the_size_that_is_counted(checkpoint: Path, precision: str) -> None:
-    options = ExportOptions(precision=precision, targets=("reference",))
+    target = "tensorrt-rtx" if "fp" in precision else "reference"
+    plan = Plan((SitePlan(1, "fastv", {"keep_ratio": 0.5}),))  # int4: layer 0 is int8
+    options = ExportOptions(plan, "half", precision=precision, targets=(target,))
     job = plan_export(checkpoint, read_config(checkpoint), options)
     found = groups_of(job)
     assert counted(job, found) == planned(job)
@@ -136,7 +141,7 @@ SCALED = 0.5 + 2 / 128  # bytes of a number of int4-128 with its share of a floa
 def test_llava_in_int4_has_the_bytes_of_the_arithmetic(
     model: str, layers: int, width: int, most: float
 ) -> None:
-    chosen = parse("int4", is_for_gpus=True)
+    chosen = parse("int4", is_for_gpus=True, int4="int4-128")
     assert chosen.types == Precision("float16", "float16", "float16")
     measured = measures_of_config(MODELS[model])
     found = sizes.groups(measured.text, measured.vision, has_own_head=not measured.is_tied)

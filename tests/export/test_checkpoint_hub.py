@@ -20,6 +20,7 @@ from patchsieve.cli import main
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.export.source import hub as downloads
 from patchsieve.export.source.checkpoint import locate, read_config
+from patchsieve.export.source.quantised import SETTINGS
 
 NAME = "some-one/llava"
 LLAVA = json.dumps({"model_type": "llava"})
@@ -32,6 +33,8 @@ SMALL = {
     "chat_template.json": "{}",
     "additional_chat_templates/tool.jinja": "",
     "README.md": "",
+    "quantize_config.json": "{}",
+    "hf_quant_config.json": "{}",
 }
 NEVER = {
     "training_args.bin": "",
@@ -234,5 +237,6 @@ def test_without_a_connection_the_cached_snapshot_serves(hub) -> None:
 
 
 def test_a_trained_checkpoint_gets_every_small_file_that_is_downloaded() -> None:
-    others = {calibrate.CARD, "config.json", downloads.ADAPTER}
+    # Its weights are floats, so it has no settings of a quantisation.
+    others = {calibrate.CARD, "config.json", downloads.ADAPTER, *SETTINGS}
     assert set(downloads._SMALL) - others <= set(calibrate._CARRIED)

@@ -81,12 +81,12 @@ def group(part: weights.Part, numbers: int, layer: int | None = None) -> Group:
     return Group(part, part.key, part.label, layer, numbers * MB, ())
 
 
-@pytest.mark.parametrize(("precision", "num_cuts"), [("float16", 8), ("int8", 4), ("int4", 2)])
+@pytest.mark.parametrize(("precision", "num_cuts"), [("float16", 8), ("int8", 4), ("int4", 3)])
 def test_fewer_cuts_do_for_fewer_bits(precision: str, num_cuts: int) -> None:
-    # 2.95 GB (int4: 2.85) hold 4 float16 layers of 0.69 GB each, 8 of 0.34 GB, 13 of 0.22 GB.
+    # 2.95 GB hold 4 float16 layers of 0.69 GB each, 8 of 0.34 GB, 9 of 0.31 GB.
     measured = measures_of_config(MODELS["llava-1.5-7b"])
     tensors = groups(measured.text, measured.vision)
-    chosen = parse(precision, is_for_gpus=True)
+    chosen = parse(precision, is_for_gpus=True, int4="int4-128")
     found = cuts_for(int(3.5e9), [], tensors, chosen)
     assert len(found) == num_cuts
     edges = [*found, 32]

@@ -6,8 +6,10 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+import torch
 
 from patchsieve.contract import files, names
 from patchsieve.contract.errors import PatchsieveError
@@ -17,9 +19,11 @@ from patchsieve.contract.plan import Plan, SitePlan
 from patchsieve.contract.targets import TARGETS
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.operators import load
+from patchsieve.export.quantise.statistics import InputStatistics, Statistics
 from patchsieve.runtime.building.compile import build_engine
 from patchsieve.runtime.building.profiles import profiles
 from patchsieve.runtime.trt.engines import Options
+from tests.support.bundles import command
 from tests.support.models import save_checkpoint
 from tests.support.networks import parse_network
 from tests.support.once import once
@@ -29,24 +33,58 @@ FASTV = Plan((SitePlan(1, "fastv", {"keep_ratio": 0.5}),))
 # Each format somewhere, beside float and with the exceptions that a user may name.
 # The MLP's 352 columns do not fit blocks of 64 or 128, so that int8 weights are there too.
 INTEGERS = "tower=int8:float16,decoder=int4-64:float16,layers.1=int4-128,*.v_proj=float,head=int8"
-FLOATS = "nvfp4:float16,layers.1.mlp=fp8"
+FLOATS = "nvfp4:float16,decisions=nvfp4,layers.1.mlp=fp8"
 WIDE = ("FLOAT", "HALF")
 OVERHEAD = 4e6  # bytes that an engine of a stage may have besides its weights
 STORED = {"int8": "INT8", "int8-weights": "INT8", "fp8": "FP8", "nvfp4": "FP4"}
 
 
-def exported(factory: pytest.TempPathFactory, name: str, precision: str, *targets: str) -> Path:
+SIZES = {"layers": 2, "vision_layers": 2, "hidden": 128, "vision_hidden": 128}
+
+
+def statistics() -> Statistics:
+    """Of every matrix of the tower and the decoder; what multiplies the same rows has the same."""
+    rng = np.random.default_rng(0)
+    wide = {"down_proj": 352, "fc2": 512}
+    alike = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    held: dict[str, InputStatistics] = {}
+    tower = "vision_tower.encoder.layers"
+    own = {"layers": ("q", "k", "v", "o"), tower: ("q", "k", "v", "out")}
+    mlp = {"layers": ("gate_proj", "up_proj", "down_proj"), tower: ("fc1", "fc2")}
+    for prefix, heads in own.items():
+        for layer in range(2):
+            parts = [f"self_attn.{head}_proj" for head in heads]
+            for part in (*parts, *(f"mlp.{name}" for name in mlp[prefix])):
+                kind = part.rpartition(".")[2]
+                size = wide.get(kind, 128)
+                drawn = torch.from_numpy(rng.uniform(0.5, 1, size)).float()
+                name = f"{prefix}.{layer}.{part}"
+                same = held.get(name.replace(kind, alike.get(kind, kind)))
+                mean = drawn if same is None else same.mean.clone()
+                held[name] = InputStatistics(mean, 2 * mean**2, 4 * mean)
+    return Statistics("tiny", 1, 1, 0, held)
+
+
+def exported(
+    factory: pytest.TempPathFactory,
+    name: str,
+    precision: str,
+    *targets: str,
+    measured: Statistics | None = None,
+) -> Path:
     """A bundle whose matrices are wide enough for blocks of 128."""
 
     def make(folder: Path) -> None:
-        sizes = {"layers": 2, "vision_layers": 2, "hidden": 128, "vision_hidden": 128}
-        checkpoint = save_checkpoint(folder / "checkpoint", "llama", **sizes)
+        checkpoint = save_checkpoint(folder / "checkpoint", "llama", **SIZES)
+        if measured is not None:
+            measured.write(folder / "statistics.safetensors")
         options = ExportOptions(
             plan=FASTV,
             plan_name="fastv",
             targets=targets,
             precision=precision,
             limits=Limits(64, 16, 2),
+            statistics=None if measured is None else folder / "statistics.safetensors",
         )
         export(str(checkpoint), folder / "bundle", options)
 
@@ -174,6 +212,28 @@ def build(bundle: Path, graph: str, folder: Path, *capabilities: str) -> int:
 
 @pytest.mark.slow
 @pytest.mark.tensorrt
+@pytest.mark.parametrize(("precision", "capability"), [("int8", "8.6"), ("fp8", "8.9")])
+def test_with_statistics_rows_are_rounded_too(
+    precision: str, capability: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    targets = (RTX, "tensorrt10", "jetpack6")
+    given = f"tower={precision}:float16,decoder={precision}:float16,head=int8-weights"
+    bundle = exported(
+        tmp_path_factory, f"static-{precision}", given, *targets, measured=statistics()
+    )
+    facts = files.read(bundle)
+    for graph in (names.VISION, names.stage(0), names.stage(1)):  # each of one layer
+        network = parse_network(bundle / facts.targets[RTX][graph])
+        # Of q, k and v together, what follows attention, what begins the MLP, and what ends it.
+        assert network.count("QUANTIZE") == 4, graph
+        low, _ = stored(bundle, facts, graph)
+        assert network.count("DEQUANTIZE") == 4 + len(low), graph
+        build(bundle, graph, tmp_path, capability)
+
+
+@pytest.mark.slow
+@pytest.mark.tensorrt
 @pytest.mark.parametrize("precision", ["int8", "int4-128"])
 def test_a_stage_has_the_size_of_its_files(precision: str, tmp_path: Path) -> None:
     """A layer as wide as the benchmark's: a float copy of one matrix in it would be 8 MB."""
@@ -198,6 +258,17 @@ def test_a_bundle_says_what_its_quantised_graphs_need(integers: Path) -> None:
         assert max(opsets) == facts.needs[target].opset, target
     assert facts.needs["cuda"].versions == ">=1.25"
     assert facts.needs["jetpack6"].versions == TARGETS["jetpack6"].versions
+
+
+@pytest.mark.slow
+def test_export_says_which_formats_no_gpu_has_run(tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(tmp_path / "checkpoint", "llama", **SIZES)
+    for precision, said in (("nvfp4:float16", "nvfp4: unproven, no GPU"), ("int8", "")):
+        out = tmp_path / f"{precision[:4]}"
+        given = ("--targets", RTX, "--precision", precision)
+        code, text, _ = command("export", checkpoint, "-o", out, *given)
+        assert code == 0
+        assert ("unproven" in text) == bool(said) and said in text
 
 
 # What a target refuses, before any work.

@@ -45,7 +45,7 @@ def test_a_sound_bundle_passes_and_says_how_much_rounding_did(
     assert last["mean_error"] > 1.5 * first["mean_error"]  # what a float tolerance would meet
     assert last["own_error"] < first["own_error"] * 1.1
     assert parts["survivors at layer 2"]["in_common"] >= 0.5
-    assert "8 in common of 8 and 8 by the same rows" in parts["survivors at layer 2"]["note"]
+    assert "by the same rows 8 in common of 8 and 8" in parts["survivors at layer 2"]["note"]
     assert 0 <= parts["greedy tokens"]["in_common"] <= 1
     assert parts["greedy tokens"]["note"].startswith(
         f"{round(5 * parts['greedy tokens']['in_common'])} of 5 next tokens agree"
@@ -159,7 +159,7 @@ def test_survivors_count_by_the_same_rows_and_are_shown_by_the_checkpoints() -> 
     ours, carried = np.array([1, 0, 1, 0], bool), np.array([1, 1, 0, 0], bool)
     part = compare_survivors("fastv", 2, ours, ours, scores, 0.0, carried=carried)
     assert not part.departs and part.in_common == 0.5
-    assert part.note == "50.0% in common; 2 in common of 2 and 2 by the same rows"
+    assert part.note == "50.0% in common; by the same rows 2 in common of 2 and 2"
     part = compare_survivors("fastv", 2, ours, carried, scores, 0.0, carried=ours)
     assert part.departs and part.in_common == 1.0
 

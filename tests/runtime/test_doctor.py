@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 
 from patchsieve.contract.boards import BOARDS
-from patchsieve.contract.formats import parse
+from patchsieve.contract.formats import FORMATS, parse
 from patchsieve.contract.targets import CUDA_LIBRARIES, FULL, TARGETS, of_compiler, of_version
 from patchsieve.contract.weights import PARTS
 from patchsieve.runtime.board import cuda_provider
@@ -559,6 +559,11 @@ def test_int8_on_a_cpu_without_vnni_is_a_warning(
     assert bool(warnings) is is_warned
     for text in warnings:
         assert f"--precision {_WITHOUT_VNNI}" in text and "tower and decoder int8" in text
+
+
+def test_what_is_advised_without_vnni_rounds_no_rows() -> None:
+    used = parse(_WITHOUT_VNNI).formats.used
+    assert used and not any(FORMATS[form].is_dynamic for form in used)
 
 
 def test_a_bundle_says_its_target_and_the_boards_that_hold_it(

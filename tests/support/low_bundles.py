@@ -23,7 +23,7 @@ from tests.support.once import once
 
 MIXED = "mixed"
 # A layer and a kind of matrix are excepted.
-INT4 = "int4,layers.1=float,layers.*.mlp.down_proj=int8"
+INT4 = "int4,decisions=int4,layers.1=float,layers.*.mlp.down_proj=int8"
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from patchsieve.export.families.specs import DecoderSpec
 from patchsieve.export.graphs.next_layer import NextLayer, Projections
 from patchsieve.export.quantise.hints import Hints
 from patchsieve.export.quantise.rounding import dequantise, quantise
+from patchsieve.export.quantise.search import Reader, choose, predicted_error
 from patchsieve.export.quantise.smoothing import Group, Smoothed, groups_of, smoothed
 from patchsieve.export.quantise.statistics import InputStatistics, Statistics
 from patchsieve.export.weights import Weight
@@ -258,22 +259,18 @@ def scale_channels(source: Table, given: Statistics, by: float) -> tuple[Table, 
 
 
 @pytest.mark.parametrize("kind", ["int8", "int8-weights", "int4-32"])
-@pytest.mark.parametrize("measured", [True, False])
 @pytest.mark.parametrize("biased", [True, False])
-def test_scaled_channels_get_the_numbers_of_the_plain_checkpoint(kind, measured, biased) -> None:
+def test_scaled_channels_get_the_numbers_of_the_plain_checkpoint(kind, biased) -> None:
     plain = layer(biased)
-    outliers, of_outliers = scale_channels(plain, statistics(), 30.0)
+    outliers, _ = scale_channels(plain, statistics(), 30.0)
     stored = weights(plain, {"proj": kind})
-    sources = [
-        smoothed(source, stored, known if measured else None)
-        for source, known in ((plain, statistics()), (outliers, of_outliers))
-    ]
+    sources = [smoothed(source, stored) for source in (plain, outliers)]
     for name in plain.tensors:
         one, other = (source.read(name) for source in sources)
         torch.testing.assert_close(other, one, rtol=1e-5, atol=0)
         before, after = (source.hints(name) for source in sources)
         assert (before.importance is None) == (after.importance is None)
-        assert (before.input_scale is None) == (not measured or before.importance is None)
+        assert before.input_scale is None
         if before.importance is not None:
             torch.testing.assert_close(after.importance, before.importance)
 
@@ -281,11 +278,26 @@ def test_scaled_channels_get_the_numbers_of_the_plain_checkpoint(kind, measured,
 def test_norms_are_stored_as_powers_of_two() -> None:
     source = layer()
     stored = weights(source, {"mlp.up_proj": "int4-32", "q_proj": "int8"})
-    for known in (None, statistics()):
-        folded = smoothed(source, stored, known)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            size = folded.read(f"layers.0.{norm}.weight").abs()
-            assert torch.equal(size, torch.exp2(torch.log2(size).round()))
+    folded = smoothed(source, stored)
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        size = folded.read(f"layers.0.{norm}.weight").abs()
+        assert torch.equal(size, torch.exp2(torch.log2(size).round()))
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8-weights", "int4-32"])
+def test_what_statistics_choose_errs_no_more_than_no_folding(kind) -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(64, 96, generator=generator) * 0.1
+    x = torch.randn(200, 64, generator=generator) * (1 + torch.arange(64) % 5)
+    inputs = InputStatistics(x.abs().mean(0), x.square().mean(0), x.abs().amax(0))
+    readers = [Reader(weight, FORMATS[kind])]
+    unit = torch.rand(64, generator=generator) * 20 + 0.05  # a norm whose weights mislead
+    found = choose(readers, inputs, unit, is_measured=True)
+    # `choose` lets every output count alike, this measure by its size.
+    plain = predicted_error(readers, inputs, torch.ones(64))
+    assert predicted_error(readers, inputs, found) <= 1.05 * plain
+    assumed = choose(readers, inputs, unit)
+    assert predicted_error(readers, inputs, assumed) >= predicted_error(readers, inputs, found)
 
 
 def test_dead_channels_do_no_harm() -> None:
