@@ -15,7 +15,7 @@ from patchsieve.evaluation.questions import Question
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.result import Result
 
-TOWER = "tower"
+TOWER, ALL = "tower", "all"
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,18 @@ def _survivors(result: Result) -> dict[str, list[int]]:
 
 
 def in_common(given: Sequence[Given], floats: Sequence[Given]) -> dict[str, float]:
-    """The mean share of survivors that two runs have in common, by place.
+    """The share of survivors that two runs have in common, by place, and of all places together.
 
-    A share is that of the longer of both lists, so that one that keeps more gains nothing.
+    It counts tokens of all questions, and is a share of the longer of both lists: one that keeps
+    more gains nothing. Empty if nothing is dropped anywhere.
     """
-    shares: dict[str, list[float]] = {}
+    found: dict[str, list[tuple[int, int]]] = {}
     for one, other in zip(given, floats, strict=True):
         for place, ids in other.kept.items():
             own, whole = set(one.kept[place]), set(ids)
-            shares.setdefault(place, []).append(len(own & whole) / max(len(own), len(whole), 1))
-    return {place: float(np.mean(found)) for place, found in shares.items()}
+            counts = len(own & whole), max(len(own), len(whole))
+            found.setdefault(place, []).append(counts)
+    counted = {place: np.sum(counts, axis=0) for place, counts in found.items()}
+    if counted:
+        counted = {ALL: np.sum(list(counted.values()), axis=0)} | counted
+    return {place: float(same / total) for place, (same, total) in counted.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.precision.asking import ALL
 from benchmarks.precision.bundles import BARS, FLOAT32, LEAST_IN_COMMON
 
 _COLUMNS = ("plan", "precision", "MB", "right", "lost", "same answers", "survivors in common")
@@ -36,8 +37,9 @@ def _accuracy(found: Mapping[str, Any]) -> list[str]:
     text = (
         f"Asked on {found['date'][:10]}: {found['questions']} held-out questions, the same in "
         "every row. *Lost* is in points against float32 of the same plan, with its bootstrap "
-        "interval of 95 %; pictures are drawn. *Survivors in common* is the mean share of the "
-        "tokens that survive in float32 too, in per cent, by the place where others are dropped."
+        "interval of 95 %; pictures are drawn. *Survivors in common* is the share of the tokens "
+        "that survive in float32 too, in per cent, in all and by the place where others are "
+        "dropped."
     )
     return ["## Answers", text, grid(_COLUMNS, [_row(row) for row in found["rows"]])]
 
@@ -49,6 +51,8 @@ def _row(row: Mapping[str, Any]) -> list[str]:
         return [*cells, "", "", ""]
     shares = row["survivors_in_common"]
     common = ", ".join(f"{_place(place)} {100 * share:.1f}" for place, share in shares.items())
+    if len(shares) == 2:  # one place, which is all
+        common = f"{100 * shares[ALL]:.1f}"
     same = f"{100 * row['answers_in_common']:.1f} %"
     return [*cells, _interval(row["lost"]), same, common]
 
@@ -95,9 +99,9 @@ def misses(found: Mapping[str, Any]) -> list[str]:
         who = f"{row['precision']}, {row['plan']}"
         if bar is not None and lost > bar:
             lines.append(f"{who}: {lost:.2f} points lost, at most {bar}")
-        for place, share in row["survivors_in_common"].items():
-            if share < LEAST_IN_COMMON:
-                lines.append(f"{who}: {100 * share:.1f} % in common, {_place(place)}")
+        share = row["survivors_in_common"].get(ALL, 1.0)
+        if share < LEAST_IN_COMMON:
+            lines.append(f"{who}: {100 * share:.1f} % of the survivors in common")
     return lines
 
 

@@ -29,8 +29,9 @@ def question(key: str, picture: str) -> Question:
 def test_a_share_is_of_the_longer_list_at_each_place() -> None:
     floats = [given("a", tower=[1, 2, 3, 4], six=[1, 2]), given("b", tower=[1, 2, 3, 4], six=[3])]
     low = [given("a", tower=[1, 2, 3, 5], six=[1]), given("b", tower=[1, 2, 3, 4], six=[3, 4])]
-    assert in_common(low, floats) == {"tower": 0.875, "six": 0.5}
-    assert in_common(floats, floats) == {"tower": 1.0, "six": 1.0}
+    assert in_common(low, floats) == {"all": 9 / 12, "tower": 7 / 8, "six": 2 / 4}
+    assert in_common(floats, floats) == {"all": 1.0, "tower": 1.0, "six": 1.0}
+    assert in_common([given("a")], [given("a")]) == {}
 
 
 def test_what_is_lost_is_float32_less_the_other_in_points_of_the_same_questions() -> None:
@@ -40,7 +41,8 @@ def test_what_is_lost_is_float32_less_the_other_in_points_of_the_same_questions(
     found = compare(questions, low, floats)
     assert found["lost"]["mean"] == pytest.approx(1 / 8)
     assert found["lost"]["low"] <= 1 / 8 <= found["lost"]["high"]
-    assert (found["answers_in_common"], found["survivors_in_common"]) == (7 / 8, {"six": 1.0})
+    assert found["answers_in_common"] == 7 / 8
+    assert found["survivors_in_common"] == {"all": 1.0, "six": 1.0}
 
 
 def test_answers_that_were_kept_are_not_asked_again(
@@ -71,13 +73,13 @@ def test_answers_that_were_kept_are_not_asked_again(
 
 def test_bars_that_are_missed_are_named() -> None:
     interval = {"mean": 0.008, "low": -0.001, "high": 0.02}
-    row = {"plan": "FastV", "lost": interval, "survivors_in_common": {"6": 0.97, "tower": 0.99}}
+    row = {"plan": "FastV", "lost": interval, "survivors_in_common": {"all": 0.97, "6": 0.99}}
     rows = [row | {"precision": each} for each in ("int8", "int4")]
     found = misses({"rows": rows})
     assert found == [
         "int8, FastV: 0.80 points lost, at most 0.5",
-        "int8, FastV: 97.0 % in common, layer 6",
-        "int4, FastV: 97.0 % in common, layer 6",
+        "int8, FastV: 97.0 % of the survivors in common",
+        "int4, FastV: 97.0 % of the survivors in common",
     ]
 
 
@@ -85,7 +87,10 @@ def test_both_tables_are_printed() -> None:
     interval = {"mean": 0.87, "low": 0.86, "high": 0.88}
     row = {"plan": "FastV", "precision": "int8", "bytes": 5_000_000, "accuracy": interval}
     row |= {"lost": {"mean": 0.004, "low": -0.002, "high": 0.01}, "answers_in_common": 0.99}
-    accuracy = {"questions": 8, "rows": [row | {"survivors_in_common": {"tower": 1.0, "6": 0.985}}]}
+    accuracy = {
+        "questions": 8,
+        "rows": [row | {"survivors_in_common": {"all": 0.99, "tower": 1.0, "6": 0.985}}],
+    }
     ms = dict.fromkeys(("vision", "scorer", "prefill", "decide", "ttft", "decode_per_token"), 7.0)
     timed = {"plan": "ivtp", "precision": "int4", "ms": ms, "bytes": 4e8, "peak_bytes": 5e8}
     shape = {"image_size": 336, "patch_size": 14, "layers": 16, "hidden": 1024}
@@ -93,7 +98,7 @@ def test_both_tables_are_printed() -> None:
     speed |= {"rounds": 7, "text_tokens": 64}
     when = {"date": "2026-11-30T18:00:00", "machine": {"cpu": {"model": "a CPU"}}}
     text = to_text({"accuracy": accuracy | when, "speed": speed | when})
-    cells = "5.0 | 87.0 | 0.40 [-0.20, 1.00] | 99.0 % | tower 100.0, layer 6 98.5 |"
+    cells = "5.0 | 87.0 | 0.40 [-0.20, 1.00] | 99.0 % | all 99.0, tower 100.0, layer 6 98.5 |"
     assert f"| FastV | int8 | {cells}" in text
     assert "| IVTP to 64 | int4 | 7 | 7 | 14 | 7 | 7.0 | 400 | 500 |" in text
     assert "576 visual and 64 text tokens" in text
