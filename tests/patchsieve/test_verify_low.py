@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,15 @@ import numpy as np
 import pytest
 
 from patchsieve.contract.formats import FORMATS
+from patchsieve.contract.manifest import Limits
+from patchsieve.export import job
+from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.verify.allowed import Allowed
 from patchsieve.verify.parts import Alone, compare_alone, compare_next, compare_survivors
 from tests.support.bundles import PHOTO, PLAN, PROMPT, command, command_json
 from tests.support.low_bundles import INT4, MIXED, store, tensors_of
+from tests.support.models import save_checkpoint
+from tests.support.outliers import scaled_channels
 
 pytest_plugins = ["tests.support.bundles", "tests.support.low_bundles"]
 
@@ -191,3 +197,26 @@ def test_a_bundle_in_floating_point_has_no_own_errors(tiny_bundle: Path) -> None
 
     facts = bundle_files.read(tiny_bundle)
     assert Allowed(facts, lambda path: tiny_bundle / path).formats == {}
+
+
+@pytest.mark.slow
+def test_what_is_too_hard_to_round_departs_and_smoothing_mends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Channels 30 times larger than others: int8 loses the others unless factors move."""
+    plain = save_checkpoint(tmp_path / "plain", layers=2, kv_heads=2)
+    checkpoint = scaled_channels(plain, tmp_path / "checkpoint")
+    options = ExportOptions(precision="int8", limits=Limits(64, 32, 1))
+    export(str(checkpoint), tmp_path / "smooth", options)
+    smoothed = job.guide
+
+    def without(weights: Any, source: Any, *given: Any, **named: Any) -> Any:
+        return replace(smoothed(weights, source, *given, **named), source=source)
+
+    monkeypatch.setattr(job, "guide", without)
+    export(str(checkpoint), tmp_path / "rough", options)
+    assert verify(tmp_path / "smooth", checkpoint)[0] == 0
+    code, said = verify(tmp_path / "rough", checkpoint)
+    first = said["first_departure"]
+    assert code == 1 and first["name"].endswith("layers.0.self_attn.q_proj")
+    assert 0.1 < first["own_error"] < 0.5  # less than a wrong matrix makes
