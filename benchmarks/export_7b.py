@@ -5,8 +5,9 @@
 
 Writes a checkpoint of that shape in float16 shards (13.5 GB at 32 layers), exports it in a process
 of its own and prints that process's peak resident memory beside the promise: 2 GB plus the largest
-tensor in float16 (the default), 4 GB where matrices are quantised. With --build it compiles every TensorRT-RTX engine, one process per graph; with
---build-memory the decoder is divided so that each takes at most so much.
+tensor in float16 (the default), 4 GB where matrices are quantised. With --build it compiles every
+TensorRT-RTX engine, one process per graph; with --build-memory the decoder is divided so that each
+takes at most so much.
 """
 
 from __future__ import annotations

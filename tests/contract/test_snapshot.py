@@ -263,8 +263,9 @@ def test_weights_of_graphs_inside_graphs_and_of_constants_are_renamed() -> None:
 @pytest.mark.parametrize("location", ["../../../outside", "/etc/passwd", "", "weights/\0"])
 def test_a_graph_that_names_weights_elsewhere_is_refused(location: str, snapshot: Path) -> None:
     model = onnx.load(snapshot / GRAPH, load_external_data=False)
-    model.graph.initializer[0].external_data[0].value = location
-    model.graph.initializer[0].external_data[0].key = "location"
+    stored = next(each for each in model.graph.initializer if each.external_data)
+    stored.external_data[0].value = location
+    stored.external_data[0].key = "location"
     content = model.SerializeToString()
     refused(lambda: relocated(content, GRAPH, locate(snapshot)), BundleError, "outside the bundle")
 
