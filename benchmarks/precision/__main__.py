@@ -1,6 +1,7 @@
 """What low precision costs in answers, and what it saves in time and bytes: docs/precision.md.
 
     python -m benchmarks.precision                          # answers and survivors
+    python -m benchmarks.precision --outliers               # the same with outlier channels
     python -m benchmarks.precision --speed                  # speed; the machine must be idle
     python -m benchmarks.precision --questions 400 --results /tmp/try    # a try
 
@@ -21,7 +22,7 @@ from typing import Any
 
 from benchmarks.accuracy.workshop import Training, Workshop
 from benchmarks.bench_ivtp import SHAPES
-from benchmarks.precision import accuracy, speed
+from benchmarks.precision import accuracy, outliers, speed
 from benchmarks.precision.bundles import CASES, FLOAT32, PRECISIONS, Bundles
 from benchmarks.precision.report import into_page, misses, to_text
 from patchsieve.runtime.board import machine
@@ -46,6 +47,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--work", type=Path, default=ROOT / "demo" / "precision", help="folder to work in")
     add("--results", type=Path, default=ROOT / "benchmarks" / "results", help="where JSON goes")
     add("--workers", type=int, default=os.cpu_count(), help="processes that ask (all cores)")
+    add("--outliers", action="store_true", help="ask copies of the model with outlier channels")
     add("--speed", action="store_true", help="measure time and memory instead of answers")
     add("--shape", choices=SHAPES, default="default", help="of the model for --speed")
     add("--rounds", type=int, default=7, help="runs of every plan and precision for --speed (7)")
@@ -78,6 +80,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.speed:
         folder = args.work / "speed"
         found = known | {"speed": when | speed.measure(folder, precisions, args.shape, args.rounds)}
+    elif args.outliers:
+        base = [case for case in cases if case.checkpoint == "checkpoint" and case.name != "ivtp"]
+        how = (args.model, args.work, base, precisions, args.questions, args.workers)
+        found = known | {"outliers": when | outliers.measure(*how)}
     else:
         asked = accuracy.measure(shop, bundles, cases, precisions, args.questions, args.workers)
         found = known | {"accuracy": when | asked}

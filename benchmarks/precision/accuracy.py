@@ -47,7 +47,7 @@ def measure(
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for precision in precisions:
-            for case in sorted(cases, key=lambda case: not case.is_first):
+            for case in cases:
                 task = _task(shop, bundles.of(case, precision), case, data, limit)
                 found[case.label, precision] = pool.submit(answer, task)
         for case in cases:

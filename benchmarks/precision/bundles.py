@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.accuracy.workshop import Workshop, digest, run
-from patchsieve.contract.files import read
 from patchsieve.contract.plan import NO_PRUNING
 
 FLOAT32 = "float32"
@@ -28,14 +27,12 @@ class Case:
         checkpoint: Folder of the checkpoint, in that of the demo model.
         name: The plan's name in its bundle.
         words: Options of `export` that make it.
-        is_first: The bundle is exported with it; the others come by `--reuse`.
     """
 
     label: str
     checkpoint: str
     name: str = NO_PRUNING
     words: tuple[str, ...] = ()
-    is_first: bool = False
 
 
 _IVTP = ("--method", "ivtp", "--num-keep", "36")
@@ -43,8 +40,8 @@ _FASTV = ("--method", "fastv", "--sites", "6", "--keep-ratio", "0.25")
 CASES = (
     Case("none", "checkpoint"),
     Case("FastV, a quarter kept at layer 6", "checkpoint", "fastv", _FASTV),
-    Case("ATP, trained", "atp", "atp", ("--method", "atp"), is_first=True),
-    Case("IVTP, a quarter left", "checkpoint", "ivtp", _IVTP, is_first=True),
+    Case("ATP, trained", "atp", "atp", ("--method", "atp")),
+    Case("IVTP, a quarter left", "checkpoint", "ivtp", _IVTP),
 )
 
 
@@ -64,12 +61,11 @@ class Bundles:
 
     def of(self, case: Case, precision: str) -> Path:
         """The bundle that holds a plan in a precision, made if it is not there."""
-        bundle = self._folder(precision) / case.checkpoint
+        # One for each plan: the format of a layer may depend on the plan's last site.
+        bundle = self._folder(precision) / case.name
         if not bundle.exists():
             bundle.parent.mkdir(parents=True, exist_ok=True)
-            self._export(bundle, _first(case), precision)
-        if case.name not in read(bundle).plans:
-            run(["export", "--reuse", str(bundle), *_plan(case), "--quiet"])
+            self._export(bundle, case, precision)
         return bundle
 
     def _folder(self, precision: str) -> Path:
@@ -100,11 +96,6 @@ class Bundles:
 
 def _plan(case: Case) -> Sequence[str]:
     return [*case.words, "--plan-name", case.name]
-
-
-def _first(case: Case) -> Case:
-    """The plan that a checkpoint's bundle is exported with: the one that divides it finest."""
-    return next(one for one in CASES if one.checkpoint == case.checkpoint and one.is_first)
 
 
 def size(bundle: Path) -> int:

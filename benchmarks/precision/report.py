@@ -28,6 +28,8 @@ def to_text(found: Mapping[str, Any]) -> str:
     blocks = ["# Low precision", "Made by `python -m benchmarks.precision`."]
     if "accuracy" in found:
         blocks += _accuracy(found["accuracy"])
+    if "outliers" in found:
+        blocks += _outliers(found["outliers"])
     if "speed" in found:
         blocks += _speed(found["speed"])
     return "\n\n".join(blocks) + "\n"
@@ -57,6 +59,19 @@ def _row(row: Mapping[str, Any]) -> list[str]:
     return [*cells, _interval(row["lost"]), same, common]
 
 
+def _outliers(found: Mapping[str, Any]) -> list[str]:
+    text = (
+        f"Asked on {found['date'][:10]}: {found['questions']} held-out questions. The model is the "
+        "same function, but some of its channels are large."
+    )
+    rows = [
+        [row["outliers"], "yes" if row["smoothed"] else "no", *_row(row)]
+        for row in found["rows"]
+        if row["precision"] != FLOAT32
+    ]
+    return ["## Outlier channels", text, grid(("outliers", "made equal", *_COLUMNS), rows)]
+
+
 def _speed(found: Mapping[str, Any]) -> list[str]:
     shape, machine = found["shape"], found["machine"]
     patches = (shape["image_size"] // shape["patch_size"]) ** 2
@@ -81,8 +96,12 @@ def _times(row: Mapping[str, Any]) -> list[str]:
 
 
 def into_page(page: str, found: Mapping[str, Any]) -> str:
-    """A page with new tables between `<!-- answers -->` or `<!-- speed -->` and `<!-- end -->`."""
-    tables = {"accuracy": ("answers", _accuracy), "speed": ("speed", _speed)}
+    """A page with new tables between marks such as `<!-- answers -->` and `<!-- end -->`."""
+    tables = {
+        "accuracy": ("answers", _accuracy),
+        "outliers": ("outliers", _outliers),
+        "speed": ("speed", _speed),
+    }
     for key, (mark, blocks) in tables.items():
         if key in found:
             start = page.index(f"<!-- {mark} -->") + len(f"<!-- {mark} -->\n")
