@@ -92,13 +92,25 @@ def _section(entry: Entry) -> str:
     papers = ", ".join(f"[{name}]({address})" for name, address in entry.papers)
     summary = entry.summary[0].upper() + entry.summary[1:]
     text = f"{summary}{f' ({papers})' if papers else ''}. {_LEAVES[entry.leaves]}"
-    options = "\n".join(_option(entry, option) for option in entry.options)
+    options = "\n".join([*_published(entry), *(_option(entry, each) for each in entry.options)])
     if _is_part(entry):
         title = f"### `{entry.name}` as a site of a plan"
         return "\n\n".join([title, _wrapped(text), options]) + "\n"
     title = f"### `{_OPTION[entry.place]} {entry.name}`"
     example = f"```\n{_command(entry)}\n```"
     return "\n\n".join([title, _wrapped(text), options, example, _wrapped(_counts(entry))]) + "\n"
+
+
+def _published(entry: Entry) -> list[str]:
+    """The sites that the method's paper has."""
+    if entry.published is None:
+        return []
+    sites = ",".join(map(str, entry.published.sites))
+    text = (
+        f"- `--sites`: layers at whose input to prune (default: {sites} of "
+        f"{entry.published.num_layers}, in proportion in other decoders)"
+    )
+    return [_wrapped(text, "  ")]
 
 
 def _option(entry: Entry, option: Option) -> str:

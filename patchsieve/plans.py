@@ -23,7 +23,7 @@ from patchsieve.pruning.entry import DECODER, ENCODER, PROJECTOR, RECIPE, Entry
 from patchsieve.pruning.heads import load_config
 from patchsieve.pruning.recipes import Size
 
-__all__ = ["Size", "build", "free_name", "name_of"]
+__all__ = ["Size", "build", "free_name", "name_of", "needs_size"]
 
 T = TypeVar("T")
 KEYWORDS = frozenset(entry.keyword(o) for entry in catalogue.ENTRIES for o in entry.options)
@@ -45,13 +45,14 @@ def build(
     Args:
         method: What prunes in the decoder, or a whole recipe such as "ivtp"; None or "none" for
             nothing.
-        sites: Decoder layers at whose input it prunes; by default those of its heads.
+        sites: Decoder layers at whose input it prunes; by default those of its heads, or those of
+            its paper in proportion.
         budget: Visual tokens of an image to reserve after the sites, one number or one per site;
             by default what the method keeps.
         encoder: What prunes inside the vision tower.
         projector: What prunes between the tower and the decoder.
         positions: How the tokens that enter the decoder are numbered (see `Plan.position_rule`).
-        size: The model; only a recipe needs it.
+        size: The model (see `needs_size`).
         **options: Those of the methods by their names on the command line, with underscores:
             keep_ratio, num_keep, encoder_keep, projector_score. None leaves one out.
 
@@ -65,7 +66,7 @@ def build(
     decoder = {name: given.pop(name) for name in list(given) if not _is_before_decoder(name)}
     entry = _chosen(DECODER, method, decoder | {"sites": sites, "budget": budget})
     plan = Plan(
-        () if entry is None else _sites(entry, sites, budget, decoder),
+        () if entry is None else _sites(entry, sites, budget, decoder, size),
         _method(ENCODER, encoder, given),
         _method(PROJECTOR, projector, given),
         positions,
@@ -79,6 +80,14 @@ def build(
             do="remove --positions",
         )
     return plan
+
+
+def needs_size(method: str | None, sites: Sequence[int] | None) -> bool:
+    """Whether a plan is fitted to the model: a recipe's, or one with the sites of a paper."""
+    if method is None or catalogue.find(RECIPE, method):
+        return method is not None
+    found = catalogue.find(DECODER, method)
+    return sites is None and found is not None and found.published is not None
 
 
 def _known(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,17 +134,22 @@ def _sites(
     sites: Sequence[int] | None,
     budget: int | Sequence[int] | None,
     given: Mapping[str, Any],
+    size: Size | None,
 ) -> tuple[SitePlan, ...]:
     """What prunes in the decoder."""
-    params = _params(entry, given)
+    params, published = _params(entry, given), entry.published
     if sites is None and "heads" in params:
         sites = load_config(Path(params["heads"])).sites
+    if sites is None and published is not None and size is not None:
+        sites = published.fitted(size.num_layers)
     if sites is None:
         raise PatchsieveError(
             f"--method {entry.name} needs --sites",
             expected="layers at whose input to prune",
             do="add --sites, such as --sites 2",
         )
+    if published is not None and len(sites) == len(published.sites):
+        params = {**published.values, **params}
     own = [option.name for option in entry.params if option.is_per_site and option.name in params]
     each: dict[str, Iterable[Any]] = {
         name: _per_site(_flag(name), params.pop(name), len(sites)) for name in own

@@ -134,6 +134,41 @@ class TowerRule:
     fewest: int = 1
 
 
+class Published(NamedTuple):
+    """Where a paper prunes in the decoder, for plans that name no sites.
+
+    Attributes:
+        sites: Layers at whose input it prunes.
+        num_layers: Layers of the paper's decoder.
+        values: An option's values at these sites, if a plan with as many sites gives none.
+    """
+
+    sites: tuple[int, ...]
+    num_layers: int
+    values: Mapping[str, tuple[float, ...]]
+
+    def fitted(self, num_layers: int) -> list[int]:
+        """The sites in proportion in a decoder of `num_layers`, rounded half up, each its own.
+
+        8, 16, 24 of 32 layers are 10, 20, 30 of 40; 3, 7, 16 of 32 are 1, 2, 3 of 4.
+
+        Raises:
+            PatchsieveError: The decoder has too few layers.
+        """
+        fitted: list[int] = []
+        for site in self.sites:
+            nearest = (2 * site * num_layers + self.num_layers) // (2 * self.num_layers)
+            fitted.append(max(nearest, fitted[-1] + 1 if fitted else 1))
+        if fitted[-1] >= num_layers:
+            raise PatchsieveError(
+                "the paper's sites do not fit this decoder",
+                found=f"{num_layers} layers",
+                expected=f"at least {len(self.sites) + 1}",
+                do="give --sites, and fewer of them",
+            )
+        return fitted
+
+
 @dataclass(frozen=True)
 class Entry:
     """A method at a place.
@@ -154,6 +189,7 @@ class Entry:
         judges: Values of its options with which it judges by the pseudo-CLS, a row of its own;
             empty for always, None for never.
         tower: Where and how far it prunes inside the tower; of methods before the decoder.
+        published: The sites of its paper, which plans without sites get; of decoder methods.
     """
 
     name: str
@@ -169,6 +205,7 @@ class Entry:
     draws: bool = False
     judges: Mapping[str, Any] | None = None
     tower: TowerRule = TowerRule()
+    published: Published | None = None
 
     @property
     def prefix(self) -> str:

@@ -32,7 +32,14 @@ def add_arguments(group: Any) -> None:
     add = group.add_argument
     of_decoder = f"{', '.join(METHODS[1:-1])} or {METHODS[-1]}"
     add("--method", metavar="METHOD", help=f"prune in the decoder: none (default), {of_decoder}")
-    add("--sites", type=integers, metavar="LAYERS", help="layers at whose input to prune: 4,14,24")
+    fitted = [entry.name for entry in catalogue.ENTRIES if entry.published is not None]
+    add(
+        "--sites",
+        type=integers,
+        metavar="LAYERS",
+        help="layers at whose input to prune: 4,14,24"
+        + (f" (default of {', '.join(fitted)}: as published)" if fitted else ""),
+    )
     add(
         "--budget",
         type=integers,
@@ -71,7 +78,7 @@ def plan_of(args: argparse.Namespace, size: Callable[[], Size], **further: Any) 
 
     Args:
         args: The parsed arguments.
-        size: Measures the model, for a recipe.
+        size: Measures the model, where the plan is fitted to it.
         further: Options of `patchsieve.plans.build` instead of those in `args`.
 
     Raises:
@@ -84,9 +91,8 @@ def plan_of(args: argparse.Namespace, size: Callable[[], Size], **further: Any) 
     options = {name: getattr(args, name) for name in _OF_PLANS}
     options |= {keyword: getattr(args, keyword) for keyword, _ in _by_keyword(PLACES)}
     options |= further
-    method = options["method"]
-    is_recipe = method is not None and catalogue.find(RECIPE, method) is not None
-    return plans.build(**options, size=size() if is_recipe else None)
+    is_fitted = plans.needs_size(options["method"], options["sites"])
+    return plans.build(**options, size=size() if is_fitted else None)
 
 
 def _add_options(group: Any, places: tuple[str, ...]) -> None:
