@@ -45,8 +45,7 @@ def build(
     Args:
         method: What prunes in the decoder, or a whole recipe such as "ivtp"; None or "none" for
             nothing.
-        sites: Decoder layers at whose input it prunes; by default those of its heads, or those of
-            its paper in proportion.
+        sites: Decoder layers at whose input it prunes; by default those of its heads or its paper.
         budget: Visual tokens of an image to reserve after the sites, one number or one per site;
             by default what the method keeps.
         encoder: What prunes inside the vision tower.

@@ -7,6 +7,8 @@ from the entries.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from patchsieve.contract.plan import CLS_SOURCES, TEXTS
 from patchsieve.pruning.entry import (
     ADAPTS,
@@ -18,6 +20,7 @@ from patchsieve.pruning.entry import (
     RECIPE,
     Entry,
     Option,
+    Published,
     TowerRule,
 )
 
@@ -29,6 +32,7 @@ IVTP = ("IVTP", "https://doi.org/10.1007/978-3-031-72643-9_13")
 ATP = ("ATP-LLaVA", "https://arxiv.org/abs/2412.00447")
 FASTV = ("FastV", "https://arxiv.org/abs/2403.06764")
 EVIT = ("EViT", "https://arxiv.org/abs/2202.07800")
+PYRAMIDDROP = ("PyramidDrop", "https://arxiv.org/abs/2410.17247")
 TOME = ("ToMe", "https://arxiv.org/abs/2210.09461")
 
 _RATIO = Option(
@@ -54,6 +58,12 @@ _SCORE = Option(
     "attention",
     ("attention", "cosine"),
 )
+
+
+def _as_published(ratios: tuple[float, ...]) -> Option:
+    """Ratios that a paper has for its own sites."""
+    shown = f"{','.join(f'{ratio:.4g}' for ratio in ratios)} at {len(ratios)} sites, else 0.5"
+    return replace(_RATIO, shown=shown)
 
 
 def _judge(text: str) -> tuple[Option, ...]:
@@ -109,6 +119,8 @@ def _schedule(keep: str, group: str = "1", curve: str = "linear") -> tuple[Optio
     )
 
 
+PYRAMIDDROP_RATIOS = (0.5, 0.25, 0.125)
+
 _PRUNED, _GROUPED = "64 of 576", "120 of 576"
 
 _DECODER = (
@@ -131,6 +143,16 @@ _DECODER = (
         (_RATIO, Option("rows", "text", "the rows that look", "last", ("last", "mean"))),
         (FASTV,),
         {"sites": [2], "keep_ratio": 0.5},
+    ),
+    Entry(
+        "pyramiddrop",
+        DECODER,
+        "patchsieve.pruning.decoder.pyramiddrop:PyramidDrop",
+        "keep the tokens that the prompt's last row attends to most in the layer that they enter",
+        RATIO,
+        (_as_published(PYRAMIDDROP_RATIOS),),
+        (PYRAMIDDROP,),
+        published=Published((8, 16, 24), 32, {"keep_ratio": PYRAMIDDROP_RATIOS}),
     ),
     Entry(
         "atp",

@@ -40,11 +40,15 @@ class FastV(KeepRatio):
 
 def last_row_score(site: Site) -> Tensor:
     """Attention that each visual token receives from the last row, head mean, float32 [B, N]."""
-    last = site.last_row
-    if last is None:
-        num_rows = site.query.shape[2]
-        last = torch.arange(num_rows - 1, num_rows, device=site.query.device)  # [1]
-    return received_attention(site, last)
+    return received_attention(site, last_row(site))
+
+
+def last_row(site: Site) -> Tensor:
+    """The last ordinary row, int64 [1]."""
+    if site.last_row is not None:
+        return site.last_row
+    num_rows = site.query.shape[2]
+    return torch.arange(num_rows - 1, num_rows, device=site.query.device)
 
 
 def mean_row_score(site: Site) -> Tensor:

@@ -28,7 +28,8 @@ from tests.support.test_only_methods import known
 from tests.support.tiny_bundles import pictures
 
 LIMITS = manifest.Limits(64, 16, 2)
-AHEAD = Plan((SitePlan(2, "ahead", {"num_keep": 9}), SitePlan(3, "ahead", {"num_keep": 4})))
+RATIOS = {2: 0.5, 3: 0.25}
+AHEAD = Plan(tuple(SitePlan(at, "pyramiddrop", {"keep_ratio": r}) for at, r in RATIOS.items()))
 TARGETS = ("cpu", "reference", "jetpack6", "tensorrt-rtx")
 ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 
@@ -81,7 +82,7 @@ def test_a_later_turn_is_judged_by_the_rows_of_its_own_prefill(bundle: Path) -> 
     turns = [chat.ask("What is this?", [image], max_new_tokens=2) for image in (one, other)]
     model.close()
     # A conversation's sites are all of its images'.
-    assert [[len(site.kept) for site in turn.sites] for turn in turns] == [[9, 4], [9, 4, 9, 4]]
+    assert [[len(site.kept) for site in turn.sites] for turn in turns] == [[8, 4], [8, 4, 8, 4]]
 
 
 @pytest.mark.slow

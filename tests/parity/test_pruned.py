@@ -50,6 +50,11 @@ PLANS: dict[str, list[dict[str, Any]]] = {
     "atp-spatial": [site(2, "atp", theta_r=0.8, theta_s=0.2)],
     "atp-budget": [site(2, "atp", budget=4, theta_r=0.3, theta_s=0.9)],
     "topk-last": [site(1, "topk", num_keep=9, row="last"), site(3, "topk", num_keep=4, row="last")],
+    "pyramiddrop": [
+        site(1, "pyramiddrop", keep_ratio=0.5),
+        site(2, "pyramiddrop", keep_ratio=0.25),
+        site(3, "pyramiddrop", keep_ratio=0.125),
+    ],
     "tome": [site(2, "tome", num_keep=9)],
     "tome-two-sites": [site(1, "tome", num_keep=10), site(3, "tome", num_keep=6)],
     "mixed": [site(1, "fastv", keep_ratio=0.75), site(2, "atp", **ATP), site(3, "random")],
@@ -116,7 +121,9 @@ def test_dropping_equals_masking_with_other_towers(tiny, row: str, plan: str) ->
     check(tiny(row), PLANS[plan], num_images=2)
 
 
-@pytest.mark.parametrize("plan", ("fastv-two-sites", "atp-two-sites", "mixed", "tome-two-sites"))
+@pytest.mark.parametrize(
+    "plan", ("fastv-two-sites", "atp-two-sites", "mixed", "tome-two-sites", "pyramiddrop")
+)
 @pytest.mark.parametrize(
     ("question", "num_images"),
     [
@@ -173,6 +180,7 @@ def test_learned_thresholds_prune_alike(tiny, tmp_path, row: str, activation: st
         (ROWS[0], "fastv-two-sites"),
         (ROWS[0], "atp-two-sites"),
         (ROWS[1], "mixed"),
+        (ROWS[1], "pyramiddrop"),
         (ROWS[1], "none"),
     ],
 )

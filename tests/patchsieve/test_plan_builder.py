@@ -52,6 +52,22 @@ def test_a_recipe_is_fitted_to_a_size() -> None:
     assert plans.name_of(plan) == "ivtp-32"
 
 
+def test_a_method_without_sites_gets_those_of_its_paper_in_proportion() -> None:
+    ratios = [0.5, 0.25, 0.125]
+    for depth, sites in ((32, [8, 16, 24]), (40, [10, 20, 30]), (4, [1, 2, 3])):
+        plan = plans.build("pyramiddrop", size=plans.Size(576, depth))
+        assert plan.layers == sites
+        assert [site.params["keep_ratio"] for site in plan.sites] == ratios
+    own = plans.build("pyramiddrop", [4, 9, 12])  # as many sites, and no ratios of one's own
+    assert [site.params["keep_ratio"] for site in own.sites] == ratios
+    given = plans.build("pyramiddrop", size=LLAVA, keep_ratio=0.3)
+    assert [site.params["keep_ratio"] for site in given.sites] == [0.3] * 3
+    assert plans.build("pyramiddrop", [4]).sites[0].params == {}
+    assert plans.needs_size("pyramiddrop", None) and not plans.needs_size("pyramiddrop", [4])
+    with pytest.raises(PatchsieveError, match="do not fit this decoder.*3 layers"):
+        plans.build("pyramiddrop", size=plans.Size(576, 3))
+
+
 def test_the_same_plan_keeps_its_name_and_another_gets_one() -> None:
     half, mean = plans.build("fastv", [2]), plans.build("fastv", [2], rows="mean")
     stored = {"fastv-2": half.with_positions("original")}
@@ -65,6 +81,7 @@ def test_the_same_plan_keeps_its_name_and_another_gets_one() -> None:
         ({"method": "fastv", "sites": [2], "keep": 3}, "no method has such options.*keep_ratio"),
         ({"method": "fastvv", "sites": [2]}, "unknown method in the decoder"),
         ({"method": "fastv"}, "needs --sites"),
+        ({"method": "pyramiddrop"}, "needs --sites"),
         ({"method": "fastv", "sites": [2], "num_keep": 3}, "remove them, or take --method ivtp"),
         ({"method": "fastv", "sites": [2, 3], "keep_ratio": [0.5] * 3}, "one value, or one per"),
         ({"method": "atp", "heads": Path("absent")}, "cannot read the heads"),

@@ -13,6 +13,7 @@ from patchsieve.contract.errors import PatchsieveError, ShapeError
 from patchsieve.pruning.decoder.atp import ATP
 from patchsieve.pruning.decoder.fastv import FastV
 from patchsieve.pruning.decoder.ivtp import IVTP
+from patchsieve.pruning.decoder.pyramiddrop import PyramidDrop
 from patchsieve.pruning.decoder.random import Random
 from patchsieve.pruning.decoder.site import Site
 from patchsieve.pruning.decoder.tome import DecoderToMe
@@ -232,6 +233,7 @@ def test_settings_are_json_and_rebuild_the_method(method):
         (lambda: FastV(1.2), "keep_ratio"),
         (lambda: FastV(float("nan")), "keep_ratio"),
         (lambda: FastV(rows="first"), "rows"),
+        (lambda: PyramidDrop(0.0), "keep_ratio"),
         (lambda: ATP(thresholds=0.5), "ConstantThresholds"),
         (lambda: ATP(normalisation="zscore"), "normalisation"),
         (lambda: ATP(modality="text"), "modality"),
@@ -275,6 +277,8 @@ def test_a_site_of_wrong_shapes_is_refused():
     ):
         with pytest.raises(ShapeError, match="side row|pseudo-CLS"):
             decide(method, dataclasses.replace(site, **absent))
+    with pytest.raises(ShapeError, match="next layer"):
+        decide(PyramidDrop(), dataclasses.replace(site, hidden=None))
     with pytest.raises(ShapeError, match="hidden"):
         decide(CASES["tome"], dataclasses.replace(site, hidden=None))
     with pytest.raises(ShapeError, match="rank"):

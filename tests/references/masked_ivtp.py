@@ -193,7 +193,7 @@ class MaskedIvtp(MaskedLlava):
             visible = (columns <= limit[:, None]) & seen
             visible |= columns == past + np.arange(rows.shape[1])[:, None]
             mask = torch.where(torch.from_numpy(visible), 0.0, torch.finfo(rows.dtype).min)
-            query = self._query(layer, rows, angles)
+            query = self._rotated(layer, rows, angles)[0]
             out = layer(
                 rows,
                 attention_mask=mask[None, None],

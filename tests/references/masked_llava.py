@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 from patchsieve.verify.reference import cache_name
-from tests.references import atp, fastv, grid2d, random, tome, topk
+from tests.references import atp, fastv, grid2d, pyramiddrop, random, tome, topk
 
 ANSWER = "\u00a7"  # stands for an answer whose tokens are in the cache
 METHODS = {
@@ -29,12 +29,14 @@ METHODS = {
     "atp": atp.decide,
     "random": random.decide,
     "topk": topk.decide,
+    "pyramiddrop": pyramiddrop.decide,
     "tome": tome.decide,
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "fastv": {"keep_ratio": 0.5, "rows": "last"},
     "random": {"keep_ratio": 0.5},
     "topk": {"row": "cls"},
+    "pyramiddrop": {"keep_ratio": 0.5},
     "tome": {},
     "atp": {
         "granularities": (2, 4, 8),
@@ -233,14 +235,14 @@ class MaskedLlava:
                 site = plan[number]
                 budget = min(budget, site.get("budget") or budget)
                 alive, hidden = self._choose(
-                    site, budget, query, hidden, alive, image, instruction, rng, choices
+                    site, budget, query, hidden, angles, alive, image, instruction, rng, choices
                 )
             self.seen[number] = np.concatenate((self.seen[number], alive))
             columns = torch.arange(past + count)
             visible = columns[None] <= positions[0][:, None]
             visible = visible & torch.from_numpy(self.seen[number])[None]
             mask = torch.where(visible, 0.0, torch.finfo(hidden.dtype).min)[None, None]
-            query = self._query(layer, hidden, angles)
+            query = self._rotated(layer, hidden, angles)[0]
             out = layer(
                 hidden,
                 attention_mask=mask.to(hidden.dtype),
@@ -263,13 +265,15 @@ class MaskedLlava:
         tables = grid2d.tables(ids, rotary.inv_freq.numpy(), self.sections)
         return tuple(torch.from_numpy(each)[None] * rotary.attention_scaling for each in tables)
 
-    def _query(self, layer: Any, hidden: torch.Tensor, angles: Any) -> torch.Tensor:
-        """Queries of a layer by Hugging Face's own projection and rotary function, [1, H, L, D]."""
-        attention = layer.self_attn
-        rows = attention.q_proj(layer.input_layernorm(hidden))
-        rows = rows.view(*rows.shape[:2], -1, attention.head_dim).transpose(1, 2)
-        rotate = sys.modules[type(layer).__module__].apply_rotary_pos_emb
-        return rotate(rows, rows, *angles)[0]
+    def _rotated(self, layer: Any, hidden: torch.Tensor, angles: Any) -> Any:
+        """Queries and keys of a layer by Hugging Face's own projections and rotary function.
+
+        Shapes are [1, H, L, D] and [1, G, L, D].
+        """
+        attention, states = layer.self_attn, layer.input_layernorm(hidden)
+        rows = (project(states) for project in (attention.q_proj, attention.k_proj))
+        heads = (r.view(*r.shape[:2], -1, attention.head_dim).transpose(1, 2) for r in rows)
+        return sys.modules[type(layer).__module__].apply_rotary_pos_emb(*heads, *angles)
 
     def _choose(
         self,
@@ -277,6 +281,7 @@ class MaskedLlava:
         budget: int,
         query: torch.Tensor,
         hidden: torch.Tensor,
+        angles: Any,
         alive: np.ndarray,
         image: np.ndarray,
         instruction: np.ndarray,
@@ -289,6 +294,8 @@ class MaskedLlava:
         rows = np.flatnonzero(alive)
         key = self.cache.layers[layer - 1].keys[:, :, seen]
         query = query[:, :, torch.from_numpy(rows)]
+        ahead = self._rotated(self.decoder.layers[layer], hidden, angles)
+        ahead_query, ahead_key = (states[:, :, torch.from_numpy(rows)] for states in ahead)
         image_of, instruction_of = image[rows], instruction[rows]
         method = method_of(site)
         alive, hidden = alive.copy(), hidden.clone()
@@ -311,6 +318,9 @@ class MaskedLlava:
                 noise=torch.from_numpy(noise),
                 hidden=hidden[:, torch.from_numpy(rows)],
                 sizes=torch.from_numpy(self.sizes[rows[visual]])[None],
+                next_layer=SimpleNamespace(
+                    query=lambda chosen: ahead_query[:, :, chosen], key=lambda: ahead_key
+                ),
             )
             keep, scores, wanted = METHODS[site["method"]](method, view, budget)
             alive[rows[visual[~keep[0]]]] = False
