@@ -60,6 +60,16 @@ _SCORE = Option(
 )
 
 
+_ROWS = Option(
+    "rows",
+    "text",
+    "the rows that look: the prompt's last (FastV's code), the mean of the instruction's, or of "
+    "all (FastV's paper)",
+    "last",
+    ("last", "mean", "all"),
+)
+
+
 def _as_published(ratios: tuple[float, ...]) -> Option:
     """Ratios that a paper has for its own sites."""
     shown = f"{','.join(f'{ratio:.4g}' for ratio in ratios)} at {len(ratios)} sites, else 0.5"
@@ -140,7 +150,7 @@ _DECODER = (
         "patchsieve.pruning.decoder.fastv:FastV",
         "keep the tokens that the text attends to most in the layer before the site",
         RATIO,
-        (_RATIO, Option("rows", "text", "the rows that look", "last", ("last", "mean"))),
+        (_RATIO, _ROWS),
         (FASTV,),
         {"sites": [2], "keep_ratio": 0.5},
     ),

@@ -32,6 +32,7 @@ ATP = {"theta_r": 0.4, "theta_s": 0.9}
 PLANS: dict[str, list[dict[str, Any]]] = {
     "fastv-last": [site(2, "fastv", keep_ratio=0.5, rows="last")],
     "fastv-mean": [site(1, "fastv", keep_ratio=0.25, rows="mean")],
+    "fastv-all": [site(2, "fastv", keep_ratio=0.5, rows="all")],
     "fastv-two-sites": [
         site(1, "fastv", keep_ratio=0.75, rows="mean"),
         site(3, "fastv", keep_ratio=0.25, rows="last"),

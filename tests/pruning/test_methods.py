@@ -309,3 +309,15 @@ def test_fastv_mean_is_moved_by_the_instruction_alone():
     torch.testing.assert_close(decide(method, blind).scores, decide(method, site).scores)
     deaf = dataclasses.replace(site, query=torch.where(rows, site.query, -site.query))
     assert not torch.allclose(decide(method, deaf).scores, decide(method, site).scores)
+
+
+def test_fastv_all_is_moved_by_every_row_that_sees_the_image_and_by_no_side_row():
+    site = make_site(13, other_image=3)
+    method = FastV(0.25, rows="all")
+    before = decide(method, site).scores
+    for row in range(site.query.shape[2]):
+        query = site.query.clone()
+        query[:, :, row] *= -1.0
+        after = decide(method, dataclasses.replace(site, query=query)).scores
+        sees = int(site.visual_rows[0]) <= row <= int(site.last_row)
+        assert torch.allclose(after, before, atol=1e-7) != sees, row

@@ -17,6 +17,7 @@ EXPORTED = [
     "random",
     "fastv last",
     "fastv mean",
+    "fastv all",
     "atp",
     "atp causal",
     "atp rank",

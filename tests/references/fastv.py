@@ -7,12 +7,16 @@ from tests.references.selection import fraction
 
 
 def scores(site, rows):
-    """Attention of the last row, or mean of the instruction's rows, over the heads; [B, N]."""
+    """Attention of the last row, or mean of the instruction's or of all rows; head mean; [B, N]."""
     attention = attention_map(site).mean(1)  # [B, L, S]
     cached = site.key.shape[2] - site.query.shape[2]
     columns = cached + site.visual_rows.numpy()
     if rows == "last":
         return attention[:, last_row(site)][:, columns]
+    if rows == "all":  # rows that were cached earlier came before the image
+        blind = [np.zeros_like(attention[:, 0][:, columns])] * cached
+        seeing = [attention[:, m][:, columns] for m in range(last_row(site) + 1)]
+        return np.mean([*blind, *seeing], axis=0)
     return np.mean([attention[:, t][:, columns] for t in site.text_rows.tolist()], axis=0)
 
 

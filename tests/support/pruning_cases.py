@@ -33,6 +33,7 @@ CASES = {
     "random": Random(0.5),
     "fastv last": FastV(0.4),
     "fastv mean": FastV(0.25, rows="mean"),
+    "fastv all": FastV(0.4, rows="all"),
     "atp": ATP(),
     "atp strict": ATP(ConstantThresholds(0.8, 0.9)),
     "atp nothing passes": ATP(ConstantThresholds(1.5, 1.5)),
