@@ -143,6 +143,7 @@ VISUAL_ROWS = "visual_rows"  # [N] rows of the image's tokens that are alive
 TEXT_ROWS = "text_rows"  # [T] rows of the instruction after the image
 PATCH_IDS = "patch_ids"  # [N] raster index of each of `visual_rows`
 NOISE = "noise"  # [1, N] uniform numbers in [0, 1), one for each token
+EMBEDDINGS = "embeddings"  # [1, L, C] the rows as they entered the decoder
 SIZES = "sizes"  # [N] patches that each of the image's tokens stands for, float32
 BUDGET = "budget"  # [1] most tokens that may be kept
 KEEP = "keep"  # [L] rows that survive so far; in and out

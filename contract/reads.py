@@ -89,6 +89,7 @@ TABLE = {
         Read(names.HIDDEN, (1, ROWS, WIDTH), DECODER, STAGE),
         Read(names.SIZES, (VISUAL,), "float32"),
         Read(names.POSITION_IDS, (ROWS, SECTIONS), "int64"),
+        Read(names.EMBEDDINGS, (1, ROWS, WIDTH), DECODER),
     )
 }
 

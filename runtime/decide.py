@@ -25,11 +25,15 @@ class Given(NamedTuple):
             before, by these names.
         cache: Keys and values of all layers.
         slot: Slot of the first of the L rows in the caches.
+        embeddings: The rows that entered the decoder, [1, L0, C], on the host.
+        entered: Place of each of the L rows among them, [L].
     """
 
     tensors: dict[str, Any]
     cache: Cache
     slot: int
+    embeddings: np.ndarray
+    entered: np.ndarray
 
 
 class Survivors(NamedTuple):
@@ -123,6 +127,8 @@ class Decider:
                 is_key = what.read.name == names.KEY
                 give = self.backend.key_cache if is_key else self.backend.value_cache
                 read[name] = give(stage, of)
+            elif what.read.name == names.EMBEDDINGS:
+                read[name] = given.embeddings[:, given.entered]
         return read | {names.SLOT: np.array([given.slot])}
 
     def _of_image(self, site: SitePlan, rows: Rows, image: int, turn: Turn) -> dict[str, Any]:

@@ -147,7 +147,8 @@ class Pipeline:
         """
         done = Prefill(np.zeros(0, np.float32))
         sites = {site.layer: site for site in self.facts.plans[turn.plan].sites}
-        keep_indices = np.arange(len(rows))
+        fed, entered = hidden, np.arange(len(rows))
+        keep_indices = entered
         queries: dict[str, Any] = {}  # of the rows as they are now, since the last site
         with self._undone_on_error(cache):
             for index, stage in enumerate(cache.stages):
@@ -171,11 +172,11 @@ class Pipeline:
                 # A turn without an image decides nothing: earlier survivors stay.
                 if site is not None and rows.images():
                     start = time.perf_counter()
-                    given = Given(queries | {names.HIDDEN: hidden}, cache, slot)
+                    given = Given(queries | {names.HIDDEN: hidden}, cache, slot, fed, entered)
                     rows, keep_indices, hidden, found = self._decider.decide(
                         site, rows, given, turn
                     )
-                    queries = {}  # they are of rows that are gone
+                    queries, entered = {}, entered[keep_indices]  # those are of rows that are gone
                     done.sites += found
                     done.decide_ms.append(since(start))
             # Survivors keep their rotary positions, as in the papers: nothing is renumbered, and

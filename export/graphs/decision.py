@@ -138,9 +138,11 @@ def decide_graph(
         )
         for name, read in reads.inputs(decide.below).items()
     }
+    # The graph's metadata lists what was traced: that of older plans stays as it was.
     if not {names.POSITION_IDS, reads.NEXT_LAYER} & set(method.reads):
-        # The graph's metadata lists what was traced: that of older plans stays as it was.
         del inputs[names.POSITION_IDS]
+    if names.EMBEDDINGS not in method.reads:
+        del inputs[names.EMBEDDINGS]
     outputs = [names.KEEP_OUT, names.SCORES, names.NUM_WANTED]
     if method.merges:
         outputs += [names.HIDDEN_OUT, names.MERGED_INTO]

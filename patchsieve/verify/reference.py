@@ -42,6 +42,7 @@ class Layers:
         cache: For `decode`.
         position: Of the next row.
         row_positions: Of the rows that the last layer was fed, [L]; with A rotary sections [L, A].
+        row_embeddings: The same rows as they entered the decoder, [1, L, C].
         fed: Positions of the rows that each layer was fed, and which rows each saw, bool [L, L].
     """
 
@@ -53,6 +54,7 @@ class Layers:
     cache: Any = None
     position: int = 0
     row_positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    row_embeddings: np.ndarray = field(default_factory=lambda: np.zeros((1, 0, 0), np.float32))
     fed: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
 
@@ -232,7 +234,7 @@ class Reference:
                 kept, hidden = judges[index](index, out)
                 x, row = torch.from_numpy(hidden)[:, kept], row[kept]
             seen_by = (row <= last_seen[row, None]) | (row == row[:, None])  # [L, L]
-            out.row_positions = places[row]
+            out.row_positions, out.row_embeddings = places[row], embeddings[:, row]
             out.fed.append((out.row_positions, seen_by))
             at = torch.from_numpy(out.row_positions)
             x, query = self.layer(index, x, at, out.cache, torch.from_numpy(seen_by))

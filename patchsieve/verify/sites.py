@@ -81,7 +81,8 @@ def decide(
         del given[names.SIDE_ROW]
     del given[names.SLOT]  # caches here end with the rows present
     own = {names.QUERY: made.query, names.KEY: made.key, names.VALUE: made.value}
-    states = {name: layers[top] for name, layers in own.items()} | {names.HIDDEN: made.hidden[top]}
+    states = {name: layers[top] for name, layers in own.items()}
+    states |= {names.HIDDEN: made.hidden[top], names.EMBEDDINGS: made.row_embeddings}
     states |= {names.query(k): made.query[k] for k in below}
     states |= {names.key(k): made.key[k] for k in below}
     given |= {name: torch.from_numpy(value) for name, value in states.items()}

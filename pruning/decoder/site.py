@@ -60,6 +60,7 @@ class Site:
         sizes: Patches that each of the image's tokens stands for, float32 [B, N].
         position_ids: Rotary positions of the rows fed, int64 [L]; with A rotary sections [L, A].
         next_layer: The layer at the site, for methods that judge by its queries and keys.
+        embeddings: The rows as they entered the decoder, image features among them, [B, L, C].
 
     Raises:
         ShapeError: A rank, the heads or the grid cannot be.
@@ -82,6 +83,7 @@ class Site:
     sizes: Tensor | None = None
     position_ids: Tensor | None = None
     next_layer: NextLayer | None = None
+    embeddings: Tensor | None = None
 
     @classmethod
     def of(
@@ -128,6 +130,7 @@ class Site:
             sizes=None if sizes is None else sizes[None],
             position_ids=given.get(names.POSITION_IDS),
             next_layer=next_layer,
+            embeddings=given.get(names.EMBEDDINGS),
         )
 
     def __post_init__(self) -> None:
@@ -174,6 +177,7 @@ RANKS = {
     "side_row": 1,
     "last_row": 1,
     "hidden": 3,
+    "embeddings": 3,
     "sizes": 2,
 }
 

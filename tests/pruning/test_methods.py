@@ -113,6 +113,7 @@ def test_rows_of_a_batch_do_not_see_each_other(method):
             lower=tuple((q[b : b + 1], k[b : b + 1]) for q, k in both.lower),
             noise=both.noise[b : b + 1],
             hidden=both.hidden[b : b + 1],
+            embeddings=both.embeddings[b : b + 1],
             sizes=both.sizes[b : b + 1],
         )
         apart = decide(method, alone, 6)
@@ -137,6 +138,7 @@ def test_rows_cached_before_the_prefill_count_as_if_fed_now(method):
         side_row=fed.side_row - 4,
         last_row=fed.last_row - 4,
         hidden=fed.hidden[:, 4:],
+        embeddings=fed.embeddings[:, 4:],
     )
     whole, split = decide(method, fed), decide(method, cached)
     assert torch.equal(whole.keep, split.keep)
@@ -148,7 +150,7 @@ def test_half_precision_is_computed_in_float32(method):
     site = make_site(9)
 
     def cast(given, dtype):
-        named = ("query", "key", "value", "hidden")
+        named = ("query", "key", "value", "hidden", "embeddings")
         states = {name: getattr(given, name).to(dtype) for name in named}
         lower = tuple((q.to(dtype), k.to(dtype)) for q, k in given.lower)
         return dataclasses.replace(given, **states, lower=lower)
@@ -164,7 +166,8 @@ def test_half_precision_keeps_the_same_tokens(method):
     same = total = 0
     for seed in range(40):
         whole = make_site(seed, tokens=36)
-        named = {n: getattr(whole, n).half() for n in ("query", "key", "value", "hidden")}
+        states = ("query", "key", "value", "hidden", "embeddings")
+        named = {n: getattr(whole, n).half() for n in states}
         lower = tuple((q.half(), k.half()) for q, k in whole.lower)
         keep = decide(method, whole).keep
         same += int(
@@ -177,7 +180,7 @@ def test_half_precision_keeps_the_same_tokens(method):
 @pytest.mark.parametrize("method", CASES.values(), ids=CASES)
 def test_a_method_reads_only_what_it_says(method):
     site = make_site(10)
-    others = ("noise", "value", "side_row", "hidden", "sizes")
+    others = ("noise", "value", "side_row", "hidden", "sizes", "embeddings")
     read = set(method.reads)
     read |= set(reads.NEXT_LAYER_READS) if reads.NEXT_LAYER in read else set()
     unread = {name: None for name in others if name not in read}

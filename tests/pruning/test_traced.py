@@ -136,7 +136,7 @@ def test_graphs_build_in_tensorrt_rtx(graphs, case):
         "text_rows": (1, 40, 500),
         "patch_ids": (1, 576, TOPK_LIMIT),
         "noise": (1, 576, TOPK_LIMIT),
-        "hidden": (3, 700, 4000),
+        **dict.fromkeys(("hidden", "embeddings"), (3, 700, 4000)),
         "sizes": (1, 576, TOPK_LIMIT),
     }
     profile = builder.create_optimization_profile()

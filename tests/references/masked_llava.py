@@ -229,6 +229,7 @@ class MaskedLlava:
         angles = self._angles(hidden, positions, np.full(count, -1) if image is None else image)
         plan = {site["layer"]: site for site in sites or []}
         alive, self.sizes = np.ones(count, bool), np.ones(count)
+        self.entered = hidden
         budget, query = self.num_visual, None
         for number, layer in enumerate(self.decoder.layers):
             if number in plan and (image >= 0).any():
@@ -318,6 +319,7 @@ class MaskedLlava:
                 noise=torch.from_numpy(noise),
                 hidden=hidden[:, torch.from_numpy(rows)],
                 sizes=torch.from_numpy(self.sizes[rows[visual]])[None],
+                embeddings=self.entered[:, torch.from_numpy(rows)],
                 next_layer=SimpleNamespace(
                     query=lambda chosen: ahead_query[:, :, chosen], key=lambda: ahead_key
                 ),

@@ -102,6 +102,7 @@ def make_site(
         last_row=torch.tensor([rows - 1]),
         hidden=torch.randn(batch, fed, 12, generator=g),
         sizes=torch.randint(1, 6, (batch, tokens), generator=g).float(),
+        embeddings=torch.randn(batch, fed, 12, generator=g),
     )
 
 
