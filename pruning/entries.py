@@ -33,6 +33,7 @@ ATP = ("ATP-LLaVA", "https://arxiv.org/abs/2412.00447")
 FASTV = ("FastV", "https://arxiv.org/abs/2403.06764")
 EVIT = ("EViT", "https://arxiv.org/abs/2202.07800")
 PYRAMIDDROP = ("PyramidDrop", "https://arxiv.org/abs/2410.17247")
+SPARSEVLM = ("SparseVLM", "https://arxiv.org/abs/2410.04417")
 TOME = ("ToMe", "https://arxiv.org/abs/2210.09461")
 
 _RATIO = Option(
@@ -130,6 +131,18 @@ def _schedule(keep: str, group: str = "1", curve: str = "linear") -> tuple[Optio
 
 
 PYRAMIDDROP_RATIOS = (0.5, 0.25, 0.125)
+# What SparseVLM's second version keeps of 576 tokens at its three sites, by its nominal average.
+SPARSEVLM_COUNTS = {
+    192: (300, 200, 118),
+    128: (238, 108, 60),
+    96: (246, 54, 28),
+    64: (66, 34, 20),
+}
+SPARSEVLM_RATIOS = tuple(count / 576 for count in SPARSEVLM_COUNTS[192])
+_SPARSEVLM_LISTS = ", ".join(
+    f"{','.join(f'{count / 576:.4g}' for count in counts)} for {average}"
+    for average, counts in SPARSEVLM_COUNTS.items()
+)
 
 _PRUNED, _GROUPED = "64 of 576", "120 of 576"
 
@@ -163,6 +176,29 @@ _DECODER = (
         (_as_published(PYRAMIDDROP_RATIOS),),
         (PYRAMIDDROP,),
         published=Published((8, 16, 24), 32, {"keep_ratio": PYRAMIDDROP_RATIOS}),
+    ),
+    Entry(
+        "sparsevlm",
+        DECODER,
+        "patchsieve.pruning.decoder.sparsevlm:SparseVLM",
+        "keep the tokens that those words attend to most which the image resembles",
+        RATIO,
+        (
+            replace(
+                _as_published(SPARSEVLM_RATIOS),
+                help=f"{_RATIO.help}; version 2 has {_SPARSEVLM_LISTS} of 576 tokens",
+            ),
+            Option(
+                "over_heads",
+                "text",
+                "heads whose attention counts: all, or the 14 of 32 that look at the image most",
+                "best",
+                ("best", "all"),
+                word="over-heads",
+            ),
+        ),
+        (SPARSEVLM,),
+        published=Published((3, 7, 16), 32, {"keep_ratio": SPARSEVLM_RATIOS}),
     ),
     Entry(
         "atp",

@@ -56,14 +56,25 @@ def bundle(checkpoint: Path) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def sparse(bundle: Path) -> Path:
+    """The same bundle with a plan whose decisions read the rows as they entered the decoder."""
+    out = Path(shutil.copytree(bundle, bundle.parent / "sparse"))
+    last = SitePlan(3, "sparsevlm", {"keep_ratio": 0.3, "over_heads": "all"})
+    reuse(out, Plan((SitePlan(2, "sparsevlm", {"keep_ratio": 0.6}), last)), "sparse")
+    return out
+
+
 def options(**changes: Any) -> ExportOptions:
     return ExportOptions(**{"targets": TARGETS, "limits": LIMITS, "cuts": (2, 3)} | changes)
 
 
-def departures(bundle: Path, checkpoint: Path, target: str, images: int = 1) -> list[str]:
+def departures(
+    bundle: Path, checkpoint: Path, target: str, images: int = 1, plan: str = "ahead"
+) -> list[str]:
     """What departs from Hugging Face, which computes the layer's queries and keys by itself."""
     both = Verification(bundle, str(checkpoint), target=target, threads=1)
-    asked = (pictures(images), "What is on the table?", both.facts.default_plan)
+    asked = (pictures(images), "What is on the table?", plan)
     parts = list(both.compare(*asked, count=4))
     both.close()
     survivors = [part for part in parts if part.name.startswith("survivors")]
@@ -74,6 +85,20 @@ def departures(bundle: Path, checkpoint: Path, target: str, images: int = 1) -> 
 @pytest.mark.parametrize(("target", "images"), [("cpu", 2), ("reference", 1), ("jetpack6", 1)])
 def test_the_survivors_are_those_of_hugging_face(bundle, checkpoint, target, images) -> None:
     assert departures(bundle, checkpoint, target, images) == []
+
+
+@pytest.mark.parametrize(("target", "images"), [("cpu", 2), ("reference", 1), ("jetpack6", 1)])
+def test_rows_as_they_entered_the_decoder_judge_as_in_hugging_face(
+    sparse, checkpoint, target, images
+) -> None:
+    facts = files.read(sparse)
+    for layer in (2, 3):
+        graph = facts.graphs[names.decide("sparse", layer)]
+        read = graph.input(names.EMBEDDINGS)
+        assert read is not None
+        assert read.shape == (1, names.AXIS_ROWS, facts.text.hidden_size)
+        assert graph.input(names.HIDDEN) is None
+    assert departures(sparse, checkpoint, target, images, "sparse") == []
 
 
 def test_a_later_turn_is_judged_by_the_rows_of_its_own_prefill(bundle: Path) -> None:
@@ -139,12 +164,13 @@ def test_another_queries_matrix_of_the_next_layer_changes_who_survives(
 
 
 @pytest.mark.tensorrt
-def test_such_a_decision_builds_in_tensorrt_rtx(bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("plan", ["ahead", "sparse"])
+def test_such_a_decision_builds_in_tensorrt_rtx(sparse: Path, tmp_path: Path, plan: str) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
-    facts, target = files.read(bundle), "tensorrt-rtx"
-    graph = names.decide("ahead", 2)
+    facts, target = files.read(sparse), "tensorrt-rtx"
+    graph = names.decide(plan, 2)
     shapes = profiles(facts, graph, target)
-    file = bundle / facts.targets[target][graph]
+    file = sparse / facts.targets[target][graph]
     report = build_engine(file, tmp_path / "engine", shapes, target=target)
     assert report.engine_bytes and not report.warnings
 
@@ -185,7 +211,7 @@ def test_a_decision_that_reads_hidden_rows_need_not_merge_them(
     result = model.generate(pictures(2), "What is on the table?", max_new_tokens=2)
     model.close()
     assert [site.merged for site in result.sites] == [None, None]
-    assert departures(out, checkpoint, "cpu") == []
+    assert departures(out, checkpoint, "cpu", plan="longest") == []
 
 
 def test_a_decision_that_reads_what_is_not_in_the_table_is_refused(bundle: Path) -> None:

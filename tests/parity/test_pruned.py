@@ -56,6 +56,8 @@ PLANS: dict[str, list[dict[str, Any]]] = {
         site(2, "pyramiddrop", keep_ratio=0.25),
         site(3, "pyramiddrop", keep_ratio=0.125),
     ],
+    "sparsevlm": [site(1, "sparsevlm", keep_ratio=0.6), site(3, "sparsevlm", keep_ratio=0.3)],
+    "sparsevlm-all-heads": [site(2, "sparsevlm", over_heads="all")],
     "tome": [site(2, "tome", num_keep=9)],
     "tome-two-sites": [site(1, "tome", num_keep=10), site(3, "tome", num_keep=6)],
     "mixed": [site(1, "fastv", keep_ratio=0.75), site(2, "atp", **ATP), site(3, "random")],
@@ -123,7 +125,8 @@ def test_dropping_equals_masking_with_other_towers(tiny, row: str, plan: str) ->
 
 
 @pytest.mark.parametrize(
-    "plan", ("fastv-two-sites", "atp-two-sites", "mixed", "tome-two-sites", "pyramiddrop")
+    "plan",
+    ("fastv-two-sites", "atp-two-sites", "mixed", "tome-two-sites", "pyramiddrop", "sparsevlm"),
 )
 @pytest.mark.parametrize(
     ("question", "num_images"),
@@ -182,6 +185,7 @@ def test_learned_thresholds_prune_alike(tiny, tmp_path, row: str, activation: st
         (ROWS[0], "atp-two-sites"),
         (ROWS[1], "mixed"),
         (ROWS[1], "pyramiddrop"),
+        (ROWS[1], "sparsevlm"),
         (ROWS[1], "none"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 from patchsieve import plans
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import MethodPlan, Plan, PseudoCls, SitePlan
+from patchsieve.pruning.counts import left_by_sites
 
 LLAVA = plans.Size(num_patches=576, num_layers=32)
 
@@ -58,6 +59,10 @@ def test_a_method_without_sites_gets_those_of_its_paper_in_proportion() -> None:
         plan = plans.build("pyramiddrop", size=plans.Size(576, depth))
         assert plan.layers == sites
         assert [site.params["keep_ratio"] for site in plan.sites] == ratios
+    sparse = plans.build("sparsevlm", size=LLAVA)
+    assert sparse.layers == [3, 7, 16]
+    assert [left.count for left in left_by_sites(sparse.sites, 576)] == [300, 200, 118]
+    assert plans.build("sparsevlm", size=plans.Size(576, 4)).layers == [1, 2, 3]
     own = plans.build("pyramiddrop", [4, 9, 12])  # as many sites, and no ratios of one's own
     assert [site.params["keep_ratio"] for site in own.sites] == ratios
     given = plans.build("pyramiddrop", size=LLAVA, keep_ratio=0.3)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
 
 from patchsieve.verify.reference import cache_name
-from tests.references import atp, fastv, grid2d, pyramiddrop, random, tome, topk
+from tests.references import atp, fastv, grid2d, pyramiddrop, random, sparsevlm, tome, topk
 
 ANSWER = "\u00a7"  # stands for an answer whose tokens are in the cache
 METHODS = {
@@ -30,6 +30,7 @@ METHODS = {
     "random": random.decide,
     "topk": topk.decide,
     "pyramiddrop": pyramiddrop.decide,
+    "sparsevlm": sparsevlm.decide,
     "tome": tome.decide,
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -37,6 +38,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "random": {"keep_ratio": 0.5},
     "topk": {"row": "cls"},
     "pyramiddrop": {"keep_ratio": 0.5},
+    "sparsevlm": {"keep_ratio": 0.5, "over_heads": "best"},
     "tome": {},
     "atp": {
         "granularities": (2, 4, 8),

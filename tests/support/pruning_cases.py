@@ -8,6 +8,7 @@ from patchsieve.pruning.decoder.atp import ATP
 from patchsieve.pruning.decoder.fastv import FastV
 from patchsieve.pruning.decoder.ivtp import IVTP
 from patchsieve.pruning.decoder.random import Random
+from patchsieve.pruning.decoder.sparsevlm import SparseVLM
 from patchsieve.pruning.decoder.thresholds import ConstantThresholds, Thresholds
 from patchsieve.pruning.decoder.tome import DecoderToMe
 from patchsieve.pruning.decoder.topk import DecoderTopK
@@ -57,6 +58,8 @@ CASES = {
     "topk cls": DecoderTopK(6),
     "topk last": DecoderTopK(8, row="last"),
     "tome": DecoderToMe(13),
+    "sparsevlm": SparseVLM(0.4),
+    "sparsevlm all heads": SparseVLM(0.3, over_heads="all"),
 }
 
 # A method without a row of its own is tried as it is.
