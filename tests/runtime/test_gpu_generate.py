@@ -30,6 +30,11 @@ TOME = [
     {"layer": 1, "method": "tome", "params": {"num_keep": 9}},
     {"layer": 3, "method": "tome", "params": {"num_keep": 5}},
 ]
+FURTHER = [
+    {"layer": 1, "method": "sparsevlm", "params": {"keep_ratio": 0.75}},
+    {"layer": 2, "method": "sparsevlm", "params": {"keep_ratio": 0.5, "over_heads": "all"}},
+    {"layer": 3, "method": "pyramiddrop", "params": {"keep_ratio": 0.25}},
+]
 PLANS: dict[str, list[dict[str, Any]]] = {"none": [], "fastv": FASTV, "atp": ATP}
 LIBRARIES = {"tensorrt-rtx": True, "jetpack6": False}  # whether it is TensorRT-RTX
 
@@ -63,6 +68,18 @@ def test_rows_that_merge_on_the_gpu_are_those_of_the_cpu(tiny, machine, target: 
     result = model.generate(images, QUESTION, max_new_tokens=COUNT)
     assert result.token_ids == expected.token_ids and result.sites == expected.sites
     assert all(one.merged for one in result.sites)
+    model.close()
+
+
+@pytest.mark.parametrize("target", LIBRARIES)
+def test_rows_from_the_host_and_the_next_layer_judge_as_on_the_cpu(
+    tiny, machine, target: str
+) -> None:
+    images, bundle, gpu = pictures(3), tiny(ROW), machine(is_rtx=LIBRARIES[target])
+    expected = bundle.model(FURTHER).generate(images, QUESTION, max_new_tokens=8)
+    model = gpu.load(bundle, FURTHER, target)
+    result = model.generate(images, QUESTION, max_new_tokens=8)
+    assert result.token_ids == expected.token_ids and result.sites == expected.sites
     model.close()
 
 
