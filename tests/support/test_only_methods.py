@@ -1,4 +1,4 @@
-"""Methods that only tests know, one for each source that no method of the product reads yet."""
+"""Methods that only tests know: small ones, each of which reads one source by itself."""
 
 from __future__ import annotations
 
