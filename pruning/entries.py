@@ -30,6 +30,7 @@ ATP = ("ATP-LLaVA", "https://arxiv.org/abs/2412.00447")
 FASTV = ("FastV", "https://arxiv.org/abs/2403.06764")
 EVIT = ("EViT", "https://arxiv.org/abs/2202.07800")
 TOME = ("ToMe", "https://arxiv.org/abs/2210.09461")
+DIVPRUNE = ("DivPrune", "https://arxiv.org/abs/2503.02175")
 
 _RATIO = Option(
     "keep_ratio",
@@ -345,6 +346,17 @@ _PROJECTOR = (
         (_LEFT,),
         example={"projector_keep": 64},
         draws=True,
+    ),
+    Entry(
+        "divprune",
+        PROJECTOR,
+        "patchsieve.pruning.projector.divprune:DivPrune",
+        "keep the tokens that are least alike, as the decoder gets them",
+        NUMBER,
+        (_LEFT,),
+        (DIVPRUNE,),
+        {"projector_keep": 64},
+        is_projected=True,
     ),
 )
 

@@ -187,6 +187,11 @@ class TowerMethod(Catalogued):
         return self.entry.tower.is_inside
 
     @property
+    def is_projected(self) -> bool:
+        """It acts on what the projector made; else on rows of the tower."""
+        return self.entry.is_projected
+
+    @property
     def is_proportional(self) -> bool:
         """A row counts in attention as often as it has patches."""
         return False
@@ -280,12 +285,21 @@ class Walk:
         A method's place ends its group of layers also where nothing is left to drop.
         """
         for method, places in zip(self.methods, self.places, strict=True):
-            if method.is_inside != is_inside or index not in places:
-                continue
-            if method.adapts or places[index] < rows.shape[1] - self.tower.has_cls:
-                rows = self._apply(method, rows, places[index])
-            else:
-                self._end_group()
+            acts_here = method.is_inside == is_inside and not method.is_projected
+            if acts_here and index in places:
+                rows = self._prune(method, rows, places[index])
+        return rows
+
+    @property
+    def is_projected(self) -> bool:
+        """A method acts on what the projector made."""
+        return any(method.is_projected for method in self.methods)
+
+    def prune_projected(self, rows: Tensor) -> Tensor:
+        """Let the methods prune that act on what the projector made, [B, n, C]."""
+        for method, places in zip(self.methods, self.places, strict=True):
+            if method.is_projected:
+                rows = self._prune(method, rows, min(places.values()))
         return rows
 
     def finish(self, rows: Tensor) -> Tokens:
@@ -310,6 +324,12 @@ class Walk:
             has_no_ids = has_no_ids | self._is_padding
         ids = torch.where(has_no_ids, NOWHERE, first).gather(1, order)  # [B, n]
         return Tokens(gather_rows(rows, order), ids, follow(sources, rank), self.num_wanted)
+
+    def _prune(self, method: TowerMethod, rows: Tensor, count: int) -> Tensor:
+        if method.adapts or count < rows.shape[1] - self.tower.has_cls:
+            return self._apply(method, rows, count)
+        self._end_group()
+        return rows
 
     def _apply(self, method: TowerMethod, rows: Tensor, count: int) -> Tensor:
         group = self._group or self._last()

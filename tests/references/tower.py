@@ -30,6 +30,7 @@ class Image:
         self.sizes, self.maps = np.ones(len(rows)), []
         self.noise = noise
         self.carried = []  # rows of earlier layers, pruned alike
+        self.project = lambda rows: rows  # of the model
 
     def see(self, query, key, value, scale, bias=None):
         """Note a layer, [H, n, D] each, and return its attention, [H, n, n]."""
