@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 import onnx_ir as ir
 import torch
 from onnx_ir import convenience
+from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 
 from patchsieve.export.graphs import ops
@@ -44,7 +45,7 @@ def put_in(model: ir.Model, root: nn.Module, parts: Sequence[ops.Part], trace: T
         if node.domain == ops.DOMAIN and node.op_type == ops.BLOCK:
             part = parts[node.attributes["number"].as_int()]
             path = paths[ops.module_of(part)]
-            _inline(model.graph, node, _graph_of(node, part, trace), path, part.__name__)
+            _inline(model.graph, node, _graph_of(node, part, trace), path, part)
 
 
 def _graph_of(node: ir.Node, part: ops.Part, trace: Trace) -> ir.Model:
@@ -74,26 +75,31 @@ def _kind(value: ir.Value, axes: dict[str, str]) -> Kind:
     return getattr(torch, value.dtype.numpy().name), tuple(sizes)
 
 
-def _inline(graph: ir.Graph, node: ir.Node, model: ir.Model, path: str, name: str) -> None:
-    """Put a part's nodes where its node is, its parameters named by the path of its module."""
-    part = model.clone().graph
-    for inner, outer in zip(part.inputs, node.inputs, strict=True):
+def _inline(graph: ir.Graph, node: ir.Node, model: ir.Model, path: str, part: ops.Part) -> None:
+    """Put a part's nodes where its node is, named by the path of its module.
+
+    The graph may have been traced for another module: parameters are those of this one.
+    """
+    inner = model.clone().graph
+    for value, outer in zip(inner.inputs, node.inputs, strict=True):
         assert outer is not None, node
-        convenience.replace_all_uses_with(inner, outer)
-    for own, value in list(part.initializers.items()):
-        full = own.replace("module", path, 1)
+        convenience.replace_all_uses_with(value, outer)
+    parameters = dict(Alone(part).named_parameters())
+    for name, value in list(inner.initializers.items()):
+        own = parameters.get(name)
+        full = f"{path}.{part.__name__}.{name}" if own is None else name.replace("module", path, 1)
         known = graph.initializers.get(full)
         if known is None:
             known = ir.Value(name=full, type=value.type, shape=value.shape)
-            known.const_value = value.const_value
+            known.const_value = value.const_value if own is None else TorchTensor(own, name=full)
             graph.register_initializer(known)
         convenience.replace_all_uses_with(value, known)
-    made = list(part.outputs)
-    part.outputs.clear()
-    nodes = list(part)
-    part.remove(nodes)
-    for inner_node in nodes:
-        inner_node.name = f"{path}.{name}.{inner_node.name}"
-        for value in inner_node.outputs:
-            value.name = f"{path}.{name}.{value.name}"
+    made = list(inner.outputs)
+    inner.outputs.clear()
+    nodes = list(inner)
+    inner.remove(nodes)
+    for each in nodes:
+        each.name = f"{path}.{part.__name__}.{each.name}"
+        for value in each.outputs:
+            value.name = f"{path}.{part.__name__}.{value.name}"
     convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, made)

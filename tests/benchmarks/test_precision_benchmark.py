@@ -111,30 +111,22 @@ def test_both_tables_are_printed() -> None:
     assert "| IVTP to 64 |" in into_page(made, {"speed": speed | when})
 
 
-def test_a_bundle_is_exported_once_for_all_plans_of_a_checkpoint(
+def test_each_plan_has_a_bundle_of_its_own_made_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[list[str]] = []
-    plans: dict[Path, set[str]] = {}
 
     def run(words: list[str]) -> str:
         said.append(words)
-        bundle = Path(words[words.index("--reuse" if "--reuse" in words else "-o") + 1])
-        bundle.mkdir(parents=True, exist_ok=True)
-        plans.setdefault(bundle, {"none"}).add(words[words.index("--plan-name") + 1])
+        Path(words[words.index("-o") + 1]).mkdir(parents=True)
         return ""
 
     monkeypatch.setattr(bundles, "run", run)
-    monkeypatch.setattr(bundles, "read", lambda bundle: SimpleNamespace(plans=plans[bundle]))
     shop: Any = SimpleNamespace(folder=tmp_path)
     made = Bundles(shop, Path("demo_model"), has_statistics=False)
     paths = {made.of(case, "int8,layers.0=float") for case in (*CASES, *CASES)}
-    assert {path.name for path in paths} == {"checkpoint", "atp"}
-    assert [("--reuse" in words, words[words.index("--plan-name") + 1]) for words in said] == [
-        (False, "ivtp"),
-        (True, "fastv"),
-        (False, "atp"),
-    ]
+    assert {path.name for path in paths} == {case.name for case in CASES}
+    assert [words[words.index("--plan-name") + 1] for words in said] == [c.name for c in CASES]
     assert made.of(CASES[0], "int8") not in paths
 
 

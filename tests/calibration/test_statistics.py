@@ -80,7 +80,7 @@ def fed(checkpoint: Path, data: Path, options: StatisticsOptions) -> Iterator[Sa
 def reference(checkpoint: Path, data: Path, options: StatisticsOptions) -> dict[str, list[Tensor]]:
     """What every `nn.Linear` of Hugging Face's model reads: mean, mean square and largest."""
     encoder = Encoder(str(checkpoint))
-    model = encoder.family.load(encoder.directory, encoder.config, dtype=torch.float32).eval()
+    model = encoder.family.load(encoder.directory, encoder.config, None, dtype=torch.float32).eval()
     install_sections(model.model.language_model, encoder.trained.rotary_sections)
     rows: dict[str, list[Tensor]] = {}
     for path, module in model.named_modules():

@@ -570,7 +570,7 @@ def test_a_plan_file_that_is_malformed_is_refused(text: str, tmp_path: Path) -> 
         ({"targets": ()}, "needs a target"),
         ({"targets": ("abacus",)}, "unknown target"),
         ({"targets": ("cpu", "")}, "unknown target"),
-        ({"precision": "int8"}, "unknown precision"),
+        ({"precision": "int7"}, "cannot read the precision"),
         ({"plan_name": "a/b"}, "part of file names"),
         ({"plan_name": "n" * 65}, "part of file names"),
         ({"plan_name": "none"}, "named none"),
