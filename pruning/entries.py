@@ -31,6 +31,7 @@ FASTV = ("FastV", "https://arxiv.org/abs/2403.06764")
 EVIT = ("EViT", "https://arxiv.org/abs/2202.07800")
 TOME = ("ToMe", "https://arxiv.org/abs/2210.09461")
 DIVPRUNE = ("DivPrune", "https://arxiv.org/abs/2503.02175")
+VISIONZIP = ("VisionZip", "https://arxiv.org/abs/2412.04467")
 
 _RATIO = Option(
     "keep_ratio",
@@ -357,6 +358,20 @@ _PROJECTOR = (
         (DIVPRUNE,),
         {"projector_keep": 64},
         is_projected=True,
+    ),
+    Entry(
+        "visionzip",
+        PROJECTOR,
+        "patchsieve.pruning.projector.visionzip:VisionZip",
+        "keep what the class token attends to, and the class token; merge the rest into a few",
+        NUMBER,
+        (
+            _LEFT,
+            Option("class_token", "flag", "the class token is one of the tokens", True, word=None),
+        ),
+        (VISIONZIP,),
+        {"projector_keep": 64},
+        tower=TowerRule(fewest=3),
     ),
 )
 

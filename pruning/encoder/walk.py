@@ -58,7 +58,7 @@ class TowerSite:
         rows: The rows that are pruned, [B, n, C].
         group: Layers since the last pruning, lowest first, with their values; of the same n rows.
         has_cls: Row 0 is the class token, which always stays.
-        num_fused: Rows at the end that are no candidates (EViT's fused row): 0 or 1.
+        num_fused: Rows at the end that are no candidates (EViT's fused row).
         sizes: Patches that each row stands for, float32 [B, n]; None while it is one.
         noise: Uniform numbers, one for each row, for methods that draw, [B, n].
     """
@@ -305,7 +305,7 @@ class Walk:
     def finish(self, rows: Tensor) -> Tokens:
         """Put the features [B, n, F * C] after the last layer into raster order.
 
-        A merged token takes the place of its first patch; a fused row comes last, padding after it.
+        A merged token takes the place of its first patch; fused rows come last, padding after them.
         """
         tower, place = self.tower, torch.arange(rows.shape[1], device=rows.device)  # [n]
         patches = torch.arange(tower.num_patches, device=rows.device)  # [N]
@@ -314,9 +314,9 @@ class Walk:
         first = torch.where(mine, patches, tower.num_patches).amin(-1)  # [B, n] lowest patch
         first = torch.where(place < int(tower.has_cls), NOWHERE, first)
         is_fused = place >= rows.shape[1] - self.num_fused  # [n]
-        first = torch.where(is_fused, tower.num_patches, first)  # no two are equal
+        first = torch.where(is_fused, tower.num_patches + place, first)  # no two are equal
         if self._is_padding is not None:
-            first = torch.where(self._is_padding, tower.num_patches + 1 + place, first)
+            first = torch.where(self._is_padding, 2 * tower.num_patches + 1 + place, first)
         rank = (first[:, None] < first[:, :, None]).float().sum(-1).to(torch.int64)  # [B, n]
         order = torch.zeros_like(rank).scatter(1, rank, place.expand(rank.shape))
         has_no_ids = is_fused | any(method.merges for method in self.methods)

@@ -23,6 +23,7 @@ PATCHES, SCALE = GRID[0] * GRID[1], 0.5
 ROWS = {name: kind for name, kind in PROJECTORS.items() if issubclass(kind, TowerMethod)}
 CASES: dict[str, tuple[type[TowerMethod], dict[str, Any]]] = {
     "topk cosine": (PROJECTORS["topk"], {"score": "cosine"}),
+    "visionzip patches alone": (PROJECTORS["visionzip"], {"class_token": False}),
 }
 CASES |= {name: (kind, {}) for name, kind in ROWS.items()}
 FIXED = [case for case, (kind, _) in CASES.items() if not kind().adapts]

@@ -65,7 +65,11 @@ class Image:
         last = len(self.rows) - self.fused
         order = sorted(
             range(len(self.rows)),
-            key=lambda row: (row >= last, row >= self.has_cls, min(self.members[row], default=-1)),
+            key=lambda row: (
+                (1, row)
+                if row >= last
+                else (0, row >= self.has_cls, min(self.members[row], default=-1))
+            ),
         )
         ids = [
             self.members[row][0] if len(self.members[row]) == 1 and row < last else -1

@@ -53,6 +53,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "tome": {"encoder": method("tome", [0, 2], [18, 9]), "sites": [ATP]},
     "pooling": {"projector": {"method": "pooling", "params": {"keep": 9}}},
     "divprune": {"projector": {"method": "divprune", "params": {"keep": 9}}},
+    "visionzip": {"projector": {"method": "visionzip", "params": {"keep": 9}}},
 }
 LEFT = 9  # tokens that every plan lets into the decoder
 TARGETS = ("cpu", "tensorrt-rtx")
