@@ -10,6 +10,7 @@ import torch
 
 from patchsieve.pruning.encoder.walk import Tokens, Tower, TowerMethod, Walk
 from patchsieve.pruning.projector.divprune import most_diverse
+from patchsieve.pruning.projector.prumerge import PruMergePlus, outliers
 from patchsieve.pruning.rollout import Layer
 from patchsieve.pruning.schedules import TowerSchedule
 from patchsieve.pruning.table import PROJECTORS
@@ -24,6 +25,8 @@ ROWS = {name: kind for name, kind in PROJECTORS.items() if issubclass(kind, Towe
 CASES: dict[str, tuple[type[TowerMethod], dict[str, Any]]] = {
     "topk cosine": (PROJECTORS["topk"], {"score": "cosine"}),
     "visionzip patches alone": (PROJECTORS["visionzip"], {"class_token": False}),
+    "prumerge four neighbours": (PROJECTORS["prumerge"], {"neighbours": 4}),
+    "prumerge-plus four neighbours": (PROJECTORS["prumerge-plus"], {"neighbours": 4}),
 }
 CASES |= {name: (kind, {}) for name, kind in ROWS.items()}
 FIXED = [case for case, (kind, _) in CASES.items() if not kind().adapts]
@@ -122,3 +125,27 @@ def test_tokens_that_are_all_alike_are_chosen_from_the_first_on() -> None:
     for count in (1, 3, 6):
         chosen = most_diverse(torch.zeros(2, 6, 6), count)
         assert chosen.tolist() == [[place < count for place in range(6)]] * 2
+
+
+@pytest.mark.parametrize("size", [36, 576])
+def test_prumerge_plus_adds_patches_at_whole_distances(size: int) -> None:
+    counts = range(1, size // 4)
+    attention = torch.zeros(len(counts), size)
+    for row, count in enumerate(counts):
+        attention[row, size - 1 - count : size - 1] = 1.0  # quartiles of 0: these are outliers
+    assert outliers(attention).sum(-1).tolist() == list(counts)
+    wanted = PruMergePlus().wanted(attention)
+    for row, count in enumerate(counts):
+        step = max(1, int(int(size / count) / 3))
+        expected = {*range(0, size - 1, step), *range(size - 1 - count, size - 1)}
+        assert wanted[row].nonzero()[:, 0].tolist() == sorted(expected), count
+
+
+def test_outliers_are_above_the_upper_whisker_and_one_is_never_missing() -> None:
+    values = torch.randn(50, 37, generator=torch.Generator().manual_seed(0)).exp()
+    low, high = np.percentile(values.double().numpy(), (25, 75), axis=-1, keepdims=True)
+    expected = values.numpy() > high + 1.5 * (high - low)
+    assert 0 < expected.sum() < expected.size / 4
+    expected[~expected.any(-1), values[~expected.any(-1)].argmax(-1)] = True
+    np.testing.assert_array_equal(outliers(values), expected)
+    assert outliers(torch.ones(1, 9)).tolist() == [[True] + [False] * 8]

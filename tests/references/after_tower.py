@@ -3,6 +3,7 @@
 import numpy as np
 
 from tests.references import tower
+from tests.references.attention import softmax
 from tests.references.selection import top
 from tests.references.tower import keep_rows
 
@@ -54,4 +55,46 @@ def visionzip(image, count, class_token=True):
     image.prune(np.concatenate((matrix, lines)), goes, copies + num_contextual)
 
 
-METHODS = tower.METHODS | {"divprune": divprune, "visionzip": visionzip}
+def prumerge(image, count, neighbours=32, is_plus=False):
+    """IQR outliers, each with its neighbours, and a token of all others.
+
+    How many tokens it wanted is noted in `image.wanted`.
+    """
+    query, key = (
+        each.swapaxes(0, 1).reshape(len(image.rows), -1) for each in (image.query, image.key)
+    )
+    attention = image.row_of(softmax(query @ key.T / query.shape[1] ** 0.5))
+    where = image.candidates
+    scores = attention[where]
+    low, high = np.percentile(scores, (25, 75))
+    wanted = {i for i, score in enumerate(scores) if score > high + 1.5 * (high - low)}
+    wanted = wanted or {int(np.argmax(scores))}
+    if is_plus:
+        step = int(len(scores) / len(wanted))
+        wanted |= set(range(0, len(scores) - 1, max(1, int(step / 3))))
+    image.wanted = len(wanted) + 1
+    best = sorted(wanted, key=lambda i: (-scores[i], i))[: count - 1]
+    stays = list(range(image.has_cls)) + sorted(where[i] for i in best)
+    keys = unit(key)
+    matrix, goes = keep_rows(image, stays)
+    for place, row in enumerate(stays[image.has_cls :], image.has_cls):
+        others = [each for each in range(image.has_cls, len(image.rows)) if each != row]
+        others.sort(key=lambda each, row=row: (-float(keys[row] @ keys[each]), each))
+        matrix[place, others[:neighbours]] += attention[others[:neighbours]]
+    rest = attention.copy()
+    rest[stays] = 0
+    goes = [len(stays) if new is None else new for new in goes]
+    image.prune(np.concatenate((matrix, rest[None])), goes, 1)
+
+
+def prumerge_plus(image, count, neighbours=32):
+    """PruMerge with tokens at even distances."""
+    prumerge(image, count, neighbours, is_plus=True)
+
+
+METHODS = tower.METHODS | {
+    "divprune": divprune,
+    "visionzip": visionzip,
+    "prumerge": prumerge,
+    "prumerge-plus": prumerge_plus,
+}

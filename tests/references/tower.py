@@ -16,7 +16,8 @@ class Image:
 
     Attributes:
         maps: Head-mean attention [n, n] of each layer since the last pruning.
-        key: Keys of the last layer, [H, n, D].
+        query: Queries of the last layer, [H, n, D].
+        key: Its keys, [H, n, D].
         value: Its values, [H, n, D].
         sizes: Patches of each row, [n].
         members: Patches that each row stands for.
@@ -37,7 +38,7 @@ class Image:
         logits = query @ key.swapaxes(-1, -2) * scale
         attention = softmax(logits if bias is None else logits + bias)
         self.maps.append(softmax(logits).mean(0))
-        self.key, self.value = key, value
+        self.query, self.key, self.value = query, key, value
         return attention
 
     @property
