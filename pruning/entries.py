@@ -34,6 +34,7 @@ FASTV = ("FastV", "https://arxiv.org/abs/2403.06764")
 EVIT = ("EViT", "https://arxiv.org/abs/2202.07800")
 TOME = ("ToMe", "https://arxiv.org/abs/2210.09461")
 DIVPRUNE = ("DivPrune", "https://arxiv.org/abs/2503.02175")
+DART = ("DART", "https://arxiv.org/abs/2502.11494")
 PRUMERGE = ("LLaVA-PruMerge", "https://arxiv.org/abs/2403.15388")
 VISIONZIP = ("VisionZip", "https://arxiv.org/abs/2412.04467")
 
@@ -406,6 +407,17 @@ _PROJECTOR = (
         (PRUMERGE,),
         {"projector_keep": 288},
         tower=TowerRule(share=HALF_SHARE, fewest=2),
+    ),
+    Entry(
+        "dart",
+        PROJECTOR,
+        "patchsieve.pruning.projector.dart:DART",
+        "keep a few long tokens and those that are least like them, as the decoder gets them",
+        NUMBER,
+        (_LEFT, Option("pivots", "count", "long tokens that the others are compared with", 4)),
+        (DART,),
+        {"projector_keep": 64},
+        is_projected=True,
     ),
 )
 

@@ -25,6 +25,7 @@ ROWS = {name: kind for name, kind in PROJECTORS.items() if issubclass(kind, Towe
 CASES: dict[str, tuple[type[TowerMethod], dict[str, Any]]] = {
     "topk cosine": (PROJECTORS["topk"], {"score": "cosine"}),
     "visionzip patches alone": (PROJECTORS["visionzip"], {"class_token": False}),
+    "dart seven pivots": (PROJECTORS["dart"], {"pivots": 7}),
     "prumerge four neighbours": (PROJECTORS["prumerge"], {"neighbours": 4}),
     "prumerge-plus four neighbours": (PROJECTORS["prumerge-plus"], {"neighbours": 4}),
 }

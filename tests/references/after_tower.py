@@ -92,9 +92,27 @@ def prumerge_plus(image, count, neighbours=32):
     prumerge(image, count, neighbours, is_plus=True)
 
 
+def dart(image, count, pivots=4):
+    """Pivots by length, then what is least like each of them in turn."""
+    where = image.candidates
+    rows = image.project(image.rows[where])
+    lengths, directions = np.abs(rows).sum(-1), unit(rows)
+    kept = sorted(range(len(rows)), key=lambda i: (-lengths[i], i))[: min(pivots, count)]
+    turns = list(kept)
+    while turns and len(kept) < count:
+        share = int(np.ceil((count - len(kept)) / len(turns)))
+        pivot = directions[turns.pop(0)]
+        left = [i for i in range(len(rows)) if i not in kept]
+        left.sort(key=lambda i, pivot=pivot: (float(directions[i] @ pivot), i))
+        kept += left[:share]
+    stays = list(range(image.has_cls)) + sorted(where[i] for i in kept)
+    image.prune(*keep_rows(image, stays))
+
+
 METHODS = tower.METHODS | {
     "divprune": divprune,
     "visionzip": visionzip,
     "prumerge": prumerge,
     "prumerge-plus": prumerge_plus,
+    "dart": dart,
 }
