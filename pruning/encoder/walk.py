@@ -75,6 +75,10 @@ class TowerSite:
         """Row of the class token, None if there is none."""
         return 0 if self.has_cls else None
 
+    def choices(self, count: int) -> int:
+        """Candidates that stay where `count` tokens are left: a fused row stays too."""
+        return count - self.num_fused
+
     def candidates(self, rows: Tensor) -> Tensor:
         """The part of [B, n, ...] that may be dropped."""
         return rows[:, int(self.has_cls) : rows.shape[1] - self.num_fused]
@@ -209,6 +213,7 @@ class TowerMethod(Catalogued):
 
         A method whose count adapts to the image chooses at most as many (`Reduction.num_wanted`).
         """
+        count = site.choices(count)
         return Kept.of(site, keep_top(self.scores(site), count), count)
 
 

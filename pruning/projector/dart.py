@@ -34,6 +34,7 @@ class DART(TowerMethod):
 
     def reduce(self, site: TowerSite, count: int) -> Kept:
         """Choose `count` tokens."""
+        count = site.choices(count)
         rows = site.candidates(site.rows).float()  # [B, N, C]
         left = torch.maximum(rows, -rows).sum(-1)  # [B, N], the L1 norm
         pivots = []

@@ -35,6 +35,7 @@ class DivPrune(TowerMethod):
         """Choose `count` tokens."""
         rows = unit(site.candidates(site.rows))  # [B, N, C]
         distance = 1 - rows @ rows.transpose(1, 2)  # [B, N, N]
+        count = site.choices(count)
         return Kept.of(site, most_diverse(distance, count), count)
 
 

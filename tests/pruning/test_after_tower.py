@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from patchsieve import plans
+from patchsieve.contract.errors import PatchsieveError
+from patchsieve.pruning import counts
+from patchsieve.pruning.encoder.evit import EViT
 from patchsieve.pruning.encoder.walk import Tokens, Tower, TowerMethod, Walk
 from patchsieve.pruning.projector.divprune import most_diverse
 from patchsieve.pruning.projector.prumerge import PruMergePlus, outliers
@@ -108,6 +112,29 @@ def test_a_bound_of_all_tokens_changes_nothing(case: str) -> None:
     tokens, _ = made(case, PATCHES, "random", True)
     assert torch.equal(tokens.rows, states(0, PATCHES + 1, SIZE, "random"))
     assert tokens.ids[0].tolist() == [-1, *range(PATCHES)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_after_a_method_that_fuses_as_many_are_left_as_were_asked_for(case: str) -> None:
+    kind, options = CASES[case]
+    method = kind(schedule=TowerSchedule(keep=6, layers=(1,)), **options)
+    evit = EViT(TowerSchedule(keep=12, layers=(0,)))
+    walk = Walk(Tower(GRID, 2, True), (evit, method), torch.rand(BATCH, PATCHES))
+    rows = states(0, PATCHES + 1, SIZE, "random")
+    for index in range(2):
+        layer = [heads(states(k, rows.shape[1], HEADS * WIDTH, "random"), HEADS) for k in (1, 2, 3)]
+        walk.remember(Layer(layer[0], layer[1], SCALE, value=layer[2]))
+        for is_inside in (True, False):
+            rows = walk.prune(index, rows, is_inside=is_inside)
+    tokens = walk.finish(walk.prune_projected(rows))
+    assert tokens.rows.shape[1] == tokens.ids.shape[1] == 6 + 1
+
+
+@pytest.mark.parametrize("projector", ["topk", "divprune"])
+def test_a_fused_token_is_not_left_alone(projector: str) -> None:
+    plan = plans.build(encoder="evit", encoder_keep=60, projector=projector, projector_keep=1)
+    with pytest.raises(PatchsieveError, match="too few tokens"):
+        counts.before_decoder(plan, 576, 23)
 
 
 def test_diverse_tokens_are_chosen_by_hand() -> None:
