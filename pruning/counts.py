@@ -157,6 +157,14 @@ def left_by_chain(chain: Sequence[Pruned], num_patches: int) -> int:
                 expected=f"fewer than {left}",
                 do=f"lower --{found.place}-keep",
             )
+        fewest = chain[0].entry.tower.fewest
+        if last < fewest:
+            raise PatchsieveError(
+                f"{found.name} after {chain[0].entry.name} would leave too few tokens",
+                found=last,
+                expected=f"at least {fewest}",
+                do=f"raise --{found.place}-keep",
+            )
         left = last
     return left
 

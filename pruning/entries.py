@@ -7,6 +7,7 @@ from the entries.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from patchsieve.contract.plan import CLS_SOURCES, TEXTS
@@ -27,6 +28,7 @@ from patchsieve.pruning.entry import (
 # IVTP does not print its schedule. On a log scale the tower takes this share of the way from all
 # tokens to the last count: 576 -> 120 -> 64, which its FLOPs fit.
 IVTP_TOWER_SHARE = 5 / 7
+HALF_SHARE = math.log(2, 9)  # half of the tokens: 288 of 576
 
 IVTP = ("IVTP", "https://doi.org/10.1007/978-3-031-72643-9_13")
 ATP = ("ATP-LLaVA", "https://arxiv.org/abs/2412.00447")
@@ -35,6 +37,10 @@ EVIT = ("EViT", "https://arxiv.org/abs/2202.07800")
 PYRAMIDDROP = ("PyramidDrop", "https://arxiv.org/abs/2410.17247")
 SPARSEVLM = ("SparseVLM", "https://arxiv.org/abs/2410.04417")
 TOME = ("ToMe", "https://arxiv.org/abs/2210.09461")
+DIVPRUNE = ("DivPrune", "https://arxiv.org/abs/2503.02175")
+DART = ("DART", "https://arxiv.org/abs/2502.11494")
+PRUMERGE = ("LLaVA-PruMerge", "https://arxiv.org/abs/2403.15388")
+VISIONZIP = ("VisionZip", "https://arxiv.org/abs/2412.04467")
 
 _RATIO = Option(
     "keep_ratio",
@@ -377,6 +383,14 @@ _ENCODER = (
 )
 
 _LEFT = Option("keep", "count", "tokens that are left", metavar="N", shown=_PRUNED)
+_NEIGHBOURS = Option("neighbours", "count", "patches that each token takes up", 32, word=None)
+
+
+def _most(shown: str) -> Option:
+    """The bound of a method whose count adapts."""
+    return Option("keep", "count", "most tokens that are left", metavar="N", shown=shown)
+
+
 _PROJECTOR = (
     Entry(
         "pooling",
@@ -413,6 +427,64 @@ _PROJECTOR = (
         (_LEFT,),
         example={"projector_keep": 64},
         draws=True,
+    ),
+    Entry(
+        "divprune",
+        PROJECTOR,
+        "patchsieve.pruning.projector.divprune:DivPrune",
+        "keep the tokens that are least alike, as the decoder gets them",
+        NUMBER,
+        (_LEFT,),
+        (DIVPRUNE,),
+        {"projector_keep": 64},
+        is_projected=True,
+    ),
+    Entry(
+        "visionzip",
+        PROJECTOR,
+        "patchsieve.pruning.projector.visionzip:VisionZip",
+        "keep what the class token attends to, and the class token; merge the rest into a few",
+        NUMBER,
+        (
+            _LEFT,
+            Option("class_token", "flag", "the class token is one of the tokens", True, word=None),
+        ),
+        (VISIONZIP,),
+        {"projector_keep": 64},
+        tower=TowerRule(fewest=3),
+    ),
+    Entry(
+        "prumerge",
+        PROJECTOR,
+        "patchsieve.pruning.projector.prumerge:PruMerge",
+        "keep the outliers of the class token's attention, each with its neighbours added",
+        ADAPTS,
+        (_most(_PRUNED), _NEIGHBOURS),
+        (PRUMERGE,),
+        {"projector_keep": 64},
+        tower=TowerRule(fewest=2),
+    ),
+    Entry(
+        "prumerge-plus",
+        PROJECTOR,
+        "patchsieve.pruning.projector.prumerge:PruMergePlus",
+        "prumerge, with patches at even distances beside the outliers",
+        ADAPTS,
+        (_most("288 of 576"), _NEIGHBOURS),
+        (PRUMERGE,),
+        {"projector_keep": 288},
+        tower=TowerRule(share=HALF_SHARE, fewest=2),
+    ),
+    Entry(
+        "dart",
+        PROJECTOR,
+        "patchsieve.pruning.projector.dart:DART",
+        "keep a few long tokens and those that are least like them, as the decoder gets them",
+        NUMBER,
+        (_LEFT, Option("pivots", "count", "long tokens that the others are compared with", 4)),
+        (DART,),
+        {"projector_keep": 64},
+        is_projected=True,
     ),
 )
 

@@ -185,6 +185,7 @@ class Entry:
         example: Options of `patchsieve.plans.build` that fit LLaVA-1.5-7B.
         merges: Tokens become means of several, so at most every other goes at one place.
         is_grid: It needs every patch of the grid, and leaves a smaller grid.
+        is_projected: It judges tokens as the projector made them, so all are projected first.
         draws: Chance decides, whatever the image shows.
         judges: Values of its options with which it judges by the pseudo-CLS, a row of its own;
             empty for always, None for never.
@@ -202,6 +203,7 @@ class Entry:
     example: Mapping[str, Any] = field(default_factory=dict)
     merges: bool = False
     is_grid: bool = False
+    is_projected: bool = False
     draws: bool = False
     judges: Mapping[str, Any] | None = None
     tower: TowerRule = TowerRule()

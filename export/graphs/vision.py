@@ -211,9 +211,17 @@ class Vision(nn.Module):
         if self.is_plain:
             ids = torch.arange(self.facts.raster_ids.start, self.facts.raster_ids.stop)
             return self._project(rows[:, first:]), ids.expand(rows.shape[0], -1)
+        if walk.is_projected:
+            features = self._project(rows[:, first:])
+            if first:  # the model drops the class token: zeros keep its place
+                cls = torch.zeros_like(features[:, :first])
+                features = torch.cat((cls, features), dim=1)
+            rows = walk.prune_projected(features)
         tokens = walk.finish(rows)
         sources = torch.where(tokens.sources < 0, NOWHERE, tokens.sources - first)
-        made = self._project(tokens.rows[:, first:]), tokens.ids[:, first:], sources
+        features = tokens.rows[:, first:]
+        features = features if walk.is_projected else self._project(features)
+        made = features, tokens.ids[:, first:], sources
         if tokens.num_wanted is None:
             return made
         return (*made, tokens.num_wanted + (int(self.facts.has_cls) - first))

@@ -231,7 +231,8 @@ def before_decoder(shape: ModelShape, plan: Plan, placement: str | None = None) 
     if plan.projector is None:
         return schedule
     # A method may act on what the projector has made: then that takes all that leave the tower.
-    is_late = plan.projector.params.get("place") == "after"
+    found = entry(PROJECTOR, plan.projector.method)
+    is_late = found.is_projected or plan.projector.params.get("place") == "after"
     further = shape.num_visual - shape.vision.num_patches
     return replace(
         schedule,

@@ -58,7 +58,7 @@ class TowerSite:
         rows: The rows that are pruned, [B, n, C].
         group: Layers since the last pruning, lowest first, with their values; of the same n rows.
         has_cls: Row 0 is the class token, which always stays.
-        num_fused: Rows at the end that are no candidates (EViT's fused row): 0 or 1.
+        num_fused: Rows at the end that are no candidates (EViT's fused row).
         sizes: Patches that each row stands for, float32 [B, n]; None while it is one.
         noise: Uniform numbers, one for each row, for methods that draw, [B, n].
     """
@@ -74,6 +74,10 @@ class TowerSite:
     def cls(self) -> int | None:
         """Row of the class token, None if there is none."""
         return 0 if self.has_cls else None
+
+    def choices(self, count: int) -> int:
+        """Candidates that stay where `count` tokens are left: a fused row stays too."""
+        return count - self.num_fused
 
     def candidates(self, rows: Tensor) -> Tensor:
         """The part of [B, n, ...] that may be dropped."""
@@ -187,6 +191,11 @@ class TowerMethod(Catalogued):
         return self.entry.tower.is_inside
 
     @property
+    def is_projected(self) -> bool:
+        """It acts on what the projector made; else on rows of the tower."""
+        return self.entry.is_projected
+
+    @property
     def is_proportional(self) -> bool:
         """A row counts in attention as often as it has patches."""
         return False
@@ -204,6 +213,7 @@ class TowerMethod(Catalogued):
 
         A method whose count adapts to the image chooses at most as many (`Reduction.num_wanted`).
         """
+        count = site.choices(count)
         return Kept.of(site, keep_top(self.scores(site), count), count)
 
 
@@ -280,18 +290,27 @@ class Walk:
         A method's place ends its group of layers also where nothing is left to drop.
         """
         for method, places in zip(self.methods, self.places, strict=True):
-            if method.is_inside != is_inside or index not in places:
-                continue
-            if method.adapts or places[index] < rows.shape[1] - self.tower.has_cls:
-                rows = self._apply(method, rows, places[index])
-            else:
-                self._end_group()
+            acts_here = method.is_inside == is_inside and not method.is_projected
+            if acts_here and index in places:
+                rows = self._prune(method, rows, places[index])
+        return rows
+
+    @property
+    def is_projected(self) -> bool:
+        """A method acts on what the projector made."""
+        return any(method.is_projected for method in self.methods)
+
+    def prune_projected(self, rows: Tensor) -> Tensor:
+        """Let the methods prune that act on what the projector made, [B, n, C]."""
+        for method, places in zip(self.methods, self.places, strict=True):
+            if method.is_projected:
+                rows = self._prune(method, rows, min(places.values()))
         return rows
 
     def finish(self, rows: Tensor) -> Tokens:
         """Put the features [B, n, F * C] after the last layer into raster order.
 
-        A merged token takes the place of its first patch; a fused row comes last, padding after it.
+        A merged token takes the place of its first patch; fused rows come last, padding after them.
         """
         tower, place = self.tower, torch.arange(rows.shape[1], device=rows.device)  # [n]
         patches = torch.arange(tower.num_patches, device=rows.device)  # [N]
@@ -300,9 +319,9 @@ class Walk:
         first = torch.where(mine, patches, tower.num_patches).amin(-1)  # [B, n] lowest patch
         first = torch.where(place < int(tower.has_cls), NOWHERE, first)
         is_fused = place >= rows.shape[1] - self.num_fused  # [n]
-        first = torch.where(is_fused, tower.num_patches, first)  # no two are equal
+        first = torch.where(is_fused, tower.num_patches + place, first)  # no two are equal
         if self._is_padding is not None:
-            first = torch.where(self._is_padding, tower.num_patches + 1 + place, first)
+            first = torch.where(self._is_padding, 2 * tower.num_patches + 1 + place, first)
         rank = (first[:, None] < first[:, :, None]).float().sum(-1).to(torch.int64)  # [B, n]
         order = torch.zeros_like(rank).scatter(1, rank, place.expand(rank.shape))
         has_no_ids = is_fused | any(method.merges for method in self.methods)
@@ -310,6 +329,12 @@ class Walk:
             has_no_ids = has_no_ids | self._is_padding
         ids = torch.where(has_no_ids, NOWHERE, first).gather(1, order)  # [B, n]
         return Tokens(gather_rows(rows, order), ids, follow(sources, rank), self.num_wanted)
+
+    def _prune(self, method: TowerMethod, rows: Tensor, count: int) -> Tensor:
+        if method.adapts or count < rows.shape[1] - self.tower.has_cls:
+            return self._apply(method, rows, count)
+        self._end_group()
+        return rows
 
     def _apply(self, method: TowerMethod, rows: Tensor, count: int) -> Tensor:
         group = self._group or self._last()

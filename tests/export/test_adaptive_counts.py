@@ -54,6 +54,8 @@ GRAPHS = {
     "after, fused": after(30, fuse=True),
     "after, fused and capped": after(6, fuse=True),
     "inside, one row": inside(2, 4, factor=30.0),
+    "prumerge": {"projector": {"method": "prumerge", "params": {"keep": 36}}},
+    "prumerge-plus, capped": {"projector": {"method": "prumerge-plus", "params": {"keep": 12}}},
     "after topk": {"encoder": method("topk", [1], [20])} | after(20),
 }
 # What the bundle holds. The bound of "capped" is less than what some pictures want.

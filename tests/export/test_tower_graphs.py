@@ -93,7 +93,7 @@ def positions_of(token_ids: list[int], image_token: int, images: list[list[int]]
 
 
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("plan", ["gtp", "draw", "evit", "pooling"])
+@pytest.mark.parametrize("plan", ["gtp", "draw", "evit", "pooling", "divprune", "visionzip"])
 def test_the_decoder_gets_the_rows_and_positions_that_the_rule_says(
     towers: Towers, plan: str, count: int
 ) -> None:
@@ -169,7 +169,8 @@ def test_an_answer_pruned_in_tower_and_decoder_is_that_of_both_papers(
 
 
 @pytest.mark.parametrize(
-    ("plan", "count"), [("topk", 3), ("tome", 3), ("tome", 1), ("draw", 1), ("none", 3)]
+    ("plan", "count"),
+    [("topk", 3), ("tome", 3), ("tome", 1), ("draw", 1), ("visionzip", 1), ("none", 3)],
 )
 def test_verify_passes_what_prunes_on_both_sides(towers: Towers, plan: str, count: int) -> None:
     verification = Verification(towers.bundle, str(towers.checkpoint), threads=1)

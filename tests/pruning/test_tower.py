@@ -19,8 +19,9 @@ from patchsieve.pruning.rollout import Layer
 from patchsieve.pruning.schedules import TowerSchedule
 from patchsieve.pruning.table import ENCODERS
 from tests.references import tower as reference
+from tests.support.tower_states import BATCH, CONTENTS, heads, states
 
-GRID, LAYERS, HEADS, WIDTH, SIZE, BATCH = (5, 5), 6, 2, 4, 12, 2
+GRID, LAYERS, HEADS, WIDTH, SIZE = (5, 5), 6, 2, 4, 12
 SCALE = 0.5
 CASES = {
     "gtp": (GTP, {}),
@@ -39,24 +40,6 @@ CASES = {
 }
 # A method without a row of its own is tried as it is.
 CASES |= {name: (kind, {}) for name, kind in ENCODERS.items() if name not in CASES}
-# What the layers hold: far from flat; all rows equal; values, keys and rows of length 0.
-CONTENTS = ("random", "equal", "zero")
-
-
-def states(seed: int, rows: int, width: int, content: str) -> torch.Tensor:
-    """Rows [B, n, width] of a layer, the same for the same number of rows."""
-    generator = torch.Generator().manual_seed(1000 * seed + rows)
-    made = torch.randn(BATCH, rows, width, generator=generator)
-    if content == "equal":
-        return torch.eye(1, width).expand(BATCH, rows, -1) * 2  # lengths without rounding
-    if content == "zero":
-        made[:, 1::2] = 0
-    return made
-
-
-def heads(rows: torch.Tensor) -> torch.Tensor:
-    """[B, n, H * D] -> [B, H, n, D]."""
-    return rows.reshape(BATCH, rows.shape[1], HEADS, WIDTH).transpose(1, 2)
 
 
 def walk_both(case: str, schedule: TowerSchedule, content: str, has_cls: bool):
@@ -78,7 +61,7 @@ def walk_both(case: str, schedule: TowerSchedule, content: str, has_cls: bool):
     options = {k: v for k, v in options.items() if k != "proportional"}
     for index in range(LAYERS):
         layer = [
-            heads(states(3 * index + k, rows.shape[1], HEADS * WIDTH, content)) * 2
+            heads(states(3 * index + k, rows.shape[1], HEADS * WIDTH, content), HEADS) * 2
             for k in (1, 2, 3)
         ]
         bias = walk.bias()
@@ -159,7 +142,9 @@ def test_two_methods_follow_one_another_at_the_last_layer() -> None:
     walk = Walk(Tower(GRID, LAYERS, True), methods)
     rows = states(0, 26, SIZE, "random")
     for index in range(LAYERS):
-        layer = [heads(states(index, rows.shape[1], HEADS * WIDTH, "random")) for _ in range(3)]
+        layer = [
+            heads(states(index, rows.shape[1], HEADS * WIDTH, "random"), HEADS) for _ in range(3)
+        ]
         walk.remember(Layer(layer[0], layer[1], SCALE, value=layer[2]))
         rows = walk.prune(index, rows, is_inside=False)
     assert rows.shape[1] == 5
@@ -231,6 +216,6 @@ def test_what_cannot_be_is_refused_in_one_line(make) -> None:
 
 def test_random_without_noise_is_refused() -> None:
     walk = Walk(Tower(GRID, 1, True), (RandomPatches(TowerSchedule(keep=3)),))
-    walk.remember(Layer(*[heads(states(1, 26, HEADS * WIDTH, "random"))] * 2, SCALE))
+    walk.remember(Layer(*[heads(states(1, 26, HEADS * WIDTH, "random"), HEADS)] * 2, SCALE))
     with pytest.raises(ShapeError, match="no noise"):
         walk.prune(0, states(0, 26, SIZE, "random"), is_inside=False)

@@ -16,7 +16,8 @@ class Image:
 
     Attributes:
         maps: Head-mean attention [n, n] of each layer since the last pruning.
-        key: Keys of the last layer, [H, n, D].
+        query: Queries of the last layer, [H, n, D].
+        key: Its keys, [H, n, D].
         value: Its values, [H, n, D].
         sizes: Patches of each row, [n].
         members: Patches that each row stands for.
@@ -30,13 +31,14 @@ class Image:
         self.sizes, self.maps = np.ones(len(rows)), []
         self.noise = noise
         self.carried = []  # rows of earlier layers, pruned alike
+        self.project = lambda rows: rows  # of the model
 
     def see(self, query, key, value, scale, bias=None):
         """Note a layer, [H, n, D] each, and return its attention, [H, n, n]."""
         logits = query @ key.swapaxes(-1, -2) * scale
         attention = softmax(logits if bias is None else logits + bias)
         self.maps.append(softmax(logits).mean(0))
-        self.key, self.value = key, value
+        self.query, self.key, self.value = query, key, value
         return attention
 
     @property
@@ -64,7 +66,11 @@ class Image:
         last = len(self.rows) - self.fused
         order = sorted(
             range(len(self.rows)),
-            key=lambda row: (row >= last, row >= self.has_cls, min(self.members[row], default=-1)),
+            key=lambda row: (
+                (1, row)
+                if row >= last
+                else (0, row >= self.has_cls, min(self.members[row], default=-1))
+            ),
         )
         ids = [
             self.members[row][0] if len(self.members[row]) == 1 and row < last else -1

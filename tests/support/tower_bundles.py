@@ -22,6 +22,7 @@ from patchsieve.contract.plan import Plan
 from patchsieve.export.exporter import ExportOptions, export
 from patchsieve.export.reuse import reuse
 from patchsieve.runtime.model import Model
+from tests.references import after_tower
 from tests.references import tower as reference
 from tests.support.models import save_checkpoint
 from tests.support.once import once
@@ -51,6 +52,8 @@ PLANS: dict[str, dict[str, Any]] = {
     "evit": {"encoder": method("evit", [1, 2], [16, 9])},
     "tome": {"encoder": method("tome", [0, 2], [18, 9]), "sites": [ATP]},
     "pooling": {"projector": {"method": "pooling", "params": {"keep": 9}}},
+    "divprune": {"projector": {"method": "divprune", "params": {"keep": 9}}},
+    "visionzip": {"projector": {"method": "visionzip", "params": {"keep": 9}}},
 }
 LEFT = 9  # tokens that every plan lets into the decoder
 TARGETS = ("cpu", "tensorrt-rtx")
@@ -130,6 +133,7 @@ def _one(llava: Any, pixels: Any, plan: dict[str, Any], noise: Any) -> Any:
     x = tower.embeddings(pixels)
     x = tower.pre_layrnorm(x) if has_cls else x
     image = reference.Image(x[0].numpy(), has_cls, noise)
+    image.project = _project(llava)
     encoder = plan.get("encoder") or method("topk", [], [])
     params = dict(encoder["params"])
     places = dict(zip(params.pop("layers"), params.pop("counts"), strict=True))
@@ -168,9 +172,9 @@ def _behind(image: Any, plan: dict[str, Any], name: str, has_cls: bool) -> Any:
     """What acts between tower and decoder, then raster order without the class token."""
     projector = plan.get("projector")
     first = int(has_cls)
-    if projector and projector["method"] in reference.METHODS:
+    if projector and projector["method"] in after_tower.METHODS:
         params = dict(projector["params"])
-        reference.METHODS[projector["method"]](image, params.pop("keep"), **params)
+        after_tower.METHODS[projector["method"]](image, params.pop("keep"), **params)
     if projector and projector["method"] == "pooling":
         side, k = int(len(image.rows) ** 0.5), int(projector["params"]["keep"] ** 0.5)
         grid = torch.from_numpy(image.rows[first:]).T.reshape(1, -1, side, side)
