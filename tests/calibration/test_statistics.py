@@ -121,6 +121,14 @@ def check_equal(found: Statistics, expected: dict[str, list[Tensor]]) -> None:
             )
 
 
+@pytest.mark.slow_rows(
+    "llama-gqa-tied-linear-rope",
+    "llama-biases",
+    "mistral",
+    "clip-full",
+    "clip-two-layers",
+    "qwen2-siglip-two-layers",
+)
 @pytest.mark.parametrize("row", ROWS)
 def test_statistics_are_those_of_hugging_faces_model(row: str, talks: Path, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(row, tmp_path)

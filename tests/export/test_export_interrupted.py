@@ -26,6 +26,8 @@ from patchsieve.export.reuse import reuse
 from tests.support import damage
 from tests.support.damage import FASTV, RANDOM, answer, refused
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "patchsieve"]
 

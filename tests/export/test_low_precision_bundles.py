@@ -28,6 +28,8 @@ from tests.support.models import save_checkpoint
 from tests.support.networks import parse_network
 from tests.support.once import once
 
+pytestmark = pytest.mark.slow
+
 RTX = "tensorrt-rtx"
 FASTV = Plan((SitePlan(1, "fastv", {"keep_ratio": 0.5}),))
 # Each format somewhere, beside float and with the exceptions that a user may name.

@@ -30,6 +30,8 @@ from tests.support.tiny_bundles import largest_error, pictures, recorded_logits
 from tests.support.tiny_clip import save_clip
 from tests.support.tolerances import LOGITS_FLOAT32
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["tests.support.gpu"]
 
 COUNT = 64

@@ -21,6 +21,8 @@ from tests.support.low_bundles import INT4, MIXED, store, tensors_of
 from tests.support.models import save_checkpoint
 from tests.support.outliers import scaled_channels
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["tests.support.bundles", "tests.support.low_bundles"]
 
 Bundle = Callable[[str], Path]
