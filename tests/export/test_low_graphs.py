@@ -34,6 +34,8 @@ from tests.support.low_bundles import INT4, MIXED, tensors_of
 from tests.support.test_only_methods import known
 from tests.support.tiny_bundles import pictures
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["tests.support.low_bundles"]
 
 Bundle = Callable[[str], Path]

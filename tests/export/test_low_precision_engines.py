@@ -17,7 +17,7 @@ from patchsieve.runtime.trt.engines import Options
 from tests.support.low_precision import Form, spelt
 from tests.support.networks import parse_network
 
-pytestmark = pytest.mark.tensorrt
+pytestmark = [pytest.mark.tensorrt, pytest.mark.slow]
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
 
 TARGET = "tensorrt-rtx"
