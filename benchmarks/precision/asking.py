@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.accuracy.asking import MAX_NEW_TOKENS, Task, load_questions
-from patchsieve.evaluation.answers import Answer, mean_visual_tokens
+from patchsieve.evaluation.answers import Answer, answer_of
 from patchsieve.evaluation.questions import Question
 from patchsieve.runtime.model import Model
 from patchsieve.runtime.result import Result
@@ -74,16 +74,7 @@ def _ask(model: Model, plan: str, question: Question) -> Given:
         system=question.system,
         max_new_tokens=MAX_NEW_TOKENS,
     )
-    answer = Answer(
-        key=question.key,
-        plan=plan,
-        text=result.text,
-        token_ids=tuple(result.token_ids),
-        visual_tokens=mean_visual_tokens(model.facts, result),
-        kv_bytes=result.kv_bytes["used"],
-        ttft_ms=result.timings_ms["ttft"],
-        total_ms=result.timings_ms["total"],
-    )
+    answer = answer_of(model, question, plan, result)
     return Given(answer, _survivors(result))
 
 

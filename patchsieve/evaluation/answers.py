@@ -135,7 +135,7 @@ def ask(
                     )
                 except PatchsieveError as error:
                     raise error.at(f"question {question.key} of the data") from error
-                given = _answer(model, question, plan, result)
+                given = answer_of(model, question, plan, result)
                 file.add(replace(given, plan_sha256=file.plans.get(plan, "")))
             answers[plan].append(file.known[question.key, plan])
     return answers
@@ -189,7 +189,8 @@ def _digest(what: Any) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def _answer(model: Model, question: Question, plan: str, result: Result) -> Answer:
+def answer_of(model: Model, question: Question, plan: str, result: Result) -> Answer:
+    """What is kept of a result."""
     return Answer(
         key=question.key,
         plan=plan,
