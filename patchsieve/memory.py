@@ -61,18 +61,18 @@ def places_table(found: Mapping[str, Any]) -> str:
 
 
 def places_line(found: Mapping[str, Any]) -> str:
-    """The same in one line: "8 GB runs it and cannot build its engines, 16 GB holds it"."""
+    """The same in one line, such as "boards of 8 GB are too small; of 16 GB hold it"."""
     words = {
-        (True, True): "holds it",
-        (True, False): "runs it and cannot build its engines",
-        (False, True): "builds its engines and cannot run it",
-        (False, False): "is too small",
+        (True, True): "hold it",
+        (True, False): "run it and cannot build its engines",
+        (False, True): "build its engines and cannot run it",
+        (False, False): "are too small",
     }
     boards_of: dict[str, list[str]] = {}
     for fit in found["boards"]:
         word = words[fit["run"] >= 0, (fit["build"] or 0) >= 0]
         boards_of.setdefault(word, []).append(fit["memory"])
-    return "; ".join(f"{', '.join(names)} {word}" for word, names in boards_of.items())
+    return "boards " + "; ".join(f"of {', '.join(n)} {word}" for word, n in boards_of.items())
 
 
 def advice(found: Mapping[str, Any]) -> list[str]:

@@ -135,7 +135,7 @@ def _bundle(bundle: dict[str, Any]) -> str:
     header = (f"{bundle['path']}, {bundle['target']}", "weights", "KV cache")
     lines = [table((*header, "needed", "available", ""), rows), bundle["precision"]]
     if bundle["boards"]:
-        lines.append(f"board of {memory.places_line(bundle)}")
+        lines.append(memory.places_line(bundle))
     return "\n".join(lines)
 
 

@@ -301,7 +301,7 @@ def _print(made: dict[str, Any], facts: Manifest) -> None:
             f"  building engines takes at most about {size(building[largest])} of memory, for "
             f"{largest} ({engine_memory.source(facts)}; --build-memory sets it)"
         )
-    print(f"  board of {memory.places_line(made)} (patchsieve inspect says why)")
+    print(f"  {memory.places_line(made)} (patchsieve inspect says why)")
     if not made["fits_engines"]:
         engines = [stage.slots for stage in facts.stages]
         print(

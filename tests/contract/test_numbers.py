@@ -64,4 +64,4 @@ def test_export_says_weights_and_boards_in_short(own_bundle: Path) -> None:
     code, out, _ = command("export", "--reuse", own_bundle, *plan, "--quiet")
     assert code == 0
     assert "  weights: float32 (float " in out
-    assert "  board of 8 GB, 16 GB, 32 GB, 64 GB holds it" in out
+    assert "  boards of 8 GB, 16 GB, 32 GB, 64 GB hold it" in out
