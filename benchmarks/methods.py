@@ -48,7 +48,7 @@ _LEAVES = {
 }
 _HEAD = (
     "One entry for each method and place, written by `python -m benchmarks.methods` from "
-    "`pruning/entries.py`. `patchsieve export` and `patchsieve cost` take the same options, and "
+    "`pruning/entries`. `patchsieve export` and `patchsieve cost` take the same options, and "
     "so does `patchsieve.plans.build` with underscores: `--keep-ratio 0.5` is `keep_ratio=0.5`. "
     "One plan may prune at several places; [plan.md](plan.md) explains plans.",
     "Each example is counted on LLaVA-1.5-7B, of which `config.json` is, beside no pruning: "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from patchsieve.contract.errors import PatchsieveError
 from patchsieve.contract.plan import MethodPlan, Plan, PseudoCls, SitePlan
-from patchsieve.pruning.entries import IVTP_TOWER_SHARE
+from patchsieve.pruning.entries.shared import IVTP_TOWER_SHARE
 from patchsieve.pruning.schedules import geometric
 
 IVTP_LAYERS = 12  # of the decoder, from its first, among which IVTP prunes

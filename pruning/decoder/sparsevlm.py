@@ -23,7 +23,7 @@ class SparseVLM(KeepRatio):
     over the visual tokens, is above the mean; H are the rows that entered the decoder. Scores are
     the raters' attention, mean over raters and heads. The sites are 3, 7 and 16 of 32 layers, and
     the counts those of version 2, which merges nothing (`SPARSEVLM_COUNTS` of
-    pruning/entries.py).
+    pruning/entries/decoder.py).
 
     Differs from the paper: the text is the instruction, where its code takes all that follows the
     image. Raters are found again at each site, by the visual tokens that are left, where its code

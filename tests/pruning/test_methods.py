@@ -19,7 +19,7 @@ from patchsieve.pruning.decoder.site import Site
 from patchsieve.pruning.decoder.sparsevlm import SparseVLM, best_heads, raters
 from patchsieve.pruning.decoder.tome import DecoderToMe
 from patchsieve.pruning.decoder.topk import DecoderTopK
-from patchsieve.pruning.entries import SPARSEVLM_COUNTS
+from patchsieve.pruning.entries.decoder import SPARSEVLM_COUNTS
 from patchsieve.pruning.schedules import num_to_keep
 from patchsieve.pruning.table import METHODS, modules, settings
 from tests.support.pruning_cases import CASES, KEEP_ALL, assert_same_choice
