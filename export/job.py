@@ -309,7 +309,6 @@ def _weights(
 ) -> list[StoredFile]:
     """The weights files of a bundle; refuses a checkpoint or a CLIP that lacks some."""
     chosen = options.chosen
-
     measured = None if options.statistics is None else Statistics.read(options.statistics)
 
     def file(
