@@ -78,6 +78,7 @@ def test_training_goes_on_from_stored_heads_that_judge_alike(
         assert says in json.loads(capsys.readouterr().out)["error"]
 
 
+@pytest.mark.slow
 def test_training_reaches_its_target_on_held_out_data(
     checkpoint: Path, tmp_path: Path, printed
 ) -> None:

@@ -420,6 +420,7 @@ def test_a_frozen_calibration_keeps_the_positions_of_the_checkpoint(run: Run, da
     assert again(Records(data)[0]).position_ids is None
 
 
+@pytest.mark.slow
 # Again, and interrupted.
 
 

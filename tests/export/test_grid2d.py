@@ -86,6 +86,7 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple
     return get
 
 
+@pytest.mark.slow_rows("vicuna-6x6-none")
 @pytest.mark.slow_rows(
     "qwen2-none", "qwen2-fastv", "qwen2-atp", "clip-full-none", "clip-full-fastv", "clip-full-atp"
 )

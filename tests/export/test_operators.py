@@ -46,6 +46,7 @@ def test_every_target_that_cannot_be_tried_here_has_a_table() -> None:
     assert set(TARGETS) - set(CHECKED) == {"cpu", "reference"}
 
 
+@pytest.mark.slow_rows("cuda", "tensorrt-rtx")
 @pytest.mark.parametrize("target", CHECKED)
 def test_every_node_of_a_bundle_is_taken(bundle_of, target: str) -> None:
     has_bfloat16 = "bfloat16" in TARGETS[target].precisions

@@ -30,6 +30,8 @@ from tests.support.tiny_bundles import largest_error, pictures, recorded_logits
 from tests.support.tolerances import LOGITS_FLOAT32
 from tests.support.tower_bundles import LEFT, PLANS, Towers, method, reference_vision, towers
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["towers"]
 FEATURES = 1e-5  # largest difference over the largest entry: float32 against float64
 MERGING = ("tome", "pooling")
